@@ -1,0 +1,185 @@
+"""How a pretrained model is fine-tuned: a PEFT method, the head alone, or everything. One small class each."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+
+@dataclass
+class Adapted:
+    """A model ready to train.
+
+    Attributes:
+        model: the wrapped model; only what the method trains requires gradients.
+        skipped: names of targeted layers that the method cannot adapt and leaves frozen.
+        ranks: effective ranks per adapted layer, in the layer's mode order.
+    """
+
+    model: nn.Module
+    skipped: list[str] = field(default_factory=list)
+    ranks: dict[str, list[int]] = field(default_factory=dict)
+
+
+class Peft:
+    """Any PEFT method, FLoRA included; the head is trained through ``modules_to_save``.
+
+    Args:
+        name: the method's name in records.
+        config_class: import path of the PEFT config, e.g. ``flora.FloraConfig``.
+        lr, head_lr: default peak learning rates of the adapter and the head, read by the trainer's config.
+        target_modules: ``all`` (every conv and linear except the head), or what PEFT accepts: names or a regex.
+        skip_depthwise: leave depthwise and grouped convolutions out, for methods that cannot adapt them.
+        options: everything else goes to the PEFT config.
+    """
+
+    head_only = False
+
+    def __init__(
+        self,
+        name: str,
+        config_class: str,
+        lr: float,
+        head_lr: float,
+        target_modules: str | Sequence[str] = "all",
+        skip_depthwise: bool = False,
+        **options: Any,
+    ) -> None:
+        module, _, attribute = config_class.rpartition(".")
+        if module.split(".")[0] not in ("flora", "peft"):
+            raise ValueError(f"adapter.config_class {config_class!r} is not allowed: name a config of flora or peft")
+        self.name = name
+        self.config_class = getattr(importlib.import_module(module), attribute)
+        self.target_modules = target_modules
+        self.skip_depthwise = skip_depthwise
+        self.options = options
+
+    def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
+        """Wrap ``model``; raises ValueError naming the field when a setting does not fit the model."""
+        targets, skipped = self._targets(model, head)
+        config = self.config_class(target_modules=targets, modules_to_save=list(head), **self.options)
+        wrapped = peft.get_peft_model(model, config)
+        return Adapted(wrapped, skipped, _ranks(wrapped))
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's format, head included)."""
+        assert isinstance(model, peft.PeftModel)
+        model.save_pretrained(str(folder))
+
+    def _targets(self, model: nn.Module, head: Sequence[str]) -> tuple[str | list[str], list[str]]:
+        if self.target_modules == "all":
+            names = [
+                name
+                for name, module in model.named_modules()
+                if isinstance(module, _LAYERS) and not in_head(name, head)
+            ]
+        elif self.skip_depthwise:
+            probe = peft.LoraConfig(target_modules=self.target_modules)
+            names = [n for n, m in model.named_modules() if isinstance(m, _LAYERS) and _matches(probe, n)]
+        else:
+            targets = self.target_modules
+            return (targets if isinstance(targets, str) else list(targets)), []
+        grouped = [n for n in names if self.skip_depthwise and getattr(model.get_submodule(n), "groups", 1) > 1]
+        return sorted(set(names) - set(grouped)), sorted(grouped)
+
+
+class LinearProbe:
+    """Train the head on the frozen backbone."""
+
+    head_only = True
+
+    def __init__(self, name: str, lr: float, head_lr: float) -> None:
+        self.name = name
+
+    def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
+        """Freeze everything but the head."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(in_head(name, head))
+        return Adapted(model)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the head to ``model.safetensors``."""
+        trained = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+class Full:
+    """Train every parameter; normalisation statistics move as well."""
+
+    head_only = False
+
+    def __init__(self, name: str, lr: float, head_lr: float) -> None:
+        self.name = name
+
+    def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
+        """Unfreeze everything."""
+        return Adapted(model.requires_grad_(True))
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the whole state, buffers included, to ``model.safetensors``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {n: t.detach().contiguous().cpu() for n, t in model.state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def in_head(name: str, head: Sequence[str]) -> bool:
+    """Whether a parameter or module name, possibly behind PEFT's prefix, belongs to the classifier."""
+    name = name.removeprefix("base_model.model.")
+    return any(name == h or name.startswith(f"{h}.") for h in head)
+
+
+def load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:
+    """Put what ``save`` wrote onto a fresh base model, whichever method wrote it.
+
+    Raises:
+        ValueError: nothing saved in ``folder``, or saved from another model or number of classes.
+    """
+    if (folder / "adapter_config.json").exists():
+        if not (folder / "adapter_model.safetensors").exists():
+            raise ValueError(f"{folder} has no adapter_model.safetensors (other formats are not loaded)")
+        try:
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from error
+        return Adapted(wrapped, [], _ranks(wrapped))
+    if not (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} holds neither adapter_config.json nor model.safetensors")
+    try:
+        state = load_file(folder / "model.safetensors")
+        result = model.load_state_dict(state, strict=False)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from error
+    missing_head = [name for name in result.missing_keys if in_head(name, head)]
+    if result.unexpected_keys or missing_head:
+        raise ValueError(f"{folder} does not fit this model: it was trained with another one")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in state)
+    return Adapted(model)
+
+
+def _matches(config: peft.PeftConfig, name: str) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return bool(check_target_module_exists(config, name))
+
+
+def _ranks(model: peft.PeftModel) -> dict[str, list[int]]:
+    """Effective ranks per layer: FLoRA knows its own, other rank-based methods carry ``r`` per adapter."""
+    tuner = model.base_model
+    if hasattr(tuner, "effective_ranks"):
+        return tuner.effective_ranks()
+    ranks = {}
+    for name, module in tuner.model.named_modules():
+        r = getattr(module, "r", None)
+        if isinstance(r, dict) and "default" in r:
+            ranks[name] = [int(r["default"])]
+    return ranks

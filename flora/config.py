@@ -1,0 +1,104 @@
+"""The boundary to Hydra: safe instantiation, the run's identity, and one-line errors with exit code 2."""
+
+import hashlib
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flora.errors import ConfigError, FloraError
+
+# A ``_target_`` runs code, so a config may only name ours.
+ALLOWED_TARGETS = ("flora.",)
+
+# Bumped whenever the same config would give other numbers; older records then show as stale.
+METHOD_VERSION = 1
+
+# What decides the result. Everything else (paths, logging, debugging) may differ between two equal runs.
+_SEMANTIC = ("mode", "checkpoint", "task", "model", "adapter", "trainer", "protocol", "seed")
+_NOT_SEMANTIC = {"trainer": ("num_workers", "device", "log_every")}
+
+
+def instantiate(node: DictConfig, **kwargs: Any) -> Any:
+    """Build the object that a config node's ``_target_`` names, refusing targets outside the package.
+
+    Raises:
+        ConfigError: a target that is not ours, an unknown key, or a value the constructor rejects.
+    """
+    for target in _targets(OmegaConf.to_container(node, resolve=True)):
+        if not target.startswith(ALLOWED_TARGETS):
+            raise ConfigError(f"_target_ {target!r} is not allowed: only {', '.join(ALLOWED_TARGETS)}* may be named")
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, FloraError):
+            raise cause from None
+        if isinstance(cause, TypeError | ValueError):
+            raise ConfigError(f"{node.get('_target_', '?')}: {cause}") from error
+        raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def _targets(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        found = [str(node["_target_"])] if "_target_" in node else []
+        return found + [t for value in node.values() for t in _targets(value)]
+    if isinstance(node, list):
+        return [t for value in node for t in _targets(value)]
+    return []
+
+
+def semantic_config(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved part of the config that decides the result, as plain containers."""
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(resolved, dict)
+    semantic = {key: resolved[key] for key in _SEMANTIC if resolved.get(key) is not None}
+    for group, keys in _NOT_SEMANTIC.items():
+        semantic[group] = {k: v for k, v in semantic[group].items() if k not in keys}
+    return semantic | {"method_version": METHOD_VERSION}
+
+
+def run_id(cfg: DictConfig, checkpoint_digest: str | None = None) -> str:
+    """Twelve hex digits that name a run: equal for equal semantic configs, on any machine and rank.
+
+    A checkpoint to evaluate counts by its content, not by where it lies.
+    """
+    semantic = semantic_config(cfg) | {"checkpoint": checkpoint_digest}
+    text = json.dumps(semantic, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
+    """Run a Hydra entry point; bad input ends in one ``error:`` line on stderr and exit code 2.
+
+    Hydra prints its own composition errors and exits 1. With HYDRA_FULL_ERROR set it lets exceptions through, so that
+    one place decides what the user sees.
+    """
+    try:
+        entry()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (FloraError, HydraException, OmegaConfBaseException) as error:
+        if trace():
+            traceback.print_exc()
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if trace():
+            traceback.print_exc()
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2 if error.filename else 1)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks, with the cause that Hydra and OmegaConf keep in later lines."""
+    parts = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        parts.append(str(error.__cause__).splitlines()[0].strip())
+    return "; ".join(dict.fromkeys(parts)) or type(error).__name__

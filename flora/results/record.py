@@ -1,0 +1,158 @@
+"""The record of a run: one JSON file that holds what was run, where, and what came out."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA_VERSION = 1
+STATUSES = ("finished", "failed", "interrupted", "running")
+_PACKAGES = ("flora", "torch", "torchvision", "transformers", "accelerate", "peft", "timm", "datasets", "numpy")
+
+
+@dataclass
+class Record:
+    """Everything a table needs to know of a run.
+
+    Attributes:
+        schema_version, method_version: versions of this layout and of the numerics.
+        run_id: hash of the semantic config.
+        status: one of finished, failed, interrupted, running.
+        metric, value: the task's headline metric on ``split``; ``metrics`` holds all of them.
+        trainable_params: parameters of the adapter, or of the trained backbone, without the head; ``head_params`` those
+            of the trained head, ``total_params`` those of the base model with its head.
+        skipped_layers: targeted layers that the method could not adapt.
+        ranks: effective ranks per layer.
+        selection: learning-rate choice: grid, validation values, seconds spent; empty without a grid.
+        train_seconds: the reported run's training time without evaluation, in seconds.
+        examples_per_second: training throughput of the reported run.
+        peak_memory_bytes: peak while training (GPU allocator, or resident memory on a CPU).
+        data: facts of the splits: sources, counts, checksums.
+        weights: facts of the pretrained weights: source and sha256.
+        history: logged training losses and validation metrics of the reported run.
+    """
+
+    run_id: str
+    method_version: int
+    task: str
+    dataset: str
+    model: str
+    adapter: str
+    protocol: str
+    mode: str
+    seed: int
+    config: dict[str, Any]
+    command: str
+    dtype: str
+    device: str
+    started: str
+    status: str = "running"
+    schema_version: int = SCHEMA_VERSION
+    metric: str | None = None
+    value: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    split: str = "test"
+    lr: float | None = None
+    selection: dict[str, Any] = field(default_factory=dict)
+    trainable_params: int | None = None
+    head_params: int | None = None
+    total_params: int | None = None
+    skipped_layers: list[str] = field(default_factory=list)
+    ranks: dict[str, list[int]] = field(default_factory=dict)
+    train_seconds: float | None = None
+    examples_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    adapter_path: str | None = None
+    deterministic: bool = False
+    commit: str | None = field(default_factory=lambda: commit()[0])
+    dirty: bool | None = field(default_factory=lambda: commit()[1])
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    error: str | None = None
+    finished: str | None = None
+
+    def write(self, path: Path) -> None:
+        """Write atomically: a reader sees the old file or the whole new one."""
+        write_json(path, asdict(self))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON (NaN refused) to a temporary neighbour, sync it to disk, then rename it into place."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601 with seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def device_name(use_cpu: bool) -> str:
+    """The accelerator's name, or the processor's with the number of threads torch uses."""
+    if torch.cuda.is_available() and not use_cpu:
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"cpu: {model}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """The source's git commit and whether tracked files outside results/ differ from it; (None, None) outside git."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    carried = os.environ.get("FLORA_COMMIT")  # where only the tree travels: `git describe --always --dirty --abbrev=40`
+    if carried:
+        return carried.removesuffix("-dirty"), carried.endswith("-dirty")
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None, None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+        return git("rev-parse", "HEAD"), bool(changed)
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def command() -> str:
+    """The command line of this process, as a user would type it."""
+    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

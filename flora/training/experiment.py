@@ -1,0 +1,222 @@
+"""One run: build, choose the learning rate, train, test once."""
+
+import gc
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import Dataset
+
+from flora.adapters.methods import Adapted, in_head, load
+from flora.errors import ConfigError
+from flora.training.settings import Protocol, TrainerSettings
+from flora.training.trainer import Forward, Trainer
+
+
+@dataclass
+class Outcome:
+    """What a run found.
+
+    Attributes:
+        adapted: the trained model.
+        trainer: the trainer that trained or evaluated it.
+        metrics: all metrics on the test split.
+        lr: learning rate of the reported run, None for an evaluation.
+        selection: the learning-rate choice.
+    """
+
+    adapted: Adapted
+    trainer: Trainer
+    metrics: dict[str, float]
+    lr: float | None = None
+    selection: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Experiment:
+    """A task, a pretrained model and a fine-tuning method, ready to run.
+
+    Attributes:
+        task, model, method: what Hydra instantiated.
+        settings, protocol: how to train and what to select on.
+        splits: the task's data.
+        seed: seeds the head, the adapter, data order and dropout.
+        folder: the run's output folder.
+        report_to: transformers' name of the logger, for the reported run only.
+    """
+
+    task: Any
+    model: Any
+    method: Any
+    settings: TrainerSettings
+    protocol: Protocol
+    splits: Any
+    seed: int
+    folder: Path
+    report_to: str = "none"
+
+    def train(self) -> Outcome:
+        """Choose the learning rate if the protocol has a grid, train, test once."""
+        splits, protocol = self.splits, self.protocol
+        lr, selection, chosen = self._select() if protocol.lr_grid else (self.settings.lr, {}, None)
+        if chosen is not None:
+            adapted, trainer = chosen
+        elif protocol.final_train == "train":
+            adapted, trainer = self._fit(lr, splits.train, splits.validation, "train", self.report_to)
+        else:
+            both = splits.train.concat(splits.validation)
+            adapted, trainer = self._fit(lr, both, None, "train", self.report_to)
+        return Outcome(adapted, trainer, self._test(trainer), lr, selection)
+
+    def evaluate(self, checkpoint: Path) -> Outcome:
+        """Load what an earlier run saved and test it."""
+        model = self._base()
+        try:
+            adapted = load(model, self.model.classifier, checkpoint)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"checkpoint: {error}") from error
+        trainer = self._trainer(adapted, self.settings, None, None, "evaluate", "none")
+        return Outcome(adapted, trainer, self._test(trainer))
+
+    def counts(self, adapted: Adapted) -> dict[str, int]:
+        """Parameters trained outside the head, trained in the head, and of the base model with its head."""
+        trained = [(n, p.numel()) for n, p in adapted.model.named_parameters() if p.requires_grad]
+        in_heads = sum(size for name, size in trained if in_head(name, self.model.classifier))
+        return {
+            "trainable_params": sum(size for _, size in trained) - in_heads,
+            "head_params": in_heads,
+            "total_params": sum(p.numel() for p in self._base().parameters()),
+        }
+
+    def _select(self) -> tuple[float, dict[str, Any], tuple[Adapted, Trainer] | None]:
+        """Train once per learning rate of the grid; the best validation metric wins, the smaller rate on a tie."""
+        name = f"eval_{self.task.metric}"
+        started, best, kept = time.perf_counter(), (-float("inf"), 0.0), None
+        values: dict[str, float] = {}
+        reuse = self.protocol.final_train == "train"
+        for lr in sorted(self.protocol.lr_grid or []):
+            report = self.report_to if reuse else "none"
+            fitted = self._fit(lr, self.splits.train, self.splits.validation, f"lr {lr:g}", report)
+            history = [entry[name] for entry in fitted[1].state.log_history if name in entry]
+            value = max(history) if self.protocol.select == "best" else history[-1]
+            values[f"{lr:g}"] = value
+            if value > best[0]:
+                best, kept = (value, lr), fitted
+            if not reuse:
+                kept = None
+            del fitted
+            _free()
+        selection = {
+            "split": "validation",
+            "metric": self.task.metric,
+            "values": values,
+            "chosen": best[1],
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        print(f"learning rate {best[1]:g} chosen on validation: {values}", file=sys.stderr)
+        return best[1], selection, kept
+
+    def _fit(
+        self, lr: float, train: Dataset, validation: Dataset | None, label: str, report_to: str
+    ) -> tuple[Adapted, Trainer]:
+        head_lr = lr if self.method.head_only else self.settings.head_lr
+        settings = replace(self.settings, lr=lr, head_lr=head_lr)
+        adapted = self._adapt()
+        trainer = self._trainer(adapted, settings, train, validation, label, report_to)
+        trainer.train()
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+        return adapted, trainer
+
+    def _base(self) -> nn.Module:
+        transformers.set_seed(self.seed)
+        return self.model.build(self.splits.num_classes, drop_path=self.settings.drop_path)
+
+    def _adapt(self) -> Adapted:
+        base = self._base()
+        transformers.set_seed(self.seed)
+        try:
+            return self.method.apply(base, self.model.classifier)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"adapter: {error}") from error
+
+    def _trainer(
+        self,
+        adapted: Adapted,
+        settings: TrainerSettings,
+        train: Dataset | None,
+        validation: Dataset | None,
+        label: str,
+        report_to: str,
+    ) -> Trainer:
+        return Trainer(
+            model=adapted.model,
+            settings=settings,
+            forward=images_forward(self.model, self.task.augment()),
+            head=self.model.classifier,
+            metric=self.task.metrics(),
+            metric_name=self.task.metric,
+            folder=self.folder / f"checkpoints-{os.getpid()}",
+            train=train,
+            validation=_limited(validation, settings.max_eval_examples),
+            select=self.protocol.select,
+            seed=self.seed,
+            report_to=report_to,
+            progress=label,
+        )
+
+    def _test(self, trainer: Trainer) -> dict[str, float]:
+        test = _limited(self.splits.test, self.settings.max_eval_examples)
+        found = trainer.evaluate(test, metric_key_prefix="test")
+        skip = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+        named = {k.removeprefix("test_"): v for k, v in found.items() if k.startswith("test_")}
+        return {k: float(v) for k, v in named.items() if k not in skip}
+
+
+def images_forward(model: Any, augment: nn.Module | None) -> Forward:
+    """The forward pass of an image classifier: augment (training only) and normalise uint8 batches on their device."""
+
+    def forward(module: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> torch.Tensor:
+        images = batch["pixel_values"]
+        if training and augment is not None:
+            images = augment(images)
+        return module(model.normalize(images))
+
+    return forward
+
+
+def evaluate(
+    module: nn.Module, model: Any, task: Any, dataset: Dataset, batch_size: int = 256, device: str = "auto"
+) -> dict[str, float]:
+    """Metrics of a fine-tuned module on a dataset, as a run computes them.
+
+    Args:
+        module: classifier of uint8 images normalised by ``model``.
+        model: the model spec (``flora.models``), for the normalisation.
+        task: the task, for its metrics.
+        dataset: items ``pixel_values`` uint8 [3, H, W] and ``labels``.
+        batch_size: equal to the run's ``trainer.eval_batch_size`` for bit-equal metrics.
+        device: ``auto`` or ``cpu``.
+    """
+    settings = TrainerSettings(epochs=1, lr=1, head_lr=1, eval_batch_size=batch_size, device=device)
+    trainer = Trainer(
+        module, settings, images_forward(model, None), model.classifier, task.metrics(), task.metric, Path(os.devnull)
+    )
+    found = trainer.evaluate(dataset, metric_key_prefix="test")
+    return {k.removeprefix("test_"): float(v) for k, v in found.items() if k.startswith("test_")}
+
+
+def _limited(dataset: Any, limit: int | None) -> Any:
+    return dataset if dataset is None or limit is None or limit >= len(dataset) else dataset.subset(limit)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,134 @@
+"""Settings that Hydra instantiates: how to train, what to select on, where things live, who logs."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from flora.errors import ConfigError
+
+_DTYPES = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Optimisation and hardware.
+
+    Attributes:
+        epochs: passes over the training split; ``max_steps`` (optimiser steps) wins when given.
+        batch_size: examples per optimiser step and process, split over ``gradient_accumulation`` forward passes.
+        lr, head_lr: peak learning rates of the adapter (or backbone) and of the head.
+        warmup_ratio: share of the steps with rising learning rate; then ``schedule`` (a transformers scheduler name).
+        dtype: ``fp32``, or ``bf16`` for autocast over fp32 weights.
+        device: ``auto`` (a GPU when there is one) or ``cpu``.
+        max_eval_examples: at most so many validation and test examples, the first ones; null for all.
+        deterministic: bit-equal repeats on the same machine, where torch has deterministic kernels.
+        log_every: steps between training-loss logs.
+    """
+
+    epochs: float
+    lr: float
+    head_lr: float
+    batch_size: int = 64
+    eval_batch_size: int = 256
+    gradient_accumulation: int = 1
+    max_steps: int | None = None
+    weight_decay: float = 1e-4
+    warmup_ratio: float = 0.1
+    schedule: str = "cosine"
+    max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+    drop_path: float = 0.0
+    dtype: str = "fp32"
+    device: str = "auto"
+    max_eval_examples: int | None = None
+    deterministic: bool = False
+    num_workers: int = 0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "lr", "head_lr", "batch_size", "eval_batch_size", "gradient_accumulation", "log_every")
+        for name in (*positive, "max_steps", "max_eval_examples"):
+            value = getattr(self, name)
+            if value is None and name in ("max_steps", "max_eval_examples"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ConfigError(f"trainer.{name} must be a positive number, got {value!r}")
+        for name in ("batch_size", "eval_batch_size", "gradient_accumulation", "log_every"):
+            if not isinstance(getattr(self, name), int):
+                raise ConfigError(f"trainer.{name} must be a whole number, got {getattr(self, name)!r}")
+        for name in ("weight_decay", "max_grad_norm", "num_workers"):
+            if not isinstance(getattr(self, name), int | float) or getattr(self, name) < 0:
+                raise ConfigError(f"trainer.{name} must not be negative, got {getattr(self, name)!r}")
+        for name in ("warmup_ratio", "label_smoothing", "drop_path"):
+            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"trainer.{name} must lie in [0, 1), got {getattr(self, name)!r}")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"trainer.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if self.device not in ("auto", "cpu"):
+            raise ConfigError(f"trainer.device must be auto or cpu, got {self.device!r}")
+        if self.batch_size % self.gradient_accumulation:
+            raise ConfigError("trainer.batch_size must be a multiple of trainer.gradient_accumulation")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is selected on which split, and what the reported run trains on.
+
+    Attributes:
+        name: the protocol's name in records.
+        select: ``best`` keeps the epoch with the best validation metric, ``last`` the last one.
+        final_train: the reported run's data: ``train``, or ``train+validation`` (then nothing is left to pick the epoch
+            on, so ``select`` must be ``last``).
+        lr_grid: learning rates to choose from on the validation split before the reported run; null uses ``trainer.lr``.
+    """
+
+    name: str
+    select: str
+    final_train: str
+    lr_grid: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.select not in ("best", "last"):
+            raise ConfigError(f"protocol.select must be best or last, got {self.select!r}")
+        if self.final_train not in ("train", "train+validation"):
+            raise ConfigError(f"protocol.final_train must be train or train+validation, got {self.final_train!r}")
+        if self.final_train == "train+validation" and self.select == "best":
+            raise ConfigError("protocol.select=best needs a validation split: set protocol.final_train=train")
+        if self.lr_grid is not None and not (
+            isinstance(self.lr_grid, list) and self.lr_grid and all(_positive(lr) for lr in self.lr_grid)
+        ):
+            raise ConfigError(f"protocol.lr_grid must be a list of positive numbers, got {self.lr_grid!r}")
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where things live; relative paths start at the working directory.
+
+    Attributes:
+        data: dataset folders, ``DATASET/{train*,validation,test}.parquet``.
+        output: adapters, checkpoints and logs, one folder per run id.
+        results: records, one JSON file per run.
+    """
+
+    data: str
+    output: str
+    results: str
+
+    def prepare(self, run: str) -> Path:
+        """Make the run's output folder and the results folder; ConfigError when one cannot be written."""
+        for key, folder in (("output", Path(self.output) / run), ("results", Path(self.results))):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".write-test-{os.getpid()}"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                reason = error.strerror or error
+                raise ConfigError(
+                    f"paths.{key}: cannot write to {folder} ({reason}); choose another folder with paths.{key}=DIR"
+                ) from error
+        return Path(self.output) / run

@@ -1,0 +1,274 @@
+"""The shared trainer: transformers' loop with our forward pass, parameter groups, meters and progress bar."""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from flora.adapters.methods import in_head
+from flora.training.meters import PeakMemory
+from flora.training.settings import TrainerSettings
+
+Forward = Callable[[nn.Module, dict[str, torch.Tensor], bool], torch.Tensor]
+
+
+class TrainingDiverged(RuntimeError):
+    """The training loss became NaN or infinite."""
+
+
+class Trainer(transformers.Trainer):
+    """Fine-tunes any module whose forward pass is given as a function.
+
+    Args:
+        model: a module whose trainable parameters are already chosen.
+        settings: optimisation settings.
+        forward: ``(model, batch, training) -> logits [N, C]``; the batch is on the device.
+        head: names of the classifier modules, which train with ``settings.head_lr``.
+        metric: object with ``compute(predictions=..., references=...) -> {name: value}``; the selection metric is
+            ``metric_name``.
+        folder: where checkpoints go.
+        select: ``best`` restores the epoch with the best metric on ``validation`` after training.
+        seed: seeds data order and dropout.
+        report_to: transformers' name of the logger, or ``none``.
+        progress: what the progress bar calls this run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainerSettings,
+        forward: Forward,
+        head: Sequence[str],
+        metric: Any,
+        metric_name: str,
+        folder: Path,
+        train: torch.utils.data.Dataset | None = None,
+        validation: torch.utils.data.Dataset | None = None,
+        select: str = "last",
+        seed: int = 0,
+        report_to: str = "none",
+        progress: str = "",
+    ) -> None:
+        self.settings = settings
+        self.forward = forward
+        self.head = list(head)
+        keep_best = select == "best" and validation is not None and train is not None
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=settings.epochs,
+            max_steps=settings.max_steps or -1,
+            per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation,
+            per_device_eval_batch_size=settings.eval_batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            learning_rate=settings.lr,
+            weight_decay=settings.weight_decay,
+            lr_scheduler_type=settings.schedule,
+            warmup_steps=settings.warmup_ratio,
+            max_grad_norm=settings.max_grad_norm,
+            bf16=settings.dtype == "bf16",
+            use_cpu=settings.device == "cpu",
+            seed=seed,
+            data_seed=seed,
+            full_determinism=settings.deterministic,
+            eval_strategy="epoch" if validation is not None and train is not None else "no",
+            save_strategy="epoch" if keep_best else "no",
+            save_total_limit=1,
+            save_only_model=True,
+            load_best_model_at_end=keep_best,
+            metric_for_best_model=metric_name,
+            greater_is_better=True,
+            logging_steps=settings.log_every,
+            logging_nan_inf_filter=False,
+            dataloader_num_workers=settings.num_workers,
+            dataloader_pin_memory=torch.cuda.is_available() and settings.device != "cpu",
+            remove_unused_columns=False,
+            label_names=["labels"],
+            report_to=report_to,
+            disable_tqdm=True,
+            log_level="error",
+        )
+        self.meter = StepMeter()
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=_as_is,
+            train_dataset=train,
+            eval_dataset=validation,
+            compute_metrics=lambda p: metric.compute(predictions=p.predictions, references=p.label_ids),
+            callbacks=[self.meter, StopOnDivergence()],
+        )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Progress(progress) if sys.stderr.isatty() else EpochLines(progress))
+        self._frozen_norms = _frozen_norms(model)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy of the logits, in fp32 whatever the autocast dtype."""
+        if model.training:
+            for module in self._frozen_norms:
+                module.eval()
+        labels = inputs["labels"]
+        logits = self.forward(model, inputs, model.training)
+        loss = F.cross_entropy(
+            logits.float(), labels, label_smoothing=self.settings.label_smoothing if model.training else 0.0
+        )
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def create_optimizer(self, model=None):
+        """AdamW with one learning rate for the adapter or backbone and one for the head; no decay on 1-D parameters."""
+        if self.optimizer is None:
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            for name, parameter in (model or self.model).named_parameters():
+                if parameter.requires_grad:
+                    key = (in_head(name.removeprefix("module."), self.head), parameter.ndim > 1)
+                    groups.setdefault(key, []).append(parameter)
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.settings.head_lr if is_head else self.settings.lr,
+                        "weight_decay": self.settings.weight_decay if decays else 0.0,
+                    }
+                    for (is_head, decays), parameters in groups.items()
+                ],
+                **kwargs,
+            )
+        return self.optimizer
+
+    def evaluate(self, *args, **kwargs):
+        """Evaluate, with the time kept out of the training throughput."""
+        with self.meter.pause():
+            return super().evaluate(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Save a checkpoint without transformers' pickled arguments."""
+        super()._save(output_dir, state_dict)
+        if output_dir is not None:
+            (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+
+class StepMeter(TrainerCallback):
+    """Training time without evaluation, examples per second and peak memory."""
+
+    def __init__(self) -> None:
+        self.train_seconds = 0.0
+        self.steps = 0
+        self.peak_memory_bytes = 0
+        self._started: float | None = None
+        self._memory = PeakMemory()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start the clock and reset the peak."""
+        self._memory.reset()
+        self._started = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Stop the clock and read the peak."""
+        self._stop()
+        self.steps = state.global_step
+        self.peak_memory_bytes = self._memory.read()
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Keep what happens inside out of the training time."""
+        running = self._started is not None
+        self._stop()
+        try:
+            yield
+        finally:
+            if running:
+                self._started = time.perf_counter()
+
+    def _stop(self) -> None:
+        if self._started is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.train_seconds += time.perf_counter() - self._started
+            self._started = None
+
+
+class StopOnDivergence(TrainerCallback):
+    """Raises TrainingDiverged at the first logged loss that is not finite."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Check the logged loss."""
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise TrainingDiverged(f"the training loss was {loss} at step {state.global_step}: lower trainer.lr")
+
+
+class Progress(ProgressCallback):
+    """A progress bar on stderr that shows the last loss and validation metric beside it, and leaves stdout alone."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__()
+        self.label = label
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Open the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.label)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """No second bar for evaluation."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show the newest loss and validation metric."""
+        if self.training_bar is None:
+            return
+        for name, value in (logs or {}).items():
+            if name == "loss" or name == f"eval_{args.metric_for_best_model}":
+                self._shown[name.removeprefix("eval_")] = f"{value:.4g}"
+        self.training_bar.set_postfix(self._shown)
+
+
+class EpochLines(TrainerCallback):
+    """One plain line an epoch on stderr, where no terminal could draw a bar."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Print the epoch, the newest loss and the newest validation metric."""
+        shown = {}
+        for logs in state.log_history:
+            for name in ("loss", f"eval_{args.metric_for_best_model}"):
+                if name in logs:
+                    shown[name.removeprefix("eval_")] = f"{logs[name]:.4g}"
+        figures = " ".join(f"{name} {value}" for name, value in shown.items())
+        print(f"{self.label} epoch {state.epoch:.0f}/{args.num_train_epochs:g} {figures}", file=sys.stderr, flush=True)
+
+
+def logits_of(trainer: Trainer, dataset: torch.utils.data.Dataset) -> np.ndarray:
+    """The model's logits [N, C] over a dataset, in order."""
+    return np.asarray(trainer.predict(dataset).predictions)
+
+
+def _as_is(batch: Any) -> Any:
+    # Datasets gather whole batches in __getitems__, so there is nothing left to collate.
+    return batch
+
+
+def _frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """Normalisation layers with running statistics whose parameters are frozen: their statistics stay frozen too.
+
+    Otherwise an adapter's base model would drift, and the saved adapter could not reproduce the run.
+    """
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters())
+    ]
