@@ -1,0 +1,7 @@
+"""Datasets and their protocols: what to train on, how to split it and how to score it."""
+
+from flora.tasks.base import ImageDataset, ImageTask, Splits, Task
+from flora.tasks.digits import Digits
+from flora.tasks.vtab import Vtab
+
+__all__ = ["Digits", "ImageDataset", "ImageTask", "Splits", "Task", "Vtab"]

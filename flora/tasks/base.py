@@ -1,0 +1,172 @@
+"""What every task gives the trainer: three splits, a metric and, for images, an augmentation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from flora.errors import ConfigError
+from flora.tasks.augment import Augment
+from flora.tasks.metrics import Classification
+
+AUGMENTATIONS = ("none", "crop", "flip", "crop_flip")
+
+
+class ImageDataset(Dataset[dict[str, Tensor]]):
+    """Decoded images in memory; a batch is gathered with one indexing call.
+
+    Args:
+        images: uint8 ``[N, 3, H, W]``. Grey images may be an expanded ``[N, 1, H, W]``: it takes a third of the memory.
+        labels: int64 ``[N]``, class indices.
+
+    Raises:
+        ValueError: on another dtype or shape.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be uint8 [N, 3, H, W], not {images.dtype} {list(images.shape)}")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(f"labels must be int64 [{len(images)}], not {labels.dtype} {list(labels.shape)}")
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One example: ``pixel_values`` uint8 ``[3, H, W]`` and ``labels`` int64 ``[]``."""
+        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A whole batch: ``pixel_values`` uint8 ``[B, 3, H, W]`` and ``labels`` int64 ``[B]``.
+
+        The DataLoader hands it to ``collate_fn``, which is then the identity.
+        """
+        chosen = torch.as_tensor(indices)
+        return {"pixel_values": self.images.index_select(0, chosen), "labels": self.labels[chosen]}
+
+    def concat(self, other: ImageDataset) -> ImageDataset:
+        """Both after each other, copied; unlike torch's ConcatDataset the result still gathers a batch in one call."""
+        return ImageDataset(torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels]))
+
+    def subset(self, count: int, seed: int = 0) -> ImageDataset:
+        """``count`` examples in their old order, drawn with ``seed``: stored splits are often sorted by class."""
+        if count >= len(self):
+            return self
+        chosen = torch.from_numpy(np.sort(draw(len(self), seed)[:count]))
+        return ImageDataset(self.images.index_select(0, chosen), self.labels[chosen])
+
+
+def draw(count: int, seed: int) -> np.ndarray:
+    """A random order of ``range(count)``, int64 ``[count]``, the same on every machine.
+
+    RandomState and not Generator: only its stream is promised never to change (NumPy's NEP 19).
+    """
+    return np.random.RandomState(seed).permutation(count)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A loaded task.
+
+    ``train`` fits the adapter, ``validation`` chooses settings and epochs, ``test`` is evaluated once. ``facts`` is
+    JSON-able and goes into the record: ``source``, ``counts`` per split, ``split_rule``, ``sha256`` of the files or of
+    the rendered content, ``unreadable`` images skipped, ``warnings``.
+    """
+
+    train: ImageDataset
+    validation: ImageDataset
+    test: ImageDataset
+    num_classes: int
+    class_names: list[str]
+    facts: dict[str, Any]
+
+
+class Task(ABC):
+    """A dataset with its protocol, built by Hydra from ``configs/task``.
+
+    Attributes:
+        name: of the family, ``vtab``.
+        dataset: within the family, ``eurosat``.
+        metric: the key of ``metrics().compute(...)`` that selects and is reported.
+        epochs: default length of training.
+        default_model: the config of group ``model`` used when none is chosen.
+    """
+
+    name: str
+    dataset: str
+    metric: str
+    epochs: int
+    default_model: str
+
+    @abstractmethod
+    def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
+        """Read, check and split the data.
+
+        Args:
+            image_size: side in pixels; the whole image is resized to a square, as VTAB does.
+            data_dir: the folder ``paths.data``, or None for tasks that need no file.
+            interpolation: ``nearest``, ``bilinear`` or ``bicubic``.
+
+        Raises:
+            ConfigError: for a setting that cannot be used.
+            DataError: for data that is missing, unreadable or inconsistent.
+        """
+
+    @abstractmethod
+    def augment(self) -> nn.Module | None:
+        """A module on uint8 batches ``[B, 3, H, W]`` of any device, for training only, or None."""
+
+    @abstractmethod
+    def metrics(self) -> evaluate.Metric:
+        """The metric, ready to ``compute``, with ``greater_is_better``; it needs no network."""
+
+
+class ImageTask(Task):
+    """Image classification: accuracy, and crop and flip where the labels survive them.
+
+    Args:
+        epochs: default length of training.
+        default_model: config of group ``model``.
+        augment: ``auto`` (the dataset's own rule) or one of AUGMENTATIONS.
+        split_seed: of the draw of the splits; apart from the training seed, so that seeds share their data.
+
+    Raises:
+        ConfigError: for an unknown augmentation, or epochs below 1.
+    """
+
+    metric = "accuracy"
+
+    def __init__(self, *, epochs: int, default_model: str, augment: str = "auto", split_seed: int = 0):
+        if augment not in ("auto", *AUGMENTATIONS):
+            raise ConfigError(f"task.augment={augment} is unknown; choose one of auto, {', '.join(AUGMENTATIONS)}")
+        if epochs < 1:
+            raise ConfigError(f"task.epochs={epochs} must be at least 1")
+        self.epochs = epochs
+        self.default_model = default_model
+        self.split_seed = split_seed
+        self._augment = augment
+
+    @property
+    @abstractmethod
+    def safe_augmentation(self) -> str:
+        """What ``augment=auto`` means here: the strongest of AUGMENTATIONS that keeps the labels true."""
+
+    def augment(self) -> nn.Module | None:
+        """Random crop with padding, and flip where allowed; None if the labels would not survive."""
+        policy = self.safe_augmentation if self._augment == "auto" else self._augment
+        return None if policy == "none" else Augment(crop="crop" in policy, flip="flip" in policy)
+
+    def metrics(self) -> Classification:
+        """Accuracy and mean per-class accuracy."""
+        return Classification()

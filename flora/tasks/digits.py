@@ -1,0 +1,45 @@
+"""scikit-learn's handwritten digits: 1797 images that come with the library, a smoke test of seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from flora.tasks.base import ImageTask, Splits
+from flora.tasks.images import from_grey
+
+
+class Digits(ImageTask):
+    """The 8 x 8 digits of the UCI set "Optical Recognition of Handwritten Digits" (CC BY 4.0), scaled up.
+
+    60 % train, 20 % validation, 20 % test, stratified by class. Arguments are those of ImageTask.
+    """
+
+    name = "digits"
+    dataset = "digits"
+    safe_augmentation = "none"
+
+    def load(self, *, image_size: int, data_dir: Path | None = None, interpolation: str = "bicubic") -> Splits:
+        """See Task.load; no file is read."""
+        data = load_digits()
+        grey = np.round(data.images * (255 / 16)).astype(np.uint8)
+        rest, test = train_test_split(
+            np.arange(len(grey)), test_size=0.2, random_state=self.split_seed, stratify=data.target
+        )
+        train, validation = train_test_split(
+            rest, test_size=0.25, random_state=self.split_seed, stratify=data.target[rest]
+        )
+        rows = {"train": train, "validation": validation, "test": test}
+        facts = {
+            "source": "sklearn.datasets.load_digits",
+            "counts": {split: len(chosen) for split, chosen in rows.items()},
+            "split_rule": f"stratified draw, seed {self.split_seed}",
+        }
+        splits = {
+            split: from_grey(grey[chosen], data.target[chosen], image_size, interpolation)
+            for split, chosen in rows.items()
+        }
+        return Splits(**splits, num_classes=10, class_names=[str(digit) for digit in range(10)], facts=facts)

@@ -1,0 +1,127 @@
+"""From encoded images to one uint8 tensor: opening, resizing, and what happens to an image that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+
+from flora.errors import ConfigError, DataError
+from flora.tasks.base import ImageDataset
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Labelled images not decoded yet.
+
+    Attributes:
+        labels: int64 ``[N]``, class indices.
+        open_rows: given ascending rows int64 ``[n]``, yields for each, in order, a function that opens its image. The
+            function may raise anything if the image is broken.
+        where: names a row for an error message, ``train.parquet, row 17``.
+    """
+
+    labels: np.ndarray
+    open_rows: Callable[[np.ndarray], Iterator[Callable[[], Image.Image]]]
+    where: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def interpolation_mode(name: str) -> Image.Resampling:
+    """Pillow's resampling filter of a name; ConfigError if there is none."""
+    if name not in INTERPOLATIONS:
+        raise ConfigError(f"interpolation {name!r} is unknown; choose one of {', '.join(INTERPOLATIONS)}")
+    return INTERPOLATIONS[name]
+
+
+def resize(image: Image.Image, size: int, interpolation: str) -> np.ndarray:
+    """The whole image as a square, its aspect ratio given up as in VTAB: uint8 ``[size, size, bands]``."""
+    if image.size != (size, size):
+        image = image.resize((size, size), interpolation_mode(interpolation))
+    return np.asarray(image).reshape(size, size, -1)
+
+
+def decode(
+    pool: Pool, rows: np.ndarray, *, image_size: int, interpolation: str, unreadable: str
+) -> tuple[ImageDataset, list[str]]:
+    """Decode the given rows of a pool, in ascending order.
+
+    Args:
+        pool: where they come from.
+        rows: int64 ``[n]``.
+        image_size: side in pixels.
+        interpolation: a key of INTERPOLATIONS.
+        unreadable: ``error``, or ``skip`` to leave out an image that cannot be decoded.
+
+    Returns:
+        The images, and where the ones left out lie.
+
+    Raises:
+        DataError: for an unreadable image under ``error``, or if nothing is left.
+    """
+    interpolation_mode(interpolation)
+    rows = np.sort(rows)
+    images = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8)
+    pixels = images.numpy()
+
+    def decode_one(position: int, open_image: Callable[[], Image.Image]) -> str | None:
+        try:
+            with open_image() as image:
+                rgb = image.convert("RGB")
+        # Pillow's decoders raise almost any type on broken bytes: OSError, SyntaxError, struct.error, zlib.error, ...
+        except Exception as error:
+            place = pool.where(int(rows[position]))
+            if unreadable == "skip":
+                return place
+            raise DataError(
+                f"{place}: image cannot be decoded ({one_line(error)}); mend it or set task.unreadable=skip"
+            ) from error
+        pixels[position] = resize(rgb, image_size, interpolation).transpose(2, 0, 1)
+        return None
+
+    outcomes: list[str | None] = []
+    openers = pool.open_rows(rows)
+    # Pillow frees the interpreter lock while it decodes. Chunks bound the encoded bytes held at a time.
+    with ThreadPoolExecutor() as threads:
+        while chunk := list(islice(openers, _CHUNK)):
+            outcomes += threads.map(decode_one, range(len(outcomes), len(outcomes) + len(chunk)), chunk)
+    kept = np.array([outcome is None for outcome in outcomes])
+    if not kept.any():
+        raise DataError(f"{pool.where(int(rows[0]))} and all others asked for: no image can be decoded")
+    labels = torch.from_numpy(pool.labels[rows])
+    if not kept.all():
+        chosen = torch.from_numpy(np.flatnonzero(kept))
+        images, labels = images[chosen], labels[chosen]
+    return ImageDataset(images, labels), [outcome for outcome in outcomes if outcome is not None]
+
+
+def from_grey(grey: np.ndarray, labels: np.ndarray, image_size: int, interpolation: str) -> ImageDataset:
+    """A dataset of grey images uint8 ``[N, h, w]``, resized, their one channel shown as three."""
+    interpolation_mode(interpolation)
+    if grey.shape[1:] != (image_size, image_size):
+        resized = np.empty((len(grey), image_size, image_size), np.uint8)
+        for target, source in zip(resized, grey, strict=True):
+            target[:] = resize(Image.fromarray(source), image_size, interpolation)[..., 0]
+        grey = resized
+    images = torch.from_numpy(grey)[:, None].expand(-1, 3, -1, -1)
+    return ImageDataset(images, torch.from_numpy(labels.astype(np.int64)))
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message, for a one-line message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,142 @@
+"""Image folders in the Hugging Face parquet layout: columns image{bytes, path} and label, class names in the schema."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Features
+from PIL import Image
+
+from flora.errors import DataError
+from flora.tasks.images import Pool, one_line
+
+_BATCH = 64
+
+
+def has_splits(folder: Path) -> bool:
+    """Whether the folder holds what a task needs at least: ``train*.parquet`` and ``test.parquet``."""
+    return any(folder.glob("train*.parquet")) and (folder / "test.parquet").is_file()
+
+
+def open_pool(paths: list[Path], num_classes: int) -> tuple[Pool, list[str], dict[str, Any]]:
+    """Check the files of one split and read their labels; images stay encoded until asked for.
+
+    Args:
+        paths: files that follow each other, at least one.
+        num_classes: labels lie in ``[0, num_classes)``.
+
+    Returns:
+        The pool, its class names (numbers where the files name none), and per file its rows and sha256.
+
+    Raises:
+        DataError: for a file that is no parquet, lacks a column, or has labels that do not fit.
+    """
+    files = [_open(path) for path in paths]
+    labels, names, facts = [], [str(index) for index in range(num_classes)], {}
+    for path, file in zip(paths, files, strict=True):
+        _check_columns(path, file.schema_arrow)
+        names = _class_names(path, file.schema_arrow, num_classes) or names
+        labels.append(_labels(path, file, num_classes))
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        facts[path.name] = {"rows": len(labels[-1]), "sha256": digest}
+    starts = np.cumsum([0, *map(len, labels)])
+    if starts[-1] == 0:
+        raise DataError(f"{paths[0]}: no rows; fetch the file again")
+
+    def where(row: int) -> str:
+        index = int(np.searchsorted(starts, row, side="right")) - 1
+        return f"{paths[index]}, row {row - int(starts[index])}"
+
+    def open_rows(rows: np.ndarray) -> Iterator[Callable[[], Image.Image]]:
+        for path, file, start, stop in zip(paths, files, starts[:-1], starts[1:], strict=True):
+            wanted = rows[(rows >= start) & (rows < stop)] - start
+            yield from _open_images(path, file, wanted)
+
+    return Pool(np.concatenate(labels), open_rows, where), names, facts
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({one_line(error)}); fetch it again") from error
+
+
+def _check_columns(path: Path, schema: pa.Schema) -> None:
+    missing = [name for name in ("image", "label") if name not in schema.names]
+    if missing:
+        raise DataError(
+            f"{path}: no column {' and '.join(missing)} (it has {', '.join(schema.names)}); "
+            "an image dataset needs the columns image{bytes, path} and label"
+        )
+    image, label = schema.field("image").type, schema.field("label").type
+    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+        raise DataError(f"{path}: column image is {image}; it must be a struct with the field bytes (encoded images)")
+    if not pa.types.is_integer(label):
+        raise DataError(f"{path}: column label is {label}; it must hold integers, the class indices")
+
+
+def _class_names(path: Path, schema: pa.Schema, num_classes: int) -> list[str] | None:
+    feature = Features.from_arrow_schema(schema)["label"]
+    if not isinstance(feature, ClassLabel):
+        return None
+    if len(feature.names) != num_classes:
+        raise DataError(
+            f"{path}: {len(feature.names)} class names, but this dataset has {num_classes} classes; "
+            "check that the folder holds the right dataset"
+        )
+    return list(feature.names)
+
+
+def _labels(path: Path, file: pq.ParquetFile, num_classes: int) -> np.ndarray:
+    try:
+        column = file.read(columns=["label"])["label"]
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: column label cannot be read ({one_line(error)}); fetch it again") from error
+    # Missing labels become -1, out of range as well.
+    labels = column.cast(pa.int64()).fill_null(-1).to_numpy()
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        row = int(wrong[0])
+        found = column[row].as_py()
+        raise DataError(
+            f"{path}, row {row}: label {'is missing' if found is None else found}, outside 0..{num_classes - 1} "
+            f"({len(wrong)} such rows); mend the file or check that it is the right dataset"
+        )
+    return labels
+
+
+def _open_images(path: Path, file: pq.ParquetFile, rows: np.ndarray) -> Iterator[Callable[[], Image.Image]]:
+    start = taken = 0
+    try:
+        for batch in file.iter_batches(batch_size=_BATCH, columns=["image"]):
+            stop = start + len(batch)
+            end = int(np.searchsorted(rows, stop))
+            for row in rows[taken:end]:
+                cell = batch.column(0)[int(row) - start].as_py() or {}
+                yield _opener(path.parent, cell)
+            start, taken = stop, end
+            if taken == len(rows):
+                return
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: column image cannot be read ({one_line(error)}); fetch it again") from error
+
+
+def _opener(folder: Path, cell: dict[str, Any]) -> Callable[[], Image.Image]:
+    def open_image() -> Image.Image:
+        if cell.get("bytes") is not None:
+            return Image.open(io.BytesIO(cell["bytes"]))
+        if cell.get("path"):
+            # The layout lets a file hold paths instead of bytes.
+            return Image.open(folder / cell["path"])
+        raise ValueError("neither bytes nor path")
+
+    return open_image
