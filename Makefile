@@ -1,26 +1,23 @@
-# make demo: the main job on two CPU cores in minutes. make test: the tests. Both set up .venv by themselves.
+# make demo: the main job on two CPU cores in minutes. make test: the tests. Each sets up .venv by itself.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test check
-demo: .venv/demo
-	$(BIN)/python scripts/reproduce.py demo
-	$(BIN)/python scripts/make_tables.py demo
+demo: .venv/installed
+	$(BIN)/python scripts/reproduce.py demo --results outputs/demo
+	$(BIN)/python scripts/make_tables.py demo --results outputs/demo --output outputs/demo
 
-test: .venv/dev
-	$(BIN)/python -m pytest -q -m "not slow"
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
 
-check: .venv/dev
+check: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --upgrade pip
-
-.venv/demo: .venv/bin/python pyproject.toml
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -e .
 	touch $@
 
-.venv/dev: .venv/demo
+.venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install -e ".[dev]"
 	touch $@

@@ -12,8 +12,8 @@ _STATUS = Path("/proc/self/status")
 class PeakMemory:
     """Peak bytes since the last ``reset``.
 
-    On CUDA the sum over visible devices of the allocator's peak. On a CPU the resident peak of the process (VmHWM), which
-    Linux resets on request; elsewhere the peak since the process started.
+    On CUDA the sum over visible devices of the allocator's peak. On a CPU the resident peak of the process (VmHWM),
+    which Linux resets on request; elsewhere the peak since the process started.
     """
 
     def reset(self) -> None:

@@ -20,7 +20,7 @@ class TrainerSettings:
         warmup_ratio: share of the steps with rising learning rate; then ``schedule`` (a transformers scheduler name).
         dtype: ``fp32``, or ``bf16`` for autocast over fp32 weights.
         device: ``auto`` (a GPU when there is one) or ``cpu``.
-        max_eval_examples: at most so many validation and test examples, the first ones; null for all.
+        max_eval_examples: at most so many validation and test examples, a fixed draw; null for all.
         deterministic: bit-equal repeats on the same machine, where torch has deterministic kernels.
         log_every: steps between training-loss logs.
     """
@@ -79,7 +79,8 @@ class Protocol:
         select: ``best`` keeps the epoch with the best validation metric, ``last`` the last one.
         final_train: the reported run's data: ``train``, or ``train+validation`` (then nothing is left to pick the epoch
             on, so ``select`` must be ``last``).
-        lr_grid: learning rates to choose from on the validation split before the reported run; null uses ``trainer.lr``.
+        lr_grid: learning rates to choose from on the validation split before the reported run; null takes
+            ``trainer.lr``.
     """
 
     name: str
