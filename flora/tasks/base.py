@@ -136,22 +136,30 @@ class ImageTask(Task):
     """Image classification: accuracy, and crop and flip where the labels survive them.
 
     Args:
+        name: of the family, as records show it.
+        dataset: within the family.
         epochs: default length of training.
         default_model: config of group ``model``.
         augment: ``auto`` (the dataset's own rule) or one of AUGMENTATIONS.
         split_seed: of the draw of the splits; apart from the training seed, so that seeds share their data.
 
     Raises:
-        ConfigError: for an unknown augmentation, or epochs below 1.
+        ConfigError: for an unknown augmentation, epochs below 1, or a seed out of range.
     """
 
     metric = "accuracy"
 
-    def __init__(self, *, epochs: int, default_model: str, augment: str = "auto", split_seed: int = 0):
+    def __init__(
+        self, *, name: str, dataset: str, epochs: int, default_model: str, augment: str = "auto", split_seed: int = 0
+    ):
         if augment not in ("auto", *AUGMENTATIONS):
             raise ConfigError(f"task.augment={augment} is unknown; choose one of auto, {', '.join(AUGMENTATIONS)}")
         if epochs < 1:
             raise ConfigError(f"task.epochs={epochs} must be at least 1")
+        if not 0 <= split_seed < 2**32:
+            raise ConfigError(f"task.split_seed={split_seed} must lie in 0..{2**32 - 1}")
+        self.name = name
+        self.dataset = dataset
         self.epochs = epochs
         self.default_model = default_model
         self.split_seed = split_seed

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from flora.errors import ConfigError
 from flora.tasks.base import ImageTask, Splits
 from flora.tasks.images import from_grey
 
@@ -16,11 +18,17 @@ class Digits(ImageTask):
     """The 8 x 8 digits of the UCI set "Optical Recognition of Handwritten Digits" (CC BY 4.0), scaled up.
 
     60 % train, 20 % validation, 20 % test, stratified by class. Arguments are those of ImageTask.
+
+    Raises:
+        ConfigError: for another dataset than ``digits``.
     """
 
-    name = "digits"
-    dataset = "digits"
     safe_augmentation = "none"
+
+    def __init__(self, *, dataset: str, **common: Any):
+        super().__init__(dataset=dataset, **common)
+        if dataset != "digits":
+            raise ConfigError(f"task.dataset={dataset}: task=digits has only digits; task=vtab has the others")
 
     def load(self, *, image_size: int, data_dir: Path | None = None, interpolation: str = "bicubic") -> Splits:
         """See Task.load; no file is read."""

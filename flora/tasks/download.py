@@ -6,11 +6,13 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 from torchvision import datasets
 
@@ -59,29 +61,32 @@ def _caltech101(root: Path, download: bool) -> dict[str, Any]:
     return {"train": datasets.ImageFolder(str(Path(unpacked) / "101_ObjectCategories"))}
 
 
-# For each dataset its loader and the server that it asks.
-_LOADERS: dict[str, tuple[Callable[[Path, bool], dict[str, Any]], str]] = {
-    "caltech101": (_caltech101, "https://data.caltech.edu"),
-    "cifar10": (_cifar10, "https://www.cs.toronto.edu"),
-    "cifar100": (_cifar100, "https://www.cs.toronto.edu"),
-    "dtd": (_dtd, "https://www.robots.ox.ac.uk"),
-    "eurosat": (_eurosat, "https://huggingface.co"),
-    "flowers102": (_flowers102, "https://www.robots.ox.ac.uk"),
-    "pets": (_pets, "https://thor.robots.ox.ac.uk"),
-    "svhn": (_svhn, "http://ufldl.stanford.edu"),
+@dataclass(frozen=True)
+class Source:
+    """How torchvision gets a dataset, from which server, and how many images there are when it is complete."""
+
+    load: Callable[[Path, bool], dict[str, Any]]
+    server: str
+    images: int
+
+
+SOURCES = {
+    "caltech101": Source(_caltech101, "https://data.caltech.edu", 9144),
+    "cifar10": Source(_cifar10, "https://www.cs.toronto.edu", 60000),
+    "cifar100": Source(_cifar100, "https://www.cs.toronto.edu", 60000),
+    "dtd": Source(_dtd, "https://www.robots.ox.ac.uk", 5640),
+    "eurosat": Source(_eurosat, "https://huggingface.co", 27000),
+    "flowers102": Source(_flowers102, "https://www.robots.ox.ac.uk", 8189),
+    "pets": Source(_pets, "https://thor.robots.ox.ac.uk", 7349),
+    "svhn": Source(_svhn, "http://ufldl.stanford.edu", 99289),
 }
-
-
-def downloadable(dataset: str) -> bool:
-    """Whether there is a way to download the dataset; the server may still be out of reach."""
-    return dataset in _LOADERS
 
 
 def download(dataset: str, split_seed: int) -> tuple[dict[str, Pool], list[str], dict[str, Any]]:
     """Fetch a dataset, unless the cache has it.
 
     Args:
-        dataset: one for which ``downloadable`` is true.
+        dataset: a key of SOURCES.
         split_seed: of the draw that makes Caltech101's test set, which has no official one.
 
     Returns:
@@ -90,20 +95,22 @@ def download(dataset: str, split_seed: int) -> tuple[dict[str, Pool], list[str],
     Raises:
         DataError: if the server does not answer within seconds, or the download fails.
     """
-    load, server = _LOADERS[dataset]
+    source = SOURCES[dataset]
     root = Path(os.environ.get("FLORA_CACHE", Path.home() / ".cache" / "flora")) / "datasets"
     try:
-        sets = load(root, False)
+        sets = _load(source, root, fetch=False)
     except (RuntimeError, OSError):
-        _ask(dataset, server)
+        _ask(dataset, source.server)
         try:
             root.mkdir(parents=True, exist_ok=True)
-            sets = load(root, True)
+            # Ranks and sweeps start at once; the first one downloads, the others then find it.
+            with FileLock(root / f"{dataset}.lock"):
+                sets = _load(source, root, fetch=True)
         except (RuntimeError, OSError) as error:
-            raise DataError(f"the download of {dataset} from {server} failed ({one_line(error)})") from error
+            raise DataError(f"the download of {dataset} from {source.server} failed ({one_line(error)})") from error
     pools = {split: _pool(members, np.arange(len(members))) for split, members in sets.items()}
     names = getattr(sets["train"], "classes", None) or [str(c) for c in range(int(pools["train"].labels.max()) + 1)]
-    facts: dict[str, Any] = {"source": f"torchvision, {server}"}
+    facts: dict[str, Any] = {"source": f"torchvision, {source.server}"}
     if dataset == "caltech101":
         # As in tensorflow_datasets, which VTAB reads: 30 images of every class to train, the rest to test.
         labels = pools["train"].labels
@@ -119,6 +126,15 @@ def download(dataset: str, split_seed: int) -> tuple[dict[str, Pool], list[str],
         }
         facts["pool_rule"] = f"{_CALTECH_TRAIN_PER_CLASS} of each class drawn for training, seed {split_seed}"
     return pools, list(names), facts
+
+
+def _load(source: Source, root: Path, fetch: bool) -> dict[str, Any]:
+    sets = source.load(root, fetch)
+    found = sum(map(len, sets.values()))
+    if found != source.images:
+        # torchvision takes a half-unpacked folder for a whole one.
+        raise RuntimeError(f"{found} of {source.images} images under {root}; remove what is there and try again")
+    return sets
 
 
 def _ask(dataset: str, server: str) -> None:

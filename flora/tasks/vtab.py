@@ -17,7 +17,7 @@ import numpy as np
 from flora.errors import ConfigError, DataError
 from flora.tasks import dsprites, parquet
 from flora.tasks.base import ImageDataset, ImageTask, Splits, draw
-from flora.tasks.download import download, downloadable
+from flora.tasks.download import SOURCES, download
 from flora.tasks.images import Pool, decode, from_grey
 
 TRAIN_SIZE, VALIDATION_SIZE = 800, 200
@@ -90,11 +90,8 @@ class Vtab(ImageTask):
         ConfigError: for an unknown dataset or setting.
     """
 
-    name = "vtab"
-
     def __init__(self, *, dataset: str, test_size: str | int = "default", unreadable: str = "error", **common: Any):
-        super().__init__(**common)
-        self.dataset = canonical_name(dataset)
+        super().__init__(dataset=canonical_name(dataset), **common)
         if test_size not in ("default", "full") and not (isinstance(test_size, int) and test_size > 0):
             raise ConfigError(f"task.test_size={test_size} must be default, full or a number above 0")
         if unreadable not in ("error", "skip"):
@@ -174,7 +171,7 @@ class Vtab(ImageTask):
         if folder is not None and folder.is_dir():
             return _open_folder(folder, self.entry.classes)
         reason = self._no_folder(data_dir)
-        if not downloadable(self.dataset):
+        if self.dataset not in SOURCES:
             raise DataError(f"{reason}; {available(data_dir)}")
         try:
             return download(self.dataset, self.split_seed)
