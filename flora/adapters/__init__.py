@@ -1,0 +1,10 @@
+"""FLoRA adapters: the math (tucker), and its form as a PEFT method."""
+
+from flora.adapters.config import FloraConfig
+from flora.adapters.layer import FloraLayer
+from flora.adapters.model import FloraModel
+from flora.adapters.register import register
+
+register()
+
+__all__ = ["FloraConfig", "FloraLayer", "FloraModel"]

@@ -1,0 +1,99 @@
+"""Adapted convolutions of one, two and three dimensions, plain and transposed, with any number of groups."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flora.adapters.config import FloraConfig
+from flora.adapters.layer import FloraLayer
+from flora.adapters.linear import runs_plain_op
+from flora.adapters.tucker import to_tensor
+from flora.adapters.weights import AdaptedWeight, plain
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+class _Conv(FloraLayer):
+    """What plain and transposed convolutions share: modes, and an update that runs as pointwise, core, pointwise."""
+
+    output_dim = 0
+
+    def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
+        base = self.get_base_layer()
+        kinds = ("channel", "channel", *["kernel"] * len(base.kernel_size))
+        return [plain("weight", base.weight.shape, kinds, output_dims=(self.output_dim,))]
+
+    def can_add(self, adapter_name: str) -> bool:
+        return self._known_op()
+
+    def delta_output(self, adapter_name: str, input: Tensor, *args: Any) -> Tensor:
+        described = self.weights[adapter_name]["weight"]
+        input = self.tucker_dropout[adapter_name](input)
+        if self.get_base_layer().groups > 1 or described.folded:
+            # Groups share the input factor but not the channels it acts on: no thin product, so the update runs dense.
+            return self._op(input, self.get_delta_weight(adapter_name).to(input.dtype), *args)
+        factors = self.factors(adapter_name)
+        kernel = to_tensor(self.core(adapter_name) * self.scaling[adapter_name], [None, None, *factors[2:]])
+        inward, outward = factors[1 - self.output_dim], factors[self.output_dim]
+        hidden = input if inward is None else self._pointwise(input, inward.mT)
+        hidden = self._op(hidden, kernel.to(input.dtype), *args)
+        return hidden if outward is None else self._pointwise(hidden, outward)
+
+    def _pointwise(self, input: Tensor, matrix: Tensor) -> Tensor:
+        dims = len(self.get_base_layer().kernel_size)
+        return _CONV[dims](input, matrix.reshape(*matrix.shape, *[1] * dims).to(input.dtype))
+
+    def _known_op(self) -> bool:
+        raise NotImplementedError
+
+    def _op(self, input: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class ConvNd(_Conv):
+    """nn.Conv1d, nn.Conv2d or nn.Conv3d, weight [out, in/groups, kernel...], and subclasses with their own forward."""
+
+    def _known_op(self) -> bool:
+        base = self.get_base_layer()
+        kind = _PLAIN[len(base.kernel_size)]
+        return type(base).forward is kind.forward and type(base)._conv_forward is kind._conv_forward
+
+    def _op(self, input: Tensor, weight: Tensor) -> Tensor:
+        return self.get_base_layer()._conv_forward(input, weight, None)
+
+    def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_layer
+        if runs_plain_op(base, _PLAIN[len(base.kernel_size)]):
+            return base._conv_forward(*args, **kwargs, weight=weights["weight"], bias=base.bias)
+        return super().run_base(weights, *args, **kwargs)
+
+
+class ConvTransposeNd(_Conv):
+    """nn.ConvTranspose1d, 2d or 3d, weight [in, out/groups, kernel...]."""
+
+    output_dim = 1
+
+    def _check_config(self, config: FloraConfig, name: str) -> None:
+        super()._check_config(config, name)
+        if config.use_dora and self.get_base_layer().groups > 1:
+            raise ValueError(
+                f"use_dora: {name} is a grouped transposed convolution, whose outputs share rows; not supported"
+            )
+
+    def _known_op(self) -> bool:
+        base = self.get_base_layer()
+        return type(base).forward is _TRANSPOSED[len(base.kernel_size)].forward
+
+    def _op(self, input: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
+        base = self.get_base_layer()
+        dims = len(base.kernel_size)
+        padding = base._output_padding(
+            input, output_size, base.stride, base.padding, base.kernel_size, dims, base.dilation
+        )
+        return _CONV_TRANSPOSE[dims](
+            input, weight, None, base.stride, base.padding, padding, base.groups, base.dilation
+        )

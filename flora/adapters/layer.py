@@ -1,0 +1,368 @@
+"""The base of all adapted layers: holds cores and factors, builds updates, merges them and runs the adapted layer."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from flora.adapters.config import FloraConfig
+from flora.adapters.init import init_tucker
+from flora.adapters.tucker import factor_modes, to_tensor
+from flora.adapters.weights import AdaptedWeight, fold, ranks_of, scaling_of
+
+
+class FloraLayer(nn.Module, BaseTunerLayer):
+    """A base layer whose weights are adapted by Tucker updates, one set per adapter name.
+
+    Subclasses say which weights their layer has (``describe_weights``) and how to run it: ``run_base`` with other
+    weights in place of its own (the merged form), and where the op is known ``delta_output``, the update's own output
+    (the additive form, factored where the op allows).
+
+    Reading ``weight`` gives the adapted weight while adapters are active, so that code which takes a layer's weight
+    instead of calling the layer (torchvision's Swin, nn.TransformerEncoderLayer) sees the adapter too.
+    """
+
+    adapter_layer_names = ("tucker_core", "tucker_factors", "tucker_magnitude")
+    other_param_names = ("weights", "ranks", "scaling", "form", "tucker_dropout")
+    supports_dora = True
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: FloraConfig, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.tucker_core = nn.ModuleDict()
+        self.tucker_factors = nn.ModuleDict()
+        self.tucker_magnitude = nn.ModuleDict()
+        self.tucker_dropout = nn.ModuleDict()
+        self.weights: dict[str, dict[str, AdaptedWeight]] = {}
+        self.ranks: dict[str, dict[str, tuple[int, ...]]] = {}
+        self.scaling: dict[str, float] = {}
+        self.form: dict[str, str] = {}
+        self._configured_scaling: dict[str, float] = {}
+        self._merged_norm_ratio: dict[str, dict[str, Tensor]] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, name)
+
+    # ------------------------------------------------------------------ what a subclass says about its layer
+
+    def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
+        """The weights of the base layer to adapt."""
+        raise NotImplementedError
+
+    def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The base layer's own forward, with the given weights (by name) in place of its own."""
+        return torch.func.functional_call(self.base_layer, weights, args, kwargs)
+
+    def can_add(self, adapter_name: str) -> bool:
+        """Whether the update's output can be computed apart from the base layer's and added to it."""
+        return False
+
+    def delta_output(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """The update's own output, without bias; defined where ``can_add``."""
+        raise NotImplementedError
+
+    def prefers_adding(self, adapter_name: str) -> bool:
+        """Whether ``forward='auto'`` takes the additive form."""
+        return False
+
+    # ------------------------------------------------------------------ adapters
+
+    def update_layer(self, adapter_name: str, config: FloraConfig, name: str) -> None:
+        """Create the parameters of a new adapter (or replace those of an old one)."""
+        described = self.describe_weights(config, name)
+        weights = {weight.name: fold(weight, config, name) for weight in described}
+        self._check_config(config, name)
+        self.weights[adapter_name] = weights
+        self.ranks[adapter_name] = {key: ranks_of(weight, config, name) for key, weight in weights.items()}
+        self.scaling[adapter_name] = scaling_of(next(iter(weights.values())), config, name)
+        self._configured_scaling[adapter_name] = self.scaling[adapter_name]
+        self.form[adapter_name] = config.forward
+        self.tucker_dropout[adapter_name] = nn.Dropout(config.flora_dropout) if config.flora_dropout else nn.Identity()
+        if config.flora_dropout and not self.can_add(adapter_name):
+            raise ValueError(
+                f"flora_dropout: {name} ({type(self.get_base_layer()).__name__}) cannot apply it; set it to 0"
+            )
+
+        cores, factors = nn.ParameterDict(), nn.ParameterDict()
+        for weight in weights.values():
+            ranks = self.ranks[adapter_name][weight.name]
+            cores[weight.key] = nn.Parameter(torch.empty(ranks))
+            for mode in factor_modes(weight.shape, ranks):
+                factors[f"{weight.key}_{mode}"] = nn.Parameter(torch.empty(weight.shape[mode], ranks[mode]))
+        self.tucker_core[adapter_name] = cores
+        self.tucker_factors[adapter_name] = factors
+        self.reset_adapter(adapter_name, config)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.use_dora:
+            self._init_magnitude(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_adapter(self, adapter_name: str, config: FloraConfig) -> None:
+        """Draw the parameters of an adapter anew by the configuration's preset; its update becomes zero."""
+        for weight in self.weights[adapter_name].values():
+            base = None
+            if config.init == "hosvd" and not self.core(adapter_name, weight.name).is_meta:
+                base = self.base_weight(weight.name)
+                if not base.is_floating_point():
+                    raise ValueError(f"init: hosvd needs a floating-point weight, {weight.name} is {base.dtype}")
+                if not base.is_meta:
+                    base = base.detach().reshape(weight.shape).to(torch.promote_types(base.dtype, torch.float32))
+            core = self.core(adapter_name, weight.name)
+            output_mode = weight.output_dims[0] if weight.output_dims and not weight.folded else None
+            init_tucker(core.data, self.factors(adapter_name, weight.name), config.init, output_mode, base)
+            if not config.init_weights and not core.is_meta:
+                core.data.normal_(std=0.1)
+
+    def _check_config(self, config: FloraConfig, name: str) -> None:
+        if config.use_dora and not self.supports_dora:
+            raise ValueError(f"use_dora: {name} ({type(self.get_base_layer()).__name__}) has no magnitude per output")
+
+    def core(self, adapter_name: str, weight_name: str = "weight") -> nn.Parameter:
+        """Core of one adapted weight, r_1 x ... x r_N."""
+        return self.tucker_core[adapter_name][self.weights[adapter_name][weight_name].key]
+
+    def factors(self, adapter_name: str, weight_name: str = "weight") -> list[nn.Parameter | None]:
+        """Factors of one adapted weight, d_n x r_n per mode; ``None`` for modes without one."""
+        weight = self.weights[adapter_name][weight_name]
+        held = self.tucker_factors[adapter_name]
+        names = [f"{weight.key}_{mode}" for mode in range(len(weight.shape))]
+        return [held[name] if name in held else None for name in names]
+
+    @property
+    def effective_ranks(self) -> dict[str, list[int] | dict[str, list[int]]]:
+        """Clipped rank per mode, by adapter (and by weight name for layers with several adapted weights)."""
+        listed: dict[str, list[int] | dict[str, list[int]]] = {}
+        for adapter, ranks in self.ranks.items():
+            by_weight = {name: list(values) for name, values in ranks.items()}
+            listed[adapter] = next(iter(by_weight.values())) if len(by_weight) == 1 else by_weight
+        return listed
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the factor of an adapter's update to ``scale`` times the configured one."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._configured_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the factor of the active adapters' updates."""
+        for adapter in self._present(self.active_adapters):
+            self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the factor of the active adapters' updates, or restore the configured one (``None``)."""
+        for adapter in self._present(self.active_adapters):
+            self.scaling[adapter] = (
+                self._configured_scaling[adapter] if scale is None else self.scaling[adapter] / scale
+            )
+
+    def _present(self, adapters: list[str]) -> list[str]:
+        return [adapter for adapter in adapters if adapter in self.weights]
+
+    # ------------------------------------------------------------------ weights and updates
+
+    def base_weight(self, name: str) -> Tensor:
+        """The base layer's own weight of that name."""
+        owner, _, attribute = name.rpartition(".")
+        return getattr(self.get_base_layer().get_submodule(owner), attribute)
+
+    def get_delta_weight(self, adapter: str, weight: str | None = None) -> Tensor:
+        """The update of an adapter, scale * (G x_1 A_1 ... x_N A_N), in the shape of the stored weight.
+
+        Args:
+            adapter: its name.
+            weight: name of the adapted weight; may be left out where the layer has only one.
+
+        Raises:
+            ValueError: if the layer has several adapted weights and none is named.
+        """
+        names = list(self.weights[adapter])
+        if weight is None and len(names) > 1:
+            raise ValueError(f"weight: this layer adapts several, name one of {', '.join(names)}")
+        described = self.weights[adapter][weight or names[0]]
+        core = self.core(adapter, described.name) * self.scaling[adapter]
+        return to_tensor(core, self.factors(adapter, described.name)).reshape(described.weight_shape)
+
+    def adapted_weight(self, name: str, adapters: list[str]) -> Tensor:
+        """The base weight with the updates of the given adapters, in the base weight's dtype."""
+        base = self.base_weight(name)
+        weight = base
+        for adapter in adapters:
+            if name in self.weights[adapter]:
+                weight = weight + self.get_delta_weight(adapter, name)
+                if adapter in self.tucker_magnitude:
+                    weight = weight * self._norm_ratio(adapter, name, weight)
+        return weight.to(base.dtype)
+
+    def _norm_ratio(self, adapter: str, name: str, weight: Tensor) -> Tensor:
+        # DoRA treats the norm as a constant in the gradient (arXiv 2402.09353, section 4.3).
+        described = self.weights[adapter][name]
+        magnitude = self.tucker_magnitude[adapter][described.key]
+        norm = _output_norm(weight.detach(), described)
+        return magnitude.view(norm.shape) / torch.where(norm == 0, torch.ones_like(norm), norm)
+
+    @torch.no_grad()
+    def _init_magnitude(self, adapter: str) -> None:
+        magnitudes = nn.ParameterDict()
+        for described in self.weights[adapter].values():
+            base = self.base_weight(described.name)
+            if not base.is_floating_point():
+                raise ValueError(f"use_dora: needs a floating-point weight, {described.name} is {base.dtype}")
+            norm = _output_norm(base.to(self.core(adapter, described.name).dtype), described)
+            magnitudes[described.key] = nn.Parameter(norm.flatten().clone())
+        self.tucker_magnitude[adapter] = magnitudes
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Models read public attributes of their layers (in_features, stride, hidden_size, bare parameters).
+            if name.startswith("_") or name == "base_layer":
+                raise
+            if any(name in weights for weights in self.__dict__.get("weights", {}).values()):
+                return self._visible_weight(name)
+            return getattr(self.base_layer, name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The adapted weight while adapters are active, else the base layer's own."""
+        return self._visible_weight("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias; ``None`` where it has no tensor of that name."""
+        bias = getattr(self.get_base_layer(), "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    def _visible_weight(self, name: str) -> Tensor:
+        adapters = [a for a in self._present(self.active_adapters) if name in self.weights[a]]
+        if self.disable_adapters or self.merged or not adapters:
+            return self.base_weight(name)
+        return self.adapted_weight(name, adapters)
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base layer with its adapted weights."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapters = self._present(self.active_adapters)
+        if self.disable_adapters or self.merged or not adapters:
+            return self.base_layer(*args, **kwargs)
+        if self._adds(adapters):
+            result = self.base_layer(*args, **kwargs)
+            for adapter in adapters:
+                result = result + self.delta_output(adapter, *args, **kwargs).to(result.dtype)
+            return result
+        names = dict.fromkeys(name for adapter in adapters for name in self.weights[adapter])
+        return self.run_base({name: self.adapted_weight(name, adapters) for name in names}, *args, **kwargs)
+
+    def _adds(self, adapters: list[str]) -> bool:
+        if any(adapter in self.tucker_magnitude for adapter in adapters):
+            return False
+        if not all(self.can_add(adapter) for adapter in adapters):
+            return False
+        if self._weight_is_elsewhere():
+            return True
+        dropping = self.training and any(isinstance(self.tucker_dropout[a], nn.Dropout) for a in adapters)
+        form = self.form[adapters[0]]
+        return dropping or form == "factored" or (form == "auto" and self.prefers_adding(adapters[0]))
+
+    def _weight_is_elsewhere(self) -> bool:
+        """Whether the weight cannot be added to: quantised, or offloaded until the base layer's own forward."""
+        base = self.get_base_layer()
+        return hasattr(base, "_hf_hook") or not all(
+            self.base_weight(name).is_floating_point() for weights in self.weights.values() for name in weights
+        )
+
+    # ------------------------------------------------------------------ merging
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of the given adapters (default: the active ones) to the base weights.
+
+        Args:
+            safe_merge: check the merged weights for NaN and infinity before storing them.
+            adapter_names: adapters to merge, in this order.
+
+        Raises:
+            ValueError: if a base weight is quantised, sharded or otherwise cannot hold the sum, or a check fails.
+        """
+        for adapter in self._present(check_adapters_to_merge(self, adapter_names)):
+            merged = {}
+            ratios = {}
+            for name in self.weights[adapter]:
+                base = self.base_weight(name)
+                _check_mergeable(base, name)
+                weight = base + self.get_delta_weight(adapter, name)
+                if adapter in self.tucker_magnitude:
+                    ratios[name] = self._norm_ratio(adapter, name, weight)
+                    weight = weight * ratios[name]
+                merged[name] = weight.to(base.dtype)
+                if safe_merge and not torch.isfinite(merged[name]).all():
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+            for name, weight in merged.items():
+                self._set_base_weight(name, weight)
+            self._merged_norm_ratio[adapter] = ratios
+            self.merged_adapters.append(adapter)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take all merged updates out of the base weights again, up to rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            ratios = self._merged_norm_ratio.pop(adapter, {})
+            for name in self.weights.get(adapter, {}):
+                base = self.base_weight(name)
+                weight = base / ratios[name] if name in ratios else base
+                self._set_base_weight(name, (weight - self.get_delta_weight(adapter, name)).to(base.dtype))
+
+    def _set_base_weight(self, name: str, value: Tensor) -> None:
+        owner_name, _, attribute = name.rpartition(".")
+        owner = self.get_base_layer().get_submodule(owner_name)
+        if not parametrize.is_parametrized(owner, attribute):
+            getattr(owner, attribute).data = value
+            return
+        try:
+            setattr(owner, attribute, value)  # through the parametrization's inverse, e.g. weight_norm's
+        except NotImplementedError:
+            raise ValueError(f"{name}: its parametrization has no inverse; the adapter cannot be merged") from None
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's ``convert_to_lora`` may read the update of this layer: updates that are only added."""
+        return adapter_name not in self.tucker_magnitude and len(self.weights.get(adapter_name, {})) == 1
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        # PEFT's own looks for an attribute `weight` only.
+        weights = next(iter(self.weights.values()))
+        weight = self.base_weight(next(iter(weights)))
+        return weight.device, getattr(base_layer, "compute_dtype", weight.dtype)
+
+    def extra_repr(self) -> str:
+        """Effective ranks by adapter."""
+        return ", ".join(f"{adapter}: ranks {ranks}" for adapter, ranks in self.effective_ranks.items())
+
+    def __repr__(self) -> str:
+        return "flora." + super().__repr__()
+
+
+def _output_norm(weight: Tensor, described: AdaptedWeight) -> Tensor:
+    """Euclidean norm per output, with size 1 in place of the other dimensions of the stored weight."""
+    assert described.output_dims is not None
+    dims = [dim for dim in range(weight.dim()) if dim not in described.output_dims]
+    return torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
+
+
+def _check_mergeable(weight: Tensor, name: str) -> None:
+    if not weight.is_floating_point() or math.prod(weight.shape) == 0:
+        raise ValueError(
+            f"{name}: a quantised or partitioned weight ({weight.dtype}) cannot be merged into; merge into a full one"
+        )
+    if isinstance(weight, torch.distributed.tensor.DTensor):
+        raise ValueError(f"{name}: a sharded weight (DTensor) cannot be merged into; gather the model first")

@@ -1,0 +1,139 @@
+"""Adapted matrices: linear layers (also transformers' Conv1D) and embeddings."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from flora.adapters.config import FloraConfig
+from flora.adapters.layer import FloraLayer
+from flora.adapters.tucker import parameter_count, to_tensor
+from flora.adapters.weights import AdaptedWeight, plain
+
+
+def runs_plain_op(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the layer is nothing but the op of ``kind``: no forward of its own, no hooks."""
+    own = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return type(layer).forward is kind.forward and not own
+
+
+class _Matrix(FloraLayer):
+    """A layer with one weight matrix, whose update is a product of two thin matrices."""
+
+    def matrix_factors(self, adapter: str, core_side: str) -> tuple[Tensor, Tensor] | None:
+        """Thin matrices L (rows x k) and R (k x columns) with L R = update, the core multiplied into one side.
+
+        Args:
+            adapter: its name.
+            core_side: ``rows`` or ``columns``, the side to take the core.
+
+        Returns:
+            L and R, or ``None`` where a fold leaves several modes on the other side.
+        """
+        described = self.weights[adapter]["weight"]
+        split = _split(described)
+        other = range(split, len(described.shape)) if core_side == "rows" else range(split)
+        if split == 0 or len(other) != 1:
+            return None
+        core = self.core(adapter) * self.scaling[adapter]
+        factors = self.factors(adapter)
+        single = factors[other[0]]
+        thin = core.new_ones(1, 1) if single is None else single
+        taken = to_tensor(core, [None if mode in other else factor for mode, factor in enumerate(factors)])
+        if core_side == "rows":
+            return taken.reshape(described.weight_shape[0], -1), thin.mT
+        return thin, taken.reshape(-1, described.weight_shape[1])
+
+    def core_side(self, adapter: str) -> str:
+        """The side that takes the core: the only one that can, else the smaller."""
+        described = self.weights[adapter]["weight"]
+        split = _split(described)
+        if split != 1:
+            return "rows"
+        if len(described.shape) - split != 1:
+            return "columns"
+        return "rows" if described.weight_shape[0] < described.weight_shape[1] else "columns"
+
+    def can_add(self, adapter_name: str) -> bool:
+        described = self.weights[adapter_name]["weight"]
+        split = _split(described)
+        return split > 0 and 1 in (split, len(described.shape) - split)
+
+    def prefers_adding(self, adapter_name: str) -> bool:
+        described = self.weights[adapter_name]["weight"]
+        parameters = parameter_count(described.shape, self.ranks[adapter_name]["weight"])
+        rows, columns = described.weight_shape
+        # Merging costs a gradient of the weight's size; three thin products cost about 3 r (rows + columns) per input.
+        return rows * columns > 6 * parameters
+
+
+def _split(described: AdaptedWeight) -> int:
+    """Number of leading modes that make up the rows of the matrix; 0 if no boundary of modes falls there."""
+    size = 1
+    for mode, mode_size in enumerate(described.shape):
+        size *= mode_size
+        if size == described.weight_shape[0]:
+            return mode + 1 if mode + 1 < len(described.shape) else 0
+    return 0
+
+
+class Linear(_Matrix):
+    """A linear layer: nn.Linear (weight [out, in]) or transformers' Conv1D (weight [in, out])."""
+
+    def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
+        base = self.get_base_layer()
+        if isinstance(base, Conv1D):
+            return [plain("weight", base.weight.shape, ("channel", "channel"), output_dims=(1,))]
+        # A quantised layer stores its weight in another shape.
+        return [plain("weight", (base.out_features, base.in_features), ("channel", "channel"))]
+
+    def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_layer
+        if runs_plain_op(base, nn.Linear):
+            return F.linear(*args, weights["weight"], base.bias, **kwargs)
+        return super().run_base(weights, *args, **kwargs)
+
+    def can_add(self, adapter_name: str) -> bool:
+        base = self.get_base_layer()
+        # An unknown forward may do more to its weight than multiply by it; a quantised weight leaves no choice.
+        known = isinstance(base, Conv1D) or type(base).forward is nn.Linear.forward or self._weight_is_elsewhere()
+        return known and super().can_add(adapter_name)
+
+    def delta_output(self, adapter_name: str, input: Tensor) -> Tensor:
+        thin = self.matrix_factors(adapter_name, self.core_side(adapter_name))
+        assert thin is not None
+        left, right = (part.to(input.dtype) for part in thin)
+        input = self.tucker_dropout[adapter_name](input)
+        if isinstance(self.get_base_layer(), Conv1D):
+            return input @ left @ right
+        return F.linear(F.linear(input, right), left)
+
+
+class Embedding(_Matrix):
+    """An embedding: a true [vocabulary, dimension] update, of which only the rows in use are computed."""
+
+    def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
+        shape = self.get_base_layer().weight.shape
+        return [plain("weight", shape, ("channel", "channel"), output_dims=(1,))]
+
+    def can_add(self, adapter_name: str) -> bool:
+        base = self.get_base_layer()
+        # max_norm renormalises rows of the sum; scaled embeddings multiply it by a constant, which can be applied here.
+        known = type(base).forward is nn.Embedding.forward or self._get_embed_scale() is not None
+        return known and base.max_norm is None and super().can_add(adapter_name)
+
+    def prefers_adding(self, adapter_name: str) -> bool:
+        return True
+
+    def delta_output(self, adapter_name: str, input: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        side = "columns" if _split(self.weights[adapter_name]["weight"]) == 1 else "rows"
+        thin = self.matrix_factors(adapter_name, side)
+        assert thin is not None
+        left, right = thin
+        rows = F.embedding(input, left, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+        output = self.tucker_dropout[adapter_name](rows) @ right
+        scale = self._get_embed_scale()
+        return output if scale is None else output * scale.to(output.dtype)
