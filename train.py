@@ -28,14 +28,15 @@ def run(cfg: DictConfig) -> Path:
     identity = run_id(cfg, digest(checkpoint) if checkpoint else None)
     paths = instantiate(cfg.paths)
     store = Store(paths.results)
-    label = f"{cfg.task.name}/{cfg.task.dataset} {cfg.model.name} {cfg.adapter.name} seed {cfg.seed}"
     if not cfg.force and (done := store.finished(identity)):
-        say(f"finished before: {label}: test {done['metric']} {done['value']:.4f} (force=true runs it again)")
+        found = f"{done['dataset']} {done['model']} {done['adapter']}: test {done['metric']} {done['value']:.4f}"
+        say(f"finished before: {found} (force=true runs it again)")
         return store.path(identity)
 
     from flora.training import Experiment  # torch and transformers: seconds that a finished run need not wait
 
     task, model, method = instantiate(cfg.task), instantiate(cfg.model), instantiate(cfg.adapter)
+    label = f"{task.name}/{task.dataset} {model.name} {method.name} seed {cfg.seed}"
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
     folder = paths.prepare(identity)
     say(f"{label}: run {identity}")

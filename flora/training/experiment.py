@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -173,10 +174,7 @@ class Experiment:
 
     def _test(self, trainer: Trainer) -> dict[str, float]:
         test = _limited(self.splits.test, self.settings.max_eval_examples)
-        found = trainer.evaluate(test, metric_key_prefix="test")
-        skip = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-        named = {k.removeprefix("test_"): v for k, v in found.items() if k.startswith("test_")}
-        return {k: float(v) for k, v in named.items() if k not in skip}
+        return _metrics(trainer.evaluate(test, metric_key_prefix="test"))
 
 
 def images_forward(model: Any, augment: nn.Module | None) -> Forward:
@@ -205,11 +203,17 @@ def evaluate(
         device: ``auto`` or ``cpu``.
     """
     settings = TrainerSettings(epochs=1, lr=1, head_lr=1, eval_batch_size=batch_size, device=device)
-    trainer = Trainer(
-        module, settings, images_forward(model, None), model.classifier, task.metrics(), task.metric, Path(os.devnull)
-    )
-    found = trainer.evaluate(dataset, metric_key_prefix="test")
-    return {k.removeprefix("test_"): float(v) for k, v in found.items() if k.startswith("test_")}
+    with tempfile.TemporaryDirectory() as folder:  # transformers' trainer wants one even where it writes nothing
+        forward, metric = images_forward(model, None), task.metrics()
+        trainer = Trainer(module, settings, forward, model.classifier, metric, task.metric, Path(folder))
+        return _metrics(trainer.evaluate(dataset, metric_key_prefix="test"))
+
+
+def _metrics(found: dict[str, float]) -> dict[str, float]:
+    """Test metrics without their prefix and without transformers' timings."""
+    skip = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    named = {k.removeprefix("test_"): float(v) for k, v in found.items() if k.startswith("test_")}
+    return {k: v for k, v in named.items() if k not in skip}
 
 
 def _limited(dataset: Any, limit: int | None) -> Any:

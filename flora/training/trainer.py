@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -242,19 +241,21 @@ class EpochLines(TrainerCallback):
         self.label = label
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """Print the epoch, the newest loss and the newest validation metric."""
-        shown = {}
-        for logs in state.log_history:
-            for name in ("loss", f"eval_{args.metric_for_best_model}"):
-                if name in logs:
-                    shown[name.removeprefix("eval_")] = f"{logs[name]:.4g}"
-        figures = " ".join(f"{name} {value}" for name, value in shown.items())
-        print(f"{self.label} epoch {state.epoch:.0f}/{args.num_train_epochs:g} {figures}", file=sys.stderr, flush=True)
+        """Print the line, unless an evaluation follows that has more to say."""
+        if args.eval_strategy == "no":
+            self._print(args, state, {})
 
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Print the line of an epoch that was evaluated on validation."""
+        name = f"eval_{args.metric_for_best_model}"
+        if metrics and name in metrics:
+            self._print(args, state, {f"validation {args.metric_for_best_model}": metrics[name]})
 
-def logits_of(trainer: Trainer, dataset: torch.utils.data.Dataset) -> np.ndarray:
-    """The model's logits [N, C] over a dataset, in order."""
-    return np.asarray(trainer.predict(dataset).predictions)
+    def _print(self, args, state, figures: dict[str, float]) -> None:
+        losses = [logs["loss"] for logs in state.log_history if "loss" in logs]
+        figures = ({"loss": losses[-1]} if losses else {}) | figures
+        shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        print(f"{self.label} epoch {state.epoch:.0f}/{args.num_train_epochs:g} {shown}", file=sys.stderr, flush=True)
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,0 +1,23 @@
+"""Shared fixtures. The hub is offline: nothing here may depend on it."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip, with a reason, what this machine lacks."""
+    for item in items:
+        if "data" in item.keywords and not os.environ.get("FLORA_DATA"):
+            item.add_marker(pytest.mark.skip(reason="FLORA_DATA names no data folder"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
