@@ -73,7 +73,8 @@ def mode_product(tensor: Tensor, factor: Tensor, mode: int) -> Tensor:
     elif before == 1:
         product = factor @ tensor.reshape(*batch, rank, after)
     else:
-        product = factor.unsqueeze(-3) @ tensor.reshape(*batch, before, rank, after)
+        # Broadcast matmul would take another route, with other rounding, for tensors that require gradients.
+        product = torch.einsum("...dr,...lrx->...ldx", factor, tensor.reshape(*batch, before, rank, after))
     return product.reshape(*batch, *shape[:mode], size, *shape[mode + 1 :])
 
 
