@@ -98,16 +98,16 @@ def download(dataset: str, split_seed: int) -> tuple[dict[str, Pool], list[str],
     source = SOURCES[dataset]
     root = Path(os.environ.get("FLORA_CACHE", Path.home() / ".cache" / "flora")) / "datasets"
     try:
-        sets = _load(source, root, fetch=False)
-    except (RuntimeError, OSError):
-        _ask(dataset, source.server)
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            # Ranks and sweeps start at once; the first one downloads, the others then find it.
-            with FileLock(root / f"{dataset}.lock"):
-                sets = _load(source, root, fetch=True)
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"the download of {dataset} from {source.server} failed ({one_line(error)})") from error
+        root.mkdir(parents=True, exist_ok=True)
+        # Ranks and sweeps start at once: the first one downloads, the others wait and then find it.
+        with FileLock(root / f"{dataset}.lock"):
+            sets = _load(dataset, source, root)
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"the download of {dataset} from {source.server} failed ({one_line(error)})") from error
+    found = sum(map(len, sets.values()))
+    if found != source.images:
+        # torchvision takes a half-unpacked folder for a whole one.
+        raise DataError(f"{root} holds {found} of its {source.images} images: remove them there and try again")
     pools = {split: _pool(members, np.arange(len(members))) for split, members in sets.items()}
     names = getattr(sets["train"], "classes", None) or [str(c) for c in range(int(pools["train"].labels.max()) + 1)]
     facts: dict[str, Any] = {"source": f"torchvision, {source.server}"}
@@ -128,13 +128,12 @@ def download(dataset: str, split_seed: int) -> tuple[dict[str, Pool], list[str],
     return pools, list(names), facts
 
 
-def _load(source: Source, root: Path, fetch: bool) -> dict[str, Any]:
-    sets = source.load(root, fetch)
-    found = sum(map(len, sets.values()))
-    if found != source.images:
-        # torchvision takes a half-unpacked folder for a whole one.
-        raise RuntimeError(f"{found} of {source.images} images under {root}; remove what is there and try again")
-    return sets
+def _load(dataset: str, source: Source, root: Path) -> dict[str, Any]:
+    try:
+        return source.load(root, False)
+    except (RuntimeError, OSError):
+        _ask(dataset, source.server)
+        return source.load(root, True)
 
 
 def _ask(dataset: str, server: str) -> None:
@@ -143,7 +142,8 @@ def _ask(dataset: str, server: str) -> None:
     except urllib.error.HTTPError:
         return  # it answers, if not to this question
     except OSError as error:
-        raise DataError(f"{server} cannot be reached to download {dataset} ({one_line(error)})") from error
+        reason = getattr(error, "reason", error)
+        raise DataError(f"{server} cannot be reached to download {dataset} ({reason})") from error
 
 
 def _pool(dataset: Any, rows: np.ndarray) -> Pool:

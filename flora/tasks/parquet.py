@@ -25,25 +25,27 @@ def has_splits(folder: Path) -> bool:
     return any(folder.glob("train*.parquet")) and (folder / "test.parquet").is_file()
 
 
-def open_pool(paths: list[Path], num_classes: int) -> tuple[Pool, list[str], dict[str, Any]]:
+def open_pool(paths: list[Path], class_names: list[str]) -> tuple[Pool, dict[str, Any]]:
     """Check the files of one split and read their labels; images stay encoded until asked for.
 
     Args:
         paths: files that follow each other, at least one.
-        num_classes: labels lie in ``[0, num_classes)``.
+        class_names: as ``read_class_names`` found them; labels index them.
 
     Returns:
-        The pool, its class names (numbers where the files name none), and per file its rows and sha256.
+        The pool, and per file its rows and sha256.
 
     Raises:
         DataError: for a file that is no parquet, lacks a column, or has labels that do not fit.
     """
     files = [_open(path) for path in paths]
-    labels, names, facts = [], [str(index) for index in range(num_classes)], {}
+    labels, facts = [], {}
     for path, file in zip(paths, files, strict=True):
         _check_columns(path, file.schema_arrow)
-        names = _class_names(path, file.schema_arrow, num_classes) or names
-        labels.append(_labels(path, file, num_classes))
+        named = _class_names(file.schema_arrow)
+        if named is not None and named != class_names:
+            raise DataError(f"{path}: class names or their order differ from the other files'; fetch them all again")
+        labels.append(_labels(path, file, len(class_names)))
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         facts[path.name] = {"rows": len(labels[-1]), "sha256": digest}
@@ -60,7 +62,25 @@ def open_pool(paths: list[Path], num_classes: int) -> tuple[Pool, list[str], dic
             wanted = rows[(rows >= start) & (rows < stop)] - start
             yield from _open_images(path, file, wanted)
 
-    return Pool(np.concatenate(labels), open_rows, where), names, facts
+    return Pool(np.concatenate(labels), open_rows, where), facts
+
+
+def read_class_names(paths: list[Path], num_classes: int) -> list[str]:
+    """The names in the Hugging Face metadata of the first file that has them, or numbers.
+
+    Raises:
+        DataError: if it names another number of classes, or a file is no parquet.
+    """
+    for path in paths:
+        names = _class_names(_open(path).schema_arrow)
+        if names is not None:
+            if len(names) != num_classes:
+                raise DataError(
+                    f"{path}: {len(names)} class names, but this dataset has {num_classes} classes; "
+                    "check that the folder holds the right dataset"
+                )
+            return names
+    return [str(index) for index in range(num_classes)]
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -84,16 +104,9 @@ def _check_columns(path: Path, schema: pa.Schema) -> None:
         raise DataError(f"{path}: column label is {label}; it must hold integers, the class indices")
 
 
-def _class_names(path: Path, schema: pa.Schema, num_classes: int) -> list[str] | None:
-    feature = Features.from_arrow_schema(schema)["label"]
-    if not isinstance(feature, ClassLabel):
-        return None
-    if len(feature.names) != num_classes:
-        raise DataError(
-            f"{path}: {len(feature.names)} class names, but this dataset has {num_classes} classes; "
-            "check that the folder holds the right dataset"
-        )
-    return list(feature.names)
+def _class_names(schema: pa.Schema) -> list[str] | None:
+    feature = Features.from_arrow_schema(schema).get("label")
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
 def _labels(path: Path, file: pq.ParquetFile, num_classes: int) -> np.ndarray:

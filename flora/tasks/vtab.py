@@ -182,7 +182,9 @@ class Vtab(ImageTask):
         if data_dir is None:
             return f"{self.dataset} needs files: set paths.data to a folder that holds {self.dataset}/train*.parquet"
         if not Path(data_dir).is_dir():
-            return f"data folder {data_dir} does not exist (paths.data), so there is no {self.dataset}"
+            return (
+                f"data folder {data_dir} does not exist: set paths.data to one that holds {self.dataset}/train*.parquet"
+            )
         return f"{data_dir} has no folder {self.dataset} with train*.parquet and test*.parquet"
 
     def _choose(self, pools: dict[str, Pool]) -> tuple[dict[str, np.ndarray], str, list[str]]:
@@ -245,14 +247,11 @@ def _open_folder(folder: Path, classes: int) -> tuple[dict[str, Pool], list[str]
     for split in ("train", "test"):
         if not paths[split]:
             raise DataError(f"{folder}: no {split}*.parquet; add it, or remove the folder to have it downloaded")
+    names = parquet.read_class_names([path for members in paths.values() for path in members], classes)
     pools: dict[str, Pool] = {}
     files: dict[str, Any] = {}
-    names: list[str] = []
     for split, members in paths.items():
         if members:
-            pools[split], split_names, split_files = parquet.open_pool(members, classes)
-            files |= split_files
-            if names and split_names != names:
-                raise DataError(f"{folder}: {members[0].name} orders its class names unlike {paths['train'][0].name}")
-            names = split_names
+            pools[split], facts = parquet.open_pool(members, names)
+            files |= facts
     return pools, names, {"source": "paths.data", "files": files}
