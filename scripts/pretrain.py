@@ -1,6 +1,6 @@
 """Pretrain ConvNeXt-V2-Atto on Tiny-ImageNet-200 at 64 px on one GPU: the weights that ``model=convnext`` ships.
 
-    python scripts/pretrain.py --data data/tiny_imagenet --out outputs/pretrain --compile --channels-last
+    python scripts/pretrain.py --epochs 330 --compile    # 8 minutes on an H100: 52.3 % top-1 on 4000 validation images
 
 ``data/tiny_imagenet`` holds train*.parquet and validation.parquet with the columns image{bytes, path} and label. Images
 are decoded once and stay on the GPU, where each batch is augmented; the network is so small that everything else waits
@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/tiny_imagenet"), help="folder of train*.parquet and validation.parquet")
     add("--out", type=Path, default=Path("outputs/pretrain"), help="folder for weights, record and checkpoint")
-    add("--epochs", type=int, default=300)
+    add("--epochs", type=int, default=330)
     add("--batch", type=int, default=1024)
     add("--lr", type=float, default=4e-3, help="peak learning rate of AdamW")
     add("--weight-decay", type=float, default=0.05, help="on matrices and kernels only")
