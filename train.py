@@ -15,7 +15,7 @@ import hydra
 from omegaconf import DictConfig
 
 from flora.config import METHOD_VERSION, instantiate, main, run_id, semantic_config
-from flora.errors import ConfigError, FloraError
+from flora.errors import ConfigError, DataError, WeightsError
 from flora.results import Record, Store
 from flora.results.record import command, device_name, now, write_json
 
@@ -74,7 +74,7 @@ def run(cfg: DictConfig) -> Path:
             else:
                 outcome = experiment.train()
             summary.update({f"test/{name}": value for name, value in outcome.metrics.items()})
-    except FloraError:
+    except (ConfigError, DataError, WeightsError):
         raise  # bad input: nothing was run that a record should keep
     except KeyboardInterrupt:
         store.write(dataclasses.replace(record, status="interrupted", finished=now()))

@@ -12,7 +12,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flora.errors import ConfigError, FloraError
+from flora.errors import ConfigError, FloraError, TrainingDiverged
 
 # A ``_target_`` runs code, so a config may only name ours.
 ALLOWED_TARGETS = ("flora.",)
@@ -88,7 +88,7 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
         if trace():
             traceback.print_exc()
         print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, TrainingDiverged) else 2)
     except OSError as error:
         if trace():
             traceback.print_exc()

@@ -9,6 +9,10 @@ class ConfigError(FloraError):
     """A setting that cannot be used: an unknown name, a value out of range, settings that contradict each other."""
 
 
+class TrainingDiverged(FloraError):
+    """The training loss became NaN or infinite; the run fails with exit code 3 and leaves a failed record."""
+
+
 class DataError(FloraError):
     """Missing, unreadable or inconsistent data."""
 

@@ -3,7 +3,7 @@
 from flora.training.experiment import Experiment, Outcome, evaluate
 from flora.training.loggers import NoLogger, Wandb
 from flora.training.settings import Paths, Protocol, TrainerSettings
-from flora.training.trainer import Trainer, TrainingDiverged
+from flora.training.trainer import Trainer
 
 __all__ = [
     "Experiment",
@@ -13,7 +13,6 @@ __all__ = [
     "Protocol",
     "Trainer",
     "TrainerSettings",
-    "TrainingDiverged",
     "Wandb",
     "evaluate",
 ]

@@ -16,14 +16,11 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from flora.adapters.methods import in_head
+from flora.errors import TrainingDiverged
 from flora.training.meters import PeakMemory
 from flora.training.settings import TrainerSettings
 
 Forward = Callable[[nn.Module, dict[str, torch.Tensor], bool], torch.Tensor]
-
-
-class TrainingDiverged(RuntimeError):
-    """The training loss became NaN or infinite."""
 
 
 class Trainer(transformers.Trainer):

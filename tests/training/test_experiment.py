@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from flora.adapters.methods import Full, LinearProbe, Peft, in_head, load
-from flora.errors import ConfigError
+from flora.errors import ConfigError, TrainingDiverged
 from flora.tasks import ImageDataset, Splits
 from flora.tasks.metrics import Classification
-from flora.training import Experiment, Protocol, TrainerSettings, TrainingDiverged, evaluate
+from flora.training import Experiment, Protocol, TrainerSettings, evaluate
 
 HOLDOUT = Protocol("holdout", "best", "train")
 VTAB = Protocol("vtab1k", "last", "train+validation")

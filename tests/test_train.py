@@ -1,0 +1,214 @@
+"""`python train.py`: what a user types, what comes back, and what bad input says."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+import flora  # noqa: F401  (registers FLoRA with PEFT)
+import flora.models
+import train
+from flora.config import main
+from flora.tasks import Digits
+from flora.training import evaluate
+
+FIELDS = (
+    "schema_version method_version run_id status task dataset model adapter seed metric value metrics split "
+    "trainable_params head_params total_params skipped_layers ranks train_seconds examples_per_second peak_memory_bytes "
+    "device dtype commit dirty versions config started finished"
+).split()
+QUICK = ("task=digits", "trainer.max_steps=2", "trainer.max_eval_examples=16", "logger=none", "trainer.batch_size=8")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run train.py in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*overrides):
+        places = (f"paths.output={tmp_path}/outputs", f"paths.results={tmp_path}/results")
+        # The user's overrides come last, so that a test may move the folders.
+        monkeypatch.setattr(sys, "argv", ["train.py", *QUICK, *places, *overrides])
+        capsys.readouterr()
+        try:
+            main(train.job, trace=lambda: False)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def record_of(out):
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("record: ")
+    return json.loads(Path(last.removeprefix("record: ")).read_text())
+
+
+@pytest.mark.parametrize("adapter", ["flora", "lora", "linear_probe", "full"])
+def test_a_run_leaves_a_whole_record_and_is_found_again(run, adapter):
+    code, out, _ = run(f"adapter={adapter}")
+    record = record_of(out)
+    assert code == 0
+    assert [field for field in FIELDS if field not in record] == []
+    assert (record["status"], record["adapter"], record["split"]) == ("finished", adapter, "test")
+    assert record["value"] == record["metrics"]["accuracy"]
+    assert Path(record["adapter_path"], "README.md").exists()
+
+    code, again, err = run(f"adapter={adapter}")
+    assert code == 0
+    assert "finished before" in err
+    assert record_of(again) == record, "the second call must not touch the record"
+
+    code, forced, _ = run(f"adapter={adapter}", "force=true")
+    assert record_of(forced)["started"] >= record["finished"]
+    assert record_of(forced)["value"] == record["value"]
+
+    code, out, _ = run(f"adapter={adapter}", "mode=eval", f"checkpoint={record['adapter_path']}")
+    evaluated = record_of(out)
+    assert evaluated["run_id"] != record["run_id"]
+    assert evaluated["metrics"] == record["metrics"]
+
+
+def test_five_lines_of_plain_peft_reproduce_the_recorded_metric(run):
+    _, out, _ = run("adapter=flora", "trainer.max_steps=20", "trainer.max_eval_examples=null")
+    record = record_of(out)
+
+    base = flora.models.load("convnext", num_classes=10)
+    model = peft.PeftModel.from_pretrained(base, record["adapter_path"]).eval()
+    spec = flora.models.get("convnext")
+    task = Digits(**{k: v for k, v in record["config"]["task"].items() if k != "_target_"})
+    splits = task.load(image_size=spec.image_size, data_dir=None)
+    assert evaluate(model, spec, task, splits.test) == record["metrics"]
+
+
+def test_merging_changes_the_logits_by_less_than_1e_4(run):
+    _, out, _ = run("adapter=flora", "trainer.max_steps=20", "trainer.lr=1e-2")
+    base = flora.models.load("convnext", num_classes=10)
+    plain = type(base)
+    model = peft.PeftModel.from_pretrained(base, record_of(out)["adapter_path"]).eval()
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images)
+        merged = model.merge_and_unload()
+        actual = merged(images)
+    assert type(merged) is plain
+    assert not any("tucker" in name for name, _ in merged.named_parameters())
+    assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task=vtab", "task.dataset=eurosta"], "eurosat"),
+        (["task=vtab", "task.dataset=eurosat", "paths.data=/nowhere"], "/nowhere"),
+        (["adapter.r=0"], "r"),
+        (["adapter.r=-3"], "r"),
+        (["adapter.kernel_rank=0"], "kernel_rank"),
+        (["adapter.target_modules=[nothing_is_called_this]"], "nothing_is_called_this"),
+        (["adapter.init=best"], "init"),
+        (["paths.output=/proc/no"], "paths.output"),
+        (["paths.results=/proc/no"], "paths.results"),
+        (["adapter.rank=4"], "rank"),
+        (["+adapter.rank=4"], "rank"),
+        (["model=resnet1000"], "resnet1000"),
+        (["trainer.lr=-1"], "trainer.lr"),
+        (["trainer.epochs=two"], "trainer.epochs"),
+        (["protocol.lr_grid=[]"], "lr_grid"),
+        (["mode=eval"], "checkpoint"),
+        (["mode=eval", "checkpoint=/nowhere"], "/nowhere"),
+        (["mode=predict"], "mode"),
+        (["seed=abc"], "seed"),
+        (["task._target_=os.system"], "not allowed"),
+    ],
+)
+def test_bad_input_is_one_line_exit_2_and_no_record(run, tmp_path, overrides, message):
+    code, out, err = run(*overrides)
+    last = err.strip().splitlines()[-1]
+    assert code == 2, err
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in err
+    assert "record:" not in out
+    assert list(tmp_path.glob("results/*.json")) == []
+
+
+def test_a_rank_above_the_mode_size_is_refused_in_a_pattern_and_clipped_in_r(run):
+    pattern = "+adapter.rank_pattern=[{pattern:'stem\\.0',rank:[64,8,2,2]}]"
+    code, _, err = run(pattern)
+    assert code == 2, err
+    assert "rank_pattern" in err
+
+    code, out, _ = run("adapter.r=64")
+    assert code == 0
+    assert record_of(out)["ranks"]["stem.0"][1] <= 3  # three input channels
+
+
+def test_a_checkpoint_of_another_model_or_damaged_weights_exits_2(run):
+    _, out, _ = run("adapter=linear_probe")
+    folder = Path(record_of(out)["adapter_path"])
+    code, _, err = run(
+        "mode=eval", f"checkpoint={folder}", "model=timm", "model.timm_name=resnet10t", "model.pretrained=false"
+    )
+    assert code == 2
+    assert "trained on model=convnext" in err
+
+    damaged = folder.parent / "damaged"
+    shutil.copytree(folder, damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    code, _, err = run("mode=eval", f"checkpoint={damaged}")
+    assert code == 2
+    assert "error: " in err.strip().splitlines()[-1]
+
+
+def test_any_timm_model_without_weights(run):
+    code, out, _ = run("model=timm", "model.timm_name=resnet10t", "model.pretrained=false", "adapter=flora")
+    assert code == 0
+    assert record_of(out)["model"] == "resnet10t"
+
+
+def test_an_interrupt_leaves_an_interrupted_record(run, tmp_path, monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flora.training.experiment.Experiment.train", interrupt)
+    code, _, _ = run()
+    assert code == 130
+    assert [json.loads(p.read_text())["status"] for p in tmp_path.glob("results/*.json")] == ["interrupted"]
+
+
+def test_a_divergence_leaves_a_failed_record_and_another_exit_code(run, tmp_path):
+    code, out, err = run(
+        "adapter=full", "trainer.lr=1e30", "trainer.max_grad_norm=1e30", "trainer.log_every=1", "trainer.max_steps=8"
+    )
+    assert code == 3
+    assert "lower trainer.lr" in err
+    assert [json.loads(p.read_text())["status"] for p in tmp_path.glob("results/*.json")] == ["failed"]
+    assert "record:" not in out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]])
+def test_help_and_config_are_shown_without_a_run(arguments):
+    shown = subprocess.run([sys.executable, "train.py", *arguments], capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    assert "task" in shown.stdout
+    if arguments == ["--help"]:
+        assert len(shown.stdout.splitlines()) <= 40
+        for key in ("task.dataset=", "paths.data=", "adapter.r=", "mode=eval", "protocol.lr_grid="):
+            assert key in shown.stdout
+
+
+def test_a_sweep_runs_every_cell(tmp_path):
+    command = [sys.executable, "train.py", "-m", "adapter=linear_probe", "seed=0,1", *QUICK]
+    places = [f"paths.output={tmp_path}/outputs", f"paths.results={tmp_path}/results"]
+    sweep = subprocess.run([*command, *places], capture_output=True, text=True, timeout=300)
+    assert sweep.returncode == 0, sweep.stderr
+    assert sorted(json.loads(p.read_text())["seed"] for p in tmp_path.glob("results/*.json")) == [0, 1]
