@@ -10,18 +10,19 @@ import peft
 import pytest
 import torch
 
-import flora  # noqa: F401  (registers FLoRA with PEFT)
+import flora
 import flora.models
 import train
 from flora.config import main
 from flora.tasks import Digits
 from flora.training import evaluate
 
-FIELDS = (
-    "schema_version method_version run_id status task dataset model adapter seed metric value metrics split "
-    "trainable_params head_params total_params skipped_layers ranks train_seconds examples_per_second peak_memory_bytes "
-    "device dtype commit dirty versions config started finished"
-).split()
+FIELDS = [
+    *("schema_version", "method_version", "run_id", "status", "task", "dataset", "model", "adapter", "seed"),
+    *("metric", "value", "metrics", "split", "trainable_params", "head_params", "total_params", "skipped_layers"),
+    *("ranks", "train_seconds", "examples_per_second", "peak_memory_bytes", "device", "dtype", "commit", "dirty"),
+    *("versions", "config", "started", "finished"),
+]
 QUICK = ("task=digits", "trainer.max_steps=2", "trainer.max_eval_examples=16", "logger=none", "trainer.batch_size=8")
 
 
