@@ -14,7 +14,7 @@ INITS = ("orthogonal", "paper", "nlu", "llm", "hosvd")
 
 
 class PeftMethod(str):
-    """The name of a method that PEFT's ``PeftType`` enum does not list, with the attributes PEFT reads from the enum."""
+    """Name of a method that PEFT's ``PeftType`` enum does not list, with the attributes PEFT reads from the enum."""
 
     @property
     def value(self) -> str:
@@ -145,7 +145,7 @@ class FloraConfig(PeftConfig):
         default="none",
         metadata={"help": "Biases to train: 'none', 'all', or 'flora_only' (those of the adapted layers)."},
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
             "help": "Names of the modules to adapt: full names or endings, a regular expression (str), or 'all-linear'."
@@ -155,7 +155,7 @@ class FloraConfig(PeftConfig):
         default=None,
         metadata={"help": "Names (full or endings) of bare parameters of 2 to 6 modes to adapt, e.g. MoE experts."},
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "Names (full or endings), or a regular expression, of modules to leave alone."},
     )
@@ -247,10 +247,9 @@ class FloraConfig(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Load adapter_config.json; refuses a folder whose weights are a pickle, which can run code when loaded."""
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-            raise ValueError(
-                f"{folder / WEIGHTS_NAME}: pickle checkpoints are refused; save the adapter as {SAFETENSORS_WEIGHTS_NAME}"
-            )
+        pickled, safe = folder / WEIGHTS_NAME, folder / SAFETENSORS_WEIGHTS_NAME
+        if pickled.exists() and not safe.exists():
+            raise ValueError(f"{pickled}: pickle checkpoints are refused; save the adapter as {safe.name}")
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
 

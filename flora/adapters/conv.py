@@ -4,12 +4,13 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from flora.adapters.config import FloraConfig
 from flora.adapters.layer import FloraLayer
 from flora.adapters.linear import runs_plain_op
 from flora.adapters.tucker import to_tensor
-from flora.adapters.weights import AdaptedWeight, plain
+from flora.adapters.weights import AdaptedWeight, ModeKind, plain
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -22,14 +23,17 @@ class _Conv(FloraLayer):
 
     output_dim = 0
 
+    @override
     def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
         base = self.get_base_layer()
-        kinds = ("channel", "channel", *["kernel"] * len(base.kernel_size))
-        return [plain("weight", base.weight.shape, kinds, output_dims=(self.output_dim,))]
+        kernel: list[ModeKind] = ["kernel"] * len(base.kernel_size)
+        return [plain("weight", base.weight.shape, ["channel", "channel", *kernel], output_dim=self.output_dim)]
 
+    @override
     def can_add(self, adapter_name: str) -> bool:
         return self._known_op()
 
+    @override
     def delta_output(self, adapter_name: str, input: Tensor, *args: Any) -> Tensor:
         described = self.weights[adapter_name]["weight"]
         input = self.tucker_dropout[adapter_name](input)
@@ -57,14 +61,17 @@ class _Conv(FloraLayer):
 class ConvNd(_Conv):
     """nn.Conv1d, nn.Conv2d or nn.Conv3d, weight [out, in/groups, kernel...], and subclasses with their own forward."""
 
+    @override
     def _known_op(self) -> bool:
         base = self.get_base_layer()
         kind = _PLAIN[len(base.kernel_size)]
         return type(base).forward is kind.forward and type(base)._conv_forward is kind._conv_forward
 
+    @override
     def _op(self, input: Tensor, weight: Tensor) -> Tensor:
         return self.get_base_layer()._conv_forward(input, weight, None)
 
+    @override
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
         if runs_plain_op(base, _PLAIN[len(base.kernel_size)]):
@@ -77,6 +84,7 @@ class ConvTransposeNd(_Conv):
 
     output_dim = 1
 
+    @override
     def _check_config(self, config: FloraConfig, name: str) -> None:
         super()._check_config(config, name)
         if config.use_dora and self.get_base_layer().groups > 1:
@@ -84,10 +92,12 @@ class ConvTransposeNd(_Conv):
                 f"use_dora: {name} is a grouped transposed convolution, whose outputs share rows; not supported"
             )
 
+    @override
     def _known_op(self) -> bool:
         base = self.get_base_layer()
         return type(base).forward is _TRANSPOSED[len(base.kernel_size)].forward
 
+    @override
     def _op(self, input: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
         base = self.get_base_layer()
         dims = len(base.kernel_size)

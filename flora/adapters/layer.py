@@ -29,6 +29,11 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("tucker_core", "tucker_factors", "tucker_magnitude")
     other_param_names = ("weights", "ranks", "scaling", "form", "tucker_dropout")
     supports_dora = True
+    base_layer: Any
+    tucker_core: Any  # ModuleDict: adapter -> ParameterDict: weight -> core
+    tucker_factors: Any  # ModuleDict: adapter -> ParameterDict: weight_mode -> factor
+    tucker_magnitude: Any  # ModuleDict: adapter -> ParameterDict: weight -> magnitude per output
+    tucker_dropout: Any  # ModuleDict: adapter -> Dropout or Identity
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: FloraConfig, name: str) -> None:
         super().__init__()
@@ -74,8 +79,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: FloraConfig, name: str) -> None:
         """Create the parameters of a new adapter (or replace those of an old one)."""
-        described = self.describe_weights(config, name)
-        weights = {weight.name: fold(weight, config, name) for weight in described}
+        weights = {weight.name: fold(weight, config, name) for weight in self.describe_weights(config, name)}
         self._check_config(config, name)
         self.weights[adapter_name] = weights
         self.ranks[adapter_name] = {key: ranks_of(weight, config, name) for key, weight in weights.items()}
@@ -113,7 +117,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
                 if not base.is_meta:
                     base = base.detach().reshape(weight.shape).to(torch.promote_types(base.dtype, torch.float32))
             core = self.core(adapter_name, weight.name)
-            output_mode = weight.output_dims[0] if weight.output_dims and not weight.folded else None
+            output_mode = None if weight.folded else weight.output_dim
             init_tucker(core.data, self.factors(adapter_name, weight.name), config.init, output_mode, base)
             if not config.init_weights and not core.is_meta:
                 core.data.normal_(std=0.1)
@@ -131,7 +135,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         weight = self.weights[adapter_name][weight_name]
         held = self.tucker_factors[adapter_name]
         names = [f"{weight.key}_{mode}" for mode in range(len(weight.shape))]
-        return [held[name] if name in held else None for name in names]
+        return [held.get(name) for name in names]
 
     @property
     def effective_ranks(self) -> dict[str, list[int] | dict[str, list[int]]]:
@@ -163,6 +167,10 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         return [adapter for adapter in adapters if adapter in self.weights]
 
     # ------------------------------------------------------------------ weights and updates
+
+    def get_base_layer(self) -> Any:
+        """The layer whose weights are adapted."""
+        return self.base_layer
 
     def base_weight(self, name: str) -> Tensor:
         """The base layer's own weight of that name."""
@@ -201,7 +209,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         # DoRA treats the norm as a constant in the gradient (arXiv 2402.09353, section 4.3).
         described = self.weights[adapter][name]
         magnitude = self.tucker_magnitude[adapter][described.key]
-        norm = _output_norm(weight.detach(), described)
+        norm = _output_norm(weight, described).detach()
         return magnitude.view(norm.shape) / torch.where(norm == 0, torch.ones_like(norm), norm)
 
     @torch.no_grad()
@@ -211,8 +219,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             base = self.base_weight(described.name)
             if not base.is_floating_point():
                 raise ValueError(f"use_dora: needs a floating-point weight, {described.name} is {base.dtype}")
-            norm = _output_norm(base.to(self.core(adapter, described.name).dtype), described)
-            magnitudes[described.key] = nn.Parameter(norm.flatten().clone())
+            magnitudes[described.key] = nn.Parameter(_output_norm(base, described).flatten())
         self.tucker_magnitude[adapter] = magnitudes
 
     def __getattr__(self, name: str) -> Any:
@@ -232,7 +239,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         return self._visible_weight("weight")
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Any:
         """The base layer's bias; ``None`` where it has no tensor of that name."""
         bias = getattr(self.get_base_layer(), "bias", None)
         return bias if isinstance(bias, Tensor) else None
@@ -354,9 +361,9 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
 def _output_norm(weight: Tensor, described: AdaptedWeight) -> Tensor:
     """Euclidean norm per output, with size 1 in place of the other dimensions of the stored weight."""
-    assert described.output_dims is not None
-    dims = [dim for dim in range(weight.dim()) if dim not in described.output_dims]
-    return torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
+    dims = [dim for dim in range(weight.dim()) if dim != described.output_dim]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=dims, keepdim=True, dtype=dtype)
 
 
 def _check_mergeable(weight: Tensor, name: str) -> None:

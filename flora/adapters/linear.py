@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
 from flora.adapters.config import FloraConfig
 from flora.adapters.layer import FloraLayer
@@ -56,11 +56,13 @@ class _Matrix(FloraLayer):
             return "columns"
         return "rows" if described.weight_shape[0] < described.weight_shape[1] else "columns"
 
+    @override
     def can_add(self, adapter_name: str) -> bool:
         described = self.weights[adapter_name]["weight"]
         split = _split(described)
         return split > 0 and 1 in (split, len(described.shape) - split)
 
+    @override
     def prefers_adding(self, adapter_name: str) -> bool:
         described = self.weights[adapter_name]["weight"]
         parameters = parameter_count(described.shape, self.ranks[adapter_name]["weight"])
@@ -82,25 +84,29 @@ def _split(described: AdaptedWeight) -> int:
 class Linear(_Matrix):
     """A linear layer: nn.Linear (weight [out, in]) or transformers' Conv1D (weight [in, out])."""
 
+    @override
     def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
         base = self.get_base_layer()
         if isinstance(base, Conv1D):
-            return [plain("weight", base.weight.shape, ("channel", "channel"), output_dims=(1,))]
+            return [plain("weight", base.weight.shape, ("channel", "channel"), output_dim=1)]
         # A quantised layer stores its weight in another shape.
         return [plain("weight", (base.out_features, base.in_features), ("channel", "channel"))]
 
+    @override
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
         if runs_plain_op(base, nn.Linear):
-            return F.linear(*args, weights["weight"], base.bias, **kwargs)
+            return F.linear(args[0] if args else kwargs["input"], weights["weight"], base.bias)
         return super().run_base(weights, *args, **kwargs)
 
+    @override
     def can_add(self, adapter_name: str) -> bool:
         base = self.get_base_layer()
         # An unknown forward may do more to its weight than multiply by it; a quantised weight leaves no choice.
         known = isinstance(base, Conv1D) or type(base).forward is nn.Linear.forward or self._weight_is_elsewhere()
         return known and super().can_add(adapter_name)
 
+    @override
     def delta_output(self, adapter_name: str, input: Tensor) -> Tensor:
         thin = self.matrix_factors(adapter_name, self.core_side(adapter_name))
         assert thin is not None
@@ -114,19 +120,23 @@ class Linear(_Matrix):
 class Embedding(_Matrix):
     """An embedding: a true [vocabulary, dimension] update, of which only the rows in use are computed."""
 
+    @override
     def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
         shape = self.get_base_layer().weight.shape
-        return [plain("weight", shape, ("channel", "channel"), output_dims=(1,))]
+        return [plain("weight", shape, ("channel", "channel"), output_dim=1)]
 
+    @override
     def can_add(self, adapter_name: str) -> bool:
         base = self.get_base_layer()
         # max_norm renormalises rows of the sum; scaled embeddings multiply it by a constant, which can be applied here.
         known = type(base).forward is nn.Embedding.forward or self._get_embed_scale() is not None
         return known and base.max_norm is None and super().can_add(adapter_name)
 
+    @override
     def prefers_adding(self, adapter_name: str) -> bool:
         return True
 
+    @override
     def delta_output(self, adapter_name: str, input: Tensor) -> Tensor:
         base = self.get_base_layer()
         side = "columns" if _split(self.weights[adapter_name]["weight"]) == 1 else "rows"

@@ -1,25 +1,34 @@
 """The PEFT tuner: which adapted layer stands in for which module of a model."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from peft.utils.integrations import init_empty_weights
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
-from flora.adapters.config import FLORA, FloraConfig
+from flora.adapters import combine
+from flora.adapters.composite import MultiheadAttention, Parameters, Recurrent, RootParameters
+from flora.adapters.config import FloraConfig
 from flora.adapters.conv import ConvNd, ConvTransposeNd
 from flora.adapters.layer import FloraLayer
 from flora.adapters.linear import Embedding, Linear
+from flora.adapters.weights import matching_pattern
 
-LAYERS: list[tuple[tuple[type[nn.Module], ...], type[FloraLayer]]] = [
+LAYERS: tuple[tuple[tuple[type[nn.Module], ...], type[FloraLayer]], ...] = (
     ((nn.Linear, Conv1D), Linear),
     ((nn.Embedding,), Embedding),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvNd),
     ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ConvTransposeNd),
-]
+    ((nn.MultiheadAttention,), MultiheadAttention),
+    ((nn.RNNBase, nn.RNNCellBase), Recurrent),
+)
 
 
 class FloraModel(BaseTuner):
@@ -27,26 +36,41 @@ class FloraModel(BaseTuner):
 
     prefix = "tucker_"
     tuner_layer_cls = FloraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
-    def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict) -> FloraConfig:
+    # ------------------------------------------------------------------ injection
+
+    @override
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None and peft_config.target_parameters:
             return peft_config
         return super()._prepare_adapter_config(peft_config, model_config)
 
+    @override
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Replace the targeted layers; warns of target names that match nothing while others do."""
-        config = self.peft_config[adapter_name]
-        asked = set(config.target_modules) if isinstance(config.target_modules, list | set | tuple) else set()
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        found = self.targeted_module_names
-        untrained = sorted(t for t in asked if not any(name == t or name.endswith(f".{t}") for name in found))
-        if untrained:
-            warnings.warn(f"target_modules: {', '.join(untrained)} match nothing and stay untrained", stacklevel=2)
+        config: Any = self.peft_config[adapter_name]
+        named = config.target_modules if isinstance(config.target_modules, list | set | tuple) else ()
+        asked = {"target_modules": set(named), "target_parameters": set(config.target_parameters or ())}
+        with warnings.catch_warnings():
+            # PEFT compares rank_pattern with modules only; names of parameters are checked below.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        found = {"target_modules": self.targeted_module_names, "target_parameters": self.targeted_parameter_names}
+        for field, targets in asked.items():
+            missed = [t for t in sorted(targets) if not any(n == t or n.endswith(f".{t}") for n in found[field])]
+            if missed:
+                warnings.warn(f"{field}: {', '.join(missed)} match nothing and stay untrained", stacklevel=2)
+        adapted = [name for name, _, _ in self._adapted_weights(adapter_name)]
+        adapted += [name.rpartition(".")[0] for name in adapted] + found["target_modules"]
+        for field in ("rank_pattern", "scale_pattern", "alpha_pattern", "fold_pattern"):
+            for pattern in getattr(config, field):
+                if not any(matching_pattern({pattern: True}, name) for name in adapted):
+                    warnings.warn(f"{field}[{pattern!r}] matches no adapted layer", stacklevel=2)
 
+    @override
     def _create_and_replace(
         self,
-        peft_config: FloraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -55,14 +79,16 @@ class FloraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(parent, FloraLayer):
-            return  # a part of an adapted layer, such as the output projection of an attention
+            return  # part of an adapted layer, such as the output projection of an attention
         if isinstance(target, FloraLayer):
+            if isinstance(target, Parameters):
+                raise ValueError(f"target_modules: {current_key} already has adapted parameters (target_parameters)")
             target.update_layer(adapter_name, peft_config, current_key)
-            return
-        new_module = self._create_new_module(peft_config, adapter_name, target, current_key)
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)  # a further adapter is not trained before it is made active
-        self._replace_module(parent, target_name, new_module, target)
+        else:
+            new_module = self._create_new_module(peft_config, adapter_name, target, current_key)
+            if adapter_name not in self.active_adapters:
+                new_module.requires_grad_(False)  # a further adapter is not trained before it is made active
+            self._replace_module(parent, target_name, new_module, target)
 
     @staticmethod
     def _create_new_module(config: FloraConfig, adapter_name: str, target: nn.Module, name: str) -> FloraLayer:
@@ -73,12 +99,92 @@ class FloraModel(BaseTuner):
                 return layer(target, adapter_name, config, name)
         supported = ", ".join(kind.__name__ for kinds, _ in LAYERS for kind in kinds)
         raise ValueError(
-            f"target_modules: {name} is a {type(target).__name__}, which is not supported; supported are {supported}. "
-            "Name its parameters in target_parameters instead"
+            f"target_modules: {name} is a {type(target).__name__}, which is not supported (supported: {supported}); "
+            "name its parameters in target_parameters instead"
         )
 
+    @override
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        matched: list[str] = []
+        for module_name, module in list(model.named_modules()):
+            name = module_name.replace(".base_layer", "").removeprefix("base_layer")
+            owner = model.get_submodule(name)
+            if isinstance(module, FloraLayer) or isinstance(
+                self._check_target_module_exists(peft_config, name), _ExcludedModule
+            ):
+                continue
+            keys = [key for key, _ in module.named_parameters(recurse=False) if _is_target(name, key, peft_config)]
+            if not keys:
+                continue
+            if isinstance(owner, FloraLayer) and not isinstance(owner, Parameters):
+                raise ValueError(f"target_parameters: {name} is already adapted through target_modules; name it once")
+            matched += [f"{name}.{key}".lstrip(".") for key in keys]
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._adapt_parameters(model, owner, name, keys, adapter_name, peft_config)
+        return matched
+
+    def _adapt_parameters(
+        self, model: nn.Module, owner: nn.Module, name: str, keys: list[str], adapter_name: str, config: FloraConfig
+    ) -> None:
+        existing = getattr(model, RootParameters.child_name, None) if name == "" else owner
+        if isinstance(existing, Parameters):
+            existing.target(keys)
+            existing.update_layer(adapter_name, config, name)
+            return
+        kind = RootParameters if name == "" else Parameters
+        layer = kind(owner, adapter_name, config, name, keys)
+        if adapter_name not in self.active_adapters:
+            layer.tucker_core.requires_grad_(False)
+            layer.tucker_factors.requires_grad_(False)
+        if name == "":
+            model.add_module(RootParameters.child_name, layer)
+        else:
+            parent, _, child = name.rpartition(".")
+            self._replace_module(model.get_submodule(parent), child, layer, owner)
+
+    @override
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, RootParameters):
+            delattr(parent, child_name)
+        else:
+            setattr(parent, child_name, new_module)  # an adapter is created on its base layer's device
+
+    # ------------------------------------------------------------------ loading
+
+    @classmethod
+    @override
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = model.state_dict()
+        for key, value in remapped.items():
+            if f".{cls.prefix}" not in f".{key}":
+                continue
+            key = key if key in own else key.removeprefix("base_model.model.")
+            if key not in own:
+                raise ValueError(f"adapter does not fit the model: the model has no adapted weight for {key}")
+            if own[key].shape != value.shape:
+                raise ValueError(
+                    f"adapter does not fit the model: {key} is {list(value.shape)} in the file, {list(own[key].shape)} "
+                    "in the model; load it onto the architecture and with the ranks it was trained with"
+                )
+        return remapped
+
+    # ------------------------------------------------------------------ inspection and combination
+
+    def _adapted_weights(self, adapter_name: str) -> Iterator[tuple[str, FloraLayer, str]]:
+        """Full name (layer.weight), layer and weight name of everything an adapter adapts."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, FloraLayer) and adapter_name in module.weights:
+                layer = name.removesuffix(RootParameters.child_name) if isinstance(module, RootParameters) else name
+                for weight in module.weights[adapter_name]:
+                    yield f"{layer}.{weight}".lstrip("."), module, weight
+
     def effective_ranks(self, adapter_name: str | None = None) -> dict[str, list[int]]:
-        """Clipped ranks per mode of every adapted weight.
+        """Clipped ranks per mode of every adapted weight; 1 for a mode of size 1, which has no factor.
 
         Args:
             adapter_name: which adapter; the first active one by default.
@@ -87,10 +193,40 @@ class FloraModel(BaseTuner):
             Name of the layer (followed by the name of the weight where a layer has several) -> rank per mode.
         """
         adapter_name = adapter_name or self.active_adapters[0]
-        listed: dict[str, list[int]] = {}
-        for name, module in self.model.named_modules():
-            if isinstance(module, FloraLayer) and adapter_name in module.ranks:
-                ranks = module.ranks[adapter_name]
-                for weight, values in ranks.items():
-                    listed[name if len(ranks) == 1 else f"{name}.{weight}"] = list(values)
+        listed = {}
+        for name, layer, weight in self._adapted_weights(adapter_name):
+            short = name.removesuffix(f".{weight}") if weight == "weight" else name
+            listed[short] = list(layer.ranks[adapter_name][weight])
         return listed
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        r: int | list[int] | None = None,
+        kernel_rank: int | list[int] | None = None,
+    ) -> None:
+        """Add an adapter whose update is the weighted sum of the updates of others.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: one factor per adapter.
+            adapter_name: name of the new adapter.
+            combination_type: ``cat`` is exact, ranks add up (at most to what each mode can use); ``hooi`` recompresses
+                the exact sum to the ranks below.
+            r: channel rank for ``hooi``; that of the first adapter by default.
+            kernel_rank: kernel rank for ``hooi``; that of the first adapter by default.
+
+        Raises:
+            ValueError: for unknown names, unequal lengths, adapters with use_dora (whose updates do not add up) or
+                with different folds, and where more than one has modules_to_save.
+        """
+        combine.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, r, kernel_rank)
+
+
+def _is_target(module_name: str, key: str, config: FloraConfig) -> bool:
+    full_name = f"{module_name}.{key}".lstrip(".")
+    return any(full_name == target or full_name.endswith(f".{target}") for target in config.target_parameters or ())

@@ -1,5 +1,7 @@
 """Makes FLoRA one of PEFT's methods: after ``import flora``, PEFT's own functions create, save and load it."""
 
+from typing import Any
+
 import peft
 from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -23,6 +25,10 @@ def register() -> None:
         raise ImportError(
             f"flora needs peft>={first},<{end}, found {peft.__version__}; install a version in that range"
         )
-    PEFT_TYPE_TO_CONFIG_MAPPING[FLORA] = FloraConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[FLORA] = FloraModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[FLORA] = FloraModel.prefix
+    tables: tuple[tuple[dict[Any, Any], Any], ...] = (
+        (PEFT_TYPE_TO_CONFIG_MAPPING, FloraConfig),
+        (PEFT_TYPE_TO_TUNER_MAPPING, FloraModel),
+        (PEFT_TYPE_TO_PREFIX_MAPPING, FloraModel.prefix),
+    )
+    for table, entry in tables:
+        table[FLORA] = entry

@@ -164,3 +164,57 @@ def ranks_for_energy(tensor: Tensor, energy: float) -> tuple[int, ...]:
         threshold = energy * kept[-1] * (1 - 4 * torch.finfo(kept.dtype).eps)
         ranks.append(max(1, int((kept < threshold).sum()) + 1 if kept[-1] > 0 else 1))
     return tuple(ranks)
+
+
+def concatenate(parts: Sequence[tuple[Tensor, Sequence[Tensor | None]]]) -> tuple[Tensor, list[Tensor | None]]:
+    """Exact sum of several Tucker forms of one shape: superdiagonal blocks of the cores, factors side by side.
+
+    Ranks add up. Where a summed rank exceeds what the mode can use (its size, or the product of the other ranks), a QR
+    decomposition moves the surplus into the core, so the result has at most the ranks of a general tensor.
+    """
+    modes = parts[0][0].dim()
+    columns = [[core.new_ones(1, 1) if f[mode] is None else f[mode] for core, f in parts] for mode in range(modes)]
+    factors = [torch.cat(column, dim=1) for column in columns]  # type: ignore[arg-type]
+    core = parts[0][0].new_zeros([factor.shape[1] for factor in factors])
+    start = [0] * modes
+    for part, _ in parts:
+        block = tuple(slice(first, first + rank) for first, rank in zip(start, part.shape, strict=True))
+        core[block] = part
+        start = [first + rank for first, rank in zip(start, part.shape, strict=True)]
+    return reduce_ranks(core, factors)
+
+
+def reduce_ranks(core: Tensor, factors: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+    """The same tensor with ranks at most the mode sizes and the products of the other ranks; exact, by QR."""
+    reduced: list[Tensor | None] = list(factors)
+    for mode, factor in enumerate(reduced):
+        if factor is not None and factor.shape[1] > factor.shape[0]:
+            basis, rest = torch.linalg.qr(factor)
+            reduced[mode], core = basis, mode_product(core, rest, mode)
+    for mode, factor in enumerate(reduced):
+        others = core.numel() // core.shape[mode]
+        if factor is not None and core.shape[mode] > others:
+            basis, rest = torch.linalg.qr(unfold(core, mode))
+            reduced[mode] = factor @ basis
+            core = rest.reshape(others, *core.shape[:mode], *core.shape[mode + 1 :]).movedim(0, mode).contiguous()
+        if factor is not None and tuple(factor.shape) == (1, 1):
+            core, reduced[mode] = core * factor, None
+    return core, reduced
+
+
+def truncate(
+    core: Tensor, factors: Sequence[Tensor | None], ranks: Sequence[int]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Best-fit Tucker form of lower ranks by HOOI, computed on the core: the full tensor is never built."""
+    bases: list[Tensor | None] = list(factors)
+    for mode, factor in enumerate(factors):
+        if factor is not None:
+            bases[mode], rest = torch.linalg.qr(factor)
+            core = mode_product(core, rest, mode)
+    lower = [min(rank, size) for rank, size in zip(ranks, core.shape, strict=True)]
+    small, inner = hooi(core, lower)
+    outer = [
+        basis if turn is None else basis @ turn if basis is not None else turn
+        for basis, turn in zip(bases, inner, strict=True)
+    ]
+    return small, outer

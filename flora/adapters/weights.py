@@ -21,15 +21,15 @@ class AdaptedWeight:
         weight_shape: shape in which the layer stores it.
         shape: mode sizes; the stored weight is a reshape of this tensor.
         kinds: what each mode counts, which decides its rank.
-        output_dims: dimensions of the stored weight that count outputs (use_dora has a magnitude for each);
-            ``None`` where outputs are not dimensions of their own.
+        output_dim: dimension of the stored weight that counts outputs (use_dora has a magnitude for each); ``None``
+            where it is not known.
     """
 
     name: str
     weight_shape: tuple[int, ...]
     shape: tuple[int, ...]
     kinds: tuple[ModeKind, ...]
-    output_dims: tuple[int, ...] | None = (0,)
+    output_dim: int | None = 0
 
     @property
     def key(self) -> str:
@@ -55,9 +55,18 @@ def matching_pattern(patterns: dict[str, Any], name: str) -> Any:
     return None
 
 
+def configured(patterns: dict[str, Any], layer_name: str, weight: AdaptedWeight) -> Any:
+    """Value of the first pattern that matches the layer's name, or that followed by the weight's, else ``None``."""
+    full_name = f"{layer_name}.{weight.name}".lstrip(".")
+    for pattern, value in patterns.items():
+        if any(matching_pattern({pattern: True}, name) for name in (layer_name, full_name)):
+            return value
+    return None
+
+
 def fold(weight: AdaptedWeight, config: FloraConfig, layer_name: str) -> AdaptedWeight:
     """Apply ``fold_pattern`` and ``stack_modes`` of the configuration, where they match the layer's name."""
-    shape = matching_pattern(config.fold_pattern, layer_name)
+    shape = configured(config.fold_pattern, layer_name, weight)
     if shape is None:
         return weight
     size = math.prod(weight.weight_shape)
@@ -84,7 +93,7 @@ def stacked_kinds(modes: int, config: FloraConfig, layer_name: str, default: Seq
 
 def ranks_of(weight: AdaptedWeight, config: FloraConfig, layer_name: str) -> tuple[int, ...]:
     """Effective rank per mode that the configuration gives a weight of the named layer."""
-    explicit = matching_pattern(config.rank_pattern, layer_name)
+    explicit = configured(config.rank_pattern, layer_name, weight)
     r = config.r if explicit is None else explicit
     channels = [mode for mode, kind in enumerate(weight.kinds) if kind == "channel"]
     kernels = [mode for mode, kind in enumerate(weight.kinds) if kind == "kernel"]
@@ -117,11 +126,11 @@ def ranks_of(weight: AdaptedWeight, config: FloraConfig, layer_name: str) -> tup
 def scaling_of(weight: AdaptedWeight, config: FloraConfig, layer_name: str) -> float:
     """Factor of the update: the constant scale, or alpha / r (alpha / sqrt(r)) with r as configured, unclipped."""
     if config.alpha is None:
-        scale = matching_pattern(config.scale_pattern, layer_name)
+        scale = configured(config.scale_pattern, layer_name, weight)
         return float(config.scale if scale is None else scale)  # type: ignore[arg-type]
-    alpha = matching_pattern(config.alpha_pattern, layer_name)
+    alpha = configured(config.alpha_pattern, layer_name, weight)
     alpha = config.alpha if alpha is None else alpha
-    r = matching_pattern(config.rank_pattern, layer_name)
+    r = configured(config.rank_pattern, layer_name, weight)
     r = config.r if r is None else r
     if isinstance(r, list | tuple):
         if len(r) == len(weight.kinds):

@@ -1,0 +1,139 @@
+"""Adapted layers with several weights: multi-head attention, recurrent layers, and modules that own bare parameters."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from flora.adapters.config import FloraConfig
+from flora.adapters.layer import FloraLayer
+from flora.adapters.weights import AdaptedWeight, ModeKind, plain, stacked_kinds
+
+
+def _stacked(name: str, weight: Tensor, parts: int) -> AdaptedWeight:
+    """A matrix of ``parts`` equal blocks of rows, seen as [parts, rows, columns]."""
+    rows, columns = weight.shape
+    kinds: tuple[ModeKind, ...] = ("stack", "channel", "channel")
+    if parts == 1:
+        return plain(name, (rows, columns), kinds[1:])
+    return AdaptedWeight(name, (rows, columns), (parts, rows // parts, columns), kinds)
+
+
+class MultiheadAttention(FloraLayer):
+    """nn.MultiheadAttention: the fused projection of query, key and value as [3, d, d], and the output projection.
+
+    Where query, key and value have sizes of their own, torch keeps three matrices, and each is adapted for itself.
+    """
+
+    @override
+    def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
+        base = self.get_base_layer()
+        matrix: tuple[ModeKind, ...] = ("channel", "channel")
+        if base.in_proj_weight is not None:
+            inputs = [_stacked("in_proj_weight", base.in_proj_weight, 3)]
+        else:
+            names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+            inputs = [plain(name, getattr(base, name).shape, matrix) for name in names]
+        return [*inputs, plain("out_proj.weight", base.out_proj.weight.shape, matrix)]
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        # nn.TransformerEncoderLayer asks this before it takes the weights for its fused kernel, past this layer.
+        return False
+
+
+class Recurrent(FloraLayer):
+    """nn.LSTM, nn.GRU, nn.RNN and their cells: every weight as [gates, hidden, in]; projections as [out, in]."""
+
+    @override
+    def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
+        base = self.get_base_layer()
+        weights = [(key, value) for key, value in base.named_parameters(recurse=False) if key.startswith("weight_")]
+        # A projection (weight_hr) has no gates.
+        return [
+            _stacked(key, value, 1 if key.startswith("weight_hr") else value.shape[0] // base.hidden_size)
+            for key, value in weights
+        ]
+
+
+class Parameters(FloraLayer):
+    """A module of which bare parameters are adapted, whatever it computes with them."""
+
+    supports_dora = False
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: FloraConfig, name: str, targets: list[str]):
+        self._targets = targets
+        super().__init__(base_layer, adapter_name, config, name)
+
+    def target(self, names: list[str]) -> None:
+        """Set which parameters the next adapter adapts."""
+        self._targets = names
+
+    @override
+    def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
+        described = []
+        for key in self._targets:
+            shape = self.base_weight(key).shape
+            full_name = f"{name}.{key}".lstrip(".")
+            if not 2 <= len(shape) <= 6:
+                raise ValueError(f"target_parameters: {full_name} has {len(shape)} modes; 2 to 6 can be adapted")
+            kinds = stacked_kinds(len(shape), config, full_name, default=(0,) if len(shape) > 2 else ())
+            described.append(plain(key, shape, kinds, output_dim=None))
+        return described
+
+
+class RootParameters(Parameters):
+    """Bare parameters of the model itself, which has no parent in which another module could take its place.
+
+    Lives as a child of the model and puts the adapted parameters in place while the model's forward runs.
+    """
+
+    child_name = "adapted_parameters"
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: FloraConfig, name: str, targets: list[str]):
+        self._own: dict[str, nn.Parameter | None] = {}
+        self._depth = 0
+        super().__init__(base_layer, adapter_name, config, name, targets)
+        # The model is the parent, not a child: kept out of the registered modules.
+        del self._modules["base_layer"]
+        self.__dict__["base_layer"] = base_layer
+        self._hooks = (
+            base_layer.register_forward_pre_hook(self._put_in_place),
+            base_layer.register_forward_hook(self._put_back, always_call=True),
+        )
+
+    @override
+    def base_weight(self, name: str) -> Tensor:
+        own = self._own.get(name)
+        return super().base_weight(name) if own is None else own
+
+    def _put_in_place(self, model: nn.Module, args: Any) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
+        adapters = self._present(self.active_adapters)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return
+        for name in dict.fromkeys(name for adapter in adapters for name in self.weights[adapter]):
+            adapted = self.adapted_weight(name, adapters)
+            self._own[name] = model._parameters[name]
+            model._parameters[name] = adapted  # type: ignore[assignment]
+
+    def _put_back(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            for name, own in self._own.items():
+                model._parameters[name] = own
+            self._own.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Merge if asked, and let go of the model; PEFT calls this when it unloads adapters."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        for hook in self._hooks:
+            hook.remove()
+        return nn.Identity()
