@@ -96,7 +96,8 @@ def download(dataset: str, split_seed: int) -> tuple[dict[str, Pool], list[str],
         DataError: if the server does not answer within seconds, or the download fails.
     """
     source = SOURCES[dataset]
-    root = Path(os.environ.get("FLORA_CACHE", Path.home() / ".cache" / "flora")) / "datasets"
+    cache = Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora")
+    root = cache.expanduser() / "datasets"
     try:
         root.mkdir(parents=True, exist_ok=True)
         # Ranks and sweeps start at once: the first one downloads, the others wait and then find it.

@@ -25,8 +25,9 @@ def test_classes_are_spread_evenly_and_the_split_seed_decides():
     first, again, other = (
         Digits(dataset="digits", split_seed=seed, **COMMON).load(image_size=8, data_dir=None) for seed in (0, 0, 1)
     )
-    share = np.bincount(first.test.labels) / np.bincount(load_digits().target)
-    assert share == pytest.approx(np.full(10, 0.2), abs=0.01)
+    for split, share in [(first.train, 0.6), (first.validation, 0.2), (first.test, 0.2)]:
+        found = np.bincount(split.labels) / np.bincount(load_digits().target)
+        assert found == pytest.approx(np.full(10, share), abs=0.01)
     assert np.array_equal(first.test.images, again.test.images)
     assert not np.array_equal(first.test.images, other.test.images)
 

@@ -56,14 +56,15 @@ def test_official_splits_are_read_from_what_was_downloaded(cache, monkeypatch):
     assert splits.facts["source"] == "torchvision, https://www.robots.ox.ac.uk"
 
 
-def test_where_there_is_no_official_test_set_a_fifth_is_drawn(cache, monkeypatch):
-    for number in range(2000):
+@pytest.mark.parametrize(("images", "sizes"), [(2000, [800, 200, 400]), (500, [320, 80, 100])])
+def test_where_there_is_no_official_test_set_a_fifth_is_drawn(cache, monkeypatch, images, sizes):
+    for number in range(images):
         write(cache / "eurosat" / "2750" / f"class{number % 10}" / f"{number:04d}.png", number)
-    expect(monkeypatch, "eurosat", 2000)
+    expect(monkeypatch, "eurosat", images)
     splits = load("eurosat")
     members = [set(numbers(s.images.numpy())) for s in (splits.train, splits.validation, splits.test)]
-    assert [len(m) for m in members] == [800, 200, 400]
-    assert len(set.union(*members)) == 1400
+    assert [len(m) for m in members] == sizes
+    assert len(set.union(*members)) == sum(sizes)
     assert [n % 10 for n in numbers(splits.test.images.numpy())] == splits.test.labels.tolist()
     assert "test a drawn 20% of the images" in splits.facts["split_rule"]
 
