@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hydra
 from omegaconf import DictConfig
 
-from flora.config import METHOD_VERSION, instantiate, main, run_id, semantic_config
+from flora.config import METHOD_VERSION, instantiate, main, quietly, run_id, semantic_config
 from flora.errors import ConfigError, DataError, WeightsError
 from flora.results import Record, Store
 from flora.results.record import command, device_name, now, write_json
@@ -24,6 +24,8 @@ def run(cfg: DictConfig) -> Path:
     """Run what the config says, unless a finished record of the same run exists; returns the record's path."""
     if cfg.mode not in ("train", "eval"):
         raise ConfigError(f"mode must be train or eval, got {cfg.mode!r}")
+    if not isinstance(cfg.seed, int) or cfg.seed < 0:
+        raise ConfigError(f"seed must be a whole number from 0, got {cfg.seed!r}")
     checkpoint = saved_run(cfg.checkpoint) if cfg.mode == "eval" else None
     identity = run_id(cfg, digest(checkpoint) if checkpoint else None)
     paths = instantiate(cfg.paths)
@@ -145,11 +147,10 @@ def say(text: str) -> None:
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
-def job(cfg: DictConfig) -> str:
+def job(cfg: DictConfig) -> None:
     """One run; prints the record's path as the last line of stdout."""
-    path = run(cfg)
-    print(f"record: {path}", flush=True)
-    return str(path)
+    with quietly():
+        print(f"record: {run(cfg)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """The boundary to Hydra: safe instantiation, the run's identity, and one-line errors with exit code 2."""
 
+import contextlib
 import hashlib
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -74,6 +77,24 @@ def run_id(cfg: DictConfig, checkpoint_digest: str | None = None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Around a Hydra job: keep bad input from Hydra, which would print more than the one line; ``main`` raises it.
+
+    In a multirun Hydra needs the exception, to mark the job as failed and go on to the next.
+    """
+    try:
+        yield
+    except FloraError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            raise
+        _kept.append(error)
+
+
+_kept: list[FloraError] = []
+
+
 def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
     """Run a Hydra entry point; bad input ends in one ``error:`` line on stderr and exit code 2.
 
@@ -82,6 +103,8 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
     """
     try:
         entry()
+        if _kept:
+            raise _kept.pop()
     except KeyboardInterrupt:
         sys.exit(130)
     except (FloraError, HydraException, OmegaConfBaseException) as error:

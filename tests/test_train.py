@@ -142,7 +142,7 @@ def test_bad_input_is_one_line_exit_2_and_no_record(run, tmp_path, overrides, me
 
 
 def test_a_rank_above_the_mode_size_is_refused_in_a_pattern_and_clipped_in_r(run):
-    pattern = "+adapter.rank_pattern=[{pattern:'stem\\.0',rank:[64,8,2,2]}]"
+    pattern = "adapter.rank_pattern=[{pattern:'stem\\.0',rank:[64,8,2,2]}]"
     code, _, err = run(pattern)
     assert code == 2, err
     assert "rank_pattern" in err

@@ -38,7 +38,8 @@ class Peft:
         lr, head_lr: default peak learning rates of the adapter and the head, read by the trainer's config.
         target_modules: ``all`` (every conv and linear except the head), or what PEFT accepts: names or a regex.
         skip_depthwise: leave depthwise and grouped convolutions out, for methods that cannot adapt them.
-        options: everything else goes to the PEFT config.
+        options: everything else goes to the PEFT config; a ``*_pattern`` may be a list of ``{pattern, rank}`` (or
+            ``{pattern, shape}``), since Hydra's command line cannot carry a regex as a key.
     """
 
     head_only = False
@@ -60,7 +61,7 @@ class Peft:
         self.config_class = getattr(importlib.import_module(module), attribute)
         self.target_modules = target_modules
         self.skip_depthwise = skip_depthwise
-        self.options = options
+        self.options = {key: _pattern(key, value) for key, value in options.items()}
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
         """Wrap ``model``; raises ValueError naming the field when a setting does not fit the model."""
@@ -164,6 +165,19 @@ def load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state)
     return Adapted(model)
+
+
+def _pattern(key: str, value: Any) -> Any:
+    """A list of two-key mappings, one of them ``pattern``, as the dict that PEFT expects."""
+    if not key.endswith("_pattern") or not isinstance(value, list):
+        return value
+    found = {}
+    for entry in value:
+        if not isinstance(entry, dict) or len(entry) != 2 or "pattern" not in entry:
+            raise ValueError(f"adapter.{key} must be a list of {{pattern, rank}} entries, got {entry!r}")
+        (result,) = (v for k, v in entry.items() if k != "pattern")
+        found[str(entry["pattern"])] = result
+    return found
 
 
 def _matches(config: peft.PeftConfig, name: str) -> bool:

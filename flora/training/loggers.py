@@ -42,7 +42,7 @@ class Wandb:
         try:
             yield run.summary
         finally:
-            wandb.finish(quiet=True)
+            wandb.finish()
 
 
 class NoLogger:
