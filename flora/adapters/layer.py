@@ -27,7 +27,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("tucker_core", "tucker_factors", "tucker_magnitude")
-    other_param_names = ("weights", "ranks", "scaling", "form", "tucker_dropout")
+    other_param_names = ("weights", "effective_ranks", "scaling", "form", "tucker_dropout", "_configured_scaling")
     supports_dora = True
     base_layer: Any
     tucker_core: Any  # ModuleDict: adapter -> ParameterDict: weight -> core
@@ -43,7 +43,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self.tucker_magnitude = nn.ModuleDict()
         self.tucker_dropout = nn.ModuleDict()
         self.weights: dict[str, dict[str, AdaptedWeight]] = {}
-        self.ranks: dict[str, dict[str, tuple[int, ...]]] = {}
+        self.effective_ranks: dict[str, dict[str, tuple[int, ...]]] = {}
         self.scaling: dict[str, float] = {}
         self.form: dict[str, str] = {}
         self._configured_scaling: dict[str, float] = {}
@@ -82,7 +82,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         weights = {weight.name: fold(weight, config, name) for weight in self.describe_weights(config, name)}
         self._check_config(config, name)
         self.weights[adapter_name] = weights
-        self.ranks[adapter_name] = {key: ranks_of(weight, config, name) for key, weight in weights.items()}
+        self.effective_ranks[adapter_name] = {key: ranks_of(weight, config, name) for key, weight in weights.items()}
         self.scaling[adapter_name] = scaling_of(next(iter(weights.values())), config, name)
         self._configured_scaling[adapter_name] = self.scaling[adapter_name]
         self.form[adapter_name] = config.forward
@@ -94,7 +94,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
         cores, factors = nn.ParameterDict(), nn.ParameterDict()
         for weight in weights.values():
-            ranks = self.ranks[adapter_name][weight.name]
+            ranks = self.effective_ranks[adapter_name][weight.name]
             cores[weight.key] = nn.Parameter(torch.empty(ranks))
             for mode in factor_modes(weight.shape, ranks):
                 factors[f"{weight.key}_{mode}"] = nn.Parameter(torch.empty(weight.shape[mode], ranks[mode]))
@@ -136,15 +136,6 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         held = self.tucker_factors[adapter_name]
         names = [f"{weight.key}_{mode}" for mode in range(len(weight.shape))]
         return [held.get(name) for name in names]
-
-    @property
-    def effective_ranks(self) -> dict[str, list[int] | dict[str, list[int]]]:
-        """Clipped rank per mode, by adapter (and by weight name for layers with several adapted weights)."""
-        listed: dict[str, list[int] | dict[str, list[int]]] = {}
-        for adapter, ranks in self.ranks.items():
-            by_weight = {name: list(values) for name, values in ranks.items()}
-            listed[adapter] = next(iter(by_weight.values())) if len(by_weight) == 1 else by_weight
-        return listed
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the factor of an adapter's update to ``scale`` times the configured one."""
@@ -219,7 +210,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             base = self.base_weight(described.name)
             if not base.is_floating_point():
                 raise ValueError(f"use_dora: needs a floating-point weight, {described.name} is {base.dtype}")
-            magnitudes[described.key] = nn.Parameter(_output_norm(base, described).flatten())
+            magnitudes[described.key] = nn.Parameter(_output_norm(base, described).flatten().to(base.dtype))
         self.tucker_magnitude[adapter] = magnitudes
 
     def __getattr__(self, name: str) -> Any:
@@ -243,6 +234,19 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         """The base layer's bias; ``None`` where it has no tensor of that name."""
         bias = getattr(self.get_base_layer(), "bias", None)
         return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def in_features(self) -> int:
+        """Size of the input, under the name that PEFT asks for."""
+        return self._size_named("in_features", "in_channels", "num_embeddings", "input_size", "nx", "embed_dim")
+
+    @property
+    def out_features(self) -> int:
+        """Size of the output, under the name that PEFT asks for."""
+        return self._size_named("out_features", "out_channels", "embedding_dim", "hidden_size", "nf", "embed_dim")
+
+    def _size_named(self, *names: str) -> int:
+        return next(getattr(self.base_layer, name) for name in names if hasattr(self.base_layer, name))
 
     def _visible_weight(self, name: str) -> Tensor:
         adapters = [a for a in self._present(self.active_adapters) if name in self.weights[a]]

@@ -65,7 +65,7 @@ class _Matrix(FloraLayer):
     @override
     def prefers_adding(self, adapter_name: str) -> bool:
         described = self.weights[adapter_name]["weight"]
-        parameters = parameter_count(described.shape, self.ranks[adapter_name]["weight"])
+        parameters = parameter_count(described.shape, self.effective_ranks[adapter_name]["weight"])
         rows, columns = described.weight_shape
         # Merging costs a gradient of the weight's size; three thin products cost about 3 r (rows + columns) per input.
         return rows * columns > 6 * parameters

@@ -196,7 +196,7 @@ class FloraModel(BaseTuner):
         listed = {}
         for name, layer, weight in self._adapted_weights(adapter_name):
             short = name.removesuffix(f".{weight}") if weight == "weight" else name
-            listed[short] = list(layer.ranks[adapter_name][weight])
+            listed[short] = list(layer.effective_ranks[adapter_name][weight])
         return listed
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """PEFT's own tests, from the source distribution of the installed version: downloaded once, never copied into here."""
 
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -31,7 +31,8 @@ def sources() -> Path:
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=180)
         except (subprocess.SubprocessError, OSError) as error:
-            raise Unavailable(f"PEFT {peft.__version__} sources are not cached and pip cannot download them: {error}")
+            message = f"PEFT {peft.__version__} sources are not cached and pip cannot download them: {error}"
+            raise Unavailable(message) from error
         with tarfile.open(cache / f"peft-{peft.__version__}.tar.gz") as archive:
             archive.extractall(cache, filter="data")
     return folder
@@ -45,5 +46,11 @@ def load_tests(name: str) -> types.ModuleType:
         package.__path__ = [str(folder)]
         sys.modules["peft_tests"] = package
     # Their helpers import diffusers for tests of image generation, which have no part in this.
-    with mock.patch.dict(sys.modules, {"diffusers": mock.MagicMock()}):
+    stood_in = "diffusers" not in sys.modules and importlib.util.find_spec("diffusers") is None
+    if stood_in:
+        sys.modules["diffusers"] = mock.MagicMock()
+    try:
         return importlib.import_module(f"peft_tests.{name}")
+    finally:
+        if stood_in:
+            del sys.modules["diffusers"]

@@ -1,4 +1,4 @@
-"""Every layer type against independent oracles: tensorly for the update, the layer's own op with W + update for the output."""
+"""Every layer type against independent oracles: tensorly for updates, the layer's own op with W + update for outputs."""
 
 import copy
 import warnings
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flora.adapters import FloraLayer
+
 from .layer_cases import LAYERS, Case, Holder
 
 EXAMPLES = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
@@ -55,13 +56,6 @@ def with_updated_weights(base: nn.Module, layer: FloraLayer) -> nn.Module:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @every_layer
@@ -119,7 +113,7 @@ def test_gradients_agree_with_finite_differences(kind, data, seed):
             case.layer.max_norm = None  # renormalises rows in place without a gradient, in torch's own op
         if getattr(case.layer, "padding_idx", None) is not None:
             case.layer.padding_idx = None  # torch gives that row no gradient, although the output depends on it
-        model, layer = wrap(case)
+        model, _ = wrap(case)
         parameters = [p for p in model.parameters() if p.requires_grad]
         names = [n for n, p in model.named_parameters() if p.requires_grad]
         assert parameters
