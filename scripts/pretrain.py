@@ -169,7 +169,7 @@ class Run:
         self.device = torch.device(args.device)
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         net = timm.create_model(ARCHITECTURE, num_classes=CLASSES, drop_path_rate=args.drop_path)
-        self.net = net.to(self.device, memory_format=layout)
+        self.net = net.to(self.device).to(memory_format=layout)
         self.average = copy.deepcopy(self.net).eval()
         decayed = [p for p in self.net.parameters() if p.ndim > 1]
         plain = [p for p in self.net.parameters() if p.ndim <= 1]
@@ -360,8 +360,8 @@ def main() -> None:
     held_out = load([args.data / "validation.parquet"], None, args.workers)
     print(f"decoded {len(train[0])} + {len(held_out[0])} images in {time.perf_counter() - start:.1f} s", flush=True)
     torch.backends.cudnn.benchmark = True
-    images, labels = (t.to(args.device) for t in train)
-    validation = tuple(t.to(args.device) for t in held_out)
+    images, labels = train[0].to(args.device), train[1].to(args.device)
+    validation = (held_out[0].to(args.device), held_out[1].to(args.device))
     if args.bench:
         return bench(args, images, labels)
 
