@@ -18,6 +18,8 @@ from flora.config import METHOD_VERSION, instantiate, main, quietly, run_id, sem
 from flora.errors import ConfigError, DataError, WeightsError
 from flora.results import Record, Store
 from flora.results.record import command, device_name, now, write_json
+from flora.training import Experiment
+from flora.training.model_card import write_card
 
 
 def run(cfg: DictConfig) -> Path:
@@ -27,6 +29,8 @@ def run(cfg: DictConfig) -> Path:
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise ConfigError(f"seed must be a whole number from 0, got {cfg.seed!r}")
     checkpoint = saved_run(cfg.checkpoint) if cfg.mode == "eval" else None
+    task = instantiate(cfg.task)
+    cfg.task.dataset = task.dataset  # an alias and the name it stands for are one run
     identity = run_id(cfg, digest(checkpoint) if checkpoint else None)
     paths = instantiate(cfg.paths)
     store = Store(paths.results)
@@ -35,9 +39,7 @@ def run(cfg: DictConfig) -> Path:
         say(f"finished before: {found} (force=true runs it again)")
         return store.path(identity)
 
-    from flora.training import Experiment  # torch and transformers: seconds that a finished run need not wait
-
-    task, model, method = instantiate(cfg.task), instantiate(cfg.model), instantiate(cfg.adapter)
+    model, method = instantiate(cfg.model), instantiate(cfg.adapter)
     label = f"{task.name}/{task.dataset} {model.name} {method.name} seed {cfg.seed}"
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
     folder = paths.prepare(identity)
@@ -100,8 +102,6 @@ def run(cfg: DictConfig) -> Path:
     record.metrics, record.value = outcome.metrics, outcome.metrics[task.metric]
     record.status, record.finished = "finished", now()
     if checkpoint is None:
-        from flora.training.model_card import write_card
-
         facts = {k: getattr(record, k) for k in ("run_id", "task", "dataset", "model", "adapter", "metric", "value")}
         write_json(folder / "adapter" / "run.json", facts | {"num_classes": splits.num_classes})
         write_card(record, splits.num_classes, folder / "adapter")

@@ -72,9 +72,16 @@ def run_id(cfg: DictConfig, checkpoint_digest: str | None = None) -> str:
 
     A checkpoint to evaluate counts by its content, not by where it lies.
     """
-    semantic = semantic_config(cfg) | {"checkpoint": checkpoint_digest}
+    semantic = _pruned(semantic_config(cfg) | {"checkpoint": checkpoint_digest})
     text = json.dumps(semantic, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _pruned(node: Any) -> Any:
+    """Without null, false, zero and empty values, so that a new option that defaults to off keeps old run ids."""
+    if isinstance(node, dict):
+        return {key: _pruned(value) for key, value in node.items() if value}
+    return [_pruned(value) for value in node] if isinstance(node, list) else node
 
 
 @contextlib.contextmanager

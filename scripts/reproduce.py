@@ -24,7 +24,7 @@ def reproduce() -> None:
     parser.add_argument(
         "overrides", nargs="*", help="further overrides that do not change results, e.g. paths.data=DIR"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     store = Store(arguments.results)
     table = cells(load(arguments.table), arguments.scale)

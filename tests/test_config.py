@@ -46,6 +46,12 @@ def test_what_changes_the_result_changes_the_run_id(change):
     assert run_id(config(**change)) != run_id(config())
 
 
+@pytest.mark.parametrize("off", [None, False, 0.0, []])
+def test_a_new_option_that_is_off_keeps_old_run_ids(off):
+    assert run_id(config(adapter={"r": 8, "new_option": off})) == run_id(config())
+    assert run_id(config(adapter={"r": 8, "new_option": 1})) != run_id(config())
+
+
 def test_a_checkpoint_counts_by_content_not_by_path():
     assert run_id(config(checkpoint="/a"), "abc") == run_id(config(checkpoint="/b"), "abc")
     assert run_id(config(checkpoint="/a"), "abc") != run_id(config(checkpoint="/a"), "abd")

@@ -100,14 +100,12 @@ class Task(ABC):
         dataset: within the family, ``eurosat``.
         metric: the key of ``metrics().compute(...)`` that selects and is reported.
         epochs: default length of training.
-        default_model: the config of group ``model`` used when none is chosen.
     """
 
     name: str
     dataset: str
     metric: str
     epochs: int
-    default_model: str
 
     @abstractmethod
     def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
@@ -139,7 +137,6 @@ class ImageTask(Task):
         name: of the family, as records show it.
         dataset: within the family.
         epochs: default length of training.
-        default_model: config of group ``model``.
         augment: ``auto`` (the dataset's own rule) or one of AUGMENTATIONS.
         split_seed: of the draw of the splits; apart from the training seed, so that seeds share their data.
 
@@ -149,9 +146,7 @@ class ImageTask(Task):
 
     metric = "accuracy"
 
-    def __init__(
-        self, *, name: str, dataset: str, epochs: int, default_model: str, augment: str = "auto", split_seed: int = 0
-    ):
+    def __init__(self, *, name: str, dataset: str, epochs: int, augment: str = "auto", split_seed: int = 0):
         if augment not in ("auto", *AUGMENTATIONS):
             raise ConfigError(f"task.augment={augment} is unknown; choose one of auto, {', '.join(AUGMENTATIONS)}")
         if epochs < 1:
@@ -161,7 +156,6 @@ class ImageTask(Task):
         self.name = name
         self.dataset = dataset
         self.epochs = epochs
-        self.default_model = default_model
         self.split_seed = split_seed
         self._augment = augment
 

@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from flora.errors import ConfigError
 from flora.tasks import Digits
 
-COMMON = {"name": "digits", "epochs": 3, "default_model": "convnext"}
+COMMON = {"name": "digits", "epochs": 3}
 
 
 def test_every_digit_is_in_one_split_with_its_label():

@@ -11,7 +11,7 @@ from .conftest import numbers, png
 
 
 def load(dataset: str):
-    return Vtab(name="vtab", dataset=dataset, epochs=1, default_model="convnext").load(image_size=8, data_dir=None)
+    return Vtab(name="vtab", dataset=dataset, epochs=1).load(image_size=8, data_dir=None)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from PIL import Image, ImageDraw
 
 from flora.tasks import Vtab, dsprites
 
-COMMON = {"name": "vtab", "epochs": 1, "default_model": "convnext"}
+COMMON = {"name": "vtab", "epochs": 1}
 SQUARE, ELLIPSE, HEART = range(3)
 LARGEST = 5
 ROWS, COLUMNS = np.mgrid[: dsprites.SIZE, : dsprites.SIZE]

@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def vtab(dataset: str = "eurosat", **settings) -> Vtab:
-    return Vtab(name="vtab", dataset=dataset, epochs=1, default_model="convnext", **settings)
+    return Vtab(name="vtab", dataset=dataset, epochs=1, **settings)
 
 
 def load(folder: Path, **settings):
