@@ -57,13 +57,27 @@ class Recurrent(FloraLayer):
 
 
 class Parameters(FloraLayer):
-    """A module of which bare parameters are adapted, whatever it computes with them."""
+    """Bare parameters of a module, whatever it computes with them.
 
+    Lives as a child of the module that owns them, so that the module keeps its place and its name (it may be the model
+    itself, or hold other adapted layers), and puts the adapted parameters in place while the owner's forward runs.
+    """
+
+    child_name = "adapted_parameters"
     supports_dora = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: FloraConfig, name: str, targets: list[str]):
         self._targets = targets
+        self._own: dict[str, Any] = {}
+        self._depth = 0
         super().__init__(base_layer, adapter_name, config, name)
+        # The owner is the parent, not a child: it must not be registered as one.
+        del self._modules["base_layer"]
+        self.__dict__["base_layer"] = base_layer
+        self._hooks = (
+            base_layer.register_forward_pre_hook(self._put_in_place),
+            base_layer.register_forward_hook(self._put_back, always_call=True),
+        )
 
     def target(self, names: list[str]) -> None:
         """Set which parameters the next adapter adapts."""
@@ -81,57 +95,41 @@ class Parameters(FloraLayer):
             described.append(plain(key, shape, kinds, output_dim=None))
         return described
 
-
-class RootParameters(Parameters):
-    """Bare parameters of the model itself, which has no parent in which another module could take its place.
-
-    Lives as a child of the model and puts the adapted parameters in place while the model's forward runs.
-    """
-
-    child_name = "adapted_parameters"
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: FloraConfig, name: str, targets: list[str]):
-        self._own: dict[str, nn.Parameter | None] = {}
-        self._depth = 0
-        super().__init__(base_layer, adapter_name, config, name, targets)
-        # The model is the parent, not a child: kept out of the registered modules.
-        del self._modules["base_layer"]
-        self.__dict__["base_layer"] = base_layer
-        self._hooks = (
-            base_layer.register_forward_pre_hook(self._put_in_place),
-            base_layer.register_forward_hook(self._put_back, always_call=True),
-        )
-
     @override
     def base_weight(self, name: str) -> Tensor:
-        own = self._own.get(name)
-        return super().base_weight(name) if own is None else own
+        return self._own[name] if name in self._own else super().base_weight(name)
 
-    def _put_in_place(self, model: nn.Module, args: Any) -> None:
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Pass the input through: an owner that calls all its children in turn (nn.Sequential) calls this one too."""
+        return args[0]
+
+    def _put_in_place(self, owner: nn.Module, args: Any) -> None:
         self._depth += 1
         if self._depth > 1:
             return
-        adapters = self._present(self.active_adapters)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             return
-        for name in dict.fromkeys(name for adapter in adapters for name in self.weights[adapter]):
-            adapted = self.adapted_weight(name, adapters)
-            self._own[name] = model._parameters[name]
-            model._parameters[name] = adapted  # type: ignore[assignment]
+        adapters = self._present(self.active_adapters)
+        names = dict.fromkeys(name for adapter in adapters for name in self.weights[adapter])
+        adapted: dict[str, Any] = {name: self.adapted_weight(name, adapters) for name in names}
+        for name, value in adapted.items():
+            self._own[name] = owner._parameters[name]
+            owner._parameters[name] = value
 
-    def _put_back(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _put_back(self, owner: nn.Module, args: Any, output: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
             for name, own in self._own.items():
-                model._parameters[name] = own
+                owner._parameters[name] = own
             self._own.clear()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Merge if asked, and let go of the model; PEFT calls this when it unloads adapters."""
+        """Merge if asked, and let go of the owner; PEFT calls this when it unloads adapters."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         for hook in self._hooks:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from flora.adapters import combine
-from flora.adapters.composite import MultiheadAttention, Parameters, Recurrent, RootParameters
+from flora.adapters.composite import MultiheadAttention, Parameters, Recurrent
 from flora.adapters.config import FloraConfig
 from flora.adapters.conv import ConvNd, ConvTransposeNd
 from flora.adapters.layer import FloraLayer
@@ -81,8 +81,6 @@ class FloraModel(BaseTuner):
         if isinstance(parent, FloraLayer):
             return  # part of an adapted layer, such as the output projection of an attention
         if isinstance(target, FloraLayer):
-            if isinstance(target, Parameters):
-                raise ValueError(f"target_modules: {current_key} already has adapted parameters (target_parameters)")
             target.update_layer(adapter_name, peft_config, current_key)
         else:
             new_module = self._create_new_module(peft_config, adapter_name, target, current_key)
@@ -108,45 +106,38 @@ class FloraModel(BaseTuner):
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         matched: list[str] = []
-        for module_name, module in list(model.named_modules()):
-            name = module_name.replace(".base_layer", "").removeprefix("base_layer")
-            owner = model.get_submodule(name)
-            if isinstance(module, FloraLayer) or isinstance(
+        for module_name, owner in list(model.named_modules()):
+            name = module_name.removesuffix(".base_layer")
+            if isinstance(owner, FloraLayer) or isinstance(
                 self._check_target_module_exists(peft_config, name), _ExcludedModule
             ):
                 continue
-            keys = [key for key, _ in module.named_parameters(recurse=False) if _is_target(name, key, peft_config)]
+            keys = [key for key, _ in owner.named_parameters(recurse=False) if _is_target(name, key, peft_config)]
             if not keys:
                 continue
-            if isinstance(owner, FloraLayer) and not isinstance(owner, Parameters):
+            if isinstance(model.get_submodule(name), FloraLayer):
                 raise ValueError(f"target_parameters: {name} is already adapted through target_modules; name it once")
             matched += [f"{name}.{key}".lstrip(".") for key in keys]
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._adapt_parameters(model, owner, name, keys, adapter_name, peft_config)
+                self._adapt_parameters(owner, name, keys, adapter_name, peft_config)
         return matched
 
     def _adapt_parameters(
-        self, model: nn.Module, owner: nn.Module, name: str, keys: list[str], adapter_name: str, config: FloraConfig
+        self, owner: nn.Module, name: str, keys: list[str], adapter_name: str, config: FloraConfig
     ) -> None:
-        existing = getattr(model, RootParameters.child_name, None) if name == "" else owner
-        if isinstance(existing, Parameters):
-            existing.target(keys)
-            existing.update_layer(adapter_name, config, name)
+        layer = owner._modules.get(Parameters.child_name)
+        if isinstance(layer, Parameters):
+            layer.target(keys)
+            layer.update_layer(adapter_name, config, name)
             return
-        kind = RootParameters if name == "" else Parameters
-        layer = kind(owner, adapter_name, config, name, keys)
+        layer = Parameters(owner, adapter_name, config, name, keys)
         if adapter_name not in self.active_adapters:
-            layer.tucker_core.requires_grad_(False)
-            layer.tucker_factors.requires_grad_(False)
-        if name == "":
-            model.add_module(RootParameters.child_name, layer)
-        else:
-            parent, _, child = name.rpartition(".")
-            self._replace_module(model.get_submodule(parent), child, layer, owner)
+            layer.requires_grad_(False)
+        owner.add_module(Parameters.child_name, layer)
 
     @override
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, RootParameters):
+        if isinstance(child, Parameters):
             delattr(parent, child_name)
         else:
             setattr(parent, child_name, new_module)  # an adapter is created on its base layer's device
@@ -179,9 +170,9 @@ class FloraModel(BaseTuner):
         """Full name (layer.weight), layer and weight name of everything an adapter adapts."""
         for name, module in self.model.named_modules():
             if isinstance(module, FloraLayer) and adapter_name in module.weights:
-                layer = name.removesuffix(RootParameters.child_name) if isinstance(module, RootParameters) else name
+                layer = name.removesuffix(Parameters.child_name) if isinstance(module, Parameters) else name
                 for weight in module.weights[adapter_name]:
-                    yield f"{layer}.{weight}".lstrip("."), module, weight
+                    yield f"{layer.rstrip('.')}.{weight}".lstrip("."), module, weight
 
     def effective_ranks(self, adapter_name: str | None = None) -> dict[str, list[int]]:
         """Clipped ranks per mode of every adapted weight; 1 for a mode of size 1, which has no factor.
