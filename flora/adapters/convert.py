@@ -1,0 +1,361 @@
+"""Adapters from and to other layouts: published FLoRA checkpoints, PEFT's LoRA, LyCORIS, and full fine-tunes.
+
+What comes in becomes a ``Form`` per layer, then an adapter of a model (``attach``); what goes out is written from the
+adapter of a model (``to_lora``, ``to_lycoris``).
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from flora.adapters.config import FloraConfig
+from flora.adapters.conv import ConvNd
+from flora.adapters.layer import FloraLayer
+from flora.adapters.linear import Embedding, Linear
+from flora.adapters.tucker import clip_ranks, hooi, hosvd, mode_product, ranks_for_energy, reduce_ranks
+
+
+@dataclass
+class Form:
+    """An update in Tucker form, its scale multiplied into the core; modes in the order of the stored weight."""
+
+    core: Tensor
+    factors: Sequence[Tensor | None]
+
+
+# ---------------------------------------------------------------------- from other layouts
+
+
+def from_published(state: Mapping[str, Tensor], scale: float) -> dict[str, Form]:
+    """Read a checkpoint of the paper's repository (SJTU-DeepVisionLab/FLoRA, flora/layers.py).
+
+    Its layers hold ``LAYER.flora_layer.param_G`` and ``param_0`` .. ``param_N-1`` with modes [in, out, kernel...]; the
+    first two are swapped here.
+
+    Args:
+        state: state dict of the wrapped model, or of its layers.
+        scale: the constant of the run, which the checkpoint does not hold.
+
+    Raises:
+        ValueError: if nothing of that layout is found, or a factor is missing.
+    """
+    forms = {}
+    for key, core in state.items():
+        layer, found, _ = key.partition(".flora_layer.param_G")
+        if not found:
+            continue
+        names = [f"{layer}.flora_layer.param_{mode}" for mode in range(core.dim())]
+        missing = [name for name in names if name not in state]
+        if missing:
+            raise ValueError(f"checkpoint: {missing[0]} is missing; the core has {core.dim()} modes")
+        factors = [state[name] for name in names]
+        factors[:2] = factors[1::-1]
+        # The repository's wrapper keeps the model in an attribute named `model`.
+        forms[layer.removeprefix("model.")] = Form(core.transpose(0, 1) * scale, factors)
+    if not forms:
+        raise ValueError("checkpoint: no *.flora_layer.param_G in it; is it from SJTU-DeepVisionLab/FLoRA?")
+    return forms
+
+
+def from_published_nlp(state: Mapping[str, Tensor], alpha: float) -> dict[str, Form]:
+    """Read a checkpoint of the published NLP code (Chongjie-Si/Subspace-Tuning), update = scale * B E A.
+
+    Both of its layouts are known by their keys: ``LAYER.lora_A`` / ``lora_E`` / ``lora_B`` (loralib; divides alpha by
+    r + 1e-5, and takes r for an alpha of 0 or less) and ``LAYER.lora_A.weight`` and so on (peft fork; alpha / r).
+
+    Args:
+        state: state dict of the model or of its adapter.
+        alpha: ``lora_alpha`` of the run.
+
+    Raises:
+        ValueError: if nothing of either layout is found.
+    """
+    forms = {}
+    for key, middle in state.items():
+        match = re.fullmatch(r"(.*)\.lora_E(\.weight)?", key)
+        if match is None:
+            continue
+        layer, suffix = match[1], match[2] or ""
+        inward, outward = state[f"{layer}.lora_A{suffix}"], state[f"{layer}.lora_B{suffix}"]
+        rank = middle.shape[0]
+        scale = alpha / rank if suffix else (alpha if alpha > 0 else rank) / (rank + 1e-5)
+        forms[layer.removeprefix("base_model.model.")] = Form(middle * scale, [outward, inward.mT])
+    if not forms:
+        raise ValueError("checkpoint: no *.lora_E in it; is it from Subspace-Tuning's FLoRA?")
+    return forms
+
+
+def from_lora(model: nn.Module, folder: str | Path) -> dict[str, Form]:
+    """Read a PEFT LoRA adapter (linear, Conv1D, embedding and convolution layers), exactly.
+
+    Args:
+        model: the base model, for the kinds of its layers.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        ValueError: for another method, a pickle checkpoint, use_dora, a trained lora_bias, or layers without a form.
+    """
+    folder = Path(folder)
+    weights_file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not weights_file.exists():
+        raise ValueError(f"{weights_file} does not exist; save the adapter as safetensors")
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')}, not LORA")
+    if config.get("use_dora") or config.get("lora_bias"):
+        raise ValueError(f"{folder / CONFIG_NAME}: use_dora and lora_bias have no form as an update of the weight")
+    forms = {}
+    state = load_file(weights_file)
+    for key, inward in state.items():
+        match = re.fullmatch(r"base_model\.model\.(.*)\.lora_(embedding_)?A(\.weight)?", key)
+        if match is None:
+            continue
+        name, outward = match[1], state[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
+        rank = config["rank_pattern"].get(get_pattern_key(config["rank_pattern"], name), config["r"])
+        alpha = config["alpha_pattern"].get(get_pattern_key(config["alpha_pattern"], name), config["lora_alpha"])
+        scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+        layer = model.get_submodule(name)
+        if getattr(layer, "groups", 1) > 1:
+            raise ValueError(f"{name}: LoRA of a grouped convolution is not a Tucker form of its weight")
+        forms[name] = _from_factors(inward, outward.flatten(1), scale)
+        if isinstance(layer, nn.Embedding | Conv1D):  # stored as [in, out]
+            forms[name] = Form(forms[name].core.mT, forms[name].factors[::-1])
+    if not forms:
+        raise ValueError(f"{weights_file}: no LoRA matrices in it")
+    return forms
+
+
+def _from_factors(inward: Tensor, outward: Tensor, scale: float) -> Form:
+    """Exact Tucker form of outward (out x r) times inward (r x in x kernel...), at its own ranks."""
+    basis, rest = torch.linalg.qr(outward.double())
+    tensor = mode_product(inward.double(), rest, 0)
+    core, factors = hosvd(tensor, ranks_for_energy(tensor, 1.0))
+    first = basis if factors[0] is None else basis @ factors[0]
+    return Form(core * scale, [None if first.shape == (1, 1) else first, *factors[1:]])
+
+
+def from_difference(
+    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    layers: Iterable[str],
+    ranks: Sequence[int] | None = None,
+    energy: float | None = None,
+) -> dict[str, Form]:
+    """Compress a full fine-tune: Tucker forms of the differences of weights, by HOOI from the HOSVD.
+
+    Args:
+        base: state dict before fine-tuning.
+        tuned: state dict after it.
+        layers: names of the layers whose weights to compress.
+        ranks: ``(r, kernel_rank)``, clipped per layer to what is useful.
+        energy: instead of ranks, the share of the squared norm that each mode keeps, in (0, 1].
+
+    Raises:
+        ValueError: if not exactly one of ranks and energy is given, a weight is missing, or shapes differ.
+    """
+    if (ranks is None) == (energy is None):
+        raise ValueError("ranks, energy: give exactly one of them")
+    forms = {}
+    for name in layers:
+        key = f"{name}.weight"
+        if key not in base or key not in tuned:
+            raise ValueError(f"checkpoint: {key} is missing")
+        if base[key].shape != tuned[key].shape:
+            raise ValueError(
+                f"checkpoint: {key} is {list(base[key].shape)} in one, {list(tuned[key].shape)} in the other"
+            )
+        difference = tuned[key].double() - base[key].double()
+        if ranks is not None:
+            wanted = [ranks[0], ranks[0], *[ranks[1]] * (difference.dim() - 2)]
+            found = clip_ranks(difference.shape, wanted)
+        else:
+            found = ranks_for_energy(difference, float(energy or 0))
+        forms[name] = Form(*hooi(difference, found))
+    return forms
+
+
+def attach(model: nn.Module, forms: Mapping[str, Form], **settings: Any) -> peft.PeftModel:
+    """Give a model a FLoRA adapter whose updates are these forms; ``save_pretrained`` then writes it.
+
+    Args:
+        model: the base model, wrapped in place.
+        forms: by layer name.
+        settings: further fields of ``FloraConfig``.
+
+    Raises:
+        ValueError: if a layer is missing or of another shape.
+    """
+    modules = dict(model.named_modules())
+    reduced = {}
+    for name, form in forms.items():
+        if name not in modules:
+            raise ValueError(f"{name}: the model has no such layer")
+        sizes = [1 if factor is None else factor.shape[0] for factor in form.factors]
+        expected = list(getattr(modules[name], "weight", torch.empty(0)).shape)
+        if sizes != expected:
+            raise ValueError(f"{name}: an update of shape {sizes} does not fit the weight, which is {expected}")
+        reduced[name] = Form(*reduce_ranks(form.core, form.factors))
+    config = FloraConfig(
+        target_modules=_exactly(reduced, modules),
+        rank_pattern={f"^{re.escape(name)}$": list(form.core.shape) for name, form in reduced.items()},
+        scale=1.0,
+        **settings,
+    )
+    wrapped = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, form in reduced.items():
+            layer: Any = wrapped.get_base_model().get_submodule(name)
+            layer.core("default").copy_(form.core)
+            for own, factor in zip(layer.factors("default"), form.factors, strict=True):
+                if own is not None:
+                    own.copy_(factor)
+    return wrapped
+
+
+# ---------------------------------------------------------------------- to other layouts
+
+
+def to_lora(model: peft.PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+    """Write an adapter as a PEFT LoRA adapter with the same updates up to rounding.
+
+    ``lora_B`` is scale * A_out (a 1 x 1 convolution), ``lora_A`` the core with its input and kernel factors; alpha = r,
+    with one rank per layer. Trained heads and biases go along.
+
+    Raises:
+        ValueError: for layers whose update PEFT's LoRA cannot hold or would apply differently.
+    """
+    state, ranks, transposed = {}, {}, []
+    for name, layer in _layers(model, adapter_name):
+        kind = _exportable(name, layer, adapter_name)
+        core, factors = layer.core(adapter_name).detach(), _with_ones(layer, adapter_name)
+        out_mode = 1 if kind in ("Embedding", "Conv1D") else 0
+        outward = factors[out_mode] * layer.scaling[adapter_name]
+        inward = core
+        for mode, factor in enumerate(factors):
+            if mode != out_mode:
+                inward = mode_product(inward, factor, mode)
+        ranks[name] = outward.shape[1]
+        prefix = f"base_model.model.{name}"
+        if kind == "Embedding":
+            state[f"{prefix}.lora_embedding_A"], state[f"{prefix}.lora_embedding_B"] = inward.mT, outward
+            continue
+        transposed.append(kind == "Conv1D")
+        state[f"{prefix}.lora_A.weight"] = inward.mT if kind == "Conv1D" else inward
+        state[f"{prefix}.lora_B.weight"] = outward.reshape(*outward.shape, *[1] * (core.dim() - 2))
+    own: Any = model.peft_config[adapter_name]
+    r = max(ranks.values())
+    patterns = {f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != r}
+    config = peft.LoraConfig(
+        r=r,
+        lora_alpha=r,
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        target_modules=_exactly(ranks, dict(model.get_base_model().named_modules())),
+        bias={"flora_only": "lora_only"}.get(own.bias, own.bias),  # type: ignore[arg-type]
+        fan_in_fan_out=bool(transposed) and all(transposed),
+        modules_to_save=own.modules_to_save,
+        task_type=own.task_type,
+        base_model_name_or_path=own.base_model_name_or_path,
+        inference_mode=True,
+    )
+    _write(config, _others(model, adapter_name) | state, Path(folder))
+
+
+def to_lycoris(model: peft.PeftModel, file: str | Path, adapter_name: str = "default", prefix: str = "lycoris") -> None:
+    """Write an adapter as LyCORIS' LoCon with Tucker decomposition: lora_up, lora_mid, lora_down, alpha = rank.
+
+    Args:
+        model: a model whose adapter is on ungrouped Conv2d layers.
+        file: the safetensors file to write.
+        adapter_name: which adapter.
+        prefix: first part of LyCORIS' names; dots in layer names become underscores.
+
+    Raises:
+        ValueError: for any other kind of layer.
+    """
+    state = {}
+    for name, layer in _layers(model, adapter_name):
+        if _exportable(name, layer, adapter_name) != "Conv2d":
+            raise ValueError(f"{name}: {type(layer.get_base_layer()).__name__} has no Tucker LoCon; only Conv2d has")
+        core, factors = layer.core(adapter_name).detach(), _with_ones(layer, adapter_name)
+        for mode in (2, 3):
+            core = mode_product(core, factors[mode], mode)
+        rank = max(core.shape[:2])  # LoCon has one rank for both channel modes: the smaller is padded with zeros
+        mid = core.new_zeros(rank, rank, *core.shape[2:])
+        mid[: core.shape[0], : core.shape[1]] = core
+        up, down = (nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in factors[:2])
+        key = f"{prefix}_{name.replace('.', '_')}"
+        if tuple(core.shape[2:]) == (1, 1):  # LoCon leaves the middle out of pointwise convolutions
+            up = up @ mid[:, :, 0, 0]
+        else:
+            state[f"{key}.lora_mid.weight"] = mid
+        state[f"{key}.lora_up.weight"] = (up * layer.scaling[adapter_name])[:, :, None, None]
+        state[f"{key}.lora_down.weight"] = down.mT[:, :, None, None]
+        state[f"{key}.alpha"] = torch.tensor(float(rank))
+    save_file({key: value.contiguous() for key, value in state.items()}, Path(file), metadata={"format": "pt"})
+
+
+def _exportable(name: str, layer: FloraLayer, adapter_name: str) -> str:
+    """Kind of an adapted layer that LoRA layouts can hold; raises ValueError for all others."""
+    base = layer.get_base_layer()
+    if not isinstance(layer, Linear | Embedding | ConvNd):
+        raise ValueError(f"{name}: {type(base).__name__} has no LoRA layout; merge the adapter instead")
+    if adapter_name in layer.tucker_magnitude:
+        raise ValueError(f"{name}: use_dora is not a sum and has no LoRA layout; merge the adapter instead")
+    if layer.weights[adapter_name]["weight"].folded:
+        raise ValueError(f"{name}: a folded weight has more modes than LoRA's matrices; merge the adapter instead")
+    if isinstance(layer, ConvNd):
+        if base.groups > 1:
+            raise ValueError(f"{name}: a grouped convolution has no LoRA layout; merge the adapter instead")
+        if base.padding_mode != "zeros" or set(base.dilation) != {1}:
+            raise ValueError(
+                f"{name}: LoRA layers pad with zeros and do not dilate (padding_mode={base.padding_mode!r}, "
+                f"dilation={base.dilation}); merge the adapter instead"
+            )
+        return f"Conv{len(base.kernel_size)}d"
+    if isinstance(layer, Linear):
+        return "Conv1D" if isinstance(base, Conv1D) else "Linear"
+    return "Embedding"
+
+
+def _layers(model: peft.PeftModel, adapter_name: str) -> list[tuple[str, FloraLayer]]:
+    if adapter_name not in model.peft_config or not isinstance(model.peft_config[adapter_name], FloraConfig):
+        raise ValueError(f"adapter_name: the model has no FLoRA adapter {adapter_name!r}")
+    named = model.get_base_model().named_modules()
+    return [(name, m) for name, m in named if isinstance(m, FloraLayer) and adapter_name in m.weights]
+
+
+def _with_ones(layer: FloraLayer, adapter_name: str) -> list[Tensor]:
+    core = layer.core(adapter_name)
+    return [core.new_ones(1, 1) if f is None else f.detach() for f in layer.factors(adapter_name)]
+
+
+def _others(model: peft.PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """What is saved with an adapter besides it: trained heads and biases."""
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {key: value for key, value in saved.items() if ".tucker_" not in key}
+
+
+def _exactly(names: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str] | str:
+    """Targets that match these modules only; PEFT also takes a listed name for the ending of longer ones."""
+    wanted = set(names)
+    longer = any(module.endswith(f".{name}") for name in wanted for module in modules if module not in wanted)
+    return "|".join(re.escape(name) for name in sorted(wanted)) if longer else sorted(wanted)
+
+
+def _write(config: peft.PeftConfig, state: Mapping[str, Tensor], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
