@@ -40,7 +40,7 @@ def make_tables() -> None:
     print(f"table: {table}")
     for dataset, model in dict.fromkeys((d, m) for d, m, _ in grouped(records)):
         chosen = [r for r in records if (r["dataset"], r["model"]) == (dataset, model)]
-        figure = arguments.output / "figures" / f"{arguments.table}_{dataset}_{model}.png"
+        figure = arguments.output / "figures" / arguments.table / f"{dataset}_{model}.png"
         accuracy_against_parameters(definition["title"], chosen, figure)
         print(f"figure: {figure}")
 
