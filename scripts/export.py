@@ -1,0 +1,126 @@
+"""Convert adapters: from published checkpoints, LoRA or a full fine-tune to FLoRA, and from FLoRA to LoRA or LyCORIS.
+
+python scripts/export.py runs/my_adapter lora_folder --to lora --model convnext --num-classes 10
+python scripts/export.py flora.pt adapter_folder --from published --scale 4 --model resnet50
+python scripts/export.py tuned.safetensors adapter_folder --from checkpoint --energy 0.9 --model transformers:bert
+"""
+
+import argparse
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import flora.models
+from flora.adapters import convert
+from flora.config import main
+from flora.errors import ConfigError
+
+
+def export(arguments: Sequence[str] | None = None) -> None:
+    """Read the source, convert it on the architecture it belongs to, write the result."""
+    options = _parser().parse_args(arguments)
+    if (options.source_kind == "flora") == (options.to == "flora"):
+        raise ConfigError("--from, --to: one of the two must be flora, the other something else")
+    try:
+        model = build(options.model, options.num_classes)
+        if options.to == "flora":
+            wrapped = convert.attach(model, _forms(options, model))
+            wrapped.save_pretrained(str(options.output), save_embedding_layers=False)
+        else:
+            wrapped = peft.PeftModel.from_pretrained(model, str(options.source))
+            write = convert.to_lora if options.to == "lora" else convert.to_lycoris
+            write(wrapped, options.output)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    print(f"{options.to}: {options.output}")
+
+
+def _forms(options: argparse.Namespace, model: nn.Module) -> dict[str, convert.Form]:
+    """What the source holds, as Tucker forms by layer."""
+    if options.source_kind == "lora":
+        return convert.from_lora(model, options.source)
+    state = read(options.source)
+    if options.source_kind == "published":
+        return convert.from_published(state, _given(options, "scale"))
+    if options.source_kind == "nlp":
+        return convert.from_published_nlp(state, _given(options, "alpha"))
+    base = model.state_dict()
+    layers = options.layers or [
+        key.removesuffix(".weight")
+        for key, weight in base.items()
+        if key.endswith(".weight") and weight.dim() > 1 and key in state and not torch.equal(weight, state[key])
+    ]
+    if not layers:
+        raise ValueError(f"{options.source} has the weights of {options.model}: there is no difference to compress")
+    ranks = None if options.r is None else (options.r, options.kernel_rank)
+    return convert.from_difference(base, state, layers, ranks=ranks, energy=options.energy)
+
+
+def build(spec: str, num_classes: int) -> nn.Module:
+    """The architecture to convert on: ``transformers:FOLDER``, or a name that ``model=`` takes."""
+    kind, _, folder = spec.partition(":")
+    if kind != "transformers":
+        return flora.models.load(spec, num_classes)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if not config.architectures:
+        raise ValueError(f"--model: {folder}/config.json names no architecture")
+    architecture: Any = getattr(transformers, config.architectures[0])
+    has_weights = any(Path(folder).glob("*.safetensors"))
+    return architecture.from_pretrained(folder) if has_weights else architecture(config)
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or of a pickle that holds nothing but tensors."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{file} holds more than tensors and is not loaded; save its state dict alone") from error
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _given(options: argparse.Namespace, name: str) -> float:
+    if getattr(options, name) is None:
+        raise ValueError(f"--{name}: needed, the checkpoint does not hold it")
+    return getattr(options, name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("source", type=Path, help="adapter folder (flora, lora) or checkpoint file")
+    parser.add_argument("output", type=Path, help="adapter folder (flora, lora) or safetensors file (lycoris)")
+    sources = ("flora", "published", "nlp", "lora", "checkpoint")
+    parser.add_argument(
+        "--from",
+        dest="source_kind",
+        choices=sources,
+        default="flora",
+        help="layout of the source: published (SJTU-DeepVisionLab/FLoRA), nlp (Subspace-Tuning), checkpoint (a full "
+        "fine-tune of the model, compressed)",
+    )
+    parser.add_argument("--to", choices=("flora", "lora", "lycoris"), default="flora", help="layout of the output")
+    parser.add_argument("--model", required=True, help="transformers:FOLDER, or a name that train.py's model= takes")
+    parser.add_argument("--num-classes", type=int, default=1000, help="classes of the head (not for transformers)")
+    parser.add_argument("--scale", type=float, help="published: the constant of the run")
+    parser.add_argument("--alpha", type=float, help="nlp: lora_alpha of the run")
+    parser.add_argument("--r", type=int, help="checkpoint: channel rank")
+    parser.add_argument("--kernel-rank", type=int, default=2, help="checkpoint: kernel rank, with --r")
+    parser.add_argument("--energy", type=float, help="checkpoint: share of the squared norm to keep, instead of --r")
+    parser.add_argument("--layers", nargs="+", help="checkpoint: layers to compress (default: all that changed)")
+    return parser
+
+
+if __name__ == "__main__":
+    main(export, trace=lambda: False)
