@@ -146,7 +146,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "configs"), config_name="train")
 def job(cfg: DictConfig) -> None:
     """One run; prints the record's path as the last line of stdout."""
     with quietly():

@@ -33,8 +33,8 @@ def run(tmp_path, monkeypatch, capsys):
 
     def call(*overrides):
         places = (f"paths.output={tmp_path}/outputs", f"paths.results={tmp_path}/results")
-        # The user's overrides come last, so that a test may move the folders.
-        monkeypatch.setattr(sys, "argv", ["train.py", *QUICK, *places, *overrides])
+        keyed = {override.split("=")[0]: override for override in (*QUICK, *places, *overrides)}  # the last one wins
+        monkeypatch.setattr(sys, "argv", ["train.py", *keyed.values()])
         capsys.readouterr()
         try:
             main(train.job, trace=lambda: False)
@@ -48,6 +48,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def record_of(out):
+    assert out.strip(), "nothing on stdout"
     last = out.strip().splitlines()[-1]
     assert last.startswith("record: ")
     return json.loads(Path(last.removeprefix("record: ")).read_text())
@@ -55,9 +56,9 @@ def record_of(out):
 
 @pytest.mark.parametrize("adapter", ["flora", "lora", "linear_probe", "full"])
 def test_a_run_leaves_a_whole_record_and_is_found_again(run, adapter):
-    code, out, _ = run(f"adapter={adapter}")
+    code, out, err = run(f"adapter={adapter}")
+    assert code == 0, err
     record = record_of(out)
-    assert code == 0
     assert [field for field in FIELDS if field not in record] == []
     assert (record["status"], record["adapter"], record["split"]) == ("finished", adapter, "test")
     assert record["value"] == record["metrics"]["accuracy"]

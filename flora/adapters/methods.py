@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from peft.utils.error import NoMatchingPeftModuleError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -67,7 +68,13 @@ class Peft:
         """Wrap ``model``; raises ValueError naming the field when a setting does not fit the model."""
         targets, skipped = self._targets(model, head)
         config = self.config_class(target_modules=targets, modules_to_save=list(head), **self.options)
-        wrapped = peft.get_peft_model(model, config)
+        layers = [name for name, module in model.named_modules() if isinstance(module, _LAYERS)]
+        try:
+            wrapped = peft.get_peft_model(model, config)
+        except NoMatchingPeftModuleError as error:
+            raise ValueError(
+                f"target_modules: {self.target_modules!r} match no layer; layers are called {', '.join(layers[:3])}, ..."
+            ) from error
         return Adapted(wrapped, skipped, _ranks(wrapped))
 
     def save(self, model: nn.Module, folder: Path) -> None:
