@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 from peft.utils.error import NoMatchingPeftModuleError
@@ -68,12 +68,12 @@ class Peft:
         """Wrap ``model``; raises ValueError naming the field when a setting does not fit the model."""
         targets, skipped = self._targets(model, head)
         config = self.config_class(target_modules=targets, modules_to_save=list(head), **self.options)
-        layers = [name for name, module in model.named_modules() if isinstance(module, _LAYERS)]
+        layers = ", ".join(adaptable(model, head)[:3])
         try:
             wrapped = peft.get_peft_model(model, config)
         except NoMatchingPeftModuleError as error:
             raise ValueError(
-                f"target_modules: {self.target_modules!r} match no layer; layers are called {', '.join(layers[:3])}, ..."
+                f"target_modules: {self.target_modules!r} match no layer; layers are called {layers}, ..."
             ) from error
         return Adapted(wrapped, skipped, _ranks(wrapped))
 
@@ -84,13 +84,9 @@ class Peft:
 
     def _targets(self, model: nn.Module, head: Sequence[str]) -> tuple[str | list[str], list[str]]:
         if self.target_modules == "all":
-            names = [
-                name
-                for name, module in model.named_modules()
-                if isinstance(module, _LAYERS) and not in_head(name, head)
-            ]
+            names = adaptable(model, head)
         elif self.skip_depthwise:
-            probe = peft.LoraConfig(target_modules=self.target_modules)
+            probe = peft.LoraConfig(target_modules=cast(Any, self.target_modules))
             names = [n for n, m in model.named_modules() if isinstance(m, _LAYERS) and _matches(probe, n)]
         else:
             targets = self.target_modules
@@ -137,6 +133,11 @@ class Full:
         folder.mkdir(parents=True, exist_ok=True)
         state = {n: t.detach().contiguous().cpu() for n, t in model.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def adaptable(model: nn.Module, head: Sequence[str]) -> list[str]:
+    """Sorted names of the convolutions, linear layers and embeddings outside the classifier."""
+    return sorted(n for n, m in model.named_modules() if isinstance(m, _LAYERS) and not in_head(n, head))
 
 
 def in_head(name: str, head: Sequence[str]) -> bool:
@@ -195,7 +196,7 @@ def _matches(config: peft.PeftConfig, name: str) -> bool:
 
 def _ranks(model: peft.PeftModel) -> dict[str, list[int]]:
     """Effective ranks per layer: FLoRA knows its own, other rank-based methods carry ``r`` per adapter."""
-    tuner = model.base_model
+    tuner: Any = model.base_model
     if hasattr(tuner, "effective_ranks"):
         return tuner.effective_ranks()
     ranks = {}

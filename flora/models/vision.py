@@ -18,8 +18,6 @@ from flora.models.weights import Source, resolve, sha256_of
 
 Weights = str | Source | Mapping[str, Any]
 
-_ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 class TimmModel:
     """A timm architecture with its weights and its way to take images.
@@ -119,14 +117,6 @@ class TimmModel:
         if self.pretrained and self.weights is not None:
             self._load(model, resolve(self.weights), self.weights.by_order)
         return model
-
-    def adaptable(self, model: nn.Module) -> list[str]:
-        """Sorted names of the convolutions and linear layers of ``model`` outside the classifier."""
-        return sorted(
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, _ADAPTABLE) and not in_head(name, self.classifier)
-        )
 
     def normalize(self, images: Tensor) -> Tensor:
         """Map uint8 images ``[N, 3, H, W]`` to float ``(x / 255 - mean) / std`` on their device."""

@@ -31,8 +31,8 @@ def accuracy_against_parameters(title: str, records: list[dict[str, Any]], path:
     for (_, _, adapter), group in grouped(records).items():
         mean, std = mean_std([r["value"] for r in group])
         trained = group[0]["trainable_params"] + group[0]["head_params"]
-        style = {"color": COLOURS.get(adapter, "#CC79A7"), "marker": MARKERS.get(adapter, "v")}
-        axes.errorbar(trained, mean, yerr=std, linestyle="none", markersize=8, capsize=3, label=adapter, **style)
+        colour, marker = COLOURS.get(adapter, "#CC79A7"), MARKERS.get(adapter, "v")
+        axes.errorbar(trained, mean, yerr=std, color=colour, fmt=marker, markersize=8, capsize=3, label=adapter)
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters (adapter and head)")
     axes.set_ylabel(f"test {records[0]['metric']}")

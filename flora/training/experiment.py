@@ -132,7 +132,7 @@ class Experiment:
         adapted = self._adapt()
         trainer = self._trainer(adapted, settings, train, validation, label, report_to)
         trainer.train()
-        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+        shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)
         return adapted, trainer
 
     def _base(self) -> nn.Module:

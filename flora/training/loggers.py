@@ -3,7 +3,9 @@
 import os
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
+
+from flora.errors import ConfigError
 
 
 class Wandb:
@@ -18,6 +20,8 @@ class Wandb:
     report_to = "wandb"
 
     def __init__(self, project: str = "flora", mode: str = "offline", tags: list[str] | None = None) -> None:
+        if mode not in ("online", "offline", "disabled"):
+            raise ConfigError(f"logger.mode must be online, offline or disabled, got {mode!r}")
         self.project = project
         self.mode = mode
         self.tags = tags or []
@@ -36,7 +40,7 @@ class Wandb:
             tags=[*self.tags, *tags],
             config=config,
             dir=str(folder),
-            mode=os.environ.get("WANDB_MODE", self.mode),
+            mode=cast(Literal["online", "offline", "disabled"], os.environ.get("WANDB_MODE", self.mode)),
             resume="allow",
         )
         try:

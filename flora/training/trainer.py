@@ -124,11 +124,12 @@ class Trainer(transformers.Trainer):
         """AdamW with one learning rate for the adapter or backbone and one for the head; no decay on 1-D parameters."""
         if self.optimizer is None:
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-            for name, parameter in (model or self.model).named_parameters():
+            trained: Any = model or self.model
+            for name, parameter in trained.named_parameters():
                 if parameter.requires_grad:
                     key = (in_head(name.removeprefix("module."), self.head), parameter.ndim > 1)
                     groups.setdefault(key, []).append(parameter)
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = optimizer_class(
                 [
                     {
@@ -218,7 +219,7 @@ class Progress(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description(self.label)
 
-    def on_prediction_step(self, args, state, control, **kwargs):
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         """No second bar for evaluation."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
 import flora.models
+from flora.adapters.methods import adaptable
 from flora.config import instantiate
 from flora.errors import ConfigError, WeightsError
 from flora.models import TimmModel
@@ -90,7 +91,7 @@ def test_the_bundled_weights_are_as_accurate_as_their_card_says():
 def test_every_convolution_and_linear_but_the_head_can_be_adapted(name, count):
     # stem, downsampling and three layers a block; stem, two layers in the first block, three in 15 others, the last 1x1
     spec = flora.models.get(name)
-    names = spec.adaptable(timm.create_model(spec.timm_name))
+    names = adaptable(timm.create_model(spec.timm_name), spec.classifier)
     assert len(names) == count
     assert names == sorted(names)
     assert not set(names) & set(spec.classifier)
