@@ -106,17 +106,25 @@ class FloraModel(BaseTuner):
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         matched: list[str] = []
-        for module_name, owner in list(model.named_modules()):
-            name = module_name.removesuffix(".base_layer")
-            if isinstance(owner, FloraLayer) or isinstance(
-                self._check_target_module_exists(peft_config, name), _ExcludedModule
-            ):
+        modules = dict(model.named_modules())
+        adapted = [f"{name}." for name, module in modules.items() if isinstance(module, FloraLayer)]
+        for name, owner in modules.items():
+            within = next((prefix for prefix in adapted if f"{name}.".startswith(prefix)), None)
+            if within is not None and not name.startswith(f"{within}base_layer"):
+                continue  # an adapter's own parameters
+            if isinstance(self._check_target_module_exists(peft_config, name), _ExcludedModule):
                 continue
-            keys = [key for key, _ in owner.named_parameters(recurse=False) if _is_target(name, key, peft_config)]
+            keys = [
+                key
+                for key, _ in owner.named_parameters(recurse=False)
+                if _is_target(name.replace(".base_layer", ""), key, peft_config)
+            ]
             if not keys:
                 continue
-            if isinstance(model.get_submodule(name), FloraLayer):
-                raise ValueError(f"target_parameters: {name} is already adapted through target_modules; name it once")
+            if within is not None:
+                raise ValueError(
+                    f"target_parameters: {within}{keys[0]} is adapted through target_modules; name it once"
+                )
             matched += [f"{name}.{key}".lstrip(".") for key in keys]
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._adapt_parameters(owner, name, keys, adapter_name, peft_config)

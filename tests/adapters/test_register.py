@@ -1,0 +1,53 @@
+"""FLoRA among PEFT's methods."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import peft
+import pytest
+
+import flora
+from flora.adapters.config import FLORA, PeftMethod
+from flora.adapters.register import register
+
+
+def test_peft_finds_the_method_by_its_name():
+    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["FLORA"] is flora.FloraConfig
+    assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING["FLORA"] is flora.FloraModel
+    assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING["FLORA"] == "tucker_"
+    assert isinstance(peft.get_peft_config({"peft_type": "FLORA", "r": 3}), flora.FloraConfig)
+
+
+def test_pefts_enum_is_left_alone():
+    assert "FLORA" not in [method.value for method in peft.PeftType]
+    assert all("tucker_" not in prefix for m, prefix in peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.items() if m != FLORA)
+
+
+def test_the_name_acts_like_one_of_the_enum():
+    assert (FLORA, FLORA.value, FLORA.name, f"{FLORA}") == ("FLORA",) * 4
+    assert str(FLORA) == "PeftType.FLORA"
+    assert json.dumps(FLORA) == '"FLORA"'
+    assert copy.deepcopy(FLORA) == "FLORA"
+    assert hash(FLORA) == hash("FLORA")
+    assert isinstance(FLORA, PeftMethod)
+
+
+@pytest.mark.parametrize("version", ["0.20.0", "0.22.0", "1.0"])
+def test_other_versions_of_peft_are_refused(version, monkeypatch):
+    monkeypatch.setattr(peft, "__version__", version)
+    with pytest.raises(ImportError, match=rf"flora needs peft>=0.21,<0.22, found {version}"):
+        register()
+
+
+@pytest.mark.parametrize("version", ["0.21.0", "0.21.9", "0.21.3.dev0"])
+def test_the_whole_series_is_accepted(version, monkeypatch):
+    monkeypatch.setattr(peft, "__version__", version)
+    register()
+
+
+def test_importing_is_light():
+    code = "import sys, flora; print([m for m in ('hydra', 'wandb', 'timm', 'datasets') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
