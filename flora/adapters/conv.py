@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
@@ -31,13 +32,14 @@ class _Conv(FloraLayer):
 
     @override
     def can_add(self, adapter_name: str) -> bool:
-        return self._known_op()
+        # timm's Conv2dSame pads by the size of its input, as TensorFlow does; other unknown forwards may be anything.
+        return self._plain_op() or type(self.get_base_layer()).__name__ == "Conv2dSame"
 
     @override
     def delta_output(self, adapter_name: str, input: Tensor, *args: Any) -> Tensor:
         described = self.weights[adapter_name]["weight"]
         input = self.tucker_dropout[adapter_name](input)
-        if self.get_base_layer().groups > 1 or described.folded:
+        if self.get_base_layer().groups > 1 or described.folded or not self._plain_op():
             # Groups share the input factor but not the channels it acts on: no thin product, so the update runs dense.
             return self._op(input, self.get_delta_weight(adapter_name).to(input.dtype), *args)
         factors = self.factors(adapter_name)
@@ -51,7 +53,7 @@ class _Conv(FloraLayer):
         dims = len(self.get_base_layer().kernel_size)
         return _CONV[dims](input, matrix.reshape(*matrix.shape, *[1] * dims).to(input.dtype))
 
-    def _known_op(self) -> bool:
+    def _plain_op(self) -> bool:
         raise NotImplementedError
 
     def _op(self, input: Tensor, weight: Tensor, *args: Any) -> Tensor:
@@ -62,14 +64,18 @@ class ConvNd(_Conv):
     """nn.Conv1d, nn.Conv2d or nn.Conv3d, weight [out, in/groups, kernel...], and subclasses with their own forward."""
 
     @override
-    def _known_op(self) -> bool:
+    def _plain_op(self) -> bool:
         base = self.get_base_layer()
         kind = _PLAIN[len(base.kernel_size)]
         return type(base).forward is kind.forward and type(base)._conv_forward is kind._conv_forward
 
     @override
     def _op(self, input: Tensor, weight: Tensor) -> Tensor:
-        return self.get_base_layer()._conv_forward(input, weight, None)
+        base = self.get_base_layer()
+        if self._plain_op():
+            return base._conv_forward(input, weight, None)
+        swapped = {"weight": weight} if base.bias is None else {"weight": weight, "bias": torch.zeros_like(base.bias)}
+        return torch.func.functional_call(base, swapped, (input,))
 
     @override
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -93,7 +99,7 @@ class ConvTransposeNd(_Conv):
             )
 
     @override
-    def _known_op(self) -> bool:
+    def _plain_op(self) -> bool:
         base = self.get_base_layer()
         return type(base).forward is _TRANSPOSED[len(base.kernel_size)].forward
 

@@ -345,10 +345,6 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         except NotImplementedError:
             raise ValueError(f"{name}: its parametrization has no inverse; the adapter cannot be merged") from None
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's ``convert_to_lora`` may read the update of this layer: updates that are only added."""
-        return adapter_name not in self.tucker_magnitude and len(self.weights.get(adapter_name, {})) == 1
-
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         # PEFT's own looks for an attribute `weight` only.
         weights = next(iter(self.weights.values()))

@@ -116,6 +116,10 @@ class Linear(_Matrix):
             return input @ left @ right
         return F.linear(F.linear(input, right), left)
 
+    @override
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return adapter_name not in self.tucker_magnitude  # what PEFT's convert_to_lora may read as a sum
+
 
 class Embedding(_Matrix):
     """An embedding: a true [vocabulary, dimension] update, of which only the rows in use are computed."""

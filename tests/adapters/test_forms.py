@@ -5,6 +5,7 @@ from typing import Any
 
 import peft
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import transformers
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import flora
 from flora.adapters import FloraLayer
 
-from .layer_cases import Holder
+from .layer_cases import Holder, Mixture
 
 
 def adapt(model: nn.Module, **settings: Any) -> peft.PeftModel:
@@ -83,6 +84,11 @@ def test_auto_takes_the_thin_products_for_wide_matrices_only():
         (nn.Conv2d(4, 6, 3, groups=2), torch.randn(2, 4, 6, 6), lambda x, w: F.conv2d(x, w, groups=2)),
         (nn.Conv1d(4, 4, 3, groups=4), torch.randn(2, 4, 9), lambda x, w: F.conv1d(x, w, groups=4)),
         (nn.ConvTranspose1d(4, 6, 3, groups=2), torch.randn(2, 4, 9), lambda x, w: F.conv_transpose1d(x, w, groups=2)),
+        (
+            timm.layers.Conv2dSame(4, 6, 3, stride=2, bias=True),
+            torch.randn(2, 4, 8, 8),
+            lambda x, w: F.conv2d(F.pad(x, (0, 1, 0, 1)), w, stride=2),
+        ),
     ],
 )
 def test_dropout_acts_on_the_input_of_the_update(layer, x, op):
@@ -248,6 +254,12 @@ COMPILED: dict[str, tuple[nn.Module, Tensor, dict[str, Any]]] = {
     "Conv1d circular": (nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), torch.randn(2, 4, 9), {}),
     "ConvTranspose2d": (nn.ConvTranspose2d(4, 6, 3, stride=2), torch.randn(2, 4, 5, 5), {}),
     "Embedding": (nn.Embedding(9, 5), torch.arange(9), {}),
+    "LSTMCell": (nn.LSTMCell(6, 5), torch.randn(3, 6), {}),
+    "bare parameter": (
+        Mixture([3, 4, 5]),
+        torch.randn(2, 5),
+        {"target_modules": None, "target_parameters": ["experts"]},
+    ),
     "own forward": (OwnForward(6, 5), torch.randn(3, 6), {}),
 }
 

@@ -184,6 +184,20 @@ def test_quantised_linear_layers_are_adapted_but_not_merged():
         )
 
 
+def test_sharded_weights_are_not_merged(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model = peft.get_peft_model(Holder(nn.Linear(6, 4)), flora.FloraConfig(target_modules=["layer"]))
+        layer = model.base_model.model.layer
+        sharded = torch.distributed.tensor.distribute_tensor(layer.base_layer.weight.data, mesh)
+        layer.base_layer.weight = nn.Parameter(sharded, requires_grad=False)
+        with pytest.raises(ValueError, match=r"weight: a sharded weight \(DTensor\) cannot be merged"):
+            model.merge_and_unload()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_weight_normalised_layers_are_merged_through_their_normalisation():
     conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3, groups=2))
     model = peft.get_peft_model(Holder(conv), flora.FloraConfig(target_modules=["layer"], init_weights=False)).eval()
