@@ -25,7 +25,10 @@ METHOD_VERSION = 1
 
 # What decides the result. Everything else (paths, logging, debugging) may differ between two equal runs.
 _SEMANTIC = ("mode", "checkpoint", "task", "model", "adapter", "trainer", "protocol", "seed")
-_NOT_SEMANTIC = {"trainer": ("num_workers", "device", "log_every")}
+_NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
+    "trainer": ("num_workers", "device", "log_every"),
+    "adapter": ("lr", "head_lr"),  # only defaults of trainer.lr and trainer.head_lr
+}
 
 
 def instantiate(node: DictConfig, **kwargs: Any) -> Any:
@@ -62,7 +65,10 @@ def semantic_config(cfg: DictConfig) -> dict[str, Any]:
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
     semantic = {key: resolved[key] for key in _SEMANTIC if resolved.get(key) is not None}
-    for group, keys in _NOT_SEMANTIC.items():
+    unused = dict(_NOT_SEMANTIC)
+    if semantic["protocol"].get("lr_grid"):
+        unused["trainer"] = (*unused["trainer"], "lr")
+    for group, keys in unused.items():
         semantic[group] = {k: v for k, v in semantic[group].items() if k not in keys}
     return semantic | {"method_version": METHOD_VERSION}
 

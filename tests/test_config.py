@@ -33,6 +33,7 @@ def config(**changes):
         {"force": True},
         {"debug": {"trace": True}},
         {"trainer": {"num_workers": 4}},
+        {"adapter": {"lr": 1e-2}},
     ],
 )
 def test_what_does_not_change_the_result_keeps_the_run_id(change):
@@ -50,6 +51,12 @@ def test_what_changes_the_result_changes_the_run_id(change):
 def test_a_new_option_that_is_off_keeps_old_run_ids(off):
     assert run_id(config(adapter={"r": 8, "new_option": off})) == run_id(config())
     assert run_id(config(adapter={"r": 8, "new_option": 1})) != run_id(config())
+
+
+def test_the_rate_counts_unless_the_grid_chooses_it():
+    grid = {"protocol": {"lr_grid": [1e-3, 1e-2]}}
+    assert run_id(config(**grid, trainer={"lr": 2e-3})) == run_id(config(**grid))
+    assert run_id(config(**grid, trainer={"head_lr": 2e-3})) != run_id(config(**grid))
 
 
 def test_a_checkpoint_counts_by_content_not_by_path():

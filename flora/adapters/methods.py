@@ -43,8 +43,6 @@ class Peft:
             ``{pattern, shape}``), since Hydra's command line cannot carry a regex as a key.
     """
 
-    head_only = False
-
     def __init__(
         self,
         name: str,
@@ -98,9 +96,7 @@ class Peft:
 class LinearProbe:
     """Train the head on the frozen backbone."""
 
-    head_only = True
-
-    def __init__(self, name: str, lr: float, head_lr: float) -> None:
+    def __init__(self, name: str, lr: float, head_lr: float | None) -> None:
         self.name = name
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
@@ -119,9 +115,7 @@ class LinearProbe:
 class Full:
     """Train every parameter; normalisation statistics move as well."""
 
-    head_only = False
-
-    def __init__(self, name: str, lr: float, head_lr: float) -> None:
+    def __init__(self, name: str, lr: float, head_lr: float | None) -> None:
         self.name = name
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:

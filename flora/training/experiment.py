@@ -127,8 +127,7 @@ class Experiment:
     def _fit(
         self, lr: float, train: Dataset, validation: Dataset | None, label: str, report_to: str
     ) -> tuple[Adapted, Trainer]:
-        head_lr = lr if self.method.head_only else self.settings.head_lr
-        settings = replace(self.settings, lr=lr, head_lr=head_lr)
+        settings = replace(self.settings, lr=lr)
         adapted = self._adapt()
         trainer = self._trainer(adapted, settings, train, validation, label, report_to)
         trainer.train()
@@ -202,7 +201,7 @@ def evaluate(
         batch_size: equal to the run's ``trainer.eval_batch_size`` for bit-equal metrics.
         device: ``auto`` or ``cpu``.
     """
-    settings = TrainerSettings(epochs=1, lr=1, head_lr=1, eval_batch_size=batch_size, device=device)
+    settings = TrainerSettings(epochs=1, lr=1, eval_batch_size=batch_size, device=device)
     with tempfile.TemporaryDirectory() as folder:  # transformers' trainer wants one even where it writes nothing
         forward, metric = images_forward(model, None), task.metrics()
         trainer = Trainer(module, settings, forward, model.classifier, metric, task.metric, Path(folder))

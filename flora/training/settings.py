@@ -16,7 +16,7 @@ class TrainerSettings:
     Attributes:
         epochs: passes over the training split; ``max_steps`` (optimiser steps) wins when given.
         batch_size: examples per optimiser step and process, split over ``gradient_accumulation`` forward passes.
-        lr, head_lr: peak learning rates of the adapter (or backbone) and of the head.
+        lr, head_lr: peak learning rates of the adapter (or backbone) and of the head; null: the head trains with ``lr``.
         warmup_ratio: share of the steps with rising learning rate; then ``schedule`` (a transformers scheduler name).
         dtype: ``fp32``, or ``bf16`` for autocast over fp32 weights.
         device: ``auto`` (a GPU when there is one) or ``cpu``.
@@ -27,7 +27,7 @@ class TrainerSettings:
 
     epochs: float
     lr: float
-    head_lr: float
+    head_lr: float | None = None
     batch_size: int = 64
     eval_batch_size: int = 256
     gradient_accumulation: int = 1
@@ -46,10 +46,11 @@ class TrainerSettings:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "lr", "head_lr", "batch_size", "eval_batch_size", "gradient_accumulation", "log_every")
-        for name in (*positive, "max_steps", "max_eval_examples"):
+        positive = ("epochs", "lr", "batch_size", "eval_batch_size", "gradient_accumulation", "log_every")
+        optional = ("head_lr", "max_steps", "max_eval_examples")
+        for name in (*positive, *optional):
             value = getattr(self, name)
-            if value is None and name in ("max_steps", "max_eval_examples"):
+            if value is None and name in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ConfigError(f"trainer.{name} must be a positive number, got {value!r}")

@@ -134,7 +134,7 @@ class Trainer(transformers.Trainer):
                 [
                     {
                         "params": parameters,
-                        "lr": self.settings.head_lr if is_head else self.settings.lr,
+                        "lr": (is_head and self.settings.head_lr) or self.settings.lr,
                         "weight_decay": self.settings.weight_decay if decays else 0.0,
                     }
                     for (is_head, decays), parameters in groups.items()
