@@ -16,7 +16,7 @@ class TrainerSettings:
     Attributes:
         epochs: passes over the training split; ``max_steps`` (optimiser steps) wins when given.
         batch_size: examples per optimiser step and process, split over ``gradient_accumulation`` forward passes.
-        lr, head_lr: peak learning rates of the adapter (or backbone) and of the head; null: the head trains with ``lr``.
+        lr, head_lr: peak learning rates of the adapter (or backbone) and of the head; null: the head takes ``lr``.
         warmup_ratio: share of the steps with rising learning rate; then ``schedule`` (a transformers scheduler name).
         dtype: ``fp32``, or ``bf16`` for autocast over fp32 weights.
         device: ``auto`` (a GPU when there is one) or ``cpu``.
