@@ -75,7 +75,7 @@ def _combine(
     described = layer.weights[present[0][0]][weight]
     if any(layer.weights[adapter][weight].shape != described.shape for adapter, _ in present):
         raise ValueError(f"adapters: {name} is folded differently in {', '.join(a for a, _ in present)}")
-    parts = [(layer.core(a, weight) * (layer.scaling[a] * w), layer.factors(a, weight)) for a, w in present]
+    parts = [(layer.core(a, weight) * (layer.scale_of(a, weight) * w), layer.factors(a, weight)) for a, w in present]
     core, factors = concatenate(parts) if len(parts) > 1 else reduce_ranks(*parts[0])
     if how == "hooi":
         ranks = clip_ranks(described.shape, ranks_of(described, config, name), "multilinear")

@@ -26,8 +26,16 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     instead of calling the layer (torchvision's Swin, nn.TransformerEncoderLayer) sees the adapter too.
     """
 
-    adapter_layer_names = ("tucker_core", "tucker_factors", "tucker_magnitude")
-    other_param_names = ("weights", "effective_ranks", "scaling", "form", "tucker_dropout", "_configured_scaling")
+    adapter_layer_names: tuple[str, ...] = ("tucker_core", "tucker_factors", "tucker_magnitude")
+    other_param_names: tuple[str, ...] = (
+        "weights",
+        "effective_ranks",
+        "scaling",
+        "_configured_scaling",
+        "_relative_scaling",
+        "form",
+        "tucker_dropout",
+    )
     supports_dora = True
     base_layer: Any
     tucker_core: Any  # ModuleDict: adapter -> ParameterDict: weight -> core
@@ -47,6 +55,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.form: dict[str, str] = {}
         self._configured_scaling: dict[str, float] = {}
+        self._relative_scaling: dict[str, dict[str, float]] = {}
+        self._quantised = False
         self._merged_norm_ratio: dict[str, dict[str, Tensor]] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -83,14 +93,20 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self._check_config(config, name)
         self.weights[adapter_name] = weights
         self.effective_ranks[adapter_name] = {key: ranks_of(weight, config, name) for key, weight in weights.items()}
-        self.scaling[adapter_name] = scaling_of(next(iter(weights.values())), config, name)
-        self._configured_scaling[adapter_name] = self.scaling[adapter_name]
+        scales = {key: scaling_of(weight, config, name) for key, weight in weights.items()}
+        # PEFT's own functions read and set one factor per adapter and layer; weights may differ in theirs.
+        self.scaling[adapter_name] = largest = max(scales.values(), key=abs)
+        self._configured_scaling[adapter_name] = largest
+        self._relative_scaling[adapter_name] = {key: scale / largest if largest else 1 for key, scale in scales.items()}
         self.form[adapter_name] = config.forward
         self.tucker_dropout[adapter_name] = nn.Dropout(config.flora_dropout) if config.flora_dropout else nn.Identity()
-        if config.flora_dropout and not self.can_add(adapter_name):
-            raise ValueError(
-                f"flora_dropout: {name} ({type(self.get_base_layer()).__name__}) cannot apply it; set it to 0"
-            )
+        self._quantised = not all(self.base_weight(weight).is_floating_point() for weight in weights)
+        if not self.can_add(adapter_name):
+            kind = type(self.get_base_layer()).__name__
+            if config.flora_dropout:
+                raise ValueError(f"flora_dropout: {name} ({kind}) cannot drop its adapter's input; set it to 0")
+            if self._quantised:
+                raise ValueError(f"{name}: a quantised {kind} cannot be adapted; leave it out of the targets")
 
         cores, factors = nn.ParameterDict(), nn.ParameterDict()
         for weight in weights.values():
@@ -137,6 +153,10 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         names = [f"{weight.key}_{mode}" for mode in range(len(weight.shape))]
         return [held.get(name) for name in names]
 
+    def scale_of(self, adapter_name: str, weight_name: str = "weight") -> float:
+        """Factor of the update of one adapted weight."""
+        return self.scaling[adapter_name] * self._relative_scaling.get(adapter_name, {}).get(weight_name, 1.0)
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the factor of an adapter's update to ``scale`` times the configured one."""
         if adapter in self.scaling:
@@ -182,7 +202,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         if weight is None and len(names) > 1:
             raise ValueError(f"weight: this layer adapts several, name one of {', '.join(names)}")
         described = self.weights[adapter][weight or names[0]]
-        core = self.core(adapter, described.name) * self.scaling[adapter]
+        core = self.core(adapter, described.name) * self.scale_of(adapter, described.name)
         return to_tensor(core, self.factors(adapter, described.name)).reshape(described.weight_shape)
 
     def adapted_weight(self, name: str, adapters: list[str]) -> Tensor:
@@ -246,7 +266,10 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         return self._size_named("out_features", "out_channels", "embedding_dim", "hidden_size", "nf", "embed_dim")
 
     def _size_named(self, *names: str) -> int:
-        return next(getattr(self.base_layer, name) for name in names if hasattr(self.base_layer, name))
+        for name in names:
+            if hasattr(self.base_layer, name):
+                return getattr(self.base_layer, name)
+        raise AttributeError(names[0])
 
     def _visible_weight(self, name: str) -> Tensor:
         adapters = [a for a in self._present(self.active_adapters) if name in self.weights[a]]
@@ -284,10 +307,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def _weight_is_elsewhere(self) -> bool:
         """Whether the weight cannot be added to: quantised, or offloaded until the base layer's own forward."""
-        base = self.get_base_layer()
-        return hasattr(base, "_hf_hook") or not all(
-            self.base_weight(name).is_floating_point() for weights in self.weights.values() for name in weights
-        )
+        return self._quantised or hasattr(self.base_layer, "_hf_hook")
 
     # ------------------------------------------------------------------ merging
 

@@ -178,6 +178,10 @@ def test_quantised_linear_layers_are_adapted_but_not_merged():
     torch.testing.assert_close(model(x), expected)
     with pytest.raises(ValueError, match=r"weight: a quantised .*torch.int8.* cannot be merged"):
         model.merge_adapter()
+    attention = nn.MultiheadAttention(4, 2)
+    attention.in_proj_weight = nn.Parameter(attention.in_proj_weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="layer: a quantised MultiheadAttention cannot be adapted"):
+        peft.get_peft_model(Holder(attention), flora.FloraConfig(target_modules=["layer"]))
     with pytest.raises(ValueError, match="init: hosvd needs a floating-point weight"):
         peft.get_peft_model(
             Holder(Quantised(nn.Linear(6, 5))), flora.FloraConfig(target_modules=["layer"], init="hosvd")

@@ -220,6 +220,17 @@ def test_scale(settings, scale):
     assert model.base_model.model.layers[0].fc1.scaling["default"] == pytest.approx(scale)
 
 
+def test_scales_of_several_weights_of_a_layer():
+    pattern = {"layer.weight_ih_l0": 0.5, "layer.weight_hh_l0": 4.0}
+    model = adapt(Holder(nn.GRU(3, 4)), target_modules=["layer"], scale_pattern=pattern, init_weights=False)
+    layer = model.base_model.model.layer
+    before = {name: layer.get_delta_weight("default", name) for name in layer.weights["default"]}
+    assert [layer.scale_of("default", name) for name in before] == [0.5, 4.0]
+    layer.set_scale("default", 2.0)
+    for name, delta in before.items():
+        torch.testing.assert_close(layer.get_delta_weight("default", name), 2 * delta)
+
+
 # ---------------------------------------------------------------------- weights that are read, not called
 
 
