@@ -36,17 +36,17 @@ class _Conv(FloraLayer):
         return self._plain_op() or type(self.get_base_layer()).__name__ == "Conv2dSame"
 
     @override
-    def delta_output(self, adapter_name: str, input: Tensor, *args: Any) -> Tensor:
+    def delta_output(self, adapter_name: str, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         described = self.weights[adapter_name]["weight"]
         input = self.tucker_dropout[adapter_name](input)
         if self.get_base_layer().groups > 1 or described.folded or not self._plain_op():
             # Groups share the input factor but not the channels it acts on: no thin product, so the update runs dense.
-            return self._op(input, self.get_delta_weight(adapter_name).to(input.dtype), *args)
+            return self._op(input, self.get_delta_weight(adapter_name).to(input.dtype), *args, **kwargs)
         factors = self.factors(adapter_name)
         kernel = to_tensor(self.core(adapter_name) * self.scaling[adapter_name], [None, None, *factors[2:]])
         inward, outward = factors[1 - self.output_dim], factors[self.output_dim]
         hidden = input if inward is None else self._pointwise(input, inward.mT)
-        hidden = self._op(hidden, kernel.to(input.dtype), *args)
+        hidden = self._op(hidden, kernel.to(input.dtype), *args, **kwargs)
         return hidden if outward is None else self._pointwise(hidden, outward)
 
     def _pointwise(self, input: Tensor, matrix: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class _Conv(FloraLayer):
     def _plain_op(self) -> bool:
         raise NotImplementedError
 
-    def _op(self, input: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    def _op(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError
 
 

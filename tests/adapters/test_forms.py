@@ -73,6 +73,18 @@ def test_auto_takes_the_thin_products_for_wide_matrices_only():
     assert not adapter(adapt(Holder(narrow))).prefers_adding("default")
 
 
+@pytest.mark.parametrize("form", ["factored", "merged"])
+def test_transposed_convolutions_take_the_output_size(form):
+    layer = nn.ConvTranspose2d(3, 4, 3, stride=3)
+    model = adapt(Holder(layer), forward=form)
+    x = torch.randn(1, 3, 4, 4)
+    weight = layer.weight + adapter(model).get_delta_weight("default")
+    expected = F.conv_transpose2d(x, weight, layer.bias, stride=3, output_padding=(2, 1))
+    actual = adapter(model)(x, output_size=[14, 13])
+    assert actual.shape == (1, 4, 14, 13)
+    torch.testing.assert_close(actual, expected)
+
+
 # ---------------------------------------------------------------------- dropout
 
 
