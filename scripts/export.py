@@ -29,6 +29,8 @@ def export(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if (options.source_kind == "flora") == (options.to == "flora"):
         raise ConfigError("--from, --to: one of the two must be flora, the other something else")
+    if options.source_kind in ("flora", "lora") and not (options.source / "adapter_config.json").is_file():
+        raise ConfigError(f"{options.source} has no adapter_config.json; name the folder of a saved adapter")
     try:
         model = build(options.model, options.num_classes)
         if options.to == "flora":

@@ -85,7 +85,7 @@ def test_bad_input_is_one_line(bert, tmp_path):
         "holds more than tensors": ["unsafe.pt", "--from", "published", "--scale", "1"],
         "holds more than": ["zipped.pt", "--from", "published", "--scale", "1"],
         "--from, --to": ["x"],
-        "safetensors does not exist": ["nowhere", "--from", "lora"],
+        "no adapter_config.json": ["nowhere", "--from", "lora"],
         "No such file": ["nowhere.pt", "--from", "nlp", "--alpha", "1"],
     }
     for message, (source, *options) in cases.items():
