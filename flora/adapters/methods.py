@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from flora.adapters.heads import in_head
+
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
@@ -132,12 +134,6 @@ class Full:
 def adaptable(model: nn.Module, head: Sequence[str]) -> list[str]:
     """Sorted names of the convolutions, linear layers and embeddings outside the classifier."""
     return sorted(n for n, m in model.named_modules() if isinstance(m, _LAYERS) and not in_head(n, head))
-
-
-def in_head(name: str, head: Sequence[str]) -> bool:
-    """Whether a parameter or module name, possibly behind PEFT's prefix, belongs to the classifier."""
-    name = name.removeprefix("base_model.model.")
-    return any(name == h or name.startswith(f"{h}.") for h in head)
 
 
 def load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:

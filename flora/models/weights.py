@@ -9,9 +9,10 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -56,6 +57,27 @@ class Source:
     def name(self) -> str:
         """The file as a user would call it, for messages."""
         return self.path or self.bundled or f"{self.file} of {self.package or self.hub}"
+
+
+Weights = str | Source | Mapping[str, Any]
+
+
+def as_source(weights: Weights) -> Source:
+    """A path, a ``Source``, or its fields as a mapping, as a ``Source``; raises ConfigError on unknown fields."""
+    if isinstance(weights, Source):
+        return weights
+    try:
+        return Source(path=weights) if isinstance(weights, str) else Source(**weights)
+    except TypeError as error:
+        raise ConfigError(f"model.weights: {error}") from error
+
+
+def facts_of(source: Source) -> dict[str, Any]:
+    """What a record says of weights: their places and checksum, computed where a user's file comes without one."""
+    places = {key: getattr(source, key) for key in ("path", "bundled", "package", "hub", "file", "sha256")}
+    if source.path and not source.sha256:
+        places["sha256"] = sha256_of(resolve(source))
+    return {key: value for key, value in places.items() if value}
 
 
 def cache_dir() -> Path:

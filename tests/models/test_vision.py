@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -210,7 +211,10 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: flora.models.get("convnxt"), r"'convnxt' is unknown.*flora's own are convnext, efficientnet_lite0"),
+        (
+            lambda: flora.models.get("convnxt"),
+            r"'convnxt' is unknown.*flora's own are convnext, efficientnet_lite0, minilm_l6",
+        ),
         (lambda: TimmModel("resnet181"), "did you mean resnet18"),
         (lambda: TimmModel("resnet18.nowhere"), r"timm has resnet18\.a1_in1k"),
         (lambda: TimmModel("resnet18", image_size=-1), "image_size must be a positive"),
@@ -226,10 +230,34 @@ def test_settings_that_cannot_work_are_refused(make, message):
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configs_compose_and_instantiate(path):
-    assert path.read_text().startswith(f"# python train.py model={path.stem}")
+    assert re.match(rf"# python (train|scripts/count_params)\.py model={path.stem}:? ", path.read_text())
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        node = compose("train", [f"model={path.stem}", "model.image_size=48"]).model
+        node = compose("train", [f"model={path.stem}"]).model
         misspelt = compose("train", [f"model={path.stem}", "+model.image_sise=48"]).model
-    assert instantiate(node).image_size == 48
+    assert instantiate(node).name == ("resnet18" if path.stem == "timm" else path.stem)
     with pytest.raises(ConfigError, match="image_sise"):
         instantiate(misspelt)
+
+
+@pytest.mark.parametrize("name", ["convnext", "efficientnet_lite0", "timm", "vit_b16"])
+def test_the_image_size_can_be_chosen(name):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert instantiate(compose("train", [f"model={name}", "model.image_size=48"]).model).image_size == 48
+
+
+@pytest.mark.parametrize(
+    ("name", "million"), [("atto", 3.7), ("femto", 5.2), ("pico", 9.1), ("nano", 15.6), ("tiny", 28.6), ("base", 89)]
+)
+def test_skeletons_have_the_published_sizes(name, million):  # table 9 of the ConvNeXt V2 paper
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        model = instantiate(compose("train", [f"model=convnextv2_{name}"]).model).skeleton()
+    assert all(p.is_meta for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(million, rel=0.01)
+
+
+def test_a_network_of_other_sizes_has_no_weights_of_timm():
+    sizes = {"embed_dim": 48, "depth": 2}
+    spec = TimmModel("test_vit", pretrained=False, architecture=sizes)
+    assert len(spec.build(2).blocks) == 2
+    with pytest.raises(ConfigError, match=r"model\.architecture: timm has no weights"):
+        TimmModel("test_vit", architecture=sizes)

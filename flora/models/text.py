@@ -1,0 +1,158 @@
+"""Language and vision-language models from transformers: their sizes, their weights, their heads."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from flora.adapters.heads import in_head
+from flora.errors import ConfigError, WeightsError
+from flora.models.weights import Source, Weights, as_source, facts_of, resolve
+
+KINDS: dict[str, Any] = {
+    "sequence_classification": transformers.AutoModelForSequenceClassification,
+    "causal_lm": transformers.AutoModelForCausalLM,
+    "image_text": transformers.AutoModelForImageTextToText,
+}
+_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class TransformersModel:
+    """A transformers architecture with its weights.
+
+    Args:
+        name: the name in records.
+        kind: which model class: ``sequence_classification``, ``causal_lm`` or ``image_text`` (vision-language).
+        architecture: ``model_type`` and the sizes, as in transformers' ``config.json``.
+        classifier: names of the modules trained in full beside the adapter and counted as head: a fresh classifier
+            (with the pooler, where pretraining left none), or the projector of a vision-language model.
+        pretrained: load weights; otherwise the network starts random.
+        weights: where they lie: a path (file or folder), a ``Source`` or its fields as a mapping. Files carry the
+            names of transformers; an ``.index.json`` names the shards beside it.
+        adapter_targets: what adapters adapt by default, names or a regular expression as PEFT reads them.
+
+    Raises:
+        ConfigError: an unknown kind or model type, or pretrained without weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        architecture: Mapping[str, Any],
+        classifier: Sequence[str] = (),
+        pretrained: bool = True,
+        weights: Weights | None = None,
+        adapter_targets: str | Sequence[str] = "all",
+    ) -> None:
+        if kind not in KINDS:
+            raise ConfigError(f"model.kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        self.name = name
+        self.kind = kind
+        self.architecture = dict(architecture)
+        self.classifier = list(classifier)
+        self.pretrained = pretrained
+        self.weights = as_source(weights) if weights else None
+        self.adapter_targets = adapter_targets
+        self.config()
+        if pretrained and self.weights is None:
+            raise ConfigError(f"model.weights: name a place for the weights of {name}, or set model.pretrained=false")
+
+    @property
+    def image_size(self) -> int:
+        """Text models take no images: raises ConfigError."""
+        raise ConfigError(f"model={self.name} reads text and cannot run an image task: choose an image model")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a record says of the weights: architecture, place and checksum."""
+        facts: dict[str, Any] = {"model_type": self.architecture["model_type"], "pretrained": self.pretrained}
+        return facts | facts_of(self._source()) if self.pretrained else facts
+
+    def config(self, num_classes: int | None = None) -> Any:
+        """The transformers config of the network; ``num_classes`` counts for classifiers only, two by default."""
+        sizes = dict(self.architecture)
+        if self.kind == "sequence_classification" and num_classes is not None:
+            sizes["num_labels"] = num_classes
+        try:
+            return transformers.AutoConfig.for_model(**sizes)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"model.architecture: {str(error).splitlines()[0]}") from error
+
+    def skeleton(self, num_classes: int | None = None) -> nn.Module:
+        """The network on the meta device, without values, to count with; ``num_classes`` as for ``config``."""
+        with torch.device("meta"):
+            return KINDS[self.kind].from_config(self.config(num_classes))
+
+    def build(self, num_classes: int, drop_path: float = 0.0) -> nn.Module:
+        """Make the network in float32: pretrained weights, a fresh classifier from torch's global seed.
+
+        Args:
+            num_classes: outputs of a classifier; other kinds have none.
+            drop_path: must be 0, these networks skip no branches.
+
+        Returns:
+            a module in training mode on the CPU, called as transformers calls it.
+
+        Raises:
+            ConfigError: a setting that does not fit.
+            WeightsError: the weights are missing, damaged or those of another network.
+        """
+        if drop_path:
+            raise ConfigError(f"trainer.drop_path must be 0: {self.name} skips no branches")
+        config = self.config(num_classes)
+        if not self.pretrained:
+            return KINDS[self.kind].from_config(config)
+        source = self._source()
+        state = _read(source)
+        fresh = self.classifier if self.kind == "sequence_classification" else []
+        state = {name: tensor for name, tensor in state.items() if not in_head(name, fresh)}
+        try:
+            model, report = type(self.skeleton(num_classes)).from_pretrained(  # type: ignore[attr-defined]
+                None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32
+            )
+        except RuntimeError as error:
+            raise WeightsError(f"{source.name} is not of {self.name}: {str(error).splitlines()[0]}") from error
+        missing = sorted(name for name in report["missing_keys"] if not in_head(name, fresh))
+        if missing:
+            raise WeightsError(
+                f"{source.name} is not of {self.name}: {len(missing)} tensors are missing, first {missing[0]}; "
+                "name weights of this architecture"
+            )
+        return model.train()
+
+    def _source(self) -> Source:
+        assert self.weights is not None
+        folder = Path(self.weights.path or "").expanduser()
+        if not self.weights.path or not folder.is_dir():
+            return self.weights
+        found = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+        if found is None:
+            raise WeightsError(f"{folder} holds none of {', '.join(_FILES)}: correct model.weights")
+        return replace(self.weights, path=str(found))
+
+
+def _read(source: Source) -> dict[str, Tensor]:
+    """All tensors of a file, or of the shards that an index names."""
+    path = resolve(source)
+    if path.name.endswith(".index.json"):
+        state: dict[str, Tensor] = {}
+        for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+            here = str(path.parent / shard) if source.path else None
+            file = str(Path(source.file).parent / shard) if source.file else None
+            state |= _read(replace(source, path=here, file=file, sha256=None))
+        return state
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(
+            f"{path} cannot be read as weights ({str(error).splitlines()[0]}): fetch it again"
+        ) from error
