@@ -7,4 +7,6 @@ from flora.adapters.register import register
 
 register()
 
-__all__ = ["FloraConfig", "FloraLayer", "FloraModel"]
+from flora.adapters import rivals  # noqa: E402  builds on the above, and registers its methods likewise
+
+__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "rivals"]

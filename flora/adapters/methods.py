@@ -1,7 +1,7 @@
 """How a pretrained model is fine-tuned: a PEFT method, the head alone, or everything. One small class each."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -10,11 +10,14 @@ import peft
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from transformers import TrainerCallback
 
+from flora.adapters import budget as budgets
 from flora.adapters.heads import in_head
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+_KINDS = {kind.__name__: kind for kind in _LAYERS}
 
 
 @dataclass
@@ -25,11 +28,15 @@ class Adapted:
         model: the wrapped model; only what the method trains requires gradients.
         skipped: names of targeted layers that the method cannot adapt and leaves frozen.
         ranks: effective ranks per adapted layer, in the layer's mode order.
+        callbacks: what the method wants to do while it trains.
+        penalty: ``model -> scalar`` added to the training loss.
     """
 
     model: nn.Module
     skipped: list[str] = field(default_factory=list)
     ranks: dict[str, list[int]] = field(default_factory=dict)
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    penalty: Callable[[nn.Module], Tensor] | None = None
 
 
 class Peft:
@@ -39,8 +46,12 @@ class Peft:
         name: the method's name in records.
         config_class: import path of the PEFT config, e.g. ``flora.FloraConfig``.
         lr, head_lr: default peak learning rates of the adapter and the head, read by the trainer's config.
-        target_modules: ``all`` (every conv and linear except the head), or what PEFT accepts: names or a regex.
+        target_modules: ``all`` (every conv and linear except the head), ``norms`` (every normalisation layer with
+            parameters), or what PEFT accepts: names or a regex.
         skip_depthwise: leave depthwise and grouped convolutions out, for methods that cannot adapt them.
+        layer_types: the kinds of layers that the method can adapt, e.g. ``[Linear]``; others are left out. None: all.
+        budget: how many parameters to train outside the head, which sets all ranks; see ``flora.adapters.budget``.
+        allocation: how the layers share the budget.
         options: everything else goes to the PEFT config; a ``*_pattern`` may be a list of ``{pattern, rank}`` (or
             ``{pattern, shape}``), since Hydra's command line cannot carry a regex as a key.
     """
@@ -53,6 +64,9 @@ class Peft:
         head_lr: float,
         target_modules: str | Sequence[str] = "all",
         skip_depthwise: bool = False,
+        layer_types: Sequence[str] | None = None,
+        budget: str | int | float | None = None,
+        allocation: str | None = None,
         **options: Any,
     ) -> None:
         module, _, attribute = config_class.rpartition(".")
@@ -60,8 +74,16 @@ class Peft:
             raise ValueError(f"adapter.config_class {config_class!r} is not allowed: name a config of flora or peft")
         self.name = name
         self.config_class = getattr(importlib.import_module(module), attribute)
+        if not budgets.has_ranks(self.config_class):
+            budgets.refuse(budget, name)
+        budgets.check_allocation(allocation)
+        self.budget = None if budget is None else budgets.Budget(budget, allocation)
         self.target_modules = target_modules
         self.skip_depthwise = skip_depthwise
+        unknown = [kind for kind in layer_types or () if kind not in _KINDS]
+        if unknown:
+            raise ValueError(f"adapter.layer_types: {unknown[0]!r} is none of {', '.join(_KINDS)}")
+        self.layer_types = _LAYERS if layer_types is None else tuple(_KINDS[kind] for kind in layer_types)
         self.options = {key: _pattern(key, value) for key, value in options.items()}
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
@@ -70,6 +92,8 @@ class Peft:
         config = self.config_class(target_modules=targets, modules_to_save=list(head), **self.options)
         layers = ", ".join(adaptable(model, head)[:3])
         try:
+            if self.budget is not None:
+                self.budget.solve(config, model, head, self.target_modules)
             wrapped = peft.get_peft_model(model, config)
         except NoMatchingPeftModuleError as error:
             raise ValueError(
@@ -85,14 +109,21 @@ class Peft:
     def _targets(self, model: nn.Module, head: Sequence[str]) -> tuple[str | list[str], list[str]]:
         if self.target_modules == "all":
             names = adaptable(model, head)
-        elif self.skip_depthwise:
+        elif self.target_modules == "norms":
+            return normalisations(model, head), []
+        elif self.skip_depthwise or self.layer_types != _LAYERS:
             probe = peft.LoraConfig(target_modules=cast(Any, self.target_modules))
             names = [n for n, m in model.named_modules() if isinstance(m, _LAYERS) and _matches(probe, n)]
         else:
             targets = self.target_modules
             return (targets if isinstance(targets, str) else list(targets)), []
-        grouped = [n for n in names if self.skip_depthwise and getattr(model.get_submodule(n), "groups", 1) > 1]
-        return sorted(set(names) - set(grouped)), sorted(grouped)
+        skipped = sorted(name for name in names if not self._can_adapt(model.get_submodule(name)))
+        if names and len(skipped) == len(names):
+            raise ValueError(f"target_modules: {self.name} can adapt none of the targeted layers ({skipped[0]}, ...)")
+        return sorted(set(names) - set(skipped)), skipped
+
+    def _can_adapt(self, layer: nn.Module) -> bool:
+        return isinstance(layer, self.layer_types) and not (self.skip_depthwise and getattr(layer, "groups", 1) > 1)
 
 
 class LinearProbe:
@@ -102,7 +133,9 @@ class LinearProbe:
         self.name = name
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
-        """Freeze everything but the head."""
+        """Freeze everything but the head; ValueError where the model has none."""
+        if not any(in_head(name, head) for name, _ in model.named_parameters()):
+            raise ValueError("linear_probe: this model has no head to train")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(in_head(name, head))
         return Adapted(model)
@@ -134,6 +167,19 @@ class Full:
 def adaptable(model: nn.Module, head: Sequence[str]) -> list[str]:
     """Sorted names of the convolutions, linear layers and embeddings outside the classifier."""
     return sorted(n for n, m in model.named_modules() if isinstance(m, _LAYERS) and not in_head(n, head))
+
+
+def normalisations(model: nn.Module, head: Sequence[str]) -> list[str]:
+    """Sorted names of the modules called ...Norm... by class that hold parameters of their own, outside the head."""
+    return sorted(
+        name
+        for name, module in model.named_modules()
+        if "Norm" in type(module).__name__ and _holds_parameters(module) and not in_head(name, head)
+    )
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
 
 
 def load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:

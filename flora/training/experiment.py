@@ -169,6 +169,8 @@ class Experiment:
             seed=self.seed,
             report_to=report_to,
             progress=label,
+            extra_callbacks=adapted.callbacks,
+            penalty=adapted.penalty,
         )
 
     def _test(self, trainer: Trainer) -> dict[str, float]:

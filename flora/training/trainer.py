@@ -38,6 +38,8 @@ class Trainer(transformers.Trainer):
         seed: seeds data order and dropout.
         report_to: transformers' name of the logger, or ``none``.
         progress: what the progress bar calls this run.
+        extra_callbacks: what the fine-tuning method does while it trains.
+        penalty: ``model -> scalar`` that the fine-tuning method adds to the training loss.
     """
 
     def __init__(
@@ -55,8 +57,11 @@ class Trainer(transformers.Trainer):
         seed: int = 0,
         report_to: str = "none",
         progress: str = "",
+        extra_callbacks: Sequence[TrainerCallback] = (),
+        penalty: Callable[[nn.Module], torch.Tensor] | None = None,
     ) -> None:
         self.settings = settings
+        self.penalty = penalty
         self.forward = forward
         self.head = list(head)
         keep_best = select == "best" and validation is not None and train is not None
@@ -102,7 +107,7 @@ class Trainer(transformers.Trainer):
             train_dataset=train,
             eval_dataset=validation,
             compute_metrics=lambda p: metric.compute(predictions=p.predictions, references=p.label_ids),
-            callbacks=[self.meter, StopOnDivergence()],
+            callbacks=[self.meter, StopOnDivergence(), *extra_callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(Progress(progress) if sys.stderr.isatty() else EpochLines(progress))
@@ -118,6 +123,8 @@ class Trainer(transformers.Trainer):
         loss = F.cross_entropy(
             logits.float(), labels, label_smoothing=self.settings.label_smoothing if model.training else 0.0
         )
+        if self.penalty is not None and model.training:
+            loss = loss + self.penalty(self.accelerator.unwrap_model(model))
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def create_optimizer(self, model=None):
