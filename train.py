@@ -1,8 +1,6 @@
 """Fine-tune a pretrained model with FLoRA or a rival, and leave one record. `python train.py --help` shows how."""
 
 import dataclasses
-import hashlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -19,6 +17,7 @@ from flora.errors import ConfigError, DataError, WeightsError
 from flora.results import Record, Store
 from flora.results.record import command, device_name, now, write_json
 from flora.training import Experiment
+from flora.training.checkpoint import check_same_model, digest, saved_facts, saved_run
 from flora.training.model_card import write_card
 
 
@@ -34,17 +33,31 @@ def run(cfg: DictConfig) -> Path:
     identity = run_id(cfg, digest(checkpoint) if checkpoint else None)
     paths = instantiate(cfg.paths)
     store = Store(paths.results)
-    if not cfg.force and (done := store.finished(identity)):
-        found = f"{done['dataset']} {done['model']} {done['adapter']}: test {done['metric']} {done['value']:.4f}"
-        say(f"finished before: {found} (force=true runs it again)")
-        return store.path(identity)
-
-    model, method = instantiate(cfg.model), instantiate(cfg.adapter)
-    label = f"{task.name}/{task.dataset} {model.name} {method.name} seed {cfg.seed}"
-    settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
+    if done := store.settled(identity, cfg.retry, cfg.force):
+        return found(store, done)
     folder = paths.prepare(identity)
+    with store.lock(identity) as lock:
+        if done := store.settled(identity, cfg.retry, cfg.force):  # by another process, since we looked
+            return found(store, done)
+        record = execute(cfg, identity, task, checkpoint, folder, store)
+        lock.check()
+        return store.write(record)
+
+
+def found(store: Store, done: dict[str, Any]) -> Path:
+    """Say what a finished record holds; returns its path."""
+    result = f"{done['dataset']} {done['model']} {done['adapter']}: test {done['metric']} {done['value']:.4f}"
+    say(f"finished before: {result} (force=true runs it again)")
+    return store.path(done["run_id"])
+
+
+def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, folder: Path, store: Store) -> Record:
+    """Train or evaluate; returns the finished record, or writes one of the failure."""
+    model, method = instantiate(cfg.model), instantiate(cfg.adapter)
+    settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
+    label = f"{task.name}/{task.dataset} {model.name} {method.name} seed {cfg.seed}"
     say(f"{label}: run {identity}")
-    splits = task.load(image_size=model.image_size, data_dir=Path(paths.data), interpolation=model.interpolation)
+    splits = task.load(image_size=model.image_size, data_dir=Path(cfg.paths.data), interpolation=model.interpolation)
     experiment = Experiment(
         task, model, method, settings, protocol, splits, cfg.seed, folder, report_to=logger.report_to
     )
@@ -106,39 +119,7 @@ def run(cfg: DictConfig) -> Path:
         write_json(folder / "adapter" / "run.json", facts | {"num_classes": splits.num_classes})
         write_card(record, splits.num_classes, folder / "adapter")
     say(f"{label}: test {record.metric} {record.value:.4f} ({record.trainable_params:,} trainable parameters)")
-    return store.write(record)
-
-
-def saved_run(checkpoint: str | None) -> Path:
-    """The adapter folder that `checkpoint=DIR` means: DIR itself or DIR/adapter."""
-    if not checkpoint:
-        raise ConfigError("mode=eval needs checkpoint=DIR, the folder of a finished run")
-    for folder in (Path(checkpoint), Path(checkpoint) / "adapter"):
-        if (folder / "adapter_model.safetensors").exists() or (folder / "model.safetensors").exists():
-            return folder
-    raise ConfigError(f"checkpoint={checkpoint}: no adapter_model.safetensors or model.safetensors there")
-
-
-def saved_facts(checkpoint: Path) -> dict[str, Any]:
-    """What the training run wrote beside its weights; empty for an adapter from elsewhere."""
-    path = checkpoint / "run.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}): delete it or save the adapter again") from error
-
-
-def check_same_model(checkpoint: Path, model: str) -> None:
-    """Refuse a checkpoint of another model by name, before its shapes fail to fit."""
-    trained = saved_facts(checkpoint).get("model", model)
-    if trained != model:
-        raise ConfigError(f"checkpoint={checkpoint} was trained on model={trained}, not {model}: pass model={trained}")
-
-
-def digest(folder: Path) -> str:
-    """Sha256 over the saved weights: the identity of a checkpoint, wherever it lies."""
-    weights = sorted(folder.glob("*model.safetensors"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
+    return record
 
 
 def say(text: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flora.errors import ConfigError, FloraError, TrainingDiverged
+from flora import sweep
+from flora.errors import ConfigError, FloraError
 
 # A ``_target_`` runs code, so a config may only name ours.
 ALLOWED_TARGETS = ("flora.",)
@@ -60,8 +62,8 @@ def _targets(node: Any) -> list[str]:
     return []
 
 
-def semantic_config(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved part of the config that decides the result, as plain containers."""
+def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[str, Any]:
+    """The resolved part of the config that decides the result, as plain containers; by default of this version."""
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
     semantic = {key: resolved[key] for key in _SEMANTIC if resolved.get(key) is not None}
@@ -70,15 +72,15 @@ def semantic_config(cfg: DictConfig) -> dict[str, Any]:
         unused["trainer"] = (*unused["trainer"], "lr")
     for group, keys in unused.items():
         semantic[group] = {k: v for k, v in semantic[group].items() if k not in keys}
-    return semantic | {"method_version": METHOD_VERSION}
+    return semantic | {"method_version": method_version or METHOD_VERSION}
 
 
-def run_id(cfg: DictConfig, checkpoint_digest: str | None = None) -> str:
+def run_id(cfg: DictConfig, checkpoint_digest: str | None = None, method_version: int | None = None) -> str:
     """Twelve hex digits that name a run: equal for equal semantic configs, on any machine and rank.
 
     A checkpoint to evaluate counts by its content, not by where it lies.
     """
-    semantic = _pruned(semantic_config(cfg) | {"checkpoint": checkpoint_digest})
+    semantic = _pruned(semantic_config(cfg, method_version) | {"checkpoint": checkpoint_digest})
     text = json.dumps(semantic, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -109,22 +111,30 @@ _kept: list[FloraError] = []
 
 
 def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
-    """Run a Hydra entry point; bad input ends in one ``error:`` line on stderr and exit code 2.
+    """Run a Hydra entry point; bad input ends in one ``error:`` line on stderr and exit code 2, a sweep in a summary.
 
     Hydra prints its own composition errors and exits 1. With HYDRA_FULL_ERROR set it lets exceptions through, so that
     one place decides what the user sees.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's SIGTERM ends a run as Ctrl-C does
     try:
-        entry()
+        try:
+            entry()
+        except Exception:
+            if not sweep.failures():
+                raise
         if _kept:
             raise _kept.pop()
+        if sweep.summary():
+            sys.exit(1)
     except KeyboardInterrupt:
+        sweep.summary()
         sys.exit(130)
     except (FloraError, HydraException, OmegaConfBaseException) as error:
         if trace():
             traceback.print_exc()
         print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(3 if isinstance(error, TrainingDiverged) else 2)
+        sys.exit(error.exit_code if isinstance(error, FloraError) else 2)
     except OSError as error:
         if trace():
             traceback.print_exc()

@@ -1,8 +1,10 @@
-"""Errors that a user can mend: each message is one line that says what is wrong and what to do (exit code 2)."""
+"""Errors that a user can mend: each message is one line that says what is wrong and what to do."""
 
 
 class FloraError(Exception):
-    """Base of the errors below; ``train.py`` prints the message after ``error: `` and exits with code 2."""
+    """Base of the errors below; ``train.py`` prints the message after ``error: `` and exits with ``exit_code``."""
+
+    exit_code = 2
 
 
 class ConfigError(FloraError):
@@ -10,7 +12,9 @@ class ConfigError(FloraError):
 
 
 class TrainingDiverged(FloraError):
-    """The training loss became NaN or infinite; the run fails with exit code 3 and leaves a failed record."""
+    """The training loss became NaN or infinite; the run leaves a failed record."""
+
+    exit_code = 3
 
 
 class DataError(FloraError):
@@ -19,3 +23,15 @@ class DataError(FloraError):
 
 class WeightsError(FloraError):
     """Pretrained weights that are missing, unreachable or do not match their checksum."""
+
+
+class FailedBefore(FloraError):
+    """The run has a failed record, and nobody asked to try again."""
+
+    exit_code = 1
+
+
+class AlreadyRunning(FloraError):
+    """Another process is doing this run; a sweep goes on to its next cell."""
+
+    exit_code = 75  # sysexits.h: temporary failure, try again later

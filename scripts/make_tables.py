@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flora.config import main
 from flora.errors import DataError
-from flora.results.experiments import cells, load
+from flora.results.experiments import load
 from flora.results.plots import accuracy_against_parameters
 from flora.results.store import Store
 from flora.results.tables import grouped, markdown
@@ -21,10 +21,10 @@ def make_tables() -> None:
     parser.add_argument("--output", type=Path, default=Path("results"), help="tables/ and figures/ go in here")
     arguments = parser.parse_args()
 
-    definition, store = load(arguments.table), Store(arguments.results)
-    found = [store.finished(cell.run_id) for cell in cells(definition, arguments.scale)]
+    table, store = load(arguments.table, arguments.scale), Store(arguments.results)
+    found = [store.finished(cell.run_id) for cell in table.cells if not cell.not_runnable_yet]
     records = [record for record in found if record is not None]
-    for problem in store.read_all()[1]:
+    for problem in store.read_all().problems:
         print(f"left out: {problem}", file=sys.stderr)
     if not records:
         raise DataError(
@@ -32,16 +32,16 @@ def make_tables() -> None:
         )
     if len(records) < len(found):
         print(f"{len(found) - len(records)} of {len(found)} cells are missing", file=sys.stderr)
-    text = markdown(definition["title"], records)
-    table = arguments.output / "tables" / f"{arguments.table}.md"
-    table.parent.mkdir(parents=True, exist_ok=True)
-    table.write_text(text)
+    text = markdown(table.title, records)
+    path = arguments.output / "tables" / f"{arguments.table}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
     print(text)
-    print(f"table: {table}")
+    print(f"table: {path}")
     for dataset, model in dict.fromkeys((d, m) for d, m, _ in grouped(records)):
         chosen = [r for r in records if (r["dataset"], r["model"]) == (dataset, model)]
         figure = arguments.output / "figures" / arguments.table / f"{dataset}_{model}.png"
-        accuracy_against_parameters(definition["title"], chosen, figure)
+        accuracy_against_parameters(table.title, chosen, figure)
         print(f"figure: {figure}")
 
 

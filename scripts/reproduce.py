@@ -1,15 +1,24 @@
 """Run what is missing of a table: `python scripts/reproduce.py TABLE [--scale mini] [--status] [--dry-run]`."""
 
 import argparse
-import itertools
 import subprocess
 import sys
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from flora.config import main
-from flora.results.experiments import ROOT, Cell, cells, load
-from flora.results.store import Store
+from flora.errors import AlreadyRunning
+from flora.results.experiments import ROOT, Cell, Table, load
+from flora.results.store import Contents, Store
+
+STATES = ("finished", "running", "failed", "interrupted", "stale", "missing", "not runnable yet")
+POLL = 5.0  # seconds between two looks at a cell that another process runs
 
 
 def reproduce() -> None:
@@ -19,38 +28,117 @@ def reproduce() -> None:
     parser.add_argument("--scale", default="mini", help="mini (data and weights that need no hub) or paper")
     parser.add_argument("--results", type=Path, default=Path("results/measured"), help="folder of the records")
     parser.add_argument("--jobs", type=int, default=1, help="cells to run side by side")
-    parser.add_argument("--status", action="store_true", help="say which cells are finished, and run nothing")
+    parser.add_argument("--status", action="store_true", help="say how each cell stands, and run nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
+    parser.add_argument("--retry", action="store_true", help="run failed cells again")
     parser.add_argument(
         "overrides", nargs="*", help="further overrides that do not change results, e.g. paths.data=DIR"
     )
     arguments = parser.parse_intermixed_args()
 
-    store = Store(arguments.results)
-    table = cells(load(arguments.table), arguments.scale)
-    missing = [cell for cell in table if store.finished(cell.run_id) is None]
-    print(f"{arguments.table}: {len(table) - len(missing)} of {len(table)} cells finished", file=sys.stderr)
+    table, store = load(arguments.table, arguments.scale), Store(arguments.results)
+    contents = store.read_all()
+    states = {cell: state(cell, contents) for cell in table.cells}
+    overview(table, states, contents, arguments.jobs)
     if arguments.status:
-        for cell in table:
-            print("missing " if cell in missing else "finished", cell.run_id, *cell.overrides)
+        for cell, word in states.items():
+            print(f"{word:11}", cell.not_runnable_yet or cell.run_id, *cell.overrides)
         return
-    progress = itertools.count(1)
-
-    def run(cell: Cell) -> bool:
-        command = [sys.executable, str(ROOT / "train.py"), *settings(cell, arguments.results, arguments.overrides)]
-        print(f"[{next(progress)}/{len(missing)}] python train.py {' '.join(command[2:])}", file=sys.stderr, flush=True)
-        return arguments.dry_run or subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
-
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        failed = [cell for cell, done in zip(missing, pool.map(run, missing), strict=True) if not done]
+    wanted = ("missing", "stale", "interrupted", "running", *(["failed"] if arguments.retry else []))
+    extra = [f"paths.results={arguments.results}", *arguments.overrides, *(["retry=true"] if arguments.retry else [])]
+    todo = [cell for cell, word in states.items() if word in wanted]
+    if arguments.dry_run:
+        for cell in todo:
+            print("python train.py", *cell.overrides, *extra)
+        return
+    failed = run_all(todo, extra, arguments.jobs, store)
+    failed += [] if arguments.retry else [cell for cell, word in states.items() if word == "failed"]
+    for cell in failed:
+        print("failed:", *cell.overrides, file=sys.stderr)
     if failed:
-        print(f"error: {len(failed)} of {len(missing)} cells failed; their messages stand above", file=sys.stderr)
+        print(f"error: {len(failed)} cells failed (--retry runs them again)", file=sys.stderr)
         sys.exit(1)
 
 
-def settings(cell: Cell, results: Path, extra: list[str]) -> list[str]:
-    """The overrides of a cell and where its record goes."""
-    return [*cell.overrides, f"paths.results={results}", *extra]
+def state(cell: Cell, contents: Contents) -> str:
+    """How a cell stands: one of STATES."""
+    return "not runnable yet" if cell.not_runnable_yet else contents.state(cell.run_id, cell.older)
+
+
+def overview(table: Table, states: dict[Cell, str], contents: Contents, jobs: int) -> None:
+    """Say on stderr how many cells stand how, what is wrong with which record, and how long the rest will take."""
+    counted = Counter(states.values())
+    parts = [f"{counted[word]} {word}" for word in STATES if counted[word] and word != "finished"]
+    left = seconds_left(states, contents, jobs)
+    estimate = f"; about {timedelta(seconds=round(left))} left" if left else ""
+    done = f"{table.name}: {counted['finished']} of {len(table.cells)} cells finished"
+    print(", ".join([done, *parts]) + estimate, file=sys.stderr)
+    for problem in contents.problems:
+        print(f"left out: {problem}", file=sys.stderr)
+
+
+def seconds_left(states: dict[Cell, str], contents: Contents, jobs: int) -> float | None:
+    """An estimate from finished cells, the most alike first; None where none has finished or none is left."""
+    took: dict[tuple[str, ...], list[float]] = {}
+    for cell in (c for c, word in states.items() if word == "finished"):
+        record = contents.records[cell.run_id]
+        seconds = (datetime.fromisoformat(record["finished"]) - datetime.fromisoformat(record["started"])).seconds
+        for key in _likeness(cell):
+            took.setdefault(key, []).append(seconds)
+    left = [c for c, word in states.items() if word not in ("finished", "failed", "not runnable yet")]
+    if not took or not left:
+        return None
+    alike = [next(took[key] for key in _likeness(cell) if key in took) for cell in left]
+    return sum(sum(seconds) / len(seconds) for seconds in alike) / jobs
+
+
+def _likeness(cell: Cell) -> list[tuple[str, ...]]:
+    return [(cell.task, cell.model, cell.method), (cell.model, cell.method), (cell.model,), ()]
+
+
+def run_all(cells: list[Cell], extra: list[str], jobs: int, store: Store) -> list[Cell]:
+    """Run cells in processes of their own, ``jobs`` at a time; returns those that failed."""
+    report = Report(len(cells))
+    with report.bar, ThreadPoolExecutor(jobs) as pool:
+        codes = list(pool.map(lambda cell: run(cell, extra, store, report), cells))
+    return [cell for cell, code in zip(cells, codes, strict=True) if code]
+
+
+def run(cell: Cell, extra: list[str], store: Store, report: "Report") -> int:
+    """Run a cell, or wait while another process does; returns the exit code."""
+    words = " ".join(cell.overrides)
+    report.start(words)
+    command = [sys.executable, str(ROOT / "train.py"), *cell.overrides, *extra]
+    while True:
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode != AlreadyRunning.exit_code:
+            break
+        while store.read_all().state(cell.run_id) == "running":
+            time.sleep(POLL)
+    report.end(words, done.returncode, done.stderr)
+    return done.returncode
+
+
+class Report:
+    """Plain lines on stderr, one when a cell starts and one when it ends; on a terminal also a bar over the cells."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.started = total, 0
+        self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("cells", total=total)
+
+    def start(self, words: str) -> None:
+        """A cell starts."""
+        self.started += 1
+        self.console.print(f"[{self.started}/{self.total}] python train.py {words}")
+
+    def end(self, words: str, code: int, stderr: str) -> None:
+        """A cell ended; its last line on stderr says how."""
+        self.bar.advance(self.task)
+        last = (stderr.strip().splitlines() or ["no message"])[-1]
+        self.console.print(f"{'failed' if code else 'finished'}: {words}: {last}")
 
 
 if __name__ == "__main__":

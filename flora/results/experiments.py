@@ -1,18 +1,28 @@
-"""The cells of a table: experiments/TABLE.yaml expanded to runs, each with its overrides and run id."""
+"""The cells of a table: experiments/TABLE.yaml expanded to runs, each with its overrides and run id.
 
+A file gives a ``title`` and, per scale, one or several ``parts``: overrides in ``common`` times the product of ``grid``.
+A part whose task or model the code does not have yet says so in ``not_runnable_yet``: its cells are listed, and not run.
+"""
+
+import copy
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from flora.config import run_id
+from flora import config
 from flora.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
+_NOT_LABELS = ("seed", "logger", "adapter", "model", "task", "task.dataset", "trainer.max_eval_examples")
 
 
 @dataclass(frozen=True)
@@ -21,39 +31,125 @@ class Cell:
 
     Attributes:
         overrides: what to type after ``python train.py``.
-        run_id: names its record.
+        not_runnable_yet: why the cell cannot run, or None.
+        published: which published rows the cell stands beside: a group of results/reported, or None.
     """
 
     overrides: tuple[str, ...]
-    run_id: str
+    not_runnable_yet: str | None = None
+    published: str | None = None
+
+    @cached_property
+    def run_id(self) -> str:
+        """Names the cell's record."""
+        return config.run_id(composed(self.overrides))
+
+    @cached_property
+    def older(self) -> list[str]:
+        """The run's ids under earlier versions of the method."""
+        versions = range(1, config.METHOD_VERSION)
+        return [config.run_id(composed(self.overrides), method_version=v) for v in versions]
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """The overrides as a dict."""
+        return dict(override.lstrip("+").split("=", 1) for override in self.overrides)
+
+    @property
+    def task(self) -> str:
+        """Its data set, or its task where that has one data set."""
+        return self.settings.get("task.dataset") or self.settings.get("task") or "?"
+
+    @property
+    def model(self) -> str:
+        """Its model."""
+        return self.settings.get("model.timm_name") or self.settings.get("model", "convnext")
+
+    @property
+    def method(self) -> str:
+        """Its fine-tuning method."""
+        return self.settings.get("adapter", "flora")
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return int(self.settings.get("seed", 0))
 
 
-def load(table: str) -> dict[str, Any]:
-    """The definition of a table: ``title``, ``scales`` and what else its YAML says.
+@dataclass(frozen=True)
+class Table:
+    """A table at a scale: its definition and its cells, in the YAML's order."""
+
+    name: str
+    scale: str
+    definition: dict[str, Any]
+    cells: list[Cell]
+
+    @property
+    def title(self) -> str:
+        """What the table shows."""
+        return self.definition["title"]
+
+    @cached_property
+    def rows(self) -> dict[tuple[str, str, str, str], list[Cell]]:
+        """Cells that differ in the seed alone, by (task, model, method, other settings that vary in the table)."""
+        keys = dict.fromkeys(key for cell in self.cells for key in cell.settings if key not in _NOT_LABELS)
+        varying = [k for k in keys if len({cell.settings.get(k) for cell in self.cells}) > 1]
+        found: dict[tuple[str, str, str, str], list[Cell]] = {}
+        for cell in self.cells:
+            settings = [f"{k.rpartition('.')[2]}={cell.settings[k]}" for k in varying if k in cell.settings]
+            found.setdefault((cell.task, cell.model, cell.method, ", ".join(settings)), []).append(cell)
+        return found
+
+
+def names() -> list[str]:
+    """Every table of experiments/."""
+    return sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+
+
+def load(table: str, scale: str = "mini") -> Table:
+    """A table at a scale.
 
     Raises:
-        ConfigError: no such table; the message lists those that exist.
+        ConfigError: no such table or scale; the message lists those that exist.
     """
     path = ROOT / "experiments" / f"{table}.yaml"
     if not path.exists():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-        raise ConfigError(f"no table {table!r} in experiments/: choose one of {known}")
-    return yaml.safe_load(path.read_text())
+        raise ConfigError(f"no table {table!r} in experiments/: choose one of {', '.join(names())}")
+    definition = yaml.safe_load(path.read_text())
+    scales = definition.get("scales", {})
+    if scale not in scales:
+        raise ConfigError(f"{table} has no scale {scale!r}: choose one of {', '.join(scales) or 'none'}")
+    return Table(table, scale, definition, list(_cells(scales[scale])))
 
 
-def cells(definition: dict[str, Any], scale: str) -> list[Cell]:
-    """Every cell of a table at a scale: ``common`` overrides times the product of ``grid``, in the YAML's order."""
-    if scale not in definition["scales"]:
-        raise ConfigError(f"this table has no scale {scale!r}: choose one of {', '.join(definition['scales'])}")
-    chosen = definition["scales"][scale]
-    axes = [[f"{key}={value}" for value in values] for key, values in chosen["grid"].items()]
-    found = []
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+def _cells(scale: dict[str, Any]) -> Iterator[Cell]:
+    for part in scale.get("parts", [scale]):
+        common = [*scale.get("common", []), *(part.get("common", []) if part is not scale else [])]
+        axes = [[f"{key}={value}" for value in values] for key, values in part["grid"].items()]
         for combination in itertools.product(*axes):
-            overrides = (*chosen.get("common", []), *combination)
-            found.append(Cell(overrides, run_id(_composed(overrides))))
-    return found
+            yield Cell((*common, *combination), part.get("not_runnable_yet"), part.get("published"))
 
 
-def _composed(overrides: tuple[str, ...]) -> DictConfig:
-    return compose("train", overrides=list(overrides))
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """What ``python train.py OVERRIDES`` composes: groups by Hydra, once for each choice of them, then the values.
+
+    Raises:
+        ConfigError: an override that does not fit the configs.
+    """
+    groups = {path.name for path in (ROOT / "configs").iterdir() if path.is_dir()}
+    chosen = tuple(o for o in overrides if o.split("=")[0] in groups)
+    cfg = copy.deepcopy(_choice(chosen))
+    parser = OverridesParser.create()
+    try:
+        for override in parser.parse_overrides([o for o in overrides if o not in chosen]):
+            OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=override.is_add())
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{' '.join(overrides)}: {config.one_line(error)}") from error
+    return cfg
+
+
+@cache
+def _choice(groups: tuple[str, ...]) -> DictConfig:
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        return compose("train", overrides=list(groups))

@@ -1,59 +1,146 @@
-"""Where records live: one JSON file per run id, found again by that id."""
+"""Where records live: one JSON file per run id, found again by that id, with a lock while the run is on."""
 
+import hashlib
 import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flora.errors import FailedBefore
+from flora.results.lock import HEARTBEAT, STALE_AFTER, Lock, Owner, owners
 from flora.results.record import SCHEMA_VERSION, STATUSES, Record
 
 _REQUIRED = ("schema_version", "run_id", "status", "task", "dataset", "model", "adapter", "seed")
+_HEAVY = ("history", "analysis", "ranks", "config", "data")  # left out of summaries: most of a record's bytes
+_CACHE_VERSION = b"1"  # bumped when summaries or the checks of `read` change
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a folder holds.
+
+    Attributes:
+        records: sound records by run id, without their longest fields, with ``sha256`` of their file.
+        problems: one line for each file that is not a sound record.
+        owners: who runs, or ran and died, by run id.
+    """
+
+    records: dict[str, dict[str, Any]]
+    problems: list[str]
+    owners: dict[str, Owner]
+
+    def state(self, run_id: str, older: Iterable[str] = ()) -> str:
+        """``running``, ``finished``, ``failed``, ``interrupted``, ``stale`` or ``missing``.
+
+        Args:
+            run_id: the run.
+            older: its ids under earlier method versions; a finished record of one of them is stale.
+        """
+        owner, record = self.owners.get(run_id), self.records.get(run_id)
+        if owner is not None and owner.alive:
+            return "running"
+        if record is not None and record["status"] != "running":
+            return record["status"]
+        if owner is not None or record is not None:
+            return "interrupted"  # its process ended without a word
+        return "stale" if any(self.finished(old) for old in older) else "missing"
+
+    def finished(self, run_id: str) -> dict[str, Any] | None:
+        """The summary of a finished record, or None."""
+        record = self.records.get(run_id)
+        return record if record is not None and record["status"] == "finished" else None
 
 
 class Store:
     """Records under a folder.
 
     Args:
-        folder: holds ``RUN_ID.json`` files.
+        folder: holds ``RUN_ID.json`` files; records of other machines are copied in.
+        heartbeat, stale_after: of the locks, in seconds (``flora.results.lock``).
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, heartbeat: float = HEARTBEAT, stale_after: float = STALE_AFTER) -> None:
         self.folder = Path(folder)
+        self.heartbeat = heartbeat
+        self.stale_after = stale_after
 
     def path(self, run_id: str) -> Path:
         """Where the record of a run id is, or would be."""
         return self.folder / f"{run_id}.json"
 
     def finished(self, run_id: str) -> dict[str, Any] | None:
-        """The finished record of a run id, or None."""
-        path = self.path(run_id)
-        if not path.exists():
-            return None
-        record, problem = read(path)
-        return record if problem is None and record and record["status"] == "finished" else None
+        """The finished record of a run id, whole, or None."""
+        record = self._sound(run_id)
+        return record if record is not None and record["status"] == "finished" else None
+
+    def settled(self, run_id: str, retry: bool = False, force: bool = False) -> dict[str, Any] | None:
+        """The finished record that makes a run unnecessary, or None where the run has to be done.
+
+        Args:
+            run_id: the run.
+            retry: do a run again that failed.
+            force: do any run again.
+
+        Raises:
+            FailedBefore: the run failed, and neither ``retry`` nor ``force`` asks for another attempt.
+        """
+        record = None if force else self._sound(run_id)
+        if record is not None and record["status"] == "failed" and not retry:
+            raise FailedBefore(f"run {run_id} failed before ({record['error']}): retry=true tries again")
+        return record if record is not None and record["status"] == "finished" else None
+
+    def lock(self, run_id: str) -> Lock:
+        """The lock to hold while a run is on; entering it raises AlreadyRunning when another process does."""
+        return Lock(self.folder, run_id, self.heartbeat, self.stale_after)
 
     def write(self, record: Record) -> Path:
-        """Write a record atomically; returns its path."""
+        """Write a record atomically; returns its path. A finished record gives way to another finished one only."""
         path = self.path(record.run_id)
-        record.write(path)
+        if record.status == "finished" or self.finished(record.run_id) is None:
+            record.write(path)
         return path
 
-    def read_all(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """All sound records, in file-name order, and one line for each file that is not a sound record."""
-        records, problems = [], []
-        for path in sorted(self.folder.glob("*.json")):
-            record, problem = read(path)
+    def read_all(self) -> Contents:
+        """Everything in the folder; files that have not changed since the last look come from a parquet cache."""
+        cache, known = self.folder / ".cache" / "records.parquet", dict[tuple[str, int, int], tuple[Any, Any]]()
+        if self.folder.is_dir():
+            known = _read_cache(cache)
+        files = sorted(_files(self.folder))
+        looked = {key: known.get(key) or _summary(self.folder / key[0]) for key in files}
+        if looked.keys() != known.keys() and self.folder.is_dir():
+            _write_cache(cache, looked)
+        records, problems = {}, []
+        for summary, problem in looked.values():
             if problem is not None:
-                problems.append(problem)
-            elif record is not None:
-                records.append(record)
-        return records, problems
+                problems.append(f"{self.folder}/{problem}")
+            elif summary is not None:
+                record = json.loads(summary)
+                records[record["run_id"]] = record
+        return Contents(records, problems, owners(self.folder, self.stale_after))
+
+    def _sound(self, run_id: str) -> dict[str, Any] | None:
+        path = self.path(run_id)
+        return read(path)[0] if path.exists() else None
 
 
 def read(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     """A record and None, or None and what is wrong with the file in one line."""
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return _checked(path, path.read_bytes())
+    except OSError as error:
+        return None, f"{path}: not readable ({error.strerror})"
+
+
+def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    try:
+        record = json.loads(content)
+    except ValueError as error:
         return None, f"{path}: not readable as JSON ({error})"
     if not isinstance(record, dict) or any(key not in record for key in _REQUIRED):
         return None, f"{path}: not a record (needs {', '.join(_REQUIRED)})"
@@ -61,7 +148,67 @@ def read(path: Path) -> tuple[dict[str, Any] | None, str | None]:
         return None, f"{path}: schema version {record['schema_version']}, this code reads {SCHEMA_VERSION}"
     if record["status"] not in STATUSES:
         return None, f"{path}: unknown status {record['status']!r}"
-    value = record.get("value")
-    if record["status"] == "finished" and not (isinstance(value, int | float) and abs(value) < float("inf")):
-        return None, f"{path}: finished without a finite value"
+    if record["run_id"] != path.stem:
+        return None, f"{path}: is a record of run {record['run_id']}, name it {record['run_id']}.json"
+    if record["status"] == "finished":
+        numbers = {"value": record.get("value"), **(record.get("metrics") or {})}
+        for name, number in numbers.items():
+            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+                return None, f"{path}: finished without a finite {name}"
     return record, None
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        named = [entry for entry in entries if entry.name.endswith(".json") and not entry.name.startswith(".")]
+        return [(entry.name, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in named]
+
+
+def _summary(path: Path) -> tuple[str | None, str | None]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return None, f"{path.name}: not readable ({error.strerror})"
+    record, problem = _checked(Path(path.name), content)
+    if record is None:
+        return None, problem
+    light = {key: value for key, value in record.items() if key not in _HEAVY}
+    light["data_source"] = (record.get("data") or {}).get("source")
+    return json.dumps(light | {"sha256": hashlib.sha256(content).hexdigest()}), None
+
+
+_COLUMNS = ("name", "mtime_ns", "size", "summary", "problem")
+
+
+def _read_cache(path: Path) -> dict[tuple[str, int, int], tuple[Any, Any]]:
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid):
+        return {}
+    if (table.schema.metadata or {}).get(b"version") != _CACHE_VERSION:
+        return {}
+    columns = [table.column(name).to_pylist() for name in _COLUMNS]
+    return {(name, mtime, size): (text, problem) for name, mtime, size, text, problem in zip(*columns, strict=True)}
+
+
+def _write_cache(path: Path, looked: dict[tuple[str, int, int], tuple[Any, Any]]) -> None:
+    """Best effort, atomically: a folder that cannot be written is read whole each time."""
+    table = pa.table(
+        {
+            "name": pa.array([key[0] for key in looked], pa.string()),
+            "mtime_ns": pa.array([key[1] for key in looked], pa.int64()),
+            "size": pa.array([key[2] for key in looked], pa.int64()),
+            "summary": pa.array([value[0] for value in looked.values()], pa.string()),
+            "problem": pa.array([value[1] for value in looked.values()], pa.string()),
+        },
+        metadata={b"version": _CACHE_VERSION},
+    )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(table, temporary)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)

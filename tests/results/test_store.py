@@ -1,10 +1,12 @@
 """Records: written whole or not at all, found again by run id, never silently averaged when broken."""
 
+import hashlib
 import json
 import os
 
 import pytest
 
+from flora.errors import FailedBefore
 from flora.results import Record, Store
 from flora.results.record import write_json
 from flora.results.tables import grouped, markdown, mean_std
@@ -60,15 +62,76 @@ def test_broken_records_are_reported_and_left_out(tmp_path):
     store = Store(tmp_path)
     good = store.write(record("good"))
     content = json.loads(good.read_text())
+
+    def plant(name, **changes):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | {"run_id": name} | changes))
+
     (tmp_path / "truncated.json").write_text(good.read_text()[:100])
-    (tmp_path / "schema.json").write_text(json.dumps(content | {"schema_version": 99}))
-    (tmp_path / "nan.json").write_text(json.dumps(content | {"value": float("nan")}))
-    (tmp_path / "status.json").write_text(json.dumps(content | {"status": "done"}))
     (tmp_path / "list.json").write_text("[1]")
-    records, problems = store.read_all()
-    assert [r["run_id"] for r in records] == ["good"]
-    assert len(problems) == 5
-    assert all(name in " ".join(problems) for name in ("truncated", "schema", "nan", "status", "list"))
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    plant("schema", schema_version=99)
+    plant("nan", value=float("nan"))
+    plant("metric", metrics={"accuracy": 0.5, "loss": float("inf")})
+    plant("true", value=True)
+    plant("status", status="done")
+    plant("copy", run_id="good")  # the same run twice would count twice in a mean
+    planted = {path.stem for path in tmp_path.glob("*.json")} - {"good"}
+    for _ in range(2):  # from the files, then from the cache
+        found = store.read_all()
+        assert list(found.records) == ["good"]
+        assert {problem.split(".json")[0].rpartition("/")[2] for problem in found.problems} == planted
+    assert all(store.finished(name) is None for name in planted)
+
+
+def test_a_changed_added_or_removed_file_is_seen_through_the_cache(tmp_path):
+    store = Store(tmp_path)
+    store.write(record("a", value=0.5))
+    store.write(record("b", value=0.6))
+    assert {k: r["value"] for k, r in store.read_all().records.items()} == {"a": 0.5, "b": 0.6}
+    digest = store.read_all().records["a"]["sha256"]
+    assert digest == hashlib.sha256((tmp_path / "a.json").read_bytes()).hexdigest()
+    store.write(record("a", value=0.75))
+    store.write(record("c", value=0.1))  # as if copied from another machine
+    store.path("b").unlink()
+    assert {k: r["value"] for k, r in store.read_all().records.items()} == {"a": 0.75, "c": 0.1}
+    (tmp_path / ".cache" / "records.parquet").write_bytes(b"damaged")
+    assert {k: r["value"] for k, r in store.read_all().records.items()} == {"a": 0.75, "c": 0.1}
+
+
+def test_a_folder_that_does_not_exist_is_empty():
+    assert Store("/nowhere/at/all").read_all().records == {}
+
+
+def test_a_finished_record_gives_way_to_another_finished_one_only(tmp_path):
+    store = Store(tmp_path)
+    store.write(record(value=0.5))
+    store.write(record(status="failed"))
+    assert store.finished("abc")["value"] == 0.5
+    store.write(record(value=0.7))
+    assert store.finished("abc")["value"] == 0.7
+
+
+def test_a_failed_run_is_done_again_on_request_only(tmp_path):
+    store = Store(tmp_path)
+    failed = record(status="failed")
+    failed.error = "RuntimeError('out of memory')"
+    store.write(failed)
+    with pytest.raises(FailedBefore, match=r"out of memory.*retry=true"):
+        store.settled("abc")
+    assert store.settled("abc", retry=True) is None
+    assert store.settled("abc", force=True) is None
+    store.write(record())
+    assert store.settled("abc", retry=True)["value"] == 0.5
+    assert store.settled("abc", force=True) is None
+
+
+def test_a_run_that_another_version_of_the_method_finished_is_stale(tmp_path):
+    store = Store(tmp_path)
+    store.write(record("old"))
+    assert store.read_all().state("new", older=["old"]) == "stale"
+    assert store.read_all().state("new") == "missing"
+    store.write(record("new"))
+    assert store.read_all().state("new", older=["old"]) == "finished"
 
 
 def test_write_json_is_atomic_when_the_content_cannot_be_written(tmp_path):

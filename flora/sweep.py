@@ -1,0 +1,66 @@
+"""A multirun's outcome: each job leaves a file in the sweep's folder, whoever launches it; a summary ends the sweep."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from flora.errors import AlreadyRunning
+from flora.results.record import write_json
+
+_folder: Path | None = None  # of the sweep that this process started
+
+
+class Outcomes(Callback):
+    """Hydra callback of configs/train.yaml: outcomes go to ``SWEEP_DIR/cells/NUMBER.json``, from any process."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember where this process's sweep keeps its outcomes."""
+        global _folder
+        _folder = _cells(config)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Write what became of a job of a sweep."""
+        if config.hydra.mode is None or config.hydra.mode.name != "MULTIRUN":
+            return
+        outcome, message = "finished", ""
+        if job_return.status != JobStatus.COMPLETED:
+            error = job_return._return_value
+            outcome = "running elsewhere" if isinstance(error, AlreadyRunning) else "failed"
+            message = " ".join(str(error).split()) or type(error).__name__
+        overrides = list(job_return.overrides or [])
+        cell = {"overrides": overrides, "outcome": outcome, "message": message}
+        write_json(_cells(config) / f"{config.hydra.job.num}.json", cell)
+
+
+def failures() -> list[str]:
+    """One line for each failed job of this process's sweep; empty where there is no sweep."""
+    return [f"{' '.join(c['overrides'])}: {c['message']}" for c in _outcomes() if c["outcome"] == "failed"]
+
+
+def summary() -> bool:
+    """Say on stderr how the sweep went, if this process started one; whether a job failed."""
+    cells = _outcomes()
+    if not cells:
+        return False
+    kinds = [cell["outcome"] for cell in cells]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("finished", "failed", "running elsewhere"))
+    print(f"sweep: {len(cells)} cells: {counts}", file=sys.stderr)
+    failed = failures()
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return bool(failed)
+
+
+def _cells(config: DictConfig) -> Path:
+    return Path(config.hydra.sweep.dir) / "cells"
+
+
+def _outcomes() -> list[dict[str, Any]]:
+    if _folder is None:
+        return []
+    return [json.loads(path.read_text()) for path in sorted(_folder.glob("*.json"), key=lambda p: int(p.stem))]
