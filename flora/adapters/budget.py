@@ -202,7 +202,9 @@ def has_ranks(config_class: type) -> bool:
 def refuse(budget: Any, name: str) -> None:
     """Raise ValueError if a budget is asked of a method whose ranks cannot be solved for."""
     if budget is not None:
-        raise ValueError(f"adapter.budget: {name} has no rank per layer that a budget could set; leave the budget out")
+        raise ValueError(
+            f"adapter.budget: {name} has no ranks that a budget could set layer by layer; leave the budget out"
+        )
 
 
 def climb(rows: Sequence[Ladder], level: Callable[[int, int], float], budget: int) -> list[Rung]:

@@ -1,6 +1,7 @@
 """How a pretrained model is fine-tuned: a PEFT method, the head alone, or everything. One small class each."""
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,17 +111,19 @@ class Peft:
         if self.target_modules == "all":
             names = adaptable(model, head)
         elif self.target_modules == "norms":
-            return normalisations(model, head), []
+            return _exactly(normalisations(model, head), model), []
         elif self.skip_depthwise or self.layer_types != _LAYERS:
             probe = peft.LoraConfig(target_modules=cast(Any, self.target_modules))
             names = [n for n, m in model.named_modules() if isinstance(m, _LAYERS) and _matches(probe, n)]
         else:
+            names = []
+        if not names:
             targets = self.target_modules
             return (targets if isinstance(targets, str) else list(targets)), []
         skipped = sorted(name for name in names if not self._can_adapt(model.get_submodule(name)))
-        if names and len(skipped) == len(names):
+        if len(skipped) == len(names):
             raise ValueError(f"target_modules: {self.name} can adapt none of the targeted layers ({skipped[0]}, ...)")
-        return sorted(set(names) - set(skipped)), skipped
+        return _exactly(sorted(set(names) - set(skipped)), model), skipped
 
     def _can_adapt(self, layer: nn.Module) -> bool:
         return isinstance(layer, self.layer_types) and not (self.skip_depthwise and getattr(layer, "groups", 1) > 1)
@@ -129,7 +132,8 @@ class Peft:
 class LinearProbe:
     """Train the head on the frozen backbone."""
 
-    def __init__(self, name: str, lr: float, head_lr: float | None) -> None:
+    def __init__(self, name: str, lr: float, head_lr: float | None, budget: Any = None) -> None:
+        budgets.refuse(budget, name)
         self.name = name
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
@@ -150,7 +154,8 @@ class LinearProbe:
 class Full:
     """Train every parameter; normalisation statistics move as well."""
 
-    def __init__(self, name: str, lr: float, head_lr: float | None) -> None:
+    def __init__(self, name: str, lr: float, head_lr: float | None, budget: Any = None) -> None:
+        budgets.refuse(budget, name)
         self.name = name
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
@@ -176,6 +181,16 @@ def normalisations(model: nn.Module, head: Sequence[str]) -> list[str]:
         for name, module in model.named_modules()
         if "Norm" in type(module).__name__ and _holds_parameters(module) and not in_head(name, head)
     )
+
+
+def _exactly(names: list[str], model: nn.Module) -> str | list[str]:
+    """The names for PEFT, which also takes endings of names: a regular expression where others end in one of them."""
+    wanted = set(names)
+    for name, _ in model.named_modules():
+        parts = name.split(".")
+        if name not in wanted and any(".".join(parts[i:]) in wanted for i in range(1, len(parts))):
+            return "|".join(re.escape(name) for name in names)
+    return names
 
 
 def _holds_parameters(module: nn.Module) -> bool:

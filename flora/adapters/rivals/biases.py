@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from flora.adapters.budget import refuse
 from flora.adapters.heads import in_head
 from flora.adapters.methods import Adapted, LinearProbe, adaptable
 
@@ -15,11 +17,13 @@ class BitFit:
     Args:
         name: the method's name in records.
         lr, head_lr: default peak learning rates, read by the trainer's config.
+        budget: refused, since its size is fixed.
     """
 
     head_only = False
 
-    def __init__(self, name: str, lr: float, head_lr: float) -> None:
+    def __init__(self, name: str, lr: float, head_lr: float, budget: Any = None) -> None:
+        refuse(budget, name)
         self.name = name
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
