@@ -216,7 +216,8 @@ def climb(rows: Sequence[Ladder], level: Callable[[int, int], float], budget: in
         budget: total parameters; what the lowest rungs take is spent in any case.
 
     Returns:
-        a rung per weight. Where the budget is not met, no weight can be raised by one more rung.
+        a rung per weight. No weight can be raised by one more rung; where that leaves more than the tolerance, rungs of
+        one weight are traded for rungs of another, as long as that comes closer to the budget.
     """
     at = [0] * len(rows)
     left = budget - sum(row.rungs[0].params for row in rows)
@@ -224,15 +225,38 @@ def climb(rows: Sequence[Ladder], level: Callable[[int, int], float], budget: in
     heapq.heapify(queue)
     while queue:
         _, i = heapq.heappop(queue)
-        rungs = rows[i].rungs
-        step = rungs[at[i] + 1].params - rungs[at[i]].params
+        step = _step(rows[i], at[i])
         if step > left:
             continue
         left -= step
         at[i] += 1
-        if at[i] + 1 < len(rungs):
+        if at[i] + 1 < len(rows[i].rungs):
             heapq.heappush(queue, (level(i, at[i] + 1), i))
+    while left > TOLERANCE * budget and (trade := _best_trade(rows, at, left)):
+        lower, raised, gain = trade
+        at[lower] -= 1
+        at[raised] += 1
+        left -= gain
     return [row.rungs[rung] for row, rung in zip(rows, at, strict=True)]
+
+
+def _step(row: Ladder, rung: int) -> int:
+    """What the next rung takes more."""
+    return row.rungs[rung + 1].params - row.rungs[rung].params
+
+
+def _best_trade(rows: Sequence[Ladder], at: Sequence[int], left: int) -> tuple[int, int, int] | None:
+    """The weight to lower by a rung and the one to raise by a rung that leave least of ``left``, and what they take."""
+    raises = sorted((_step(row, at[i]), i) for i, row in enumerate(rows) if at[i] + 1 < len(row.rungs))
+    lowers = [(_step(row, at[i] - 1), i) for i, row in enumerate(rows) if at[i] > 0]
+    found: tuple[int, int, int] | None = None
+    for freed, i in lowers:
+        for taken, j in reversed(raises):
+            if i != j and freed < taken <= freed + left:
+                if found is None or taken - freed > found[2]:
+                    found = (i, j, taken - freed)
+                break
+    return found
 
 
 def ladders(config: Any, model: nn.Module) -> list[Ladder]:
@@ -240,18 +264,24 @@ def ladders(config: Any, model: nn.Module) -> list[Ladder]:
     probe = copy.deepcopy(config)
     probe.rank_pattern = {".*": 1}
     found: list[Ladder] = []
+    tucker_rungs = functools.cache(functools.partial(_tucker_rungs, config))
     with _wrapped(probe, model) as wrapped:
         tuner: Any = wrapped.base_model
         for name, layer in tuner.model.named_modules():
             if isinstance(layer, FloraLayer):
                 name = name.removesuffix(getattr(layer, "child_name", "")).removesuffix(".")
-                found += [_flora_ladder(config, name, layer, weight) for weight in layer.weights["default"].values()]
+                found += [
+                    _flora_ladder(config, name, layer, weight, tucker_rungs)
+                    for weight in layer.weights["default"].values()
+                ]
             elif isinstance(layer, LoraLayer | LoHaLayer | LoKrLayer):
                 found.append(_peft_ladder(config, name, layer))
     return found
 
 
-def _flora_ladder(config: FloraConfig, name: str, layer: FloraLayer, weight: AdaptedWeight) -> Ladder:
+def _flora_ladder(
+    config: FloraConfig, name: str, layer: FloraLayer, weight: AdaptedWeight, tucker_rungs: Callable[..., Any]
+) -> Ladder:
     outputs = math.prod(weight.weight_shape) if weight.output_dim is None else weight.weight_shape[weight.output_dim]
     magnitudes = outputs if config.use_dora else 0
     groups = getattr(layer.get_base_layer(), "groups", 1)
@@ -259,7 +289,7 @@ def _flora_ladder(config: FloraConfig, name: str, layer: FloraLayer, weight: Ada
         rungs = _form_rungs(type(config).form, weight.shape, groups, magnitudes)  # type: ignore[attr-defined]
         modes: tuple[int, ...] = (0,)
     else:
-        rungs = _tucker_rungs(config, weight.shape, weight.kinds, magnitudes)
+        rungs = tucker_rungs(weight.shape, weight.kinds, magnitudes)
         modes = tuple(mode for mode, kind in enumerate(weight.kinds) if kind == "channel" and weight.shape[mode] > 1)
     several = len(layer.weights["default"]) > 1 or weight.name != "weight"
     path = f"{name}.{weight.name}".lstrip(".")

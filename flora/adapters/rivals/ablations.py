@@ -211,7 +211,8 @@ class FloraShuffledConfig(FloraConfig):
 
 def kernel_order(kernel: tuple[int, ...], seed: int) -> Tensor:
     """The order of a kernel's positions, counted row by row: equal for all kernels of one size and seed."""
-    return torch.randperm(math.prod(kernel), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randperm(math.prod(kernel), generator=generator, device="cpu")  # its values, also on a meta model
 
 
 class ShuffledConv(ConvNd):
