@@ -18,6 +18,7 @@ from flora.adapters.rivals.locon import LoconConfig, LoconModel
 from flora.adapters.rivals.lora_flat import LoraFlatConfig, LoraFlatModel
 from flora.adapters.rivals.lotr import LotrConfig, LotrModel
 from flora.adapters.rivals.mixed import MosloraConfig, MosloraModel, TriloraConfig, TriloraModel
+from flora.adapters.rivals.oft import OftConfig, OftModel
 from flora.adapters.rivals.prompts import VptConfig, VptModel
 
 register(BottleneckConfig, BottleneckModel)
@@ -28,6 +29,7 @@ register(LoconConfig, LoconModel)
 register(LoraFlatConfig, LoraFlatModel)
 register(LotrConfig, LotrModel)
 register(MosloraConfig, MosloraModel)
+register(OftConfig, OftModel)
 register(TriloraConfig, TriloraModel)
 register(VptConfig, VptModel)
 
@@ -40,6 +42,7 @@ __all__ = [
     "LoraFlatConfig",
     "LotrConfig",
     "MosloraConfig",
+    "OftConfig",
     "TriloraConfig",
     "VptConfig",
 ]
