@@ -67,6 +67,8 @@ def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
     semantic = {key: resolved[key] for key in _SEMANTIC if resolved.get(key) is not None}
+    if (resolved.get("analysis") or {}).get("every_n_steps"):
+        semantic["analysis"] = resolved["analysis"]  # such a run's record holds more
     unused = dict(_NOT_SEMANTIC)
     if semantic["protocol"].get("lr_grid"):
         unused["trainer"] = (*unused["trainer"], "lr")

@@ -1,7 +1,7 @@
 """The cells of a table: experiments/TABLE.yaml expanded to runs, each with its overrides and run id.
 
-A file gives a ``title`` and, per scale, one or several ``parts``: overrides in ``common`` times the product of ``grid``.
-A part whose task or model the code does not have yet says so in ``not_runnable_yet``: its cells are listed, and not run.
+A file gives a ``title`` and, per scale, one or several ``parts``: overrides in ``common`` times the product of
+``grid``. A part whose task or model the code lacks says so in ``not_runnable_yet``: its cells are listed, and not run.
 """
 
 import copy
@@ -128,7 +128,8 @@ def _cells(scale: dict[str, Any]) -> Iterator[Cell]:
         common = [*scale.get("common", []), *(part.get("common", []) if part is not scale else [])]
         axes = [[f"{key}={value}" for value in values] for key, values in part["grid"].items()]
         for combination in itertools.product(*axes):
-            yield Cell((*common, *combination), part.get("not_runnable_yet"), part.get("published"))
+            reason = part.get("not_runnable_yet", scale.get("not_runnable_yet"))
+            yield Cell((*common, *combination), reason, part.get("published"))
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:

@@ -1,0 +1,108 @@
+"""experiments/: every table expands to cells that train.py composes, under the ids that their runs will have."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from flora import config
+from flora.errors import ConfigError
+from flora.results import experiments
+from flora.results.experiments import ROOT, Cell, composed, load, names
+
+PAPER = {
+    *("table1_convnext", "table2_internvit", "table3_glue", "table4_llava", "table5_cost", "figure1_radar"),
+    *("figure4_norms", "rank_sweep", "init_and_scale_ablation", "kernel_rank_ablation", "structure_ablation", "vtab"),
+    *("classification", "commonsense", "first_table"),
+}
+
+
+def scales():
+    return [(name, scale) for name in names() for scale in ("mini", "paper") if has(name, scale)]
+
+
+def has(name, scale):
+    try:
+        return bool(load(name, scale))
+    except ConfigError:
+        return False
+
+
+def test_every_table_and_figure_of_the_paper_has_its_cells():
+    assert set(names()) >= PAPER
+    assert {name for name in PAPER if has(name, "paper")} >= PAPER - {"init_and_scale_ablation", "first_table"}
+
+
+@pytest.mark.parametrize(("name", "scale"), scales())
+def test_every_cell_composes_once_or_says_why_it_cannot(name, scale):
+    cells = load(name, scale).cells
+    assert len({cell.overrides for cell in cells}) == len(cells)
+    runnable = [cell for cell in cells if not cell.not_runnable_yet]
+    a_few = {
+        (c.method, tuple(sorted(c.settings))): c for c in runnable
+    }.values()  # one of each kind: seconds, not minutes
+    assert len({cell.run_id for cell in a_few}) == len(a_few)
+    assert all(len(cell.not_runnable_yet) > 10 for cell in cells if cell.not_runnable_yet)
+
+
+def test_the_first_table_has_ninety_cells_at_matched_budgets():
+    table = load("first_table")
+    assert len(table.cells) == 3 * 2 * 5 * 3
+    assert len(table.rows) == 30
+    budgets = {cell.method: cell.settings.get("adapter.budget") for cell in table.cells}
+    matched = "match:lora:8"
+    assert budgets == {"linear_probe": None, "lora": None, "full": None, "dora": matched, "flora": matched}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["task=vtab", "task.dataset=eurosat", "protocol.lr_grid=[3e-4,1e-3]", "adapter=flora", "seed=2", "logger=none"],
+        ["task=digits", "model=timm", "model.timm_name=resnet10t", "adapter=lora", "adapter.r=4", "trainer.lr=1e-3"],
+        ["adapter=flora", "adapter.rank_pattern=[{pattern:stem,rank:4}]", "adapter.scale=null", "adapter.alpha=16"],
+        ["task=vtab", "protocol=holdout", "adapter.target_modules=[fc1,fc2]", "analysis.every_n_steps=50"],
+    ],
+)
+def test_composing_in_two_steps_gives_what_train_py_composes(overrides):
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        expected = compose("train", overrides=overrides)
+    assert composed(overrides) == expected
+    assert Cell(tuple(overrides)).run_id == config.run_id(expected)
+
+
+def test_an_override_that_fits_no_config_is_named():
+    with pytest.raises(ConfigError, match=r"adapter\.rnk"):
+        composed(["adapter=lora", "adapter.rnk=3"])
+
+
+def test_the_measured_runs_of_eurosat_keep_their_ids():
+    ids = {cell.run_id for cell in load("eurosat").cells}
+    assert len(ids) == 24
+    assert ids <= {path.stem for path in (ROOT / "results" / "measured").glob("*.json")}
+
+
+def test_a_new_version_of_the_method_changes_ids_and_knows_the_old_ones(monkeypatch):
+    overrides = ("task=digits", "adapter=lora")
+    before = Cell(overrides).run_id
+    monkeypatch.setattr(config, "METHOD_VERSION", config.METHOD_VERSION + 1)
+    after = Cell(overrides)
+    assert after.run_id != before
+    assert after.older[-1] == before
+
+
+def test_rows_gather_seeds_and_name_what_else_varies(tmp_path, monkeypatch):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "t.yaml").write_text(
+        "title: T\nscales: {mini: {common: [task=digits], parts: ["
+        "{grid: {adapter: [full], seed: [0, 1]}}, {grid: {adapter: [lora], adapter.r: [2, 4], seed: [0, 1]}},"
+        "{not_runnable_yet: no such model, grid: {model: [big], adapter: [lora], seed: [0]}}]}}"
+    )
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    table = load("t")
+    assert {key: [cell.seed for cell in cells] for key, cells in table.rows.items()} == {
+        ("digits", "convnext", "full", ""): [0, 1],
+        ("digits", "convnext", "lora", "r=2"): [0, 1],
+        ("digits", "convnext", "lora", "r=4"): [0, 1],
+        ("digits", "big", "lora", ""): [0],
+    }
+    assert [cell.not_runnable_yet for cell in table.cells] == [None] * 6 + ["no such model"]
+    with pytest.raises(ConfigError, match="no scale 'paper': choose one of mini"):
+        load("t", "paper")
