@@ -144,8 +144,17 @@ def networks():
     return {name: (spec, spec.skeleton(10)) for name, spec in specs.items()}
 
 
-@pytest.mark.parametrize("percent", [2, 8])
-@pytest.mark.parametrize("model", ["convnext", "efficientnet_lite0", "minilm_l6"])
+@pytest.mark.parametrize(
+    ("model", "percent"),
+    [
+        ("convnext", 2),
+        ("convnext", 8),
+        ("minilm_l6", 2),
+        pytest.param("minilm_l6", 8, marks=pytest.mark.slow),
+        pytest.param("efficientnet_lite0", 2, marks=pytest.mark.slow),
+        pytest.param("efficientnet_lite0", 8, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", ["flora", "lora", "dora", "lora_flat", "dora_flat", "loha", "lokr", "locon_tucker"])
 def test_lands_within_one_percent_below(networks, name, model, percent):
     spec, skeleton = networks[model]
