@@ -1,0 +1,45 @@
+"""experiments/claims.yaml: every claim is computed, and the verdict follows the number."""
+
+import pytest
+import yaml
+
+from flora.results import counts
+from flora.results.experiments import ROOT
+
+CLAIMS = yaml.safe_load((ROOT / "experiments" / "claims.yaml").read_text())["claims"]
+# BERT-large: 24 blocks of four square matrices of 1024, two of 1024 x 4096; 335,141,888 parameters with the pooler.
+SQUARE, MLP, BERT = 24 * 2 * 1024, 24 * 2 * (1024 + 4096), 335141888
+EXPECTED = [
+    100 * (1 - 8 * 2 * SQUARE / BERT),
+    100 * (1 - 16 * 2 * SQUARE / BERT),
+    100 * (1 - 4 * (4 * SQUARE + MLP) / BERT),
+    100 * (1 - 8 * (4 * SQUARE + MLP) / BERT),
+]
+
+
+@pytest.mark.parametrize(("claim", "expected"), zip(CLAIMS, EXPECTED, strict=False))
+def test_the_claim_about_bert_large(claim, expected):
+    assert claim["counted"][0] == "model=bert_large"
+    assert counts.compute(claim) == pytest.approx(expected, rel=1e-12)
+
+
+def test_verdicts_follow_the_numbers(monkeypatch):
+    values = {
+        claim["claimed"]: claim["claimed"] + factor * claim["within"]
+        for factor, claim in zip([2, 0.9, -0.9] * 9, CLAIMS, strict=False)
+    }
+    monkeypatch.setattr(counts, "compute", lambda claim: values[claim["claimed"]])
+    rows = [line.split(" | ") for line in counts.claims_markdown().splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == len(CLAIMS)
+    for row, claim in zip(rows, CLAIMS, strict=True):
+        off = abs(values[claim["claimed"]] - claim["claimed"])
+        assert (row[4] == "holds") == (off <= claim["within"])
+        assert row[0].removeprefix("| ") == claim["claim"]
+
+
+def test_every_claim_names_its_source_and_what_it_assumes():
+    for claim in CLAIMS:
+        assert claim["source"]
+        assert claim["assumes"]
+        assert claim["value"] in ("fewer", "share", "extra", "count", "of_model")
+        assert ("against" in claim) == (claim["value"] in ("fewer", "share", "extra"))
