@@ -100,7 +100,7 @@ class Peft:
             raise ValueError(
                 f"target_modules: {self.target_modules!r} match no layer; layers are called {layers}, ..."
             ) from error
-        return Adapted(wrapped, skipped, _ranks(wrapped))
+        return Adapted(wrapped, skipped, effective_ranks(wrapped))
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's format, head included)."""
@@ -207,10 +207,10 @@ def load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:
         if not (folder / "adapter_model.safetensors").exists():
             raise ValueError(f"{folder} has no adapter_model.safetensors (other formats are not loaded)")
         try:
-            wrapped = peft.PeftModel.from_pretrained(model, str(folder))
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from error
-        return Adapted(wrapped, [], _ranks(wrapped))
+        return Adapted(wrapped, [], effective_ranks(wrapped))
     if not (folder / "model.safetensors").exists():
         raise ValueError(f"{folder} holds neither adapter_config.json nor model.safetensors")
     try:
@@ -245,14 +245,16 @@ def _matches(config: peft.PeftConfig, name: str) -> bool:
     return bool(check_target_module_exists(config, name))
 
 
-def _ranks(model: peft.PeftModel) -> dict[str, list[int]]:
-    """Effective ranks per layer: FLoRA knows its own, other rank-based methods carry ``r`` per adapter."""
+def effective_ranks(model: peft.PeftModel) -> dict[str, list[int]]:
+    """Ranks per layer: FLoRA knows its own, other rank-based methods carry ``r``; AdaLoRA's are those it has kept."""
     tuner: Any = model.base_model
     if hasattr(tuner, "effective_ranks"):
         return tuner.effective_ranks()
-    ranks = {}
+    ranks, kept = {}, {}
     for name, module in tuner.model.named_modules():
         r = getattr(module, "r", None)
         if isinstance(r, dict) and "default" in r:
             ranks[name] = [int(r["default"])]
-    return ranks
+        if hasattr(module, "lora_E") and not module.lora_E["default"].is_meta:
+            kept[name] = [int(module.lora_E["default"].count_nonzero())]
+    return kept if any(rank for (rank,) in kept.values()) else ranks  # all are zero before the first step

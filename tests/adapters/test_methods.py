@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import re
 
 import peft
 import pytest
@@ -12,7 +13,9 @@ from torch.nn import functional as F
 
 from flora.adapters.heads import in_head
 from flora.adapters.methods import Peft, load
-from tests.adapters.families import ADAPTERS, CLASSES, EXAMPLES, FAMILIES, Batch, adapter, logits, trainer
+from flora.errors import ConfigError
+from tests.adapters.families import ADAPTERS, CLASSES, CONFIGS, EXAMPLES, FAMILIES, Batch, adapter, logits, trainer
+from tests.training.test_experiment import experiment
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -135,8 +138,6 @@ def test_what_cannot_be_adapted_is_said(name, family):
 
 @pytest.mark.parametrize(("name", "family"), [pair for pair in PAIRS if pair[1] in ("convnext", "vit", "resnet")])
 def test_skipped_layers_are_listed(name, family):
-    import re
-
     adapted = adapter(name, FAMILIES[family]).apply(build(family), FAMILIES[family].head)
     expected = SKIPPED.get((name, family))
     if expected is None:
@@ -148,8 +149,6 @@ def test_skipped_layers_are_listed(name, family):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_config_says_how_to_run_it(name):
-    from tests.adapters.families import CONFIGS
-
     first, *_ = (CONFIGS / f"{name}.yaml").read_text().splitlines()
     assert first.startswith("# python train.py ")
     assert f"adapter={name}" in first
@@ -188,8 +187,6 @@ def test_bad_settings_name_the_field(name, changes, message):
     ],
 )
 def test_bad_settings_of_methods_are_config_errors(changes, message):
-    from flora.errors import ConfigError
-
     with pytest.raises(ConfigError, match=message):
         adapter("adalora", **changes)
 
@@ -202,6 +199,21 @@ def test_adalora_ends_with_its_average_rank_and_records_it(tmp_path):
     assert sum(ranks) == 4 * len(ranks)
     layers = {n: m for n, m in adapted.model.base_model.model.named_modules() if n in adapted.ranks}
     assert adapted.ranks == {n: [int((m.lora_E["default"] != 0).sum())] for n, m in layers.items()}
+
+
+@pytest.mark.parametrize("name", ["adalora", "lotr", "norm_tuning", "bitfit", "lora"])
+def test_a_run_restores_its_best_epoch_and_evaluates_what_it_saved(name, tmp_path):
+    method = adapter(name)
+    run = experiment(tmp_path, method, epochs=3)
+    outcome = run.train()
+    history = [entry["eval_accuracy"] for entry in outcome.trainer.state.log_history if "eval_accuracy" in entry]
+    assert outcome.trainer.evaluate(run.splits.validation)["eval_accuracy"] == max(history)
+    method.save(outcome.adapted.model, tmp_path / "saved")
+    again = run.evaluate(tmp_path / "saved")
+    assert again.metrics == outcome.metrics
+    assert run.counts(again.adapted) == run.counts(outcome.adapted)
+    assert run.counts(again.adapted)["trainable_params"] > 0
+    assert again.adapted.ranks == outcome.adapted.ranks
 
 
 def test_adaloras_penalty_is_pefts(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from flora.adapters.methods import Adapted, Peft
+from flora.adapters.methods import Adapted, Peft, effective_ranks
 
 
 class AdaLora(Peft):
@@ -86,6 +86,4 @@ class _Allocate(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Record the ranks that are left."""
-        for name, module in self.tuner.model.named_modules():
-            if name in self.adapted.ranks:
-                self.adapted.ranks[name] = [int(module.lora_E[self.tuner.trainable_adapter_name].count_nonzero())]
+        self.adapted.ranks.update(effective_ranks(cast(Any, self.adapted.model)))
