@@ -1,4 +1,4 @@
-"""Render a table and its figure from records: `python scripts/make_tables.py TABLE [--scale mini]`."""
+"""Render tables and figures from records: `python scripts/make_tables.py [TABLE] [--scale mini] [--check]`."""
 
 import argparse
 import sys
@@ -7,41 +7,74 @@ from pathlib import Path
 from flora.config import main
 from flora.errors import DataError
 from flora.results.counts import claims_markdown
-from flora.results.experiments import load
-from flora.results.plots import accuracy_against_parameters
-from flora.results.store import Store
-from flora.results.tables import grouped, markdown
+from flora.results.experiments import Table, load, names, scales
+from flora.results.plots import Plot, plots, written_hash
+from flora.results.store import Contents, Store
+from flora.results.tables import as_csv, latex, markdown, rows
 
 
 def make_tables() -> None:
-    """Parse the command line, read the table's records, write Markdown and PNG."""
+    """Parse the command line, read the records, then write the files or say which are stale."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", help="name of a file in experiments/, without .yaml")
+    parser.add_argument("table", nargs="?", help="name of a file in experiments/; default: all that have records")
     parser.add_argument("--scale", default="mini", help="mini or paper")
     parser.add_argument("--results", type=Path, default=Path("results/measured"), help="folder of the records")
     parser.add_argument("--output", type=Path, default=Path("results"), help="tables/ and figures/ go in here")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when a file is stale")
     arguments = parser.parse_args()
     if arguments.table == "claims":
         write_table(claims_markdown(), "claims", arguments.output)
         return
 
-    table, store = load(arguments.table, arguments.scale), Store(arguments.results)
-    found = [store.finished(cell.run_id) for cell in table.cells if not cell.not_runnable_yet]
-    records = [record for record in found if record is not None]
-    for problem in store.read_all().problems:
+    store = Store(arguments.results)
+    contents = store.read_all()
+    for problem in contents.problems:
         print(f"left out: {problem}", file=sys.stderr)
-    if not records:
-        raise DataError(
-            f"no finished record of {arguments.table} in {arguments.results}: run scripts/reproduce.py first"
-        )
-    if len(records) < len(found):
-        print(f"{len(found) - len(records)} of {len(found)} cells are missing", file=sys.stderr)
-    write_table(markdown(table.title, records), arguments.table, arguments.output)
-    for dataset, model in dict.fromkeys((d, m) for d, m, _ in grouped(records)):
-        chosen = [r for r in records if (r["dataset"], r["model"]) == (dataset, model)]
-        figure = arguments.output / "figures" / arguments.table / f"{dataset}_{model}.png"
-        accuracy_against_parameters(table.title, chosen, figure)
-        print(f"figure: {figure}")
+    chosen = [load(arguments.table, arguments.scale)] if arguments.table else with_records(contents)
+    if not chosen:
+        raise DataError(f"no finished record of any table in {arguments.results}: run scripts/reproduce.py first")
+    stale = []
+    for table in chosen:
+        texts, figures = rendered(table, contents, store, arguments.output)
+        if arguments.check:
+            stale += [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+            stale += [path for path, plot in figures.items() if written_hash(path) != plot.hash]
+            continue
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        for path, plot in figures.items():
+            if written_hash(path) != plot.hash:
+                plot.write(path)
+        if arguments.table:
+            print(next(iter(texts.values())))
+        for path in (*texts, *figures):
+            print(path)
+    for path in stale:
+        print(f"stale: {path}", file=sys.stderr)
+    if stale:
+        print(f"error: {len(stale)} files are stale: run scripts/make_tables.py", file=sys.stderr)
+        sys.exit(1)
+
+
+def with_records(contents: Contents) -> list[Table]:
+    """Every table and scale of which a run is finished."""
+    tables = [load(name, scale) for name in names() for scale in scales(name)]
+    return [t for t in tables if any(contents.finished(c.run_id) for c in t.cells if not c.not_runnable_yet)]
+
+
+def rendered(table: Table, contents: Contents, store: Store, output: Path) -> tuple[dict[Path, str], dict[Path, Plot]]:
+    """A table's files: texts by path, Markdown first, and figures by path."""
+    found = rows(table, contents)
+    name = table.name if table.scale == "mini" else f"{table.name}_{table.scale}"
+    stem = output / "tables" / name
+    texts = {
+        stem.with_suffix(".md"): markdown(table.title, found),
+        stem.with_suffix(".tex"): latex(table.title, found),
+        stem.with_suffix(".csv"): as_csv(found),
+    }
+    figures = {output / "figures" / name / plot.name: plot for plot in plots(table, found, store.finished)}
+    return texts, figures
 
 
 def write_table(text: str, name: str, output: Path) -> None:

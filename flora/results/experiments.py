@@ -107,6 +107,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
 
 
+def scales(table: str) -> list[str]:
+    """The scales that a table's file defines; none where it lists no cells of its own."""
+    return list(yaml.safe_load((ROOT / "experiments" / f"{table}.yaml").read_text()).get("scales", {}))
+
+
 def load(table: str, scale: str = "mini") -> Table:
     """A table at a scale.
 
@@ -117,10 +122,9 @@ def load(table: str, scale: str = "mini") -> Table:
     if not path.exists():
         raise ConfigError(f"no table {table!r} in experiments/: choose one of {', '.join(names())}")
     definition = yaml.safe_load(path.read_text())
-    scales = definition.get("scales", {})
-    if scale not in scales:
-        raise ConfigError(f"{table} has no scale {scale!r}: choose one of {', '.join(scales) or 'none'}")
-    return Table(table, scale, definition, list(_cells(scales[scale])))
+    if scale not in scales(table):
+        raise ConfigError(f"{table} has no scale {scale!r}: choose one of {', '.join(scales(table)) or 'none'}")
+    return Table(table, scale, definition, list(_cells(definition["scales"][scale])))
 
 
 def _cells(scale: dict[str, Any]) -> Iterator[Cell]:

@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 from flora import config
 from flora.errors import ConfigError
 from flora.results import experiments
-from flora.results.experiments import ROOT, Cell, composed, load, names
+from flora.results.experiments import ROOT, Cell, composed, load, names, scales
 
 PAPER = {
     *("table1_convnext", "table2_internvit", "table3_glue", "table4_llava", "table5_cost", "figure1_radar"),
@@ -15,23 +15,12 @@ PAPER = {
 }
 
 
-def scales():
-    return [(name, scale) for name in names() for scale in ("mini", "paper") if has(name, scale)]
-
-
-def has(name, scale):
-    try:
-        return bool(load(name, scale))
-    except ConfigError:
-        return False
-
-
 def test_every_table_and_figure_of_the_paper_has_its_cells():
     assert set(names()) >= PAPER
-    assert {name for name in PAPER if has(name, "paper")} >= PAPER - {"init_and_scale_ablation", "first_table"}
+    assert {name for name in PAPER if "paper" in scales(name)} >= PAPER - {"init_and_scale_ablation", "first_table"}
 
 
-@pytest.mark.parametrize(("name", "scale"), scales())
+@pytest.mark.parametrize(("name", "scale"), [(n, s) for n in names() for s in scales(n)])
 def test_every_cell_composes_once_or_says_why_it_cannot(name, scale):
     cells = load(name, scale).cells
     assert len({cell.overrides for cell in cells}) == len(cells)

@@ -9,7 +9,6 @@ import pytest
 from flora.errors import FailedBefore
 from flora.results import Record, Store
 from flora.results.record import write_json
-from flora.results.tables import grouped, markdown, mean_std
 
 
 def record(run_id="abc", seed=0, value=0.5, status="finished", adapter="flora"):
@@ -140,19 +139,3 @@ def test_write_json_is_atomic_when_the_content_cannot_be_written(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
-
-
-def test_tables_show_mean_and_sample_deviation_over_seeds():
-    # 0.4, 0.5, 0.9: mean 0.6; squared deviations 0.04 + 0.01 + 0.09 = 0.14; / 2 = 0.07; root 0.2646
-    records = [vars(record(str(s), s, v)) for s, v in enumerate((0.4, 0.5, 0.9))]
-    assert mean_std([0.4, 0.5, 0.9]) == pytest.approx((0.6, 0.07**0.5))
-    text = markdown("Title", records)
-    assert "accuracy 0.6000 ± 0.2646" in text
-    assert "| 3 |" in text
-    assert "| 5.00 |" in text  # 50 of 1000 parameters, in percent
-    assert len(grouped(records)) == 1
-
-
-def test_a_single_seed_has_no_deviation():
-    assert mean_std([0.4]) == (0.4, None)
-    assert "±" not in markdown("Title", [vars(record())])

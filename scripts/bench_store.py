@@ -1,0 +1,30 @@
+"""How long reading many records into a table takes: `python scripts/bench_store.py [--records 10000]`."""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from flora.results.store import Store
+
+
+def bench_store() -> None:
+    """Write records like those of results/measured to a temporary folder, read them cold and from the cache."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--records", type=int, default=10_000)
+    parser.add_argument("--like", type=Path, default=Path("results/measured"), help="folder with a record to copy")
+    arguments = parser.parse_args()
+    template = json.loads(sorted(arguments.like.glob("*.json"))[0].read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(arguments.records):
+            run_id = f"{number:012x}"
+            (Path(folder) / f"{run_id}.json").write_text(json.dumps(template | {"run_id": run_id}))
+        for what in ("without cache", "from the cache"):
+            started = time.perf_counter()
+            found = len(Store(folder).read_all().records)
+            print(f"{found} records {what}: {time.perf_counter() - started:.2f} s")
+
+
+if __name__ == "__main__":
+    bench_store()

@@ -1,0 +1,214 @@
+"""Tables and figures: only what was measured, the same bytes each time, and stale when a record changes."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import yaml
+
+from flora.config import main
+from flora.results import Store, experiments
+from flora.results.experiments import ROOT, load
+from flora.results.plots import STYLES, front, written_hash
+from flora.results.reported import published
+from flora.results.tables import as_csv, cells_as_text, latex, markdown, rows
+from scripts.make_tables import make_tables
+from tests.results.records import write
+
+VALUES = {"flora": (0.90, 0.91, 0.92), "lora": (0.90, 0.90, 0.945), "full": (0.80, 0.81, 0.83)}
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Records of eurosat's convnext cells, the linear probe missing."""
+    store = Store(tmp_path / "records")
+    for cell in load("eurosat").cells:
+        if cell.model == "convnext" and cell.method in VALUES:
+            cost = 3.0 if cell.method == "flora" else 2.0
+            write(store, cell, VALUES[cell.method][cell.seed], train_seconds=cost)
+    return store
+
+
+@pytest.fixture
+def render(tmp_path, monkeypatch, capsys):
+    """Run make_tables.py in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        places = ["--results", str(tmp_path / "records"), "--output", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["make_tables.py", *arguments, *places])
+        capsys.readouterr()
+        try:
+            main(make_tables, trace=lambda: False)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def line(text, *words):
+    (found,) = (one for one in text.splitlines() if all(f"| {word} " in one for word in words))
+    return [cell.strip() for cell in found.strip("|").split("|")]
+
+
+def test_a_line_shows_mean_deviation_count_costs_and_mark(store):
+    text = markdown("T", rows(load("eurosat"), store.read_all()))
+    # 0.90, 0.91, 0.92: mean 0.91, deviation 0.01; 50 of 1000 parameters; 3 s against LoRA's 2 s
+    flora = line(text, "convnext", "flora")
+    assert flora[3:] == ["-", "0.9100 ± 0.0100 (n = 3)*", "-", "accuracy", "50", "5.00", "1.50", "1.00", "0.001", "0"]
+    # 0.90, 0.90, 0.945: mean 0.915; squares 2 x 0.000225 + 0.0009 = 0.00135, / 2, root 0.02598
+    assert line(text, "convnext", "lora")[4] == "**0.9150 ± 0.0260 (n = 3)**"
+    assert line(text, "convnext", "full")[4] == "0.8133 ± 0.0153 (n = 3)"
+
+
+def test_what_was_not_measured_is_a_dash_and_a_missing_seed_is_said(store):
+    cell = next(c for c in load("eurosat").cells if (c.method, c.model, c.seed) == ("flora", "convnext", 2))
+    store.path(cell.run_id).unlink()
+    text = markdown("T", rows(load("eurosat"), store.read_all()))
+    assert set(line(text, "convnext", "linear_probe")[3:]) == {"-"}
+    assert "0.9050 ± 0.0071 (n = 2 of 3)" in line(text, "convnext", "flora")[4]
+
+
+def test_the_footer_says_where_the_numbers_come_from(store):
+    text = markdown("T", rows(load("eurosat"), store.read_all()))
+    for words in ("commit: c0ffee", "protocol: vtab1k; dtype: fp32; device: cpu", "versions: ", "Holm", "sha256 "):
+        assert words in text
+
+
+def test_the_csv_holds_unrounded_numbers(store):
+    lines = list(csv.DictReader(io.StringIO(as_csv(rows(load("eurosat"), store.read_all())))))
+    flora = next(one for one in lines if (one["model"], one["method"]) == ("convnext", "flora"))
+    assert float(flora["mean"]) == pytest.approx(0.91)
+    assert float(flora["std"]) == pytest.approx(0.01)
+    assert float(flora["time_to_lora"]) == pytest.approx(1.5)
+    assert next(one for one in lines if one["method"] == "linear_probe")["mean"] == ""
+
+
+def test_latex_is_a_booktabs_table_with_nothing_left_to_escape(store):
+    text = latex("100 % of a_b", rows(load("eurosat"), store.read_all()))
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == 1
+    assert r"\caption{100 \% of a\_b}" in text
+    body = [one for one in text.splitlines() if one.endswith(r"\\")]
+    assert len(body) == 1 + 8
+    assert {one.count(" & ") for one in body} == {12}
+    assert not re.search(r"(?<!\\)[%_#]", " ".join(body))
+
+
+def test_published_numbers_stand_beside_ours_with_their_difference(tmp_path, monkeypatch):
+    for name in ("configs", "results/reported"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / "experiments").mkdir()
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    part = {"published": "r2", "grid": {"task.dataset": ["rte"], "adapter": ["flora", "lora"], "seed": [0]}}
+    where = {"file": "table3_glue_debertav3_base", "columns": {"rte": "RTE"}, "scale": 100}
+    (tmp_path / "experiments" / "t.yaml").write_text(
+        yaml.safe_dump({"title": "T", "published": where, "scales": {"mini": {"parts": [part]}}})
+    )
+    table, store = load("t"), Store(tmp_path / "records")
+    write(store, table.cells[0], 0.9)
+    flora, lora = (cells_as_text(row) for row in rows(table, store.read_all()))
+    assert flora[3:6] == ["0.8881", "0.9000 (n = 1)", "+0.0119"]
+    assert lora[3:6] == ["0.8556", "-", "-"]
+    text = markdown("T", rows(table, store.read_all()))
+    assert "published: arXiv 2407.05417v2, Table III (secondary)" in text
+    assert "rte flora: the LoRA-Dash project page prints 88.09" in text
+
+
+def test_every_published_file_and_column_that_a_table_names_exists():
+    for name in experiments.names():
+        for scale in experiments.scales(name):
+            published(load(name, scale))
+    glue = published(load("table3_glue", "paper"))
+    shown = rows(load("table3_glue", "paper"), Store("/nowhere").read_all())
+    assert len([row for row in shown if row.published]) == 8 * (13 - 2 + 3 * 8)
+    assert glue["r8", "FLoRA", "rte"].value == 0.8953
+
+
+def test_rendering_twice_gives_the_same_bytes_and_a_touched_record_is_stale(store, render, tmp_path):
+    assert render("eurosat")[0] == 0
+    out = tmp_path / "out"
+    made = {path: path.read_bytes() for path in out.rglob("*.*")}
+    assert {path.suffix for path in made} == {".md", ".tex", ".csv", ".png"}
+    assert render("eurosat", "--check")[0] == 0
+    assert render("eurosat")[0] == 0
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == made
+
+    touched = sorted(store.folder.glob("*.json"))[0]
+    record = json.loads(touched.read_text())
+    touched.write_text(json.dumps(record | {"error": "not even shown in the table"}))
+    code, _, err = render("eurosat", "--check")
+    assert code == 1
+    assert {one.rpartition(".")[2] for one in err.splitlines() if one.startswith("stale")} == {"md", "tex", "png"}
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == made, "--check writes nothing"
+
+
+def test_figures_carry_the_hash_of_their_data(store, render, tmp_path):
+    render("eurosat")
+    (figure,) = tmp_path.rglob("*.png")
+    assert figure.name == "pareto_eurosat_convnext.png"
+    before = written_hash(figure)
+    figure.unlink()
+    assert render("eurosat", "--check")[0] == 1
+    render("eurosat")
+    assert written_hash(figure) == before
+    assert re.fullmatch("[0-9a-f]{64}", before)
+
+
+def test_broken_records_are_reported_and_never_averaged(store, render, tmp_path):
+    before = render("eurosat")[1]
+    content = json.loads(sorted(store.folder.glob("*.json"))[0].read_text())
+    missing = next(c for c in load("eurosat").cells if c.method == "linear_probe")
+    for name, text in {
+        missing.run_id: json.dumps(content | {"run_id": missing.run_id, "value": float("nan")}),
+        "0" * 12: json.dumps(content | {"run_id": "0" * 12, "schema_version": 99}),
+        "1" * 12: json.dumps(content)[:80],
+    }.items():
+        (store.folder / f"{name}.json").write_text(text)
+    code, after, err = render("eurosat")
+    assert code == 0
+    assert after == before
+    assert err.count("left out: ") == 3
+
+
+def test_without_a_table_all_that_have_records_are_rendered(store, render):
+    _, out, _ = render()
+    assert out.split()[0].endswith("tables/eurosat.md")
+    assert not any("vtab." in name for name in out.split())
+
+
+def test_no_record_is_an_error(render):
+    code, _, err = render()
+    assert code == 2
+    assert err.strip().splitlines()[-1].startswith("error: no finished record")
+
+
+@pytest.mark.slow
+def test_every_kind_of_figure_can_be_drawn(tmp_path, render):
+    store, table = Store(tmp_path / "records"), load("first_table")
+    for cell in table.cells:
+        if cell.model == "convnext":
+            write(store, cell, 0.5 + 0.01 * cell.seed + 0.05 * len(cell.method))
+    for cell in load("rank_sweep").cells[:30]:
+        write(store, cell, 0.5)
+    for cell in load("figure4_norms").cells:
+        steps = [{"step": step, "delta_norm": 0.1 * step, "amplification": 2.0} for step in (50, 100)]
+        write(store, cell, 0.5, history=steps)
+    kinds = set()
+    for name in ("first_table", "rank_sweep", "figure4_norms"):
+        _, out, _ = render(name)
+        kinds |= {path.rpartition("/")[2].split("_")[0] for path in out.split() if path.endswith(".png")}
+    assert kinds == {"pareto", "curves", "radar", "cost", "rank", "norms"}
+
+
+def test_the_pareto_front_by_hand():
+    assert front([(10, 0.5), (5, 0.4), (20, 0.45), (10, 0.6), (1, 0.4)]) == [(1, 0.4), (10, 0.6)]
+
+
+def test_methods_have_colours_of_their_own():
+    colours = [colour for colour, _ in STYLES.values()]
+    assert len(set(colours)) == len(colours)
