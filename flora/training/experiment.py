@@ -15,7 +15,8 @@ import transformers
 from torch import nn
 from torch.utils.data import Dataset
 
-from flora.adapters.methods import Adapted, in_head, load
+from flora.adapters.heads import trained
+from flora.adapters.methods import Adapted, load
 from flora.errors import ConfigError
 from flora.training.settings import Protocol, TrainerSettings
 from flora.training.trainer import Forward, Trainer
@@ -88,11 +89,10 @@ class Experiment:
 
     def counts(self, adapted: Adapted) -> dict[str, int]:
         """Parameters trained outside the head, trained in the head, and of the base model with its head."""
-        trained = [(n, p.numel()) for n, p in adapted.model.named_parameters() if p.requires_grad]
-        in_heads = sum(size for name, size in trained if in_head(name, self.model.classifier))
+        outside, inside = trained(adapted.model, self.model.classifier)
         return {
-            "trainable_params": sum(size for _, size in trained) - in_heads,
-            "head_params": in_heads,
+            "trainable_params": outside,
+            "head_params": inside,
             "total_params": sum(p.numel() for p in self._base().parameters()),
         }
 
