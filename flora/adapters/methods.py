@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 from flora.adapters import budget as budgets
 from flora.adapters.heads import in_head
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYERS = (nn.Linear, *_CONVS, nn.Embedding)
 _KINDS = {kind.__name__: kind for kind in _LAYERS}
 
 
@@ -50,6 +51,8 @@ class Peft:
         target_modules: ``all`` (every conv and linear except the head), ``norms`` (every normalisation layer with
             parameters), or what PEFT accepts: names or a regex.
         skip_depthwise: leave depthwise and grouped convolutions out, for methods that cannot adapt them.
+        skip_own_padding: leave convolutions out that pad their input themselves (TensorFlow's "same" in timm), for
+            methods that run their update as a convolution with the layer's ``padding``.
         layer_types: the kinds of layers that the method can adapt, e.g. ``[Linear]``; others are left out. None: all.
         budget: how many parameters to train outside the head, which sets all ranks; see ``flora.adapters.budget``.
         allocation: how the layers share the budget.
@@ -65,6 +68,7 @@ class Peft:
         head_lr: float,
         target_modules: str | Sequence[str] = "all",
         skip_depthwise: bool = False,
+        skip_own_padding: bool = False,
         layer_types: Sequence[str] | None = None,
         budget: str | int | float | None = None,
         allocation: str | None = None,
@@ -81,6 +85,7 @@ class Peft:
         self.budget = None if budget is None else budgets.Budget(budget, allocation)
         self.target_modules = target_modules
         self.skip_depthwise = skip_depthwise
+        self.skip_own_padding = skip_own_padding
         unknown = [kind for kind in layer_types or () if kind not in _KINDS]
         if unknown:
             raise ValueError(f"adapter.layer_types: {unknown[0]!r} is none of {', '.join(_KINDS)}")
@@ -112,7 +117,7 @@ class Peft:
             names = adaptable(model, head)
         elif self.target_modules == "norms":
             return _exactly(normalisations(model, head), model), []
-        elif self.skip_depthwise or self.layer_types != _LAYERS:
+        elif self.skip_depthwise or self.skip_own_padding or self.layer_types != _LAYERS:
             probe = peft.LoraConfig(target_modules=cast(Any, self.target_modules))
             names = [n for n, m in model.named_modules() if isinstance(m, _LAYERS) and _matches(probe, n)]
         else:
@@ -126,7 +131,10 @@ class Peft:
         return _exactly(sorted(set(names) - set(skipped)), model), skipped
 
     def _can_adapt(self, layer: nn.Module) -> bool:
-        return isinstance(layer, self.layer_types) and not (self.skip_depthwise and getattr(layer, "groups", 1) > 1)
+        if self.skip_depthwise and getattr(layer, "groups", 1) > 1:
+            return False
+        own_padding = isinstance(layer, _CONVS) and all(type(layer).forward is not conv.forward for conv in _CONVS)
+        return isinstance(layer, self.layer_types) and not (self.skip_own_padding and own_padding)
 
 
 class LinearProbe:

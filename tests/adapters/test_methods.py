@@ -7,6 +7,7 @@ import re
 
 import peft
 import pytest
+import timm
 import torch
 import transformers
 from torch.nn import functional as F
@@ -145,6 +146,18 @@ def test_skipped_layers_are_listed(name, family):
     else:
         assert adapted.skipped
         assert all(re.search(expected, layer) for layer in adapted.skipped)
+
+
+@pytest.mark.parametrize("name", ["adalora", "loha", "lokr", "lora", "oft", "flora_flat"])
+def test_convolutions_with_a_padding_of_their_own_run_or_are_skipped(name):
+    base = timm.create_model("tf_efficientnet_lite0", num_classes=CLASSES).eval()
+    padded = [n for n, m in base.named_modules() if type(m).__name__ == "Conv2dSame"]
+    assert len(padded) == 5
+    x = torch.randn(1, 3, 32, 32)
+    start = base(x)
+    adapted = adapter(name).apply(base, ["classifier"])
+    assert (set(padded) <= set(adapted.skipped)) == (name in ("adalora", "loha", "lokr"))
+    torch.testing.assert_close(adapted.model.eval()(x), start)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
