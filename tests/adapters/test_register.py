@@ -48,7 +48,11 @@ def test_the_whole_series_is_accepted(version, monkeypatch):
     register()
 
 
-def test_importing_is_light():
-    code = "import sys, flora; print([m for m in ('hydra', 'wandb', 'timm', 'datasets') if m in sys.modules])"
+def test_importing_flora_registers_everything_and_is_light():
+    code = (
+        "import sys, flora; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known; "
+        "print([m for m in ('FLORA', 'LORA_FLAT', 'LOTR', 'LOCON_TUCKER', 'VPT', 'BOTTLENECK') if m not in known], "
+        "[m for m in ('hydra', 'wandb', 'timm', 'datasets', 'lycoris') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "[] []"
