@@ -58,8 +58,9 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
     label = f"{task.name}/{task.dataset} {model.name} {method.name} seed {cfg.seed}"
     say(f"{label}: run {identity}")
     splits = task.load(image_size=model.image_size, data_dir=Path(cfg.paths.data), interpolation=model.interpolation)
+    analysis = dict(cfg.analysis) if cfg.analysis.every_n_steps is not None else None
     experiment = Experiment(
-        task, model, method, settings, protocol, splits, cfg.seed, folder, report_to=logger.report_to
+        task, model, method, settings, protocol, splits, cfg.seed, folder, logger.report_to, analysis
     )
     record = Record(
         run_id=identity,

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from flora.adapters.heads import trained
 from flora.adapters.methods import Adapted, load
 from flora.errors import ConfigError
+from flora.training.norms import DeltaNorms
 from flora.training.settings import Protocol, TrainerSettings
 from flora.training.trainer import Forward, Trainer
 
@@ -52,6 +53,7 @@ class Experiment:
         seed: seeds the head, the adapter, data order and dropout.
         folder: the run's output folder.
         report_to: transformers' name of the logger, for the reported run only.
+        analysis: arguments of ``flora.training.norms.DeltaNorms``; None: no analysis.
     """
 
     task: Any
@@ -63,6 +65,7 @@ class Experiment:
     seed: int
     folder: Path
     report_to: str = "none"
+    analysis: dict[str, int] | None = None
 
     def train(self) -> Outcome:
         """Choose the learning rate if the protocol has a grid, train, test once."""
@@ -130,6 +133,8 @@ class Experiment:
         settings = replace(self.settings, lr=lr)
         adapted = self._adapt()
         trainer = self._trainer(adapted, settings, train, validation, label, report_to)
+        if self.analysis is not None:
+            trainer.add_callback(DeltaNorms(trainer, self.model.classifier, **self.analysis))
         trainer.train()
         shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)
         return adapted, trainer

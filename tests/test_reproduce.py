@@ -1,0 +1,100 @@
+"""`python scripts/reproduce.py TABLE`: what is done, what is left, how long it will take."""
+
+import sys
+
+import pytest
+
+from flora.config import main
+from flora.results import Store
+from flora.results.experiments import load
+from scripts import reproduce
+from tests.results.records import write
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run reproduce.py in this process, its cells not: (exit code, stdout, stderr, cells run)."""
+
+    def run(*arguments, codes=None):
+        ran = []
+
+        def cell(cell, extra, store, report):
+            ran.append((cell, extra))
+            return (codes or {}).get(cell.method, 0)
+
+        monkeypatch.setattr(reproduce, "run", cell)
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments, "--results", str(tmp_path)])
+        capsys.readouterr()
+        try:
+            main(reproduce.reproduce, trace=lambda: False)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr(), ran
+
+    return run
+
+
+@pytest.fixture
+def store(tmp_path):
+    """eurosat with three cells finished, one failed, one interrupted; each finished one took 100 s."""
+    store = Store(tmp_path)
+    for cell, status in zip(load("eurosat").cells, ["finished"] * 3 + ["failed", "interrupted"], strict=False):
+        write(store, cell, 0.5, status=status)
+    return store
+
+
+def test_the_status_shows_every_cell_and_the_time_left(store, call):
+    code, out, err, ran = call("eurosat", "--status")
+    assert code == 0
+    assert ran == []
+    words = [line.split()[0] for line in out.splitlines()]
+    assert [words.count(word) for word in ("finished", "failed", "interrupted", "missing")] == [3, 1, 1, 19]
+    assert err.startswith("eurosat: 3 of 24 cells finished, 1 failed, 1 interrupted, 19 missing; about 0:33:20 left")
+
+
+def test_a_running_cell_shows_as_running_and_jobs_divide_the_time_left(store, call):
+    with store.lock(load("eurosat").cells[10].run_id):
+        _, out, err, _ = call("eurosat", "--status", "--jobs", "2")
+    assert out.splitlines()[10].startswith("running ")
+    assert "about 0:16:40 left" in err
+
+
+def test_a_dry_run_prints_the_commands_of_what_is_left(store, call, tmp_path):
+    _, out, _, ran = call("eurosat", "--dry-run", "paths.data=d")
+    assert ran == []
+    lines = out.splitlines()
+    assert len(lines) == 20
+    assert all(line.startswith("python train.py task=vtab task.dataset=eurosat") for line in lines)
+    assert all(line.endswith(f"paths.results={tmp_path} paths.data=d") for line in lines)
+
+
+def test_what_is_left_is_run_and_failed_cells_on_request(store, call):
+    code, _, err, ran = call("eurosat")
+    assert len(ran) == 20
+    assert code == 1
+    assert "error: 1 cells failed (--retry runs them again)" in err
+    code, _, _, ran = call("eurosat", "--retry")
+    assert (code, len(ran)) == (0, 21)
+    assert all("retry=true" in extra for _, extra in ran)
+
+
+def test_a_failing_cell_does_not_stop_the_others(store, call):
+    code, _, err, ran = call("eurosat", "--retry", codes={"lora": 1})
+    assert (code, len(ran)) == (1, 21)
+    assert len([line for line in err.splitlines() if line.startswith("failed: ")]) == 6
+
+
+def test_cells_that_cannot_run_yet_are_shown_and_left_alone(call):
+    code, out, err, _ = call("table1_convnext", "--scale", "paper", "--status")
+    assert code == 0
+    assert all(line.startswith("not runnable yet flora has no detection") for line in out.splitlines())
+    assert "36 not runnable yet" in err
+    assert call("table1_convnext", "--scale", "paper")[3] == []
+
+
+def test_an_unknown_table_is_one_line(call):
+    code, _, err, _ = call("tabel3", "--status")
+    assert code == 2
+    assert "no table 'tabel3'" in err
+    assert "table3_glue" in err
