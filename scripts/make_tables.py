@@ -22,38 +22,43 @@ def make_tables() -> None:
     parser.add_argument("--output", type=Path, default=Path("results"), help="tables/ and figures/ go in here")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when a file is stale")
     arguments = parser.parse_args()
-    if arguments.table == "claims":
-        write_table(claims_markdown(), "claims", arguments.output)
-        return
-
     store = Store(arguments.results)
     contents = store.read_all()
     for problem in contents.problems:
         print(f"left out: {problem}", file=sys.stderr)
-    chosen = [load(arguments.table, arguments.scale)] if arguments.table else with_records(contents)
-    if not chosen:
-        raise DataError(f"no finished record of any table in {arguments.results}: run scripts/reproduce.py first")
-    stale = []
-    for table in chosen:
-        texts, figures = rendered(table, contents, store, arguments.output)
-        if arguments.check:
-            stale += [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
-            stale += [path for path, plot in figures.items() if written_hash(path) != plot.hash]
-            continue
-        for path, text in texts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        for path, plot in figures.items():
-            if written_hash(path) != plot.hash:
-                plot.write(path)
-        if arguments.table:
-            print(next(iter(texts.values())))
-        for path in (*texts, *figures):
-            print(path)
-    for path in stale:
+    texts: dict[Path, str] = {}
+    figures: dict[Path, Plot] = {}
+    if arguments.table == "claims" or not arguments.table:
+        texts[arguments.output / "tables" / "claims.md"] = claims_markdown()
+    if arguments.table != "claims":
+        chosen = [load(arguments.table, arguments.scale)] if arguments.table else with_records(contents)
+        if not chosen:
+            raise DataError(f"no finished record of any table in {arguments.results}: run scripts/reproduce.py first")
+        for table in chosen:
+            more_texts, more_figures = rendered(table, contents, store, arguments.output)
+            texts |= more_texts
+            figures |= more_figures
+    changed = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    redrawn = [path for path, plot in figures.items() if written_hash(path) != plot.hash]
+    if arguments.check:
+        report_stale([*changed, *redrawn])
+        return
+    for path in changed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(texts[path])
+    for path in redrawn:
+        figures[path].write(path)
+    if arguments.table:
+        print(next(iter(texts.values())))
+    print(*texts, *figures, sep="\n")
+
+
+def report_stale(paths: list[Path]) -> None:
+    """Name stale files on stderr; exit code 1 when there are any."""
+    for path in paths:
         print(f"stale: {path}", file=sys.stderr)
-    if stale:
-        print(f"error: {len(stale)} files are stale: run scripts/make_tables.py", file=sys.stderr)
+    if paths:
+        print(f"error: {len(paths)} files are stale: run scripts/make_tables.py", file=sys.stderr)
         sys.exit(1)
 
 
@@ -75,15 +80,6 @@ def rendered(table: Table, contents: Contents, store: Store, output: Path) -> tu
     }
     figures = {output / "figures" / name / plot.name: plot for plot in plots(table, found, store.finished)}
     return texts, figures
-
-
-def write_table(text: str, name: str, output: Path) -> None:
-    """Write a table's Markdown, and print it and its path."""
-    path = output / "tables" / f"{name}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    print(text)
-    print(f"table: {path}")
 
 
 if __name__ == "__main__":

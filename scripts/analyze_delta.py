@@ -1,0 +1,97 @@
+"""How low-rank a fine-tuned change is: `python scripts/analyze_delta.py outputs/RUN_ID`, a run with adapter=full."""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import torch
+from matplotlib import pyplot as plt
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from flora.config import instantiate, main
+from flora.errors import ConfigError, DataError
+from flora.results.delta import Kept, energy_kept
+from flora.results.plots import DPI, style
+from flora.results.store import read
+from flora.training.checkpoint import saved_facts, saved_run
+
+FORMS = {"tucker": "flora", "flattened": "flora_flat", "shuffled": "flora_shuffled"}
+
+
+def analyze_delta() -> None:
+    """Parse the command line, compare the weights before and after, write a table and a figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", help="output folder of a finished run with adapter=full")
+    parser.add_argument("--r", type=int, default=8, help="rank of the channel modes")
+    parser.add_argument("--kernel-rank", type=int, default=2, help="rank of the kernel modes")
+    parser.add_argument("--results", type=Path, default=Path("results/measured"), help="folder of the records")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="tables/ and figures/ go in here")
+    arguments = parser.parse_args()
+
+    folder = saved_run(arguments.run)
+    facts = saved_facts(folder)
+    if facts.get("adapter") != "full":
+        raise ConfigError(f"{arguments.run} is a run with adapter={facts.get('adapter')}: choose one with adapter=full")
+    path = arguments.results / f"{facts['run_id']}.json"
+    record, problem = read(path)
+    if record is None:
+        raise DataError(problem or f"{path}: no record")
+    model = instantiate(OmegaConf.create(record["config"]["model"]))
+    before = model.build(facts["num_classes"]).state_dict()
+    found = [
+        energy_kept(name.removesuffix(".weight"), after - before[name], arguments.r, arguments.kernel_rank)
+        for name, after in load_file(folder / "model.safetensors").items()
+        if name.endswith(".weight") and after.ndim > 1 and not name.startswith(tuple(model.classifier))
+        if not torch.equal(after, before[name])
+    ]
+    stem = f"delta_{facts['dataset']}_{facts['model']}_{facts['run_id']}"
+    title = f"{facts['dataset']}, {facts['model']}, full fine-tuning ({facts['run_id']}), r = {arguments.r}"
+    table = arguments.output / "tables" / f"{stem}.csv"
+    write_table(found, table)
+    figure = arguments.output / "figures" / f"{stem}.png"
+    draw(found, f"{title}, kernel rank {arguments.kernel_rank}", figure)
+    total = [k for k in found if k.shuffled is not None]
+    print(json.dumps({"layers": len(found), "convolutions": len(total)} | {f: mean(total, f) for f in FORMS}))
+    print(table, figure, sep="\n")
+
+
+def mean(found: list[Kept], form: str) -> float | None:
+    """The mean share over layers that a form keeps."""
+    return round(sum(getattr(k, form) for k in found) / len(found), 4) if found else None
+
+
+def write_table(found: list[Kept], path: Path) -> None:
+    """One line per layer: shape, parameters, shares kept by form and by mode."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["layer", "shape", "params", *FORMS, "modes"])
+        for k in found:
+            shares = ["" if share is None else f"{share:.6f}" for share in (k.tucker, k.flattened, k.shuffled)]
+            modes = " ".join(f"{share:.4f}" for share in k.modes)
+            writer.writerow([k.layer, "x".join(map(str, k.shape)), k.params, *shares, modes])
+
+
+def draw(found: list[Kept], title: str, path: Path) -> None:
+    """Shares kept per layer, one marker per form."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(figsize=(6.4, 0.9 + 0.16 * len(found)), layout="constrained")
+    for form, method in FORMS.items():
+        colour, marker = style(method)
+        points = [(getattr(k, form), i) for i, k in enumerate(found) if getattr(k, form) is not None]
+        axes.plot(*zip(*points, strict=True) if points else ([], []), marker, color=colour, label=form, markersize=4)
+    axes.set_yticks(range(len(found)), [k.layer for k in found], fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.02)
+    axes.set_xlabel("share of the change's squared norm kept at equal parameters")
+    axes.set_title(title, fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(analyze_delta, trace=lambda: False)
