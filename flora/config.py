@@ -123,7 +123,7 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
         try:
             entry()
         except Exception:
-            if not sweep.failures():
+            if not sweep.unfinished():
                 raise
         if _kept:
             raise _kept.pop()

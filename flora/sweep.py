@@ -42,6 +42,11 @@ def failures() -> list[str]:
     return [f"{' '.join(c['overrides'])}: {c['message']}" for c in _outcomes() if c["outcome"] == "failed"]
 
 
+def unfinished() -> bool:
+    """Whether jobs of this process's sweep did not finish here: Hydra then raises the first one's error at the end."""
+    return any(cell["outcome"] != "finished" for cell in _outcomes())
+
+
 def summary() -> bool:
     """Say on stderr how the sweep went, if this process started one; whether a job failed."""
     cells = _outcomes()
