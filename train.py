@@ -57,7 +57,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
     label = f"{task.name}/{task.dataset} {model.name} {method.name} seed {cfg.seed}"
     say(f"{label}: run {identity}")
-    splits = task.load(image_size=model.image_size, data_dir=Path(cfg.paths.data), interpolation=model.interpolation)
+    splits = task.load_for(model, Path(cfg.paths.data))
     analysis = dict(cfg.analysis) if cfg.analysis.every_n_steps is not None else None
     experiment = Experiment(
         task, model, method, settings, protocol, splits, cfg.seed, folder, logger.report_to, analysis
@@ -78,6 +78,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
         device=device_name(settings.device == "cpu"),
         started=now(),
         metric=task.metric,
+        split="validation" if splits.test is splits.validation else "test",
         data=splits.facts,
         weights=model.facts,
         deterministic=settings.deterministic,

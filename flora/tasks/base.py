@@ -1,10 +1,10 @@
-"""What every task gives the trainer: three splits, a metric and, for images, an augmentation."""
+"""What every task gives the trainer: three splits, a forward pass, a loss and a metric."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import evaluate
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from flora.errors import ConfigError
@@ -19,6 +20,9 @@ from flora.tasks.augment import Augment
 from flora.tasks.metrics import Classification
 
 AUGMENTATIONS = ("none", "crop", "flip", "crop_flip")
+
+Batch = dict[str, Tensor]
+Forward = Callable[[nn.Module, Batch, bool], Tensor]
 
 
 class ImageDataset(Dataset[dict[str, Tensor]]):
@@ -79,17 +83,22 @@ def draw(count: int, seed: int) -> np.ndarray:
 class Splits:
     """A loaded task.
 
-    ``train`` fits the adapter, ``validation`` chooses settings and epochs, ``test`` is evaluated once. ``facts`` is
-    JSON-able and goes into the record: ``source``, ``counts`` per split, ``split_rule``, ``sha256`` of the files or of
-    the rendered content, ``unreadable`` images skipped, ``warnings``.
+    Each split is a dataset in memory like ``ImageDataset``: it gathers whole batches, with the targets under
+    ``labels``, and has ``concat`` and ``subset``. Text has ``lengths`` as well, by which batches are formed.
+    ``train`` fits the adapter, ``validation`` chooses settings and epochs, ``test`` is evaluated once; it may be
+    ``validation`` itself, where that is what was published. ``num_classes`` counts outputs, 1 for a regression.
+    ``facts`` is JSON-able and goes into the record: ``source``, ``counts`` per split, ``split_rule``, ``sha256`` of the
+    files or of the rendered content, ``unreadable`` images skipped, ``warnings``. ``further_tests`` are evaluated as
+    well, their metrics under ``NAME_METRIC``.
     """
 
-    train: ImageDataset
-    validation: ImageDataset
-    test: ImageDataset
+    train: Any
+    validation: Any
+    test: Any
     num_classes: int
     class_names: list[str]
     facts: dict[str, Any]
+    further_tests: dict[str, Any] = field(default_factory=dict)
 
 
 class Task(ABC):
@@ -108,22 +117,28 @@ class Task(ABC):
     epochs: int
 
     @abstractmethod
-    def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
-        """Read, check and split the data.
+    def load_for(self, model: Any, data_dir: Path | None) -> Splits:
+        """Read, check and split the data as the model takes it.
 
         Args:
-            image_size: side in pixels; the whole image is resized to a square, as VTAB does.
+            model: the model spec (``flora.models``), for its image size or its tokenizer.
             data_dir: the folder ``paths.data``, or None for tasks that need no file.
-            interpolation: ``nearest``, ``bilinear`` or ``bicubic``.
 
         Raises:
-            ConfigError: for a setting that cannot be used.
+            ConfigError: for a setting that cannot be used, or a model of another kind.
             DataError: for data that is missing, unreadable or inconsistent.
         """
 
     @abstractmethod
-    def augment(self) -> nn.Module | None:
-        """A module on uint8 batches ``[B, 3, H, W]`` of any device, for training only, or None."""
+    def forward(self, model: Any) -> Forward:
+        """The forward pass ``(module, batch, training) -> outputs`` of a model spec; the batch is on the device.
+
+        It may replace the batch's ``labels``, which the loss reads afterwards.
+        """
+
+    def loss(self, outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+        """The training loss; cross-entropy of logits ``[N, C]``, in fp32 whatever the autocast dtype."""
+        return F.cross_entropy(outputs.float(), labels, label_smoothing=label_smoothing)
 
     @abstractmethod
     def metrics(self) -> evaluate.Metric:
@@ -159,13 +174,39 @@ class ImageTask(Task):
         self.split_seed = split_seed
         self._augment = augment
 
+    @abstractmethod
+    def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
+        """``load_for`` by its parts.
+
+        Args:
+            image_size: side in pixels; the whole image is resized to a square, as VTAB does.
+            data_dir: the folder ``paths.data``, or None for tasks that need no file.
+            interpolation: ``nearest``, ``bilinear`` or ``bicubic``.
+        """
+
+    def load_for(self, model: Any, data_dir: Path | None) -> Splits:
+        """See Task.load_for."""
+        return self.load(image_size=model.image_size, data_dir=data_dir, interpolation=model.interpolation)
+
+    def forward(self, model: Any) -> Forward:
+        """Augment (training only) and normalise uint8 batches on their device, then classify."""
+        augment = self.augment()
+
+        def forward(module: nn.Module, batch: Batch, training: bool) -> Tensor:
+            images = batch["pixel_values"]
+            if training and augment is not None:
+                images = augment(images)
+            return module(model.normalize(images))
+
+        return forward
+
     @property
     @abstractmethod
     def safe_augmentation(self) -> str:
         """What ``augment=auto`` means here: the strongest of AUGMENTATIONS that keeps the labels true."""
 
     def augment(self) -> nn.Module | None:
-        """Random crop with padding, and flip where allowed; None if the labels would not survive."""
+        """Random crop with padding, and flip where allowed, on uint8 batches ``[B, 3, H, W]``; None if neither is."""
         policy = self.safe_augmentation if self._augment == "auto" else self._augment
         return None if policy == "none" else Augment(crop="crop" in policy, flip="flip" in policy)
 

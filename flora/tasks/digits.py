@@ -46,7 +46,7 @@ class Digits(ImageTask):
             "counts": {split: len(chosen) for split, chosen in rows.items()},
             "split_rule": f"stratified draw, seed {self.split_seed}",
         }
-        splits = {
+        splits: dict[str, Any] = {
             split: from_grey(grey[chosen], data.target[chosen], image_size, interpolation)
             for split, chosen in rows.items()
         }

@@ -115,7 +115,7 @@ class Vtab(ImageTask):
             return self._render(image_size, interpolation)
         pools, class_names, facts = self._open(data_dir)
         rows, rule, warnings = self._choose(pools)
-        splits: dict[str, ImageDataset] = {}
+        splits: dict[str, Any] = {}
         skipped: list[str] = []
         for split, chosen in rows.items():
             splits[split], missed = decode(
@@ -146,7 +146,8 @@ class Vtab(ImageTask):
         # Train and validation come first, so that they do not depend on the size of the test set.
         order = draw(dsprites.COMBINATIONS, self.split_seed)
         train, validation, rest = np.split(order, [TRAIN_SIZE, TRAIN_SIZE + VALIDATION_SIZE])
-        splits, digests = {}, {}
+        splits: dict[str, Any] = {}
+        digests = {}
         for split, chosen in {"train": train, "validation": validation, "test": rest[: int(test_size)]}.items():
             factors = dsprites.factors_of(chosen)
             images, labels = dsprites.render(factors), label_rule(factors)

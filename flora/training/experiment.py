@@ -20,7 +20,7 @@ from flora.adapters.methods import Adapted, load
 from flora.errors import ConfigError
 from flora.training.norms import DeltaNorms
 from flora.training.settings import Protocol, TrainerSettings
-from flora.training.trainer import Forward, Trainer
+from flora.training.trainer import Trainer
 
 
 @dataclass
@@ -163,7 +163,8 @@ class Experiment:
         return Trainer(
             model=adapted.model,
             settings=settings,
-            forward=images_forward(self.model, self.task.augment()),
+            forward=self.task.forward(self.model),
+            loss=self.task.loss,
             head=self.model.classifier,
             metric=self.task.metrics(),
             metric_name=self.task.metric,
@@ -179,20 +180,14 @@ class Experiment:
         )
 
     def _test(self, trainer: Trainer) -> dict[str, float]:
-        test = _limited(self.splits.test, self.settings.max_eval_examples)
+        found = self._test_on(trainer, self.splits.test)
+        for name, more in self.splits.further_tests.items():
+            found |= {f"{name}_{metric}": value for metric, value in self._test_on(trainer, more).items()}
+        return found
+
+    def _test_on(self, trainer: Trainer, test: Any) -> dict[str, float]:
+        test = _limited(test, self.settings.max_eval_examples)
         return _metrics(trainer.evaluate(test, metric_key_prefix="test"))
-
-
-def images_forward(model: Any, augment: nn.Module | None) -> Forward:
-    """The forward pass of an image classifier: augment (training only) and normalise uint8 batches on their device."""
-
-    def forward(module: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> torch.Tensor:
-        images = batch["pixel_values"]
-        if training and augment is not None:
-            images = augment(images)
-        return module(model.normalize(images))
-
-    return forward
 
 
 def evaluate(
@@ -201,17 +196,17 @@ def evaluate(
     """Metrics of a fine-tuned module on a dataset, as a run computes them.
 
     Args:
-        module: classifier of uint8 images normalised by ``model``.
-        model: the model spec (``flora.models``), for the normalisation.
-        task: the task, for its metrics.
-        dataset: items ``pixel_values`` uint8 [3, H, W] and ``labels``.
+        module: the network.
+        model: the model spec (``flora.models``), which says how inputs enter it.
+        task: the task, for its forward pass, loss and metrics.
+        dataset: a split of the task.
         batch_size: equal to the run's ``trainer.eval_batch_size`` for bit-equal metrics.
         device: ``auto`` or ``cpu``.
     """
     settings = TrainerSettings(epochs=1, lr=1, eval_batch_size=batch_size, device=device)
     with tempfile.TemporaryDirectory() as folder:  # transformers' trainer wants one even where it writes nothing
-        forward, metric = images_forward(model, None), task.metrics()
-        trainer = Trainer(module, settings, forward, model.classifier, metric, task.metric, Path(folder))
+        forward, metric = task.forward(model), task.metrics()
+        trainer = Trainer(module, settings, forward, task.loss, model.classifier, metric, task.metric, Path(folder))
         return _metrics(trainer.evaluate(dataset, metric_key_prefix="test"))
 
 

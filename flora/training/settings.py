@@ -18,6 +18,8 @@ class TrainerSettings:
         batch_size: examples per optimiser step and process, split over ``gradient_accumulation`` forward passes.
         lr, head_lr: peak learning rates of the adapter (or backbone) and of the head; null: the head takes ``lr``.
         warmup_ratio: share of the steps with rising learning rate; then ``schedule`` (a transformers scheduler name).
+        warmup_steps: their number, wins over ``warmup_ratio`` when given.
+        eval_steps: steps between two looks at validation; null: once an epoch.
         dtype: ``fp32``, or ``bf16`` for autocast over fp32 weights.
         device: ``auto`` (a GPU when there is one) or ``cpu``.
         max_eval_examples: at most so many validation and test examples, a fixed draw; null for all.
@@ -44,10 +46,12 @@ class TrainerSettings:
     deterministic: bool = False
     num_workers: int = 0
     log_every: int = 10
+    warmup_steps: int | None = None
+    eval_steps: int | None = None
 
     def __post_init__(self) -> None:
         positive = ("epochs", "lr", "batch_size", "eval_batch_size", "gradient_accumulation", "log_every")
-        optional = ("head_lr", "max_steps", "max_eval_examples")
+        optional = ("head_lr", "max_steps", "max_eval_examples", "warmup_steps", "eval_steps")
         for name in (*positive, *optional):
             value = getattr(self, name)
             if value is None and name in optional:
@@ -82,12 +86,15 @@ class Protocol:
             on, so ``select`` must be ``last``).
         lr_grid: learning rates to choose from on the validation split before the reported run; null takes
             ``trainer.lr``.
+        held_out: share of train that becomes validation where the data has no labelled test split and its development
+            set is the test; 0: the development set is both.
     """
 
     name: str
     select: str
     final_train: str
     lr_grid: list[float] | None = None
+    held_out: float = 0.0
 
     def __post_init__(self) -> None:
         if self.select not in ("best", "last"):
@@ -96,6 +103,8 @@ class Protocol:
             raise ConfigError(f"protocol.final_train must be train or train+validation, got {self.final_train!r}")
         if self.final_train == "train+validation" and self.select == "best":
             raise ConfigError("protocol.select=best needs a validation split: set protocol.final_train=train")
+        if not isinstance(self.held_out, int | float) or not 0 <= self.held_out < 1:
+            raise ConfigError(f"protocol.held_out must lie in [0, 1), got {self.held_out!r}")
         if self.lr_grid is not None and not (
             isinstance(self.lr_grid, list) and self.lr_grid and all(_positive(lr) for lr in self.lr_grid)
         ):

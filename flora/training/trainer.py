@@ -11,16 +11,17 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from flora.adapters.methods import in_head
 from flora.errors import TrainingDiverged
+from flora.tasks.base import Forward
 from flora.training.meters import PeakMemory
 from flora.training.settings import TrainerSettings
 
-Forward = Callable[[nn.Module, dict[str, torch.Tensor], bool], torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 class Trainer(transformers.Trainer):
@@ -29,7 +30,8 @@ class Trainer(transformers.Trainer):
     Args:
         model: a module whose trainable parameters are already chosen.
         settings: optimisation settings.
-        forward: ``(model, batch, training) -> logits [N, C]``; the batch is on the device.
+        forward: ``(model, batch, training) -> outputs``; the batch is on the device.
+        loss: ``(outputs, labels, label_smoothing) -> scalar``.
         head: names of the classifier modules, which train with ``settings.head_lr``.
         metric: object with ``compute(predictions=..., references=...) -> {name: value}``; the selection metric is
             ``metric_name``.
@@ -47,6 +49,7 @@ class Trainer(transformers.Trainer):
         model: nn.Module,
         settings: TrainerSettings,
         forward: Forward,
+        loss: Loss,
         head: Sequence[str],
         metric: Any,
         metric_name: str,
@@ -63,7 +66,9 @@ class Trainer(transformers.Trainer):
         self.settings = settings
         self.penalty = penalty
         self.forward = forward
+        self.loss = loss
         self.head = list(head)
+        every = "steps" if settings.eval_steps else "epoch"
         keep_best = select == "best" and validation is not None and train is not None
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -75,15 +80,17 @@ class Trainer(transformers.Trainer):
             learning_rate=settings.lr,
             weight_decay=settings.weight_decay,
             lr_scheduler_type=settings.schedule,
-            warmup_steps=settings.warmup_ratio,
+            warmup_steps=settings.warmup_steps or settings.warmup_ratio,
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.dtype == "bf16",
             use_cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
             seed=seed,
             data_seed=seed,
             full_determinism=settings.deterministic,
-            eval_strategy="epoch" if validation is not None and train is not None else "no",
-            save_strategy="epoch" if keep_best else "no",
+            eval_strategy=every if validation is not None and train is not None else "no",
+            eval_steps=settings.eval_steps,
+            save_strategy=every if keep_best else "no",
+            save_steps=settings.eval_steps or 500,
             save_total_limit=1,
             save_only_model=True,
             load_best_model_at_end=keep_best,
@@ -100,6 +107,7 @@ class Trainer(transformers.Trainer):
             log_level="error",
         )
         self.meter = StepMeter()
+        self._order: torch.Generator | None = None
         super().__init__(
             model=model,
             args=arguments,
@@ -109,23 +117,21 @@ class Trainer(transformers.Trainer):
             compute_metrics=lambda p: metric.compute(predictions=p.predictions, references=p.label_ids),
             callbacks=[self.meter, StopOnDivergence(), *extra_callbacks],
         )
+        self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each of the accumulated batches
         self.remove_callback(PrinterCallback)
         self.add_callback(Progress(progress) if sys.stderr.isatty() else EpochLines(progress))
         self._frozen_norms = _frozen_norms(model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy of the logits, in fp32 whatever the autocast dtype."""
+        """The task's loss and the method's penalty."""
         if model.training:
             for module in self._frozen_norms:
                 module.eval()
-        labels = inputs["labels"]
-        logits = self.forward(model, inputs, model.training)
-        loss = F.cross_entropy(
-            logits.float(), labels, label_smoothing=self.settings.label_smoothing if model.training else 0.0
-        )
+        outputs = self.forward(model, inputs, model.training)
+        loss = self.loss(outputs, inputs["labels"], self.settings.label_smoothing if model.training else 0.0)
         if self.penalty is not None and model.training:
             loss = loss + self.penalty(self.accelerator.unwrap_model(model))
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return (loss, {"logits": outputs}) if return_outputs else loss
 
     def create_optimizer(self, model=None):
         """AdamW with one learning rate for the adapter or backbone and one for the head; no decay on 1-D parameters."""
@@ -149,6 +155,23 @@ class Trainer(transformers.Trainer):
                 **kwargs,
             )
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Batches of similar length where the examples have ``lengths``, in an order that every process shares."""
+        lengths = getattr(self.train_dataset if train_dataset is None else train_dataset, "lengths", None)
+        if lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        if self._order is None:
+            self._order = torch.Generator().manual_seed(self.args.seed)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch, lengths=list(lengths), generator=self._order)
+
+    def _get_eval_sampler(self, eval_dataset):
+        """Longest first where the examples have ``lengths``: little padding, and memory runs out at once or never."""
+        lengths = getattr(eval_dataset, "lengths", None)
+        if lengths is None or self.args.world_size > 1:
+            return super()._get_eval_sampler(eval_dataset)
+        return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
     def evaluate(self, *args, **kwargs):
         """Evaluate, with the time kept out of the training throughput."""

@@ -8,8 +8,7 @@ from torch import nn
 
 from flora.adapters.methods import Full, LinearProbe, Peft, in_head, load
 from flora.errors import ConfigError, TrainingDiverged
-from flora.tasks import ImageDataset, Splits
-from flora.tasks.metrics import Classification
+from flora.tasks import ImageDataset, ImageTask, Splits
 from flora.training import Experiment, Protocol, TrainerSettings, evaluate
 
 HOLDOUT = Protocol("holdout", "best", "train")
@@ -47,16 +46,16 @@ class ToyModel:
         return images.float() / 255 - 0.5
 
 
-class ToyTask:
+class ToyTask(ImageTask):
     """Which of three colour channels is brightest."""
 
-    name, dataset, metric = "toy", "channels", "accuracy"
+    safe_augmentation = "none"
 
-    def augment(self):
-        return None
+    def __init__(self):
+        super().__init__(name="toy", dataset="channels", epochs=1)
 
-    def metrics(self):
-        return Classification()
+    def load(self, **options):
+        return SPLITS
 
 
 def channels(count, seed):
