@@ -1,0 +1,1 @@
+"""Measuring steps: networks with random weights, the methods to compare, interleaved timing, JSON results."""

@@ -1,0 +1,129 @@
+"""What is compared: the frozen model, full fine-tuning, PEFT's LoRA, FLoRA's forms, and the published layer."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flora.adapters.heads import trained
+from flora.adapters.methods import Peft
+from flora.bench.dense import make_dense
+from flora.bench.networks import Network
+
+METHODS = {
+    "floor": "frozen fp32 weights under autocast, gradients through every activation: what no adapter undercuts",
+    "floor_cast": "the same with the weights of linear layers and convolutions already in the compute dtype",
+    "full": "everything trains",
+    "lora": "PEFT's LoRA, depthwise and grouped convolutions left out",
+    "flora": "FLoRA, forward=auto",
+    "flora_factored": "FLoRA, forward=factored",
+    "flora_merged": "FLoRA, forward=merged",
+    "dense": "FLoRA as its published layers run it",
+}
+_CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Sizes of the adapters.
+
+    Attributes:
+        r: rank of LoRA and of FLoRA's channel modes.
+        kernel_rank: rank of FLoRA's kernel modes.
+        match: FLoRA trains as many parameters as LoRA of rank ``r``: the budget solver sets its channel ranks.
+    """
+
+    r: int = 16
+    kernel_rank: int = 2
+    match: bool = False
+
+
+@dataclass
+class Prepared:
+    """A model that is ready to step.
+
+    Attributes:
+        model: in training mode; normalisation statistics of frozen layers are frozen, as the trainer freezes them.
+        trainable_params: outside the head.
+        layers: how many are adapted; None where all or none train.
+        input_requires_grad: the floor's images ask for a gradient, so that it flows through every activation.
+    """
+
+    model: nn.Module
+    trainable_params: int
+    layers: int | None = None
+    input_requires_grad: bool = False
+
+
+class Methods:
+    """Applies methods to copies of a network.
+
+    Args:
+        network: which network.
+        ranks: of the adapters.
+        layers: ``all`` that the network's config names, or those in ``common``, which every method can adapt.
+
+    Raises:
+        ValueError: the ranks cannot be had on this network.
+    """
+
+    def __init__(self, network: Network, ranks: Ranks, layers: str = "all") -> None:
+        self.network = network
+        self.ranks = ranks
+        spec = network.spec
+        self.head = spec.classifier
+        self.targets: str | list[str] = spec.adapter_targets
+        with torch.device("meta"):
+            lora = self._lora().apply(spec.skeleton(), self.head)
+        self.lora_params = trained(lora.model, self.head)[0]
+        if layers == "common":
+            self.targets = "|".join(re.escape(name) for name in sorted(lora.ranks))
+
+    def prepare(self, method: str, model: nn.Module) -> Prepared:
+        """Turn a fresh copy of the network, on its device, into what the method trains."""
+        if method.startswith("floor"):
+            model.requires_grad_(False)
+            if method == "floor_cast" and not self.network.casts_weights:
+                _cast(model, self.network.dtype)
+            if self.network.kind != "image":
+                model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
+            return Prepared(_still(model), 0, input_requires_grad=self.network.kind == "image")
+        if method == "full":
+            return Prepared(model.requires_grad_(True), sum(trained(model, ())))
+        adapted = (self._lora() if method == "lora" else self._flora(method)).apply(model, self.head)
+        params = trained(adapted.model, self.head)[0]
+        if method == "dense":
+            make_dense(adapted.model)
+        return Prepared(_still(adapted.model.train()), params, len(adapted.ranks))
+
+    def _lora(self) -> Peft:
+        # Updates that are not zero: arithmetic on zeros takes less power, and so less time, on some devices.
+        r = self.ranks.r
+        options: dict[str, Any] = {"r": r, "lora_alpha": r, "init_lora_weights": False}
+        return Peft("lora", "peft.LoraConfig", 1e-3, 1e-3, self.targets, skip_depthwise=True, **options)
+
+    def _flora(self, method: str) -> Peft:
+        forward = {"flora": "auto", "dense": "factored"}.get(method, method.removeprefix("flora_"))
+        options: dict[str, Any] = {"r": self.ranks.r, "kernel_rank": self.ranks.kernel_rank, "init_weights": False}
+        budget = self.lora_params if self.ranks.match else None
+        return Peft("flora", "flora.FloraConfig", 1e-3, 1e-3, self.targets, budget=budget, forward=forward, **options)
+
+
+def _still(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        own = module.parameters(recurse=False)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in own):
+            module.eval()
+    return model
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    for module in model.modules():
+        if isinstance(module, _CAST):
+            module.to(dtype)
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_()

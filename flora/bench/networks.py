@@ -1,0 +1,146 @@
+"""The networks that benchmarks run: by name, with random weights, and a batch of random inputs for each."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from flora.adapters.budget import CONFIGS
+from flora.errors import ConfigError
+from flora.models import TimmModel, TransformersModel, get
+
+# Configs of transformers networks in configs/model, and what is smaller here.
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deberta": ("deberta_v3_base", {}),
+    "llama": ("llama_7b", {"num_hidden_layers": 8}),
+    "llava_mini": ("llava_mini", {}),
+}
+TOKENS = {"sequence_classification": 128, "causal_lm": 1024}
+BATCH = {"sequence_classification": 32, "causal_lm": 4}
+IMAGE_BATCH = 32
+IMAGE_CLASSES = 1000
+
+
+@dataclass
+class Network:
+    """A network and what it runs on.
+
+    Attributes:
+        spec: its architecture, of ``flora.models``; no weights are loaded.
+        batch: examples per step.
+        dtype: of the arithmetic. A causal language model holds its weights in it, as is usual at that size; every other
+            network keeps fp32 weights, and autocast computes in it.
+        tokens: per text.
+        channels_last: images and the weights of 2-d convolutions in channels-last order.
+    """
+
+    spec: Any
+    batch: int
+    dtype: torch.dtype = torch.float32
+    tokens: int | None = None
+    channels_last: bool = False
+    kind: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kind = getattr(self.spec, "kind", "image")
+
+    @property
+    def casts_weights(self) -> bool:
+        """Whether the weights are held in the dtype of the arithmetic, so that nothing is left to autocast."""
+        return self.kind == "causal_lm" or self.dtype == torch.float32
+
+    def build(self, device: torch.device) -> nn.Module:
+        """The network on the CPU, with random weights of torch's global seed, drawn on ``device``, which is faster."""
+        with torch.device(device):
+            model = self.spec.build(IMAGE_CLASSES if self.kind == "image" else 2)
+        for name, parameter in model.named_parameters():
+            if name.endswith("weight") and not parameter.any():
+                nn.init.ones_(parameter)  # the last scale of a residual branch; zeros there would zero its gradients
+        if self.kind == "causal_lm":
+            model = model.to(self.dtype)
+            model.config.use_cache = False  # made for generation; it only copies keys and values here
+        if self.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        return model.cpu().train()
+
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """A batch of noise with random labels."""
+        if self.kind == "image":
+            images = torch.randn(self.batch, 3, self.spec.image_size, self.spec.image_size, device=device)
+            if self.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            return {"images": images, "labels": torch.randint(IMAGE_CLASSES, (self.batch,), device=device)}
+        vocabulary = self.spec.architecture["vocab_size"]
+        texts = torch.randint(vocabulary, (self.batch, int(self.tokens or 0)), device=device)
+        if self.kind == "causal_lm":
+            return {"input_ids": texts, "labels": texts}
+        labels = torch.randint(2, (self.batch,), device=device)
+        return {"input_ids": texts, "attention_mask": torch.ones_like(texts), "labels": labels}
+
+    def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """The training loss of a batch."""
+        with self.autocast(next(iter(inputs.values())).device):
+            if self.kind != "image":
+                return model(**inputs).loss
+            return F.cross_entropy(model(inputs["images"]).float(), inputs["labels"])
+
+    def autocast(self, device: torch.device) -> Any:
+        """The context in which the network computes."""
+        return torch.autocast(device.type, self.dtype, enabled=not self.casts_weights)
+
+
+def network(
+    name: str,
+    batch: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    size: int | None = None,
+    tokens: int | None = None,
+    channels_last: bool = False,
+) -> Network:
+    """Look up a network: any classifier of timm, a preset of ``flora.models``, or a key of TRANSFORMERS.
+
+    Args:
+        name: which.
+        batch: examples; None: 32 images or texts, 4 for a causal language model.
+        dtype: of the arithmetic.
+        size: side of the images in pixels; None: that of the model's weights.
+        tokens: per text; None: 128 for a classifier, 1024 for a causal language model.
+        channels_last: for images.
+
+    Raises:
+        ConfigError: an unknown name, or a setting that the network does not have.
+    """
+    spec = _transformers(name) if name in TRANSFORMERS else get(name)
+    spec.pretrained = False
+    for option, value in {"batch": batch, "size": size, "tokens": tokens}.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"--{option} must be at least 1, got {value}")
+    if isinstance(spec, TimmModel):
+        if tokens is not None:
+            raise ConfigError(f"--tokens: {name} reads images; leave it out")
+        if size is not None:
+            spec.image_size = size
+        return Network(spec, batch or IMAGE_BATCH, dtype, channels_last=channels_last)
+    if spec.kind not in TOKENS:
+        raise ConfigError(f"--model {name}: no benchmark feeds {spec.kind} models yet; choose another")
+    if size is not None or channels_last:
+        raise ConfigError(f"--size, --channels-last: {name} reads text; leave them out")
+    found = Network(spec, batch or BATCH[spec.kind], dtype, tokens or TOKENS[spec.kind])
+    longest = spec.config().max_position_embeddings
+    if found.tokens and found.tokens > longest:
+        raise ConfigError(f"--tokens: {name} reads at most {longest}, got {found.tokens}")
+    return found
+
+
+def _transformers(name: str) -> TransformersModel:
+    config, smaller = TRANSFORMERS[name]
+    path = CONFIGS / "model" / f"{config}.yaml"
+    if not path.exists():
+        raise ConfigError(f"--model {name}: there is no configs/model/{config}.yaml yet; choose another")
+    fields = yaml.safe_load(path.read_text())
+    del fields["_target_"]
+    fields["architecture"] |= smaller
+    return TransformersModel(**fields)

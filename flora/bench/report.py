@@ -1,0 +1,83 @@
+"""What every benchmark script shares: where it ran, its JSON file, and one line for bad input."""
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flora.errors import ConfigError, FloraError
+from flora.results.record import commit, device_name, versions, write_json
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(entry: Callable[[], None]) -> None:
+    """Run a script; bad input ends in one ``error:`` line on stderr and exit code 2."""
+    try:
+        entry()
+    except FloraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, by default a GPU where there is one; ConfigError if it is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; leave it out or choose cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def positive(**counts: int) -> None:
+    """Raise ConfigError for a count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
+
+
+def facts(benchmark: str, device: torch.device) -> dict[str, Any]:
+    """Where and from what a benchmark ran, for the head of its JSON file."""
+    source, dirty = commit()
+    return {
+        "benchmark": benchmark,
+        "device": device_name(use_cpu=device.type == "cpu"),
+        "torch": torch.__version__,
+        "command": _command(),
+        "commit": source,
+        "dirty": dirty,
+        "versions": versions(),
+    }
+
+
+def _command() -> str:
+    """The command line without the place of the output, which changes nothing that is measured."""
+    arguments, kept = iter(sys.argv[1:]), []
+    for argument in arguments:
+        if argument == "--json":
+            next(arguments, None)
+        elif not argument.startswith("--json="):
+            kept.append(argument)
+    return shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *kept])
+
+
+def write(path: Path | None, content: dict[str, Any]) -> None:
+    """Write the JSON file, if one was asked for; ConfigError where it cannot be."""
+    if path is None:
+        return
+    try:
+        write_json(path, content)
+    except OSError as error:
+        raise ConfigError(f"--json {path}: cannot be written ({error.strerror})") from error
+    print(f"written: {path}", file=sys.stderr)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lines with aligned columns, the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)

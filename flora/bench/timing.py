@@ -1,0 +1,194 @@
+"""Timing of a training step: each method alone on the device, in rounds of random order, with its peak memory."""
+
+import copy
+import gc
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flora.bench.methods import Methods, Prepared
+from flora.bench.networks import Network
+
+SPREAD = "interquartile range over all steps"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        rounds: each runs every method once, in an order of its own.
+        steps: timed per round.
+        warmup: untimed steps before them.
+        capture: replay forward and backward as one CUDA graph.
+        seed: of the orders, the weights, the adapters and the inputs.
+    """
+
+    rounds: int = 3
+    steps: int = 10
+    warmup: int = 3
+    capture: bool = False
+    seed: int = 0
+
+
+@dataclass
+class Measured:
+    """What was measured of one method.
+
+    Attributes:
+        rounds: milliseconds of every timed step, by round.
+        peak_bytes: the device allocator's peak with nothing else on the device, warm-up included; None on a CPU.
+        layers, trainable_params: see ``Prepared``.
+        prepared: layers and parameters.
+        error: why the method could not run.
+    """
+
+    rounds: list[list[float]] = field(default_factory=list)
+    peak_bytes: int | None = None
+    layers: int | None = None
+    trainable_params: int | None = None
+    error: str | None = None
+
+    @property
+    def milliseconds(self) -> list[float]:
+        """Every timed step."""
+        return [ms for steps in self.rounds for ms in steps]
+
+
+def measure(
+    methods: Methods,
+    names: Sequence[str],
+    plan: Plan,
+    device: torch.device,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Measured]:
+    """Time a step of every method; one that fails keeps its error and is left out of later rounds.
+
+    Args:
+        methods: on which network, with which ranks.
+        names: which methods.
+        plan: how often.
+        device: where.
+        report: told of every pass.
+    """
+    network = methods.network
+    torch.manual_seed(plan.seed)
+    base = network.build(device)
+    found = {name: Measured() for name in names}
+    order = random.Random(plan.seed)
+    for number in range(plan.rounds):
+        for name in order.sample(list(names), len(names)):
+            measured = found[name]
+            if measured.error is None:
+                try:
+                    _free(device)
+                    _one_pass(methods, name, base, plan, device, measured)
+                    done = f"{statistics.median(measured.rounds[-1]):.2f} ms"
+                except Exception as error:  # reported in the method's row; the others go on
+                    measured.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                    done = measured.error
+                report(f"round {number + 1} of {plan.rounds}: {name} {done}")
+    return found
+
+
+def _one_pass(
+    methods: Methods, name: str, base: nn.Module, plan: Plan, device: torch.device, measured: Measured
+) -> None:
+    torch.manual_seed(plan.seed)
+    prepared = methods.prepare(name, copy.deepcopy(base).to(device))
+    measured.layers, measured.trainable_params = prepared.layers, prepared.trainable_params
+    inputs = methods.network.inputs(device)
+    if device.type == "cuda":
+        _free(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    step = Step(methods.network, prepared, inputs)
+    run = captured(step, plan.warmup) if plan.capture else step
+    for _ in range(plan.warmup):
+        run()
+    measured.rounds.append(timed(run, plan.steps, device))
+    if device.type == "cuda":
+        measured.peak_bytes = max(measured.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
+
+
+class Step:
+    """Forward and backward, gradients anew; without an optimiser.
+
+    Args:
+        network: whose loss.
+        prepared: the model.
+        inputs: a batch on the model's device.
+    """
+
+    def __init__(self, network: Network, prepared: Prepared, inputs: dict[str, Tensor]) -> None:
+        self.network = network
+        self.model = prepared.model
+        self.inputs = inputs
+        self._with_gradients: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        if prepared.input_requires_grad:
+            self._with_gradients.append(inputs["images"].requires_grad_())
+
+    def __call__(self) -> None:
+        """Run once."""
+        self.forget()
+        self.network.loss(self.model, self.inputs).backward()
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        for tensor in self._with_gradients:
+            tensor.grad = None
+
+
+def captured(step: Step, warmup: int) -> Callable[[], None]:
+    """The step as one CUDA graph: a function that replays it on the same inputs."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(max(warmup, 3)):
+            step()
+        step.forget()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def timed(run: Callable[[], Any], steps: int, device: torch.device) -> list[float]:
+    """Milliseconds of every call; on a GPU the calls are queued back to back, as training queues them."""
+    if device.type == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        torch.cuda.synchronize(device)
+        marks[0].record()
+        for mark in marks[1:]:
+            run()
+            mark.record()
+        torch.cuda.synchronize(device)
+        return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
+    spent = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        run()
+        spent.append(1000 * (time.perf_counter() - started))
+    return spent
+
+
+def spread(values: Sequence[float]) -> float:
+    """The interquartile range; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return third - first
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()

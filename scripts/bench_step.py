@@ -1,0 +1,132 @@
+"""Time forward and backward of the frozen model, full fine-tuning, LoRA and FLoRA, in one process.
+
+python scripts/bench_step.py --model convnextv2_large --batch 32 --dtype bf16 --r 16 --json results/benchmarks/NAME.json
+
+Weights and data are random. The methods run one at a time, alone on the device, in rounds of random order. There is no
+optimiser.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from flora.bench.methods import METHODS, Methods, Ranks
+from flora.bench.networks import TRANSFORMERS, network
+from flora.bench.report import DTYPES, device_of, facts, main, positive, table, write
+from flora.bench.timing import SPREAD, Measured, Plan, measure, spread
+from flora.errors import ConfigError
+
+
+def bench_step() -> None:
+    """Parse the command line, measure, print a table, write the JSON file."""
+    arguments = parsed()
+    names = [name for name in arguments.methods.split(",") if name]
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names or len(set(names)) < len(names):
+        raise ConfigError(f"--methods must name each method once, of {','.join(METHODS)}; got {arguments.methods!r}")
+    positive(r=arguments.r, kernel_rank=arguments.kernel_rank, rounds=arguments.rounds, steps=arguments.steps)
+    device = device_of(arguments.device)
+    if arguments.capture and device.type != "cuda":
+        raise ConfigError("--capture: only a GPU replays CUDA graphs; leave it out")
+    dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    ranks = Ranks(arguments.r, arguments.kernel_rank, arguments.match)
+    options = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
+    plan = Plan(arguments.rounds, arguments.steps, arguments.warmup, arguments.capture, arguments.seed)
+    try:
+        net = network(arguments.model, arguments.batch, DTYPES[dtype], **options)
+        methods = Methods(net, ranks, arguments.layers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    found = measure(methods, names, plan, device, lambda line: print(line, file=sys.stderr, flush=True))
+    result = {
+        **facts("step", device),
+        "model": arguments.model,
+        "batch": net.batch,
+        "size": net.spec.image_size if net.kind == "image" else None,
+        "tokens": net.tokens,
+        "dtype": dtype,
+        "captured": arguments.capture,
+        "channels_last": arguments.channels_last,
+        "layers": arguments.layers,
+        "r": arguments.r,
+        "kernel_rank": arguments.kernel_rank,
+        "match": arguments.match,
+        "rounds": arguments.rounds,
+        "steps": arguments.steps,
+        "spread": SPREAD,
+        "rows": rows(found),
+    }
+    print(shown(result))
+    write(arguments.json, result)
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help=f"a name of timm, {', '.join(TRANSFORMERS)}")
+    parser.add_argument("--batch", type=int, help="examples per step; default: 32, 4 for a causal language model")
+    told = "\n".join(f"{name}: {what};" for name, what in METHODS.items())
+    parser.add_argument("--methods", default="floor,floor_cast,full,lora,flora", help=f"comma-separated. {told}")
+    parser.add_argument(
+        "--layers",
+        choices=("all", "common"),
+        default="all",
+        help="all that the model's config adapts (LoRA leaves depthwise ones out), or those that LoRA can adapt",
+    )
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--kernel-rank", type=int, default=2)
+    parser.add_argument("--match", action="store_true", help="FLoRA trains as many parameters as LoRA of rank r")
+    parser.add_argument("--size", type=int, help="side of the images in pixels")
+    parser.add_argument("--tokens", type=int, help="per text; default: 128, 1024 for a causal language model")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the arithmetic; default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--capture", action="store_true", help="replay forward and backward as one CUDA graph")
+    parser.add_argument("--rounds", type=int, default=3, help="each runs every method once, in random order")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per round")
+    parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    return parser.parse_args()
+
+
+def rows(found: dict[str, Measured]) -> list[dict[str, Any]]:
+    """A JSON object per method; ``ratio`` is to the floor, null where that was not measured."""
+    medians = {name: statistics.median(m.milliseconds) for name, m in found.items() if m.milliseconds}
+    listed = []
+    for name, measured in found.items():
+        ran = measured.error is None
+        row = {
+            "method": name,
+            "ms": round(medians[name], 4) if ran else None,
+            "ms_spread": round(spread(measured.milliseconds), 4) if ran else None,
+            "ms_rounds": [round(statistics.median(steps), 4) for steps in measured.rounds],
+            "ratio": round(medians[name] / medians["floor"], 4) if ran and "floor" in medians else None,
+            "peak_bytes": measured.peak_bytes if ran else None,
+            "layers": measured.layers,
+            "trainable_params": measured.trainable_params,
+        }
+        listed.append(row if ran else row | {"error": measured.error})
+    return listed
+
+
+def shown(result: dict[str, Any]) -> str:
+    """The result as a table for a terminal."""
+    inputs = f"{result['size']} px" if result["size"] else f"{result['tokens']} tokens"
+    settings = [inputs, result["dtype"], f"layers {result['layers']}", f"r {result['r']} k {result['kernel_rank']}"]
+    settings += [name for name in ("match", "captured", "channels_last") if result[name]]
+    lines = [["method", "ms", "spread", "ratio", "peak GB", "layers", "trainable", ""]]
+    for row in result["rows"]:
+        peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 1e9
+        cells = [(row["ms"], ".2f"), (row["ms_spread"], ".2f"), (row["ratio"], ".3f"), (peak, ".2f")]
+        cells += [(row["layers"], "d"), (row["trainable_params"], ",d")]
+        text = ["-" if value is None else format(value, form) for value, form in cells]
+        lines.append([row["method"], *text, row.get("error", "")])
+    head = f"{result['model']}, batch {result['batch']}, {', '.join(settings)}; {result['device']}"
+    return f"{head}\n{table(lines)}\nmedians; spread: {result['spread']}; ratio: to floor"
+
+
+if __name__ == "__main__":
+    main(bench_step)

@@ -1,0 +1,223 @@
+"""bench_step.py on small networks: what each method trains and runs, and what the results say."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flora.adapters.layer import FloraLayer
+from flora.bench import networks
+from flora.bench.dense import DenseLayer, make_dense
+from flora.bench.methods import METHODS, Methods, Ranks
+from flora.bench.networks import network
+from flora.bench.timing import Plan, Step, captured, measure, spread
+from scripts.bench_step import bench_step
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+QUICK = ("--batch", 2, "--size", 32, "--device", "cpu", "--rounds", 1, "--steps", 2, "--warmup", 0, "--r", 4)
+
+
+def prepared(method, name="test_convnext", layers="common", dtype=torch.float32, **ranks):
+    """A prepared model, its network and a batch."""
+    net = network(name, batch=2, size=32, dtype=dtype)
+    made = Methods(net, Ranks(**({"r": 4} | ranks)), layers).prepare(method, net.build(CPU))
+    return made, net, net.inputs(CPU)
+
+
+def test_every_method_leaves_a_row_and_one_that_cannot_run_says_why(run, tmp_path):
+    file = tmp_path / "deep" / "step.json"
+    code, out, _ = run(
+        bench_step, "--model", "test_convnext", *QUICK, "--methods", ",".join(METHODS), "--json", file, "--layers=all"
+    )
+    assert code == 0
+    result = json.loads(file.read_text())
+    assert {"device", "torch", "command", "commit", "versions", "model", "batch", "dtype"} < result.keys()
+    assert (result["captured"], result["channels_last"], result["size"]) == (False, False, 32)
+    assert str(tmp_path) not in result["command"]
+    assert "--batch 2" in result["command"]
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == list(METHODS)
+    assert "channels" in rows.pop("dense")["error"]  # depthwise convolutions
+    for name, row in rows.items():
+        assert row["ms"] > 0, name
+        assert row["ms_spread"] >= 0
+        assert row["ratio"] == pytest.approx(row["ms"] / rows["floor"]["ms"], rel=1e-2)
+        assert row["peak_bytes"] is None  # a GPU's allocator counts, a CPU's does not
+        assert name in out
+    model = network("test_convnext", size=32).build(CPU)
+    layers = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "head.fc" not in n]
+    adapted_by_lora = [m for m in layers if getattr(m, "groups", 1) == 1]
+    by_hand = sum(4 * (m.weight[0].numel() + m.weight.shape[0]) for m in adapted_by_lora)
+    assert rows["lora"]["trainable_params"] == by_hand
+    assert rows["lora"]["layers"] == len(adapted_by_lora) < len(layers) == rows["flora"]["layers"]
+    assert rows["full"]["trainable_params"] == sum(p.numel() for p in model.parameters())
+    assert rows["floor"]["trainable_params"] == 0
+
+
+def test_common_layers_are_those_of_lora_and_then_the_published_layer_runs_too(run, tmp_path):
+    file = tmp_path / "step.json"
+    methods = ("--methods", "lora,flora,dense", "--layers", "common", "--match")
+    code, _, _ = run(bench_step, "--model", "test_convnext", *QUICK, *methods, "--json", file)
+    lora, flora, dense = json.loads(file.read_text())["rows"]
+    assert code == 0
+    assert lora["layers"] == flora["layers"] == dense["layers"] > 0
+    assert 0.99 * lora["trainable_params"] <= flora["trainable_params"] <= lora["trainable_params"]
+    assert dense["trainable_params"] == flora["trainable_params"]
+    assert "error" not in dense
+    assert dense["ratio"] is None  # no floor was measured
+
+
+@pytest.mark.parametrize("form", ["flora", "flora_factored", "flora_merged"])
+def test_the_published_layer_gives_floras_output_and_gradients(form):
+    ours, _, inputs = prepared(form)
+    ours.model.double().eval()
+    dense = copy.deepcopy(ours.model)
+    make_dense(dense)
+    images = inputs["images"].double()
+    expected = ours.model(images)
+    found = dense(images)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert not any(isinstance(m, FloraLayer) for m in dense.modules())
+    layers = {n: m for n, m in ours.model.named_modules() if isinstance(m, FloraLayer)}
+    assert len(layers) == sum(isinstance(m, DenseLayer) for m in dense.modules()) > 3
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for name, layer in layers.items():
+        core = dense.get_submodule(name).core
+        assert core.abs().min() > 0, "an update of zero would compare nothing"
+        torch.testing.assert_close(core.grad, layer.core("default").grad, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["floor", "floor_cast"])
+def test_the_floor_carries_gradients_through_every_activation_and_into_no_weight(method):
+    made, net, inputs = prepared(method, "resnet18", dtype=torch.bfloat16)
+    reached = []
+    for module in made.model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_full_backward_hook(lambda m, grads, _: reached.append(bool(grads[0].any())))
+    Step(net, made, inputs)()
+    assert inputs["images"].grad.abs().max() > 0
+    assert reached == 21 * [True]  # ResNet-18: 20 convolutions and the classifier
+    assert all(p.grad is None for p in made.model.parameters())
+    cast = torch.bfloat16 if method == "floor_cast" else torch.float32
+    assert {m.weight.dtype for m in made.model.modules() if isinstance(m, nn.Conv2d | nn.Linear)} == {cast}
+    norms = [m for m in made.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {(m.weight.dtype, m.training) for m in norms} == {(torch.float32, False)}  # frozen as the trainer freezes
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Two transformers networks in sizes for a test."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4}
+    monkeypatch.setitem(networks.TRANSFORMERS, "llama", ("llama_7b", sizes | {"num_key_value_heads": 4}))
+    monkeypatch.setitem(networks.TRANSFORMERS, "deberta", ("deberta_v3_base", sizes | {"pooler_hidden_size": 32}))
+
+
+@pytest.mark.parametrize(("name", "layers"), [("llama", 2 * 5), ("deberta", 2 * 6)])
+def test_text_networks_start_their_gradients_at_the_embeddings(name, layers, small):
+    net = network(name, batch=2, tokens=8, dtype=torch.bfloat16)
+    methods = Methods(net, Ranks(r=4))
+    torch.manual_seed(0)
+    base = net.build(CPU)
+    held = torch.bfloat16 if name == "llama" else torch.float32
+    assert {p.dtype for p in base.parameters()} == {held}
+    inputs = net.inputs(CPU)
+    floor = methods.prepare("floor", copy.deepcopy(base))
+    seen = []
+    hook = floor.model.get_input_embeddings().register_forward_hook(lambda m, i, o: o.retain_grad() or seen.append(o))
+    Step(net, floor, inputs)()
+    hook.remove()
+    assert seen[0].grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in floor.model.parameters())
+    for method in ("lora", "flora"):
+        made = methods.prepare(method, copy.deepcopy(base))
+        assert made.layers == layers
+        Step(net, made, inputs)()
+        trained = [p for n, p in made.model.named_parameters() if "lora_" in n or "tucker_" in n]
+        assert all(p.grad.abs().sum() > 0 for p in trained), method
+        assert len(trained) >= 2 * layers
+
+
+def test_every_round_runs_every_method_in_an_order_of_its_own_and_an_error_ends_one_method_only():
+    net = network("test_convnext", batch=1, size=32)
+    methods = Methods(net, Ranks(r=2))
+    lines = []
+    names = ["floor", "floor_cast", "full", "dense"]
+    found = measure(methods, names, Plan(rounds=4, steps=2, warmup=0), CPU, lines.append)
+    orders = [[line.split()[4] for line in lines if line.startswith(f"round {n} ")] for n in (1, 2, 3, 4)]
+    assert sorted(orders[0]) == sorted(names)
+    assert all(sorted(order) == sorted(names[:3]) for order in orders[1:])
+    assert len({tuple(order) for order in orders[1:]}) > 1
+    assert [len(steps) for steps in found["floor"].rounds] == [2, 2, 2, 2]
+    assert found["dense"].error is not None
+    assert found["dense"].rounds == []
+
+
+def test_the_spread_is_the_interquartile_range():
+    values = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6]
+    assert spread(values) == pytest.approx(np.subtract(*np.percentile(values, [75, 25])))
+    assert spread([2.0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--model nosuch", "nosuch"),
+        ("--model resnet18 --methods floor,magic", "--methods"),
+        ("--model resnet18 --methods floor,floor", "--methods"),
+        ("--model resnet18 --r 0", "--r must be at least 1"),
+        ("--model resnet18 --size 0", "--size must be at least 1"),
+        ("--model resnet18 --tokens 8", "--tokens"),
+        ("--model deberta --size 64", "--size"),
+        ("--model deberta --tokens 9999", "--tokens: deberta reads at most 512"),
+        ("--model resnet18 --device cpu --capture", "--capture"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, said, run):
+    code, out, err = run(bench_step, *arguments.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert said in err
+
+
+@pytest.mark.slow
+def test_it_runs_where_the_packages_of_training_and_data_are_missing():
+    hidden = "('hydra', 'omegaconf', 'datasets', 'evaluate', 'wandb', 'lycoris')"
+    code = f"""
+import runpy, sys
+from importlib.machinery import PathFinder
+class Hidden(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *rest):
+        return None if name.split(".")[0] in {hidden} else PathFinder.find_spec(name, *rest)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hidden
+sys.argv = "scripts/bench_step.py --model test_convnext --methods lora,flora".split() + {list(map(str, QUICK))}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "test_convnext, batch 2" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["floor", "full", "lora", "flora"])
+def test_a_replayed_step_gives_the_gradients_of_an_eager_one(method):
+    device = torch.device("cuda")
+    net = network("resnet18", batch=4, size=64)
+    made = Methods(net, Ranks(r=4)).prepare(method, net.build(device).to(device).eval())
+    step = Step(net, made, net.inputs(device))
+    replay = captured(step, warmup=3)
+    replay()
+    torch.cuda.synchronize()
+    replayed = [t.grad.clone() for t in step._with_gradients]
+    step()
+    for ours, eager in zip(replayed, step._with_gradients, strict=True):
+        torch.testing.assert_close(ours, eager.grad, rtol=1e-3, atol=1e-5)
