@@ -1,5 +1,6 @@
 """Adapted convolutions of one, two and three dimensions, plain and transposed, with any number of groups."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from flora.adapters.config import FloraConfig
-from flora.adapters.layer import FloraLayer
+from flora.adapters.cost import Work, additive_is_cheaper
+from flora.adapters.layer import FloraLayer, compute_dtype
 from flora.adapters.linear import runs_plain_op
 from flora.adapters.tucker import to_tensor
 from flora.adapters.weights import AdaptedWeight, ModeKind, plain
@@ -29,6 +31,26 @@ class _Conv(FloraLayer):
         base = self.get_base_layer()
         kernel: list[ModeKind] = ["kernel"] * len(base.kernel_size)
         return [plain("weight", base.weight.shape, ["channel", "channel", *kernel], output_dim=self.output_dim)]
+
+    @property
+    def stackable(self) -> bool:  # type: ignore[override]
+        return self._plain_op()
+
+    @override
+    def prefers_adding(self, adapter_name: str) -> bool:
+        base, described = self.get_base_layer(), self.weights[adapter_name]["weight"]
+        if base.groups > 1 or described.folded or not self._plain_op():
+            return False
+        ranks, strides = self.effective_ranks[adapter_name]["weight"], math.prod(base.stride)
+        work = Work(
+            base.in_channels,
+            base.out_channels,
+            ranks[1 - self.output_dim],
+            ranks[self.output_dim],
+            kernel=math.prod(base.kernel_size),
+            inputs_per_output=1 / strides if self.output_dim == 1 else strides,
+        )
+        return additive_is_cheaper(work, base.weight.device.type, compute_dtype(base.weight))
 
     @override
     def can_add(self, adapter_name: str) -> bool:

@@ -37,6 +37,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         "tucker_dropout",
     )
     supports_dora = True
+    stackable = False  # whether its only weight can be built together with those of other layers
+    batched: Any = None  # flora.adapters.batched.BatchedWeights of the model, if any
     base_layer: Any
     tucker_core: Any  # ModuleDict: adapter -> ParameterDict: weight -> core
     tucker_factors: Any  # ModuleDict: adapter -> ParameterDict: weight_mode -> factor
@@ -54,6 +56,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self.effective_ranks: dict[str, dict[str, tuple[int, ...]]] = {}
         self.scaling: dict[str, float] = {}
         self.form: dict[str, str] = {}
+        self.revision = 0  # rises with every new or renewed adapter
         self._configured_scaling: dict[str, float] = {}
         self._relative_scaling: dict[str, dict[str, float]] = {}
         self._quantised = False
@@ -82,7 +85,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def prefers_adding(self, adapter_name: str) -> bool:
-        """Whether ``forward='auto'`` takes the additive form."""
+        """Whether ``forward='auto'`` takes the additive form; asked where ``can_add``."""
         return False
 
     # ------------------------------------------------------------------ adapters
@@ -99,6 +102,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self._configured_scaling[adapter_name] = largest
         self._relative_scaling[adapter_name] = {key: scale / largest if largest else 1 for key, scale in scales.items()}
         self.form[adapter_name] = config.forward
+        self.revision += 1
         self.tucker_dropout[adapter_name] = nn.Dropout(config.flora_dropout) if config.flora_dropout else nn.Identity()
         self._quantised = not all(self.base_weight(weight).is_floating_point() for weight in weights)
         if not self.can_add(adapter_name):
@@ -206,7 +210,13 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         return to_tensor(core, self.factors(adapter, described.name)).reshape(described.weight_shape)
 
     def adapted_weight(self, name: str, adapters: list[str]) -> Tensor:
-        """The base weight with the updates of the given adapters, in the base weight's dtype."""
+        """The base weight with the updates of the given active adapters.
+
+        In the base weight's dtype; where it was built together with those of other layers, in the dtype in which the
+        layer computes.
+        """
+        if self.batched is not None and (built := self.batched.weight_of(self)) is not None:
+            return built
         base = self.base_weight(name)
         weight = base
         for adapter in adapters:
@@ -286,15 +296,20 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         adapters = self._present(self.active_adapters)
         if self.disable_adapters or self.merged or not adapters:
             return self.base_layer(*args, **kwargs)
-        if self._adds(adapters):
-            result = self.base_layer(*args, **kwargs)
-            for adapter in adapters:
-                result = result + self.delta_output(adapter, *args, **kwargs).to(result.dtype)
-            return result
+        if self.adds(adapters):
+            return self.run_additive(adapters, *args, **kwargs)
         names = dict.fromkeys(name for adapter in adapters for name in self.weights[adapter])
         return self.run_base({name: self.adapted_weight(name, adapters) for name in names}, *args, **kwargs)
 
-    def _adds(self, adapters: list[str]) -> bool:
+    def run_additive(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output plus those of the updates."""
+        result = self.base_layer(*args, **kwargs)
+        for adapter in adapters:
+            result = result + self.delta_output(adapter, *args, **kwargs).to(result.dtype)
+        return result
+
+    def adds(self, adapters: list[str]) -> bool:
+        """Whether the layer now runs in the additive form, rather than with W + update."""
         if any(adapter in self.tucker_magnitude for adapter in adapters):
             return False
         if not all(self.can_add(adapter) for adapter in adapters):
@@ -303,7 +318,9 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             return True
         dropping = self.training and any(isinstance(self.tucker_dropout[a], nn.Dropout) for a in adapters)
         form = self.form[adapters[0]]
-        return dropping or form == "factored" or (form == "auto" and self.prefers_adding(adapters[0]))
+        if dropping or form != "auto":
+            return dropping or form == "factored"
+        return self.prefers_adding(adapters[0])
 
     def _weight_is_elsewhere(self) -> bool:
         """Whether the weight cannot be added to: quantised, or offloaded until the base layer's own forward."""
@@ -377,6 +394,18 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "flora." + super().__repr__()
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product or convolution with this weight runs now."""
+    device = weight.device.type
+    casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else weight.dtype
+
+
+def in_transform() -> bool:
+    """Whether torch.compile traces, or a functorch transform runs: our own autograd functions stay out of these."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _output_norm(weight: Tensor, described: AdaptedWeight) -> Tensor:

@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from flora.adapters.config import FloraConfig
-from flora.adapters.layer import FloraLayer
-from flora.adapters.tucker import parameter_count, to_tensor
+from flora.adapters.cost import Work, additive_is_cheaper
+from flora.adapters.layer import FloraLayer, compute_dtype, in_transform
+from flora.adapters.tucker import to_tensor
 from flora.adapters.weights import AdaptedWeight, plain
 
 
@@ -62,13 +64,41 @@ class _Matrix(FloraLayer):
         split = _split(described)
         return split > 0 and 1 in (split, len(described.shape) - split)
 
-    @override
-    def prefers_adding(self, adapter_name: str) -> bool:
-        described = self.weights[adapter_name]["weight"]
-        parameters = parameter_count(described.shape, self.effective_ranks[adapter_name]["weight"])
-        rows, columns = described.weight_shape
-        # Merging costs a gradient of the weight's size; three thin products cost about 3 r (rows + columns) per input.
-        return rows * columns > 6 * parameters
+
+class _LinearPlusThin(torch.autograd.Function):
+    """x W^T + b + (x R^T) L^T, the second product added in place; keeps x once, in the compute dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            x = input.to(dtype)
+            flat, matrix, thin = x.flatten(0, -2), weight.to(dtype), right.to(dtype)
+            hidden = flat @ thin.mT
+            output = F.linear(flat, matrix, None if bias is None else bias.to(dtype))
+            output.addmm_(hidden, left.to(dtype).mT)
+            ctx.save_for_backward(x, matrix, left, right, hidden)
+            ctx.dtypes = input.dtype, None if bias is None else bias.dtype
+            return output.unflatten(0, input.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, matrix, left, right, hidden = ctx.saved_tensors
+        input_dtype, bias_dtype = ctx.dtypes
+        if torch.is_grad_enabled() and input_dtype != x.dtype:
+            raise RuntimeError("a second gradient through a factored layer needs its input in the compute dtype")
+        wanted = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            flat, out, thin = x.flatten(0, -2), gradient.flatten(0, -2), right.to(x.dtype)
+            if torch.is_grad_enabled():
+                hidden = flat @ thin.mT  # kept from the forward pass without its graph
+            inner = out @ left.to(x.dtype)
+            to_input = (out @ matrix).addmm(inner, thin).reshape(x.shape).to(input_dtype) if wanted[0] else None
+            to_bias = out.sum(0).to(bias_dtype) if wanted[2] else None
+            to_left = (out.mT @ hidden).to(left.dtype) if wanted[3] else None
+            to_right = (inner.mT @ flat).to(right.dtype) if wanted[4] else None
+        return to_input, None, to_bias, to_left, to_right, None
 
 
 def _split(described: AdaptedWeight) -> int:
@@ -83,6 +113,11 @@ def _split(described: AdaptedWeight) -> int:
 
 class Linear(_Matrix):
     """A linear layer: nn.Linear (weight [out, in]) or transformers' Conv1D (weight [in, out])."""
+
+    @property
+    def stackable(self) -> bool:  # type: ignore[override]
+        base = self.get_base_layer()
+        return runs_plain_op(base, nn.Linear) or runs_plain_op(base, Conv1D)
 
     @override
     def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
@@ -105,6 +140,28 @@ class Linear(_Matrix):
         # An unknown forward may do more to its weight than multiply by it; a quantised weight leaves no choice.
         known = isinstance(base, Conv1D) or type(base).forward is nn.Linear.forward or self._weight_is_elsewhere()
         return known and super().can_add(adapter_name)
+
+    @override
+    def prefers_adding(self, adapter_name: str) -> bool:
+        described, ranks = self.weights[adapter_name]["weight"], self.effective_ranks[adapter_name]["weight"]
+        weight = self.base_weight("weight")
+        rows, columns = described.weight_shape
+        return additive_is_cheaper(
+            Work(columns, rows, min(ranks), min(ranks)), weight.device.type, compute_dtype(weight)
+        )
+
+    @override
+    def run_additive(self, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        base, plain_input = self.base_layer, len(args) == 1 and not kwargs
+        dropped = isinstance(self.tucker_dropout[adapters[0]], nn.Dropout) and self.training
+        simple = len(adapters) == 1 and plain_input and not dropped and runs_plain_op(base, nn.Linear)
+        if not simple or self._weight_is_elsewhere() or type(base.weight) is not nn.Parameter or in_transform():
+            return super().run_additive(adapters, *args, **kwargs)
+        if base.weight.requires_grad or args[0].dim() < 2:
+            return super().run_additive(adapters, *args, **kwargs)
+        thin = self.matrix_factors(adapters[0], self.core_side(adapters[0]))
+        assert thin is not None
+        return _LinearPlusThin.apply(args[0], base.weight, base.bias, *thin, compute_dtype(base.weight))
 
     @override
     def delta_output(self, adapter_name: str, input: Tensor) -> Tensor:
@@ -138,7 +195,7 @@ class Embedding(_Matrix):
 
     @override
     def prefers_adding(self, adapter_name: str) -> bool:
-        return True
+        return True  # only the rows in use are computed
 
     @override
     def delta_output(self, adapter_name: str, input: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from flora.adapters import combine
+from flora.adapters.batched import BatchedWeights
 from flora.adapters.composite import MultiheadAttention, Parameters, Recurrent
 from flora.adapters.config import FloraConfig
 from flora.adapters.conv import ConvNd, ConvTransposeNd
@@ -66,6 +67,9 @@ class FloraModel(BaseTuner):
             for pattern in getattr(config, field):
                 if not any(matching_pattern({pattern: True}, name) for name in adapted):
                     warnings.warn(f"{field}[{pattern!r}] matches no adapted layer", stacklevel=2)
+        if "batched" not in self.__dict__:
+            self.batched = BatchedWeights()
+        self.batched.attach(model)
 
     @override
     def _create_and_replace(
@@ -149,6 +153,11 @@ class FloraModel(BaseTuner):
             delattr(parent, child_name)
         else:
             setattr(parent, child_name, new_module)  # an adapter is created on its base layer's device
+
+    @override
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        self.batched.detach(self.model)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     # ------------------------------------------------------------------ loading
 

@@ -103,6 +103,7 @@ class FormLayer(FloraLayer):
     """A layer whose update is made by a ``Form`` instead of a core and its factors."""
 
     other_param_names = (*FloraLayer.other_param_names, "forms")
+    stackable = False
     forms: dict[str, Form]
 
     @override
