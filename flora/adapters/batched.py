@@ -1,9 +1,9 @@
 """Adapted weights built together: same-shaped layers share their contractions, once per forward pass of a model.
 
-Layer by layer, an adapter is bound by launching many tiny kernels. Here the cores and factors of all layers of one shape
-are stacked, contracted with a leading batch dimension (small modes first), and added to the frozen weights in the dtype
-that the layers compute in; each layer then runs once with its W + delta. The backward pass stacks the gradients of these
-weights in the same way. No second copy of the frozen weights outlives the step.
+Layer by layer, an adapter is bound by launching many tiny kernels. Here the cores and factors of all layers of one
+shape are stacked, contracted with a leading batch dimension (small modes first), and added to the frozen weights in the
+dtype that the layers compute in; each layer then runs once with its W + delta. The backward pass stacks the gradients
+of these weights in the same way. No second copy of the frozen weights outlives the step.
 """
 
 from collections.abc import Sequence
@@ -143,9 +143,9 @@ def _differentiable(stack: Stack, parameters: Sequence[Tensor]) -> list[Tensor]:
 class BatchedWeights:
     """Builds the merged weights of a model's layers when its forward pass begins, and hands them out.
 
-    Layers that it leaves out build their own: those that run factored, have several active adapters or a magnitude, and all layers where weights are sharded or offloaded (FSDP, DeepSpeed, accelerate), inside
-    torch.compile (which fuses the layers' own contractions), under functorch transforms and in the replicas of
-    nn.DataParallel.
+    Layers that it leaves out build their own: those that run factored, have several active adapters or a magnitude, and
+    all layers where weights are sharded or offloaded (FSDP, DeepSpeed, accelerate), inside torch.compile (which fuses
+    the layers' own contractions), under functorch transforms and in the replicas of nn.DataParallel.
 
     Under gradient checkpointing, the recomputation in the backward pass finds the same weights again.
     """

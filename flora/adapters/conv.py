@@ -33,6 +33,7 @@ class _Conv(FloraLayer):
         return [plain("weight", base.weight.shape, ["channel", "channel", *kernel], output_dim=self.output_dim)]
 
     @property
+    @override
     def stackable(self) -> bool:  # type: ignore[override]
         return self._plain_op()
 

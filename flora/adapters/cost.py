@@ -1,11 +1,11 @@
 """What the two forms of an adapted layer cost in a training step, estimated from shapes, dtype and device.
 
-A roofline with a price per kernel launch: the larger of arithmetic and memory traffic. Only what the adapter adds to the
-frozen layer counts. The rates are those of one kind of device each, rounded; their ratios decide, and these differ little
-from one GPU, or one CPU, to the next. scripts/bench_step.py measures whether the choice was right.
+A roofline with a price per kernel launch: the larger of arithmetic and memory traffic. Only what the adapter adds to
+the frozen layer counts. The rates are those of one kind of device each, rounded; their ratios decide, and these differ
+little from one GPU, or one CPU, to the next. scripts/bench_step.py measures whether the choice was right.
 
-The batch is a nominal one, POSITIONS tokens or pixels. A choice that followed the actual batch would change the rounding
-between training and evaluation, or before and after a resumed run, so that no result could be reproduced to the bit.
+The batch is a nominal one, POSITIONS tokens or pixels. A choice that followed the actual batch would change the
+rounding between training and evaluation, or before and after a resumed run, and no result could be reproduced exactly.
 """
 
 from dataclasses import dataclass

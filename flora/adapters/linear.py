@@ -115,6 +115,7 @@ class Linear(_Matrix):
     """A linear layer: nn.Linear (weight [out, in]) or transformers' Conv1D (weight [in, out])."""
 
     @property
+    @override
     def stackable(self) -> bool:  # type: ignore[override]
         base = self.get_base_layer()
         return runs_plain_op(base, nn.Linear) or runs_plain_op(base, Conv1D)
