@@ -18,6 +18,7 @@ from flora.results import Record, Store
 from flora.results.record import command, device_name, now, write_json
 from flora.training import Experiment
 from flora.training.checkpoint import check_same_model, digest, saved_facts, saved_run
+from flora.training.loggers import about
 from flora.training.model_card import write_card
 
 
@@ -59,9 +60,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
     say(f"{label}: run {identity}")
     splits = task.load_for(model, Path(cfg.paths.data))
     analysis = dict(cfg.analysis) if cfg.analysis.every_n_steps is not None else None
-    experiment = Experiment(
-        task, model, method, settings, protocol, splits, cfg.seed, folder, logger.report_to, analysis
-    )
+    experiment = Experiment(task, model, method, settings, protocol, splits, cfg.seed, folder, analysis=analysis)
     record = Record(
         run_id=identity,
         method_version=METHOD_VERSION,
@@ -83,16 +82,15 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
         weights=model.facts,
         deterministic=settings.deterministic,
     )
-    tags = [task.name, task.dataset, model.name, method.name]
     try:
-        with logger.run(label, identity, f"{task.name}/{task.dataset}", tags, record.config, folder) as summary:
+        with logger.run(about(record, label, cfg.table, cfg.cell), folder) as experiment.log:
             if checkpoint is not None:
                 check_same_model(checkpoint, model.name)
                 outcome = experiment.evaluate(checkpoint)
                 record.adapter = saved_facts(checkpoint).get("adapter", method.name)
             else:
                 outcome = experiment.train()
-            summary.update({f"test/{name}": value for name, value in outcome.metrics.items()})
+            experiment.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
     except (ConfigError, DataError, WeightsError):
         raise  # bad input: nothing was run that a record should keep
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """Run what is missing of a table: `python scripts/reproduce.py TABLE [--scale mini] [--status] [--dry-run]`."""
 
 import argparse
+import shlex
 import subprocess
 import sys
 import time
@@ -49,9 +50,9 @@ def reproduce() -> None:
     todo = [cell for cell, word in states.items() if word in wanted]
     if arguments.dry_run:
         for cell in todo:
-            print("python train.py", *cell.overrides, *extra)
+            print(shlex.join(["python", "train.py", *cell.overrides, *named(table, cell), *extra]))
         return
-    failed = run_all(todo, extra, arguments.jobs, store)
+    failed = run_all(table, todo, extra, arguments.jobs, store)
     failed += [] if arguments.retry else [cell for cell, word in states.items() if word == "failed"]
     for cell in failed:
         print("failed:", *cell.overrides, file=sys.stderr)
@@ -96,11 +97,17 @@ def _likeness(cell: Cell) -> list[tuple[str, ...]]:
     return [(cell.task, cell.model, cell.method), (cell.model, cell.method), (cell.model,), ()]
 
 
-def run_all(cells: list[Cell], extra: list[str], jobs: int, store: Store) -> list[Cell]:
+def named(table: Table, cell: Cell) -> list[str]:
+    """Overrides that tell a logger what the run is for; they change no result."""
+    label = table.labels[cell].replace('"', "'")
+    return [f"table={table.name}", f'cell="{label}"']
+
+
+def run_all(table: Table, cells: list[Cell], extra: list[str], jobs: int, store: Store) -> list[Cell]:
     """Run cells in processes of their own, ``jobs`` at a time; returns those that failed."""
     report = Report(len(cells))
     with report.bar, ThreadPoolExecutor(jobs) as pool:
-        codes = list(pool.map(lambda cell: run(cell, extra, store, report), cells))
+        codes = list(pool.map(lambda cell: run(cell, [*named(table, cell), *extra], store, report), cells))
     return [cell for cell, code in zip(cells, codes, strict=True) if code]
 
 

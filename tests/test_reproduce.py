@@ -3,10 +3,11 @@
 import sys
 
 import pytest
+from hydra import compose, initialize_config_dir
 
-from flora.config import main
+from flora.config import main, run_id
 from flora.results import Store
-from flora.results.experiments import load
+from flora.results.experiments import ROOT, load
 from scripts import reproduce
 from tests.results.records import write
 
@@ -77,6 +78,21 @@ def test_what_is_left_is_run_and_failed_cells_on_request(store, call):
     code, _, _, ran = call("eurosat", "--retry")
     assert (code, len(ran)) == (0, 21)
     assert all("retry=true" in extra for _, extra in ran)
+
+
+def test_each_cell_is_told_its_table_and_what_it_is_called_apart_from_its_seed(store, call):
+    _, _, _, ran = call("first_table", "--retry")
+    told = {cell: dict(word.split("=", 1) for word in extra) for cell, extra in ran}
+    assert {words["table"] for words in told.values()} == {"first_table"}
+    named = {(c.task, c.model, c.method): words["cell"] for c, words in told.items()}
+    assert len(named) == len(set(named.values())) == 30
+    assert named["eurosat", "convnext", "flora"] == '"eurosat convnext flora budget=match:lora:8"'
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        cell, extra = ran[-1]
+        cfg = compose("train", overrides=[*cell.overrides, *extra, "logger=wandb"])
+    assert f'"{cfg.cell}"' == told[cell]["cell"]
+    assert cfg.logger._target_ == "flora.training.Wandb", "the last choice of a group wins"
+    assert run_id(cfg) == cell.run_id
 
 
 def test_a_failing_cell_does_not_stop_the_others(store, call):

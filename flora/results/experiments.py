@@ -101,6 +101,11 @@ class Table:
             found.setdefault((cell.task, cell.model, cell.method, ", ".join(settings)), []).append(cell)
         return found
 
+    @cached_property
+    def labels(self) -> dict[Cell, str]:
+        """What each cell is called apart from its seed."""
+        return {cell: " ".join(word for word in row if word) for row, cells in self.rows.items() for cell in cells}
+
 
 def names() -> list[str]:
     """Every table of experiments/."""

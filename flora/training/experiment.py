@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from flora.adapters.heads import trained
 from flora.adapters.methods import Adapted, load
 from flora.errors import ConfigError
+from flora.training.loggers import Log
 from flora.training.norms import DeltaNorms
 from flora.training.settings import Protocol, TrainerSettings
 from flora.training.trainer import Trainer
@@ -52,7 +53,7 @@ class Experiment:
         splits: the task's data.
         seed: seeds the head, the adapter, data order and dropout.
         folder: the run's output folder.
-        report_to: transformers' name of the logger, for the reported run only.
+        log: takes the numbers of the reported run, and of the fits that may become it; None: nobody does.
         analysis: arguments of ``flora.training.norms.DeltaNorms``; None: no analysis.
     """
 
@@ -64,7 +65,7 @@ class Experiment:
     splits: Any
     seed: int
     folder: Path
-    report_to: str = "none"
+    log: Log | None = None
     analysis: dict[str, int] | None = None
 
     def train(self) -> Outcome:
@@ -74,10 +75,10 @@ class Experiment:
         if chosen is not None:
             adapted, trainer = chosen
         elif protocol.final_train == "train":
-            adapted, trainer = self._fit(lr, splits.train, splits.validation, "train", self.report_to)
+            adapted, trainer = self._fit(lr, splits.train, splits.validation, "train")
         else:
             both = splits.train.concat(splits.validation)
-            adapted, trainer = self._fit(lr, both, None, "train", self.report_to)
+            adapted, trainer = self._fit(lr, both, None, "train")
         return Outcome(adapted, trainer, self._test(trainer), lr, selection)
 
     def evaluate(self, checkpoint: Path) -> Outcome:
@@ -87,7 +88,7 @@ class Experiment:
             adapted = load(model, self.model.classifier, checkpoint)
         except (ValueError, KeyError) as error:
             raise ConfigError(f"checkpoint: {error}") from error
-        trainer = self._trainer(adapted, self.settings, None, None, "evaluate", "none")
+        trainer = self._trainer(adapted, self.settings, None, None, "evaluate")
         return Outcome(adapted, trainer, self._test(trainer))
 
     def counts(self, adapted: Adapted) -> dict[str, int]:
@@ -106,8 +107,7 @@ class Experiment:
         values: dict[str, float] = {}
         reuse = self.protocol.final_train == "train"
         for lr in sorted(self.protocol.lr_grid or []):
-            report = self.report_to if reuse else "none"
-            fitted = self._fit(lr, self.splits.train, self.splits.validation, f"lr {lr:g}", report)
+            fitted = self._fit(lr, self.splits.train, self.splits.validation, f"lr {lr:g}", logged=reuse)
             history = [entry[name] for entry in fitted[1].state.log_history if name in entry]
             value = max(history) if self.protocol.select == "best" else history[-1]
             values[f"{lr:g}"] = value
@@ -128,11 +128,13 @@ class Experiment:
         return best[1], selection, kept
 
     def _fit(
-        self, lr: float, train: Dataset, validation: Dataset | None, label: str, report_to: str
+        self, lr: float, train: Dataset, validation: Dataset | None, label: str, logged: bool = True
     ) -> tuple[Adapted, Trainer]:
         settings = replace(self.settings, lr=lr)
         adapted = self._adapt()
-        trainer = self._trainer(adapted, settings, train, validation, label, report_to)
+        trainer = self._trainer(adapted, settings, train, validation, label)
+        if logged and self.log is not None:
+            trainer.add_callback(self.log.fit(label))
         if self.analysis is not None:
             trainer.add_callback(DeltaNorms(trainer, self.model.classifier, **self.analysis))
         trainer.train()
@@ -158,7 +160,6 @@ class Experiment:
         train: Dataset | None,
         validation: Dataset | None,
         label: str,
-        report_to: str,
     ) -> Trainer:
         return Trainer(
             model=adapted.model,
@@ -173,7 +174,6 @@ class Experiment:
             validation=_limited(validation, settings.max_eval_examples),
             select=self.protocol.select,
             seed=self.seed,
-            report_to=report_to,
             progress=label,
             extra_callbacks=adapted.callbacks,
             penalty=adapted.penalty,

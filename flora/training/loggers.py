@@ -1,60 +1,256 @@
-"""Experiment loggers. W&B writes offline by default; ``wandb sync`` uploads such a run later."""
+"""Experiment loggers: W&B (offline by default), TensorBoard, CSV or none. None of them can end a run."""
 
+import csv
+import json
 import os
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
+
+from transformers import TrainerCallback
 
 from flora.errors import ConfigError
+from flora.results.record import Record
+
+MODES = ("online", "offline", "disabled")
+SECONDS = 30.0  # to wait for a W&B server that does not answer; what was logged stays on disk
+_LONGEST_TAG, _LONGEST_NAME = 64, 128  # W&B refuses longer ones
+_FACTS = ("run_id", "commit", "dirty", "versions", "device", "dtype", "command", "data", "weights")
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
-class Wandb:
-    """Weights & Biases, one run per job.
+@dataclass(frozen=True)
+class About:
+    """What a logger is told of a run.
 
-    Args:
-        project: W&B project.
-        mode: ``offline``, ``online`` or ``disabled``; the environment's WANDB_MODE wins.
-        tags: extra tags; task, dataset, model and adapter are added.
+    Attributes:
+        run_id: names the run, now and when it is resumed or repeated.
+        name: for people.
+        group, cell: the table and the cell that it belongs to; runs of a cell differ in the seed.
+        tags: words to find it by.
+        config: what was run, and where.
     """
 
-    report_to = "wandb"
+    run_id: str
+    name: str
+    group: str
+    cell: str
+    tags: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
 
-    def __init__(self, project: str = "flora", mode: str = "offline", tags: list[str] | None = None) -> None:
-        if mode not in ("online", "offline", "disabled"):
-            raise ConfigError(f"logger.mode must be online, offline or disabled, got {mode!r}")
-        self.project = project
-        self.mode = mode
-        self.tags = tags or []
 
-    @contextmanager
-    def run(self, name: str, run_id: str, group: str, tags: list[str], config: dict[str, Any], folder: Path):
-        """Open a run around a job and always finish it, so that the next job of a sweep gets its own."""
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
+def about(record: Record, name: str, table: str | None = None, cell: str | None = None) -> About:
+    """What loggers are told of the run of a record; outside a table its group is the data set."""
+    words = [record.task, record.dataset, record.model, record.adapter, record.protocol, record.mode]
+    return About(
+        record.run_id,
+        name,
+        table or f"{record.task}/{record.dataset}",
+        cell or f"{record.dataset} {record.model} {record.adapter}",
+        words + ([table] if table else []),
+        record.config | {key: getattr(record, key) for key in _FACTS},
+    )
 
-        run = wandb.init(
-            project=self.project,
-            name=name,
-            id=run_id,
-            group=group,
-            tags=[*self.tags, *tags],
-            config=config,
-            dir=str(folder),
-            mode=cast(Literal["online", "offline", "disabled"], os.environ.get("WANDB_MODE", self.mode)),
-            resume="allow",
-        )
+
+class Log(TrainerCallback):
+    """Takes a run's numbers as they come, and hands them to ``write``; at its first failure it says so and stops.
+
+    Args:
+        write: ``(numbers by name, optimiser step, epoch) -> None``.
+        replay: hand over the history of a resumed run too, since the logger starts anew.
+    """
+
+    def __init__(self, write: Callable[[dict[str, float], int, float], None], replay: bool = True) -> None:
+        self._write = write
+        self._replay = replay
+        self._fit = ""
+
+    def fit(self, label: str) -> "Log":
+        """The callback of one fit; ``label`` names it where a run has several, one per learning rate."""
+        self._fit = "" if label == "train" else f"{label}/"
+        return self
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Repeat what was logged before a run was resumed."""
+        for entry in state.log_history if self._replay and state.is_world_process_zero else []:
+            self.write(self._named(entry), entry.get("step", 0), entry.get("epoch", 0.0))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Log what the trainer logs."""
+        if state.is_world_process_zero:
+            self.write(self._named(logs or {}), state.global_step, state.epoch or 0.0)
+
+    def result(self, metrics: dict[str, float], selection: dict[str, Any], step: int) -> None:
+        """Log what came out: test metrics, and what each learning rate reached on validation."""
+        chosen = {f"selection/lr {lr}": value for lr, value in selection.get("values", {}).items()}
+        self.write({f"test/{name}": value for name, value in metrics.items()} | chosen, step)
+
+    def write(self, numbers: dict[str, float], step: int, epoch: float = 0.0) -> None:
+        """Log numbers at an optimiser step."""
         try:
-            yield run.summary
-        finally:
-            wandb.finish()
+            self._write(numbers, step, epoch)
+        except Exception as error:
+            warn(f"stopped ({error})")
+            self._write = _nowhere
+
+    def _named(self, logs: dict[str, Any]) -> dict[str, float]:
+        found = {}
+        for name, value in logs.items():
+            if name in ("step", "epoch") or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            kind, _, rest = name.partition("_")
+            if kind != "test":  # `result` logs it
+                found[self._fit + (f"validation/{rest}" if kind == "eval" else f"train/{name}")] = float(value)
+        return found
 
 
 class NoLogger:
     """Logs nowhere; the record still holds the history."""
 
-    report_to = "none"
+    @contextmanager
+    def run(self, about: About, folder: Path) -> Iterator[Log]:
+        """A log that forgets."""
+        yield Log(_nowhere)
 
-    def run(self, name: str, run_id: str, group: str, tags: list[str], config: dict[str, Any], folder: Path):
-        """A context that does nothing; yields a dict in place of W&B's summary."""
-        context: AbstractContextManager[dict[str, Any]] = nullcontext({})
-        return context
+
+class Csv:
+    """``metrics.csv`` in the run's folder: a line per number, with its optimiser step and epoch."""
+
+    @contextmanager
+    def run(self, about: About, folder: Path) -> Iterator[Log]:
+        """Write to a new file while the run is on."""
+        with (folder / "metrics.csv").open("w", newline="", buffering=1) as file:
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerow(["step", "epoch", "name", "value"])
+            yield Log(lambda numbers, step, epoch: lines.writerows([step, epoch, *one] for one in numbers.items()))
+
+
+class TensorBoard:
+    """Event files in ``tensorboard/`` of the run's folder.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            needed = 'logger=tensorboard needs TensorBoard: pip install -e ".[tensorboard]"'
+            raise ConfigError(f"{needed} ({error})") from error
+        self._writer = SummaryWriter
+
+    @contextmanager
+    def run(self, about: About, folder: Path) -> Iterator[Log]:
+        """Write new event files while the run is on."""
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        writer = self._writer(str(folder / "tensorboard"))
+        writer.add_text("config", f"```\n{json.dumps(without_secrets(about.config), indent=1)}\n```")
+
+        def write(numbers: dict[str, float], step: int, epoch: float) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        try:
+            yield Log(write)
+        finally:
+            writer.close()
+
+
+class Wandb:
+    """Weights & Biases: one run per run id, in the group of its table; repeated and resumed runs continue it.
+
+    Args:
+        project: W&B project.
+        mode: ``offline``, ``online`` or ``disabled``; the environment's WANDB_MODE wins.
+        tags: extra tags.
+    """
+
+    def __init__(self, project: str = "flora", mode: str = "offline", tags: list[str] | None = None) -> None:
+        if mode not in MODES:
+            raise ConfigError(f"logger.mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self.project = project
+        self.mode = mode
+        self.tags = tags or []
+
+    @contextmanager
+    def run(self, about: About, folder: Path) -> Iterator[Log]:
+        """Open a run around a job and always finish it, so that the next job of a sweep gets its own."""
+        run, failed = self._open(about, folder), True
+
+        def write(numbers: dict[str, float], step: int, epoch: float) -> None:
+            run.log(numbers | {"step": step, "epoch": epoch})
+
+        try:
+            yield Log(_nowhere if run is None else write, replay=False)
+            failed = False
+        finally:
+            try:
+                if run is not None:
+                    run.finish(exit_code=int(failed))
+            except Exception as error:
+                warn(f"not finished ({error})")
+
+    def _open(self, about: About, folder: Path) -> Any:
+        """The W&B run: as asked; offline where no server can be reached; None where that fails too."""
+        os.environ.setdefault("WANDB_SILENT", "true")
+        asked = os.environ.get("WANDB_MODE", self.mode)
+        for mode in dict.fromkeys((asked, "offline")):
+            try:
+                import wandb
+
+                return self._init(wandb, about, folder, mode)
+            except Exception as error:
+                then = "logging offline" if mode != "offline" else "logging nothing"
+                warn(f"{then} ({' '.join(str(error).split()) or type(error).__name__})")
+                with suppress(Exception):
+                    wandb.teardown()  # else the run id stays in use
+        return None
+
+    def _init(self, wandb: Any, about: About, folder: Path, mode: str) -> Any:
+        run = wandb.init(
+            project=self.project,
+            id=about.run_id,
+            resume="allow" if mode == "online" else None,  # offline files of one id become one run when synced
+            name=about.name[:_LONGEST_NAME],
+            group=about.group[:_LONGEST_NAME],
+            job_type=about.cell[:_LONGEST_NAME],
+            tags=[tag[:_LONGEST_TAG] for tag in dict.fromkeys([*self.tags, *about.tags]) if tag],
+            config=without_secrets(about.config),
+            dir=str(folder),
+            mode=mode,
+            settings=wandb.Settings(
+                init_timeout=SECONDS,
+                finish_timeout=SECONDS,
+                x_disable_meta=without_secrets(sys.argv) != sys.argv,  # it holds the command line
+            ),
+        )
+        run.define_metric("*", step_metric="step")
+        return run
+
+
+def without_secrets(node: Any) -> Any:
+    """A config in which no text holds a secret of the environment (a variable named ...KEY, ...TOKEN and the like)."""
+    if isinstance(node, dict):
+        return {key: without_secrets(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [without_secrets(value) for value in node]
+    if isinstance(node, str):
+        for name, value in os.environ.items():
+            if len(value) > 7 and any(word in name.upper() for word in _SECRET):
+                node = node.replace(value, f"<{name}>")
+    return node
+
+
+def warn(text: str) -> None:
+    """A line on stderr."""
+    print(f"warning: logger: {text}; the run goes on", file=sys.stderr, flush=True)
+
+
+def _nowhere(numbers: dict[str, float], step: int, epoch: float) -> None:
+    pass

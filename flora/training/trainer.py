@@ -38,7 +38,6 @@ class Trainer(transformers.Trainer):
         folder: where checkpoints go.
         select: ``best`` restores the epoch with the best metric on ``validation`` after training.
         seed: seeds data order and dropout.
-        report_to: transformers' name of the logger, or ``none``.
         progress: what the progress bar calls this run.
         extra_callbacks: what the fine-tuning method does while it trains.
         penalty: ``model -> scalar`` that the fine-tuning method adds to the training loss.
@@ -58,7 +57,6 @@ class Trainer(transformers.Trainer):
         validation: torch.utils.data.Dataset | None = None,
         select: str = "last",
         seed: int = 0,
-        report_to: str = "none",
         progress: str = "",
         extra_callbacks: Sequence[TrainerCallback] = (),
         penalty: Callable[[nn.Module], torch.Tensor] | None = None,
@@ -102,7 +100,7 @@ class Trainer(transformers.Trainer):
             dataloader_pin_memory=torch.cuda.is_available() and settings.device != "cpu",
             remove_unused_columns=False,
             label_names=["labels"],
-            report_to=report_to,
+            report_to="none",  # ours is a callback (flora.training.loggers)
             disable_tqdm=True,
             log_level="error",
         )

@@ -1,0 +1,216 @@
+"""Loggers: what each writes, that W&B's runs are grouped and go on, and that no logger ends a run."""
+
+import csv
+import json
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2
+
+import train
+from flora.config import main
+from flora.errors import ConfigError
+from flora.training import Csv, Protocol, TensorBoard, Wandb
+from flora.training.loggers import About, Log, without_secrets
+from tests.training.test_experiment import experiment
+
+SECRET = "c0ffee" * 7
+
+
+def trained(logger, folder, run_id="0123456789ab", **protocol):
+    """A toy run under a logger: its outcome."""
+    one = experiment(folder, epochs=1, log_every=2, **protocol)
+    with logger.run(About(run_id, "toy", "group", "cell"), folder) as one.log:
+        outcome = one.train()
+        one.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
+    return outcome
+
+
+def losses(outcome):
+    return {entry["step"]: entry["loss"] for entry in outcome.trainer.state.log_history if "loss" in entry}
+
+
+def lines(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_csv_holds_every_number_of_the_history_and_the_test(tmp_path):
+    trained(Csv(), tmp_path)
+    outcome = trained(Csv(), tmp_path)  # again: the file starts anew
+    found = lines(tmp_path)
+    assert {int(o["step"]): float(o["value"]) for o in found if o["name"] == "train/loss"} == losses(outcome)
+    assert len(losses(outcome)) == 3
+    history = [e["eval_accuracy"] for e in outcome.trainer.state.log_history if "eval_accuracy" in e]
+    assert [float(o["value"]) for o in found if o["name"] == "validation/accuracy"] == history
+    assert [float(o["value"]) for o in found if o["name"] == "test/accuracy"] == [outcome.metrics["accuracy"]]
+
+
+def test_each_learning_rate_of_a_grid_logs_under_its_own_name(tmp_path):
+    outcome = trained(Csv(), tmp_path, protocol=Protocol("holdout", "last", "train", [1e-3, 1e-2]))
+    values = {o["name"]: float(o["value"]) for o in lines(tmp_path)}
+    assert outcome.selection["values"].keys() == {"0.001", "0.01"}
+    for rate, value in outcome.selection["values"].items():
+        assert values[f"selection/lr {rate}"] == values[f"lr {rate}/validation/accuracy"] == value
+    assert "train/loss" not in values
+
+
+def test_tensorboard_files_hold_the_losses_of_the_last_run(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trained(TensorBoard(), tmp_path)
+    outcome = trained(TensorBoard(), tmp_path)
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(losses(outcome))
+    assert [e.value for e in events.Scalars("test/accuracy")] == pytest.approx([outcome.metrics["accuracy"]])
+
+
+def test_without_tensorboard_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"needs TensorBoard: pip install -e \"\.\[tensorboard\]\""):
+        TensorBoard()
+
+
+def messages(content):
+    """What a .wandb file holds: LevelDB's log format after a header of 7 bytes; records may span 32 KiB blocks."""
+    at, whole = 7, b""
+    while at + 7 <= len(content):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            message = wandb_internal_pb2.Record()
+            message.ParseFromString(whole)
+            yield message
+            whole = b""
+
+
+def wandb_files(folder):
+    """What W&B wrote, per offline run: its facts, config, numbers by name and raw bytes."""
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns):
+        facts, config, numbers = None, {}, {}
+        for one in messages(path.read_bytes()):
+            if one.HasField("run"):
+                facts = facts or one.run
+                config |= {item.key: json.loads(item.value_json) for item in one.run.config.update}
+            for item in one.history.item:
+                numbers.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+        found.append((facts, config, numbers, path.read_bytes()))
+    return found
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run train.py in this process for two steps: its record."""
+
+    def call(*overrides):
+        quick = ("task=digits", "trainer.max_steps=2", "trainer.max_eval_examples=16", "trainer.batch_size=8")
+        tiny = ("model=timm", "model.timm_name=resnet10t", "model.pretrained=false", "adapter=linear_probe")
+        monkeypatch.setattr(sys, "argv", ["train.py", *quick, *tiny, "paths.results=results", *overrides])
+        monkeypatch.chdir(tmp_path)
+        main(train.job, trace=lambda: False)
+        return json.loads(Path(capsys.readouterr().out.strip().rpartition("record: ")[2]).read_text())
+
+    return call
+
+
+def test_train_py_groups_and_tags_the_run_and_tells_no_secret(run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    record = run("logger=wandb", "table=first_table", 'cell="digits tiny r=8"', f"+secret={SECRET}")
+    ((facts, config, numbers, content),) = wandb_files(Path("outputs", record["run_id"]))
+    assert (facts.run_id, facts.project) == (record["run_id"], "flora")
+    assert (facts.run_group, facts.job_type) == ("first_table", "digits tiny r=8")
+    assert {"digits", "resnet10t", "linear_probe", "holdout", "first_table"} <= set(facts.tags)
+    assert {key: config[key] for key in record["config"]} == record["config"]
+    assert {"run_id", "commit", "versions", "device", "dtype", "data"} <= config.keys()
+    assert config["command"].endswith("+secret=<HF_TOKEN>")
+    assert SECRET.encode() not in content
+    assert numbers["test/accuracy"] == [record["value"]]
+
+    plain = run("table=another", "logger=none")  # what a run is for and who logs it do not change it
+    assert plain == record
+
+
+def test_a_repeated_wandb_run_continues_the_one_of_its_id(tmp_path):
+    outcomes = [trained(Wandb(), tmp_path, "repeated") for _ in range(2)]
+    files = wandb_files(tmp_path)
+    assert [facts.run_id for facts, _, _, _ in files] == ["repeated", "repeated"]
+    for (facts, _, numbers, _), outcome in zip(files, outcomes, strict=True):
+        assert (facts.run_group, facts.job_type) == ("group", "cell")
+        assert dict(zip(numbers["step"], numbers["train/loss"], strict=False)) == losses(outcome)
+    assert wandb.run is None, "the next job of a sweep gets its own"
+
+
+def test_an_unreachable_server_is_one_warning_and_the_run_is_logged_offline(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("flora.training.loggers.SECONDS", 1.0)
+    with Wandb().run(About("unreachable", "toy", "group", "cell"), tmp_path) as log:
+        log.write({"loss": 0.5}, 1)
+    err = capsys.readouterr().err
+    assert err.count("warning: logger: ") == 1
+    assert "logging offline" in err
+    ((_, _, numbers, _),) = wandb_files(tmp_path)
+    assert numbers["loss"] == [0.5]
+
+
+@pytest.mark.parametrize("where", ["init", "Run.log", "Run.finish"])
+def test_a_failing_wandb_warns_and_the_run_goes_on(tmp_path, monkeypatch, capsys, where):
+    def fail(*args, **kwargs):
+        raise RuntimeError("disk full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(f"wandb.{where}", fail)
+        with Wandb().run(About(f"failing-{where}", "toy", "group", "cell"), tmp_path) as log:
+            for step in range(3):
+                log.write({"loss": 0.5}, step)
+    assert capsys.readouterr().err.count("disk full") == 1
+    wandb.teardown()
+
+
+def test_a_run_that_fails_is_marked_so_in_wandb_and_its_error_goes_on(tmp_path):
+    with pytest.raises(ZeroDivisionError), Wandb().run(About("fails", "toy", "group", "cell"), tmp_path):
+        raise ZeroDivisionError
+    (path,) = tmp_path.rglob("*.wandb")
+    assert [m.exit.exit_code for m in messages(path.read_bytes()) if m.HasField("exit")] == [1]
+
+
+def test_a_log_that_fails_is_told_once_and_asked_no_more(capsys):
+    asked = []
+
+    def write(numbers, step, epoch):
+        asked.append(step)
+        raise OSError("gone")
+
+    log = Log(write)
+    for step in range(3):
+        log.write({"loss": 1.0}, step)
+    assert asked == [0]
+    assert capsys.readouterr().err.count("gone") == 1
+
+
+def test_a_resumed_run_repeats_its_history_where_the_logger_starts_anew(tmp_path):
+    seen = []
+    one = experiment(tmp_path, epochs=1, log_every=1)
+    one.log = Log(lambda numbers, step, epoch: seen.append((step, sorted(numbers))))
+    outcome = one.train()
+    before = list(seen)
+    one.log.on_train_begin(outcome.trainer.args, outcome.trainer.state, outcome.trainer.control)
+    assert seen[len(before) :] == before
+    assert (1, ["train/grad_norm", "train/learning_rate", "train/loss"]) in before
+
+
+def test_secrets_of_the_environment_are_replaced_wherever_they_stand(monkeypatch):
+    monkeypatch.setenv("MY_PASSWORD", "hunter2hunter2")
+    monkeypatch.setenv("HOME_PAGE", "not a secret at all")
+    node = {"a": ["x hunter2hunter2 y", 3], "b": {"c": "not a secret at all"}}
+    assert without_secrets(node) == {"a": ["x <MY_PASSWORD> y", 3], "b": {"c": "not a secret at all"}}
