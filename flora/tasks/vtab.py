@@ -16,7 +16,7 @@ import numpy as np
 
 from flora.errors import ConfigError, DataError
 from flora.tasks import dsprites, parquet
-from flora.tasks.base import ImageDataset, ImageTask, Splits, draw
+from flora.tasks.base import ImageTask, Splits, draw
 from flora.tasks.download import SOURCES, download
 from flora.tasks.images import Pool, decode, from_grey
 
