@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +111,10 @@ class Peft:
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's format, head included)."""
         assert isinstance(model, peft.PeftModel)
-        model.save_pretrained(str(folder))
+        with warnings.catch_warnings():
+            # PEFT asks the hub whether the vocabulary grew; ours never does.
+            warnings.filterwarnings("ignore", message="Could not find a config file")
+            model.save_pretrained(str(folder))
 
     def _targets(self, model: nn.Module, head: Sequence[str]) -> tuple[str | list[str], list[str]]:
         if self.target_modules == "all":

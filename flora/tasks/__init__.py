@@ -2,6 +2,7 @@
 
 from flora.tasks.base import ImageDataset, ImageTask, Splits, Task
 from flora.tasks.digits import Digits
+from flora.tasks.glue import Glue
 from flora.tasks.vtab import Vtab
 
-__all__ = ["Digits", "ImageDataset", "ImageTask", "Splits", "Task", "Vtab"]
+__all__ = ["Digits", "Glue", "ImageDataset", "ImageTask", "Splits", "Task", "Vtab"]

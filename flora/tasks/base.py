@@ -71,6 +71,11 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         return ImageDataset(self.images.index_select(0, chosen), self.labels[chosen])
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Of logits ``[N, C]`` and classes ``[N]`` or their probabilities ``[N, C]``, in fp32 whatever the autocast."""
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
 def draw(count: int, seed: int) -> np.ndarray:
     """A random order of ``range(count)``, int64 ``[count]``, the same on every machine.
 
@@ -114,7 +119,7 @@ class Task(ABC):
     name: str
     dataset: str
     metric: str
-    epochs: int
+    epochs: float
 
     @abstractmethod
     def load_for(self, model: Any, data_dir: Path | None) -> Splits:
@@ -137,8 +142,8 @@ class Task(ABC):
         """
 
     def loss(self, outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-        """The training loss; cross-entropy of logits ``[N, C]``, in fp32 whatever the autocast dtype."""
-        return F.cross_entropy(outputs.float(), labels, label_smoothing=label_smoothing)
+        """The training loss; by default of a classifier."""
+        return cross_entropy(outputs, labels, label_smoothing)
 
     @abstractmethod
     def metrics(self) -> evaluate.Metric:

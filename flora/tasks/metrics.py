@@ -7,7 +7,8 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import accuracy_score, recall_score
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_score
 
 _NEVER_RIGHT = -1
 
@@ -40,6 +41,58 @@ class Classification(evaluate.Metric):
         present = np.unique(references)
         recall = recall_score(references, predictions, labels=present, average="macro", zero_division=0)
         return {"accuracy": float(accuracy_score(references, predictions)), "mean_per_class_accuracy": float(recall)}
+
+
+class Glue(evaluate.Metric):
+    """What GLUE reports of a task: Matthews' correlation (cola), Pearson's and Spearman's (stsb), accuracy (others).
+
+    MRPC and QQP have the F1 of their positive class as well. A correlation with a constant is 0. All but the
+    correlations lie in [0, 1].
+
+    Args:
+        task: ``cola``, ``rte`` and so on.
+    """
+
+    greater_is_better = True
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        kind = datasets.Value("float32" if self.task == "stsb" else "int64")
+        return evaluate.MetricInfo(
+            description=self.__class__.__doc__,
+            citation="",
+            features=datasets.Features(predictions=kind, references=kind),
+        )
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
+        """Score logits ``[N, C]``, class indices or numbers ``[N]``; outputs that are not finite count as wrong."""
+        if predictions is not None:
+            found = np.asarray(predictions)
+            predictions = found.reshape(-1) if self.task == "stsb" else _to_classes(found)
+        return super().compute(predictions=predictions, references=references, **kwargs)
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        predictions, references = np.asarray(predictions), np.asarray(references)
+        if self.task == "stsb":
+            return {
+                "pearson": _correlation(pearsonr, predictions, references),
+                "spearmanr": _correlation(spearmanr, predictions, references),
+            }
+        if self.task == "cola":
+            return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
+        scores = {"accuracy": float(accuracy_score(references, predictions))}
+        if self.task in ("mrpc", "qqp"):
+            scores["f1"] = float(f1_score(references == 1, predictions == 1, zero_division=0))
+        return scores
+
+
+def _correlation(measure: Any, predictions: np.ndarray, references: np.ndarray) -> float:
+    if len(references) < 2 or not np.isfinite(predictions).all() or not predictions.std() or not references.std():
+        return 0.0
+    return float(measure(predictions, references)[0])
 
 
 def _to_classes(predictions: np.ndarray) -> np.ndarray:

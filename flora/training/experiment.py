@@ -165,7 +165,6 @@ class Experiment:
             model=adapted.model,
             settings=settings,
             forward=self.task.forward(self.model),
-            loss=self.task.loss,
             head=self.model.classifier,
             metric=self.task.metrics(),
             metric_name=self.task.metric,
@@ -177,6 +176,7 @@ class Experiment:
             progress=label,
             extra_callbacks=adapted.callbacks,
             penalty=adapted.penalty,
+            loss=self.task.loss,
         )
 
     def _test(self, trainer: Trainer) -> dict[str, float]:
@@ -206,7 +206,9 @@ def evaluate(
     settings = TrainerSettings(epochs=1, lr=1, eval_batch_size=batch_size, device=device)
     with tempfile.TemporaryDirectory() as folder:  # transformers' trainer wants one even where it writes nothing
         forward, metric = task.forward(model), task.metrics()
-        trainer = Trainer(module, settings, forward, task.loss, model.classifier, metric, task.metric, Path(folder))
+        trainer = Trainer(
+            module, settings, forward, model.classifier, metric, task.metric, Path(folder), loss=task.loss
+        )
         return _metrics(trainer.evaluate(dataset, metric_key_prefix="test"))
 
 

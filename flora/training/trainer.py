@@ -4,6 +4,7 @@ import contextlib
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from flora.adapters.methods import in_head
 from flora.errors import TrainingDiverged
-from flora.tasks.base import Forward
+from flora.tasks.base import Forward, cross_entropy
 from flora.training.meters import PeakMemory
 from flora.training.settings import TrainerSettings
 
@@ -31,7 +32,6 @@ class Trainer(transformers.Trainer):
         model: a module whose trainable parameters are already chosen.
         settings: optimisation settings.
         forward: ``(model, batch, training) -> outputs``; the batch is on the device.
-        loss: ``(outputs, labels, label_smoothing) -> scalar``.
         head: names of the classifier modules, which train with ``settings.head_lr``.
         metric: object with ``compute(predictions=..., references=...) -> {name: value}``; the selection metric is
             ``metric_name``.
@@ -41,6 +41,7 @@ class Trainer(transformers.Trainer):
         progress: what the progress bar calls this run.
         extra_callbacks: what the fine-tuning method does while it trains.
         penalty: ``model -> scalar`` that the fine-tuning method adds to the training loss.
+        loss: ``(outputs, labels, label_smoothing) -> scalar``.
     """
 
     def __init__(
@@ -48,7 +49,6 @@ class Trainer(transformers.Trainer):
         model: nn.Module,
         settings: TrainerSettings,
         forward: Forward,
-        loss: Loss,
         head: Sequence[str],
         metric: Any,
         metric_name: str,
@@ -60,6 +60,7 @@ class Trainer(transformers.Trainer):
         progress: str = "",
         extra_callbacks: Sequence[TrainerCallback] = (),
         penalty: Callable[[nn.Module], torch.Tensor] | None = None,
+        loss: Loss = cross_entropy,
     ) -> None:
         self.settings = settings
         self.penalty = penalty
@@ -178,7 +179,9 @@ class Trainer(transformers.Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Save a checkpoint without transformers' pickled arguments."""
-        super()._save(output_dir, state_dict)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Could not find a config file")  # see flora.adapters.methods
+            super()._save(output_dir, state_dict)
         if output_dir is not None:
             (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
 
@@ -281,7 +284,7 @@ class EpochLines(TrainerCallback):
         losses = [logs["loss"] for logs in state.log_history if "loss" in logs]
         figures = ({"loss": losses[-1]} if losses else {}) | figures
         shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        print(f"{self.label} epoch {state.epoch:.0f}/{args.num_train_epochs:g} {shown}", file=sys.stderr, flush=True)
+        print(f"{self.label} epoch {state.epoch:.3g}/{args.num_train_epochs:g} {shown}", file=sys.stderr, flush=True)
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,0 +1,40 @@
+"""manifest.json of a dataset folder: what its files were when they were prepared; other files are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flora.errors import DataError
+from flora.models.weights import sha256_of
+from flora.results.record import write_json
+
+NAME = "manifest.json"
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What the folder's manifest says; empty without one."""
+    path = folder / NAME
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): delete it or prepare the dataset again") from error
+
+
+def check(folder: Path, paths: Sequence[Path]) -> None:
+    """Raise DataError where a file differs from what the folder's manifest says of it."""
+    files = read(folder).get("files", {})
+    for path in paths:
+        expected = files.get(path.name, {}).get("sha256")
+        if expected and (found := sha256_of(path)) != expected:
+            raise DataError(
+                f"{path} has changed since it was prepared (sha256 {found}, {NAME} says {expected}): "
+                f"prepare it again, or delete {NAME} if the change is meant"
+            )
+
+
+def write(folder: Path, content: dict[str, Any]) -> None:
+    """Write the manifest atomically."""
+    write_json(folder / NAME, content)
