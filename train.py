@@ -106,6 +106,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
     if checkpoint is None:
         record.train_seconds = round(meter.train_seconds, 3)
         record.examples_per_second = round(meter.steps * settings.batch_size / meter.train_seconds, 1)
+        record.gpu_busy_share, record.execution = meter.gpu_busy_share, outcome.trainer.execution
         record.peak_memory_bytes = meter.peak_memory_bytes
         record.history = outcome.trainer.state.log_history
         record.adapter_path = str(folder / "adapter")

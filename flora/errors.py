@@ -17,6 +17,12 @@ class TrainingDiverged(FloraError):
     exit_code = 3
 
 
+class CaptureFailed(FloraError):
+    """The training step cannot be recorded as a CUDA graph; the run leaves a failed record."""
+
+    exit_code = 3
+
+
 class DataError(FloraError):
     """Missing, unreadable or inconsistent data."""
 

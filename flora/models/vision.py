@@ -65,6 +65,7 @@ class TimmModel:
         self.adapter_targets = adapter_targets
         self.architecture = dict(architecture or {})
         self._published = published
+        self._statistics: dict[torch.device, Tensor] = {}  # mean and std, [2, 3, 1, 1]
         if not published.classifier:
             raise ConfigError(f"model.timm_name={timm_name} has no classifier to train: choose an image classifier")
         if self.image_size < 1:
@@ -126,8 +127,10 @@ class TimmModel:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Map uint8 images ``[N, 3, H, W]`` to float ``(x / 255 - mean) / std`` on their device."""
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        if images.device not in self._statistics:  # made once: a copy to a GPU waits for what the GPU is doing
+            both = torch.tensor([self.mean, self.std], device=images.device)
+            self._statistics[images.device] = both[:, :, None, None]
+        mean, std = self._statistics[images.device]
         return images.float().div_(255).sub_(mean).div_(std)
 
     def _create(self, options: dict[str, Any]) -> nn.Module:

@@ -35,6 +35,9 @@ class Record:
         selection: learning-rate choice: grid, validation values, seconds spent; empty without a grid.
         train_seconds: the reported run's training time without evaluation, in seconds.
         examples_per_second: training throughput of the reported run.
+        gpu_busy_share: share of the training time in which the GPU ran kernels, of any process, as NVML says;
+            None on a CPU or where NVML says nothing.
+        execution: how the steps were run: captured as CUDA graphs, compiled, with the data kept on the GPU.
         peak_memory_bytes: peak while training (GPU allocator, or resident memory on a CPU).
         data: facts of the splits: sources, counts, checksums.
         weights: facts of the pretrained weights: source and sha256.
@@ -70,6 +73,8 @@ class Record:
     ranks: dict[str, list[int]] = field(default_factory=dict)
     train_seconds: float | None = None
     examples_per_second: float | None = None
+    gpu_busy_share: float | None = None
+    execution: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     data: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)

@@ -57,7 +57,22 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         The DataLoader hands it to ``collate_fn``, which is then the identity.
         """
         chosen = torch.as_tensor(indices)
+        if self.images.is_cuda:  # a copy from pinned memory does not wait for the GPU
+            chosen = chosen.pin_memory().to(self.images.device, non_blocking=True)
         return {"pixel_values": self.images.index_select(0, chosen), "labels": self.labels[chosen]}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the images and labels."""
+        return self._bands().nbytes + self.labels.nbytes
+
+    def to(self, device: torch.device | str) -> ImageDataset:
+        """The same examples on a device, where their batches are then gathered."""
+        return ImageDataset(self._bands().to(device).expand_as(self.images), self.labels.to(device))
+
+    def _bands(self) -> Tensor:
+        """The channels that memory holds: one of grey images, else all."""
+        return self.images[:, :1] if self.images.stride(1) == 0 else self.images
 
     def concat(self, other: ImageDataset) -> ImageDataset:
         """Both after each other, copied; unlike torch's ConcatDataset the result still gathers a batch in one call."""

@@ -1,6 +1,7 @@
-"""Peak memory of a stretch of work: the GPU allocator's peak, or the process's resident peak on a CPU."""
+"""What a stretch of work took: peak memory of the GPU allocator or the process, and how busy the GPU was."""
 
 import resource
+import threading
 from pathlib import Path
 
 import torch
@@ -36,3 +37,43 @@ class PeakMemory:
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class BusyShare:
+    """Share of the time between ``start`` and ``stop`` in which the GPU ran kernels, in [0, 1].
+
+    A thread asks NVML ten times a second, as nvidia-smi does; each answer covers the last sixth of a second to second,
+    and counts the kernels of every process on the current GPU.
+    """
+
+    INTERVAL = 0.1  # seconds
+
+    def __init__(self) -> None:
+        self._samples: list[int] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin or go on."""
+        if torch.cuda.is_available() and self._thread is None:
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._sample, args=(torch.cuda.current_device(),), daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Stop for now."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def read(self) -> float | None:
+        """The share so far; None without a GPU, or where NVML does not say (it says nothing of a part under MIG)."""
+        return round(sum(self._samples) / len(self._samples) / 100, 3) if self._samples else None
+
+    def _sample(self, device: int) -> None:
+        while not self._stop.wait(self.INTERVAL):
+            try:
+                self._samples.append(torch.cuda.utilization(device))
+            except Exception:  # NVML's errors derive from Exception alone
+                return

@@ -25,6 +25,11 @@ class TrainerSettings:
         max_eval_examples: at most so many validation and test examples, a fixed draw; null for all.
         deterministic: bit-equal repeats on the same machine, where torch has deterministic kernels.
         log_every: steps between training-loss logs.
+        cuda_graph: replay the step as CUDA graphs, which pays where launches take longer than arithmetic; batches must
+            be of one size. Equal to the eager step up to rounding.
+        compile: train through torch.compile.
+        cache_on_device: keep a dataset's examples on the GPU: true, false, or ``auto`` where they take at most a tenth
+            of its free memory.
     """
 
     epochs: float
@@ -48,6 +53,9 @@ class TrainerSettings:
     log_every: int = 10
     warmup_steps: int | None = None
     eval_steps: int | None = None
+    cuda_graph: bool = False
+    compile: bool = False
+    cache_on_device: str | bool = "auto"
 
     def __post_init__(self) -> None:
         positive = ("epochs", "lr", "batch_size", "eval_batch_size", "gradient_accumulation", "log_every")
@@ -71,6 +79,11 @@ class TrainerSettings:
             raise ConfigError(f"trainer.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         if self.device not in ("auto", "cpu"):
             raise ConfigError(f"trainer.device must be auto or cpu, got {self.device!r}")
+        for name in ("cuda_graph", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"trainer.{name} must be true or false, got {getattr(self, name)!r}")
+        if self.cache_on_device not in ("auto", True, False):
+            raise ConfigError(f"trainer.cache_on_device must be auto, true or false, got {self.cache_on_device!r}")
         if self.batch_size % self.gradient_accumulation:
             raise ConfigError("trainer.batch_size must be a multiple of trainer.gradient_accumulation")
 

@@ -6,8 +6,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -19,8 +20,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from flora.adapters.methods import in_head
 from flora.errors import TrainingDiverged
 from flora.tasks.base import Forward, cross_entropy
-from flora.training.meters import PeakMemory
+from flora.training.capture import CapturedAdamW, CapturedStep, say_once
+from flora.training.meters import BusyShare, PeakMemory
 from flora.training.settings import TrainerSettings
+
+CACHED_SHARE = 0.1  # of the free GPU memory, that a dataset may take by itself
 
 Loss = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -67,6 +71,11 @@ class Trainer(transformers.Trainer):
         self.forward = forward
         self.loss = loss
         self.head = list(head)
+        self.captured: CapturedStep | None = None
+        self._clip: Callable[[], torch.Tensor] | None = None
+        self._in_training_mode = False
+        self._placed: dict[Any, Any] = {}  # datasets on the device, by the ones they copy
+        self._on_gpu = settings.device != "cpu" and torch.cuda.is_available()
         every = "steps" if settings.eval_steps else "epoch"
         keep_best = select == "best" and validation is not None and train is not None
         arguments = TrainingArguments(
@@ -98,7 +107,8 @@ class Trainer(transformers.Trainer):
             logging_steps=settings.log_every,
             logging_nan_inf_filter=False,
             dataloader_num_workers=settings.num_workers,
-            dataloader_pin_memory=torch.cuda.is_available() and settings.device != "cpu",
+            dataloader_pin_memory=self._on_gpu,
+            accelerator_config={"non_blocking": self._on_gpu},
             remove_unused_columns=False,
             label_names=["labels"],
             report_to="none",  # ours is a callback (flora.training.loggers)
@@ -121,16 +131,101 @@ class Trainer(transformers.Trainer):
         self.add_callback(Progress(progress) if sys.stderr.isatty() else EpochLines(progress))
         self._frozen_norms = _frozen_norms(model)
 
+    @property
+    def _module(self) -> nn.Module:
+        return cast(nn.Module, self.model)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The task's loss and the method's penalty."""
-        if model.training:
+        training = self._module.training
+        outputs = self.forward(model, inputs, training)
+        loss = self.loss(outputs, inputs["labels"], self.settings.label_smoothing if training else 0.0)
+        if self.penalty is not None and training:
+            loss = loss + self.penalty(self.accelerator.unwrap_model(self._module))
+        return (loss, {"logits": outputs}) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of a micro-batch, replayed as a CUDA graph where that is asked for and possible."""
+        if not (self._in_training_mode and self._module.training):
+            model.train()
             for module in self._frozen_norms:
                 module.eval()
-        outputs = self.forward(model, inputs, model.training)
-        loss = self.loss(outputs, inputs["labels"], self.settings.label_smoothing if model.training else 0.0)
-        if self.penalty is not None and model.training:
-            loss = loss + self.penalty(self.accelerator.unwrap_model(model))
-        return (loss, {"logits": outputs}) if return_outputs else loss
+            self._in_training_mode = True
+        step = self.captured or self._forward_backward
+        return step(self._prepare_inputs(inputs), self.current_gradient_accumulation_steps)
+
+    def _forward_backward(self, batch: dict[str, torch.Tensor], parts: int) -> torch.Tensor:
+        """The loss of one of ``parts`` micro-batches over their number; adds its gradients."""
+        loss = self.compute_loss(self._running, batch)
+        loss = loss / parts
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _prepare_for_training(self, *args, **kwargs):
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        self._in_training_mode = False
+        self._running = torch.compile(model) if self.settings.compile else model
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Module.zero_grad walks all modules, and transformers calls it at every step.
+        model.zero_grad = partial(_zero_grad, self._trained)
+        if isinstance(self._adamw, CapturedAdamW):
+            self.captured, self._clip = CapturedStep(self._forward_backward, self._trained), None
+            self._adamw.follow(self.captured)
+        return model, loader
+
+    def _inner_training_loop(self, *args, **kwargs):
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self.model_wrapped.__dict__.pop("zero_grad", None)
+            self.meter.close()
+
+    def _clip_grad_norm(self, model):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        return self._clipped(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._get_grad_norm(model, grad_norm)
+        return self._clipped(float("inf"))
+
+    def _clipped(self, limit: float) -> torch.Tensor:
+        """The norm of the gradients before they are clipped."""
+        if self.captured is None or not self.captured.captured:
+            return nn.utils.clip_grad_norm_(self._trained, limit)
+        if self._clip is None:
+            self._clip = self.captured.recorder.capture(lambda: nn.utils.clip_grad_norm_(self._trained, limit))
+        return self._clip()
+
+    @property
+    def execution(self) -> dict[str, Any]:
+        """How the steps were run, for the record: captured, compiled, with the data on the GPU."""
+        return {
+            "cuda_graph": self.captured is not None and self.captured.captured,
+            "compile": self.settings.compile,
+            "cached_on_device": any(placed is not dataset for dataset, placed in self._placed.items()),
+        }
+
+    def floating_point_ops(self, inputs):
+        """Not counted: transformers would walk the model at every step."""
+        return 0
+
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        placed = self._place(dataset)
+        self.args.dataloader_pin_memory = self._on_gpu and placed is dataset
+        self.args.dataloader_num_workers = self.settings.num_workers if placed is dataset else 0
+        return super()._get_dataloader(placed, *args, **kwargs)
+
+    def _place(self, dataset: Any) -> Any:
+        """The dataset on the GPU if the settings want it there and it can move, else the dataset."""
+        if not self._on_gpu or self.settings.cache_on_device is False or not hasattr(dataset, "to"):
+            return dataset
+        if dataset not in self._placed:
+            free, _ = torch.cuda.mem_get_info(self.args.device)
+            fits = self.settings.cache_on_device is True or dataset.nbytes <= CACHED_SHARE * free
+            self._placed[dataset] = dataset.to(self.args.device) if fits else dataset
+        return self._placed[dataset]
 
     def create_optimizer(self, model=None):
         """AdamW with one learning rate for the adapter or backbone and one for the head; no decay on 1-D parameters."""
@@ -142,7 +237,7 @@ class Trainer(transformers.Trainer):
                     key = (in_head(name.removeprefix("module."), self.head), parameter.ndim > 1)
                     groups.setdefault(key, []).append(parameter)
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(
+            self.optimizer = (CapturedAdamW if self._captures() else optimizer_class)(
                 [
                     {
                         "params": parameters,
@@ -153,6 +248,7 @@ class Trainer(transformers.Trainer):
                 ],
                 **kwargs,
             )
+            self._adamw = self.optimizer  # accelerate wraps it
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset=None):
@@ -172,9 +268,22 @@ class Trainer(transformers.Trainer):
             return super()._get_eval_sampler(eval_dataset)
         return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Drop accelerate's wrapper where all it does is look for a package on the disk at every step."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.optimizer = self._adamw
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _captures(self) -> bool:
+        if self.settings.cuda_graph and not (self._on_gpu and self.args.world_size == self.args.n_gpu == 1):
+            say_once("trainer.cuda_graph needs one GPU and one process: this run is not captured")
+            return False
+        return self.settings.cuda_graph
+
     def evaluate(self, *args, **kwargs):
         """Evaluate, with the time kept out of the training throughput."""
         with self.meter.pause():
+            self._in_training_mode = False
             return super().evaluate(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
@@ -187,7 +296,7 @@ class Trainer(transformers.Trainer):
 
 
 class StepMeter(TrainerCallback):
-    """Training time without evaluation, examples per second and peak memory."""
+    """Training time without evaluation, examples per second, peak memory and how busy the GPU was."""
 
     def __init__(self) -> None:
         self.train_seconds = 0.0
@@ -195,11 +304,21 @@ class StepMeter(TrainerCallback):
         self.peak_memory_bytes = 0
         self._started: float | None = None
         self._memory = PeakMemory()
+        self._busy = BusyShare()
+
+    @property
+    def gpu_busy_share(self) -> float | None:
+        """Share of the training time in which the GPU ran kernels; None where nobody says."""
+        return self._busy.read()
+
+    def close(self) -> None:
+        """Stop measuring, however training ended."""
+        self._busy.stop()
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Start the clock and reset the peak."""
         self._memory.reset()
-        self._started = time.perf_counter()
+        self._start()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Stop the clock and read the peak."""
@@ -216,9 +335,14 @@ class StepMeter(TrainerCallback):
             yield
         finally:
             if running:
-                self._started = time.perf_counter()
+                self._start()
+
+    def _start(self) -> None:
+        self._started = time.perf_counter()
+        self._busy.start()
 
     def _stop(self) -> None:
+        self._busy.stop()
         if self._started is not None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -285,6 +409,11 @@ class EpochLines(TrainerCallback):
         figures = ({"loss": losses[-1]} if losses else {}) | figures
         shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
         print(f"{self.label} epoch {state.epoch:.3g}/{args.num_train_epochs:g} {shown}", file=sys.stderr, flush=True)
+
+
+def _zero_grad(parameters: list[nn.Parameter], set_to_none: bool = True) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _as_is(batch: Any) -> Any:
