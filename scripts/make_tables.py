@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flora.config import main
 from flora.errors import DataError
+from flora.results import benchmarks
 from flora.results.counts import claims_markdown
 from flora.results.experiments import Table, load, names, scales
 from flora.results.plots import Plot, plots, written_hash
@@ -16,7 +17,9 @@ from flora.results.tables import as_csv, latex, markdown, rows
 def make_tables() -> None:
     """Parse the command line, read the records, then write the files or say which are stale."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", nargs="?", help="name of a file in experiments/; default: all that have records")
+    parser.add_argument(
+        "table", nargs="?", help="name of a file in experiments/, or step_cost; default: all that have records"
+    )
     parser.add_argument("--scale", default="mini", help="mini or paper")
     parser.add_argument("--results", type=Path, default=Path("results/measured"), help="folder of the records")
     parser.add_argument("--output", type=Path, default=Path("results"), help="tables/ and figures/ go in here")
@@ -30,9 +33,14 @@ def make_tables() -> None:
     figures: dict[Path, Plot] = {}
     if arguments.table == "claims":  # on request only: counting its models takes minutes, and no record changes it
         texts[arguments.output / "tables" / "claims.md"] = claims_markdown()
+    elif arguments.table == "step_cost":
+        texts |= benchmarks.rendered(arguments.output)
+        if not texts:
+            raise DataError(f"no result in {arguments.output / 'benchmarks'}: run scripts/bench_step.py --json first")
     else:
         chosen = [load(arguments.table, arguments.scale)] if arguments.table else with_records(contents)
-        if not chosen:
+        texts |= {} if arguments.table else benchmarks.rendered(arguments.output)
+        if not chosen and not texts:
             raise DataError(f"no finished record of any table in {arguments.results}: run scripts/reproduce.py first")
         for table in chosen:
             more_texts, more_figures = rendered(table, contents, store, arguments.output)

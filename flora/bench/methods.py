@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.adapters.heads import trained
-from flora.adapters.methods import Peft
+from flora.adapters.methods import Full, Peft
 from flora.bench.dense import make_dense
 from flora.bench.networks import Network
 
@@ -90,13 +90,19 @@ class Methods:
             if self.network.kind != "image":
                 model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
             return Prepared(_still(model), 0, input_requires_grad=self.network.kind == "image")
+        adapted = self.tuning(method).apply(model, self.head)
         if method == "full":
-            return Prepared(model.requires_grad_(True), sum(trained(model, ())))
-        adapted = (self._lora() if method == "lora" else self._flora(method)).apply(model, self.head)
+            return Prepared(adapted.model, sum(trained(adapted.model, ())))
         params = trained(adapted.model, self.head)[0]
         if method == "dense":
             make_dense(adapted.model)
         return Prepared(_still(adapted.model.train()), params, len(adapted.ranks))
+
+    def tuning(self, method: str) -> Full | Peft:
+        """The fine-tuning method behind a name other than the floors."""
+        if method == "full":
+            return Full("full", 1e-3, 1e-3)
+        return self._lora() if method == "lora" else self._flora(method)
 
     def _lora(self) -> Peft:
         # Updates that are not zero: arithmetic on zeros takes less power, and so less time, on some devices.

@@ -87,9 +87,19 @@ class Network:
                 return model(**inputs).loss
             return F.cross_entropy(model(inputs["images"]).float(), inputs["labels"])
 
+    def outputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """The logits of a batch."""
+        with self.autocast(next(iter(inputs.values())).device):
+            return model(inputs["images"]) if self.kind == "image" else model(**unlabelled(inputs)).logits
+
     def autocast(self, device: torch.device) -> Any:
         """The context in which the network computes."""
         return torch.autocast(device.type, self.dtype, enabled=not self.casts_weights)
+
+
+def unlabelled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch without its labels."""
+    return {name: tensor for name, tensor in inputs.items() if name != "labels"}
 
 
 def network(

@@ -1,0 +1,144 @@
+"""The table of step costs: what the JSON files hold, the same bytes each time."""
+
+import csv
+import io
+import json
+import math
+import sys
+
+import pytest
+
+from flora.config import main
+from flora.errors import DataError
+from flora.results import benchmarks
+from scripts import make_tables
+
+FACTS = {
+    "device": "NVIDIA H100 80GB HBM3",
+    "torch": "2.11.0",
+    "command": "python scripts/bench_step.py --model resnet50",
+    "commit": "0123456789abcdef",
+    "dirty": False,
+    "versions": {"torch": "2.11.0"},
+    "model": "resnet50",
+    "batch": 64,
+    "size": 224,
+    "tokens": None,
+    "dtype": "bf16",
+    "r": 16,
+    "kernel_rank": 2,
+    "channels_last": False,
+}
+STEP = FACTS | {"benchmark": "step", "captured": False, "layers": "all", "match": False}
+
+
+def row(method, ms, **more):
+    base = {"method": method, "ms": ms, "ms_spread": 0.25, "ratio": ms and ms / 10, "peak_bytes": 2_500_000_000}
+    return base | {"layers": 53, "trainable_params": 1234567} | more
+
+
+def step(**changes):
+    rows = [row("floor", 10.0, layers=None, trainable_params=0), row("lora", 24.0), row("flora", 12.0)]
+    crashed = row("dense", None, peak_bytes=None, error="RuntimeError: expected 1 channel")
+    return STEP | {"rows": [*rows, crashed]} | changes
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A results folder with one file of every benchmark."""
+    folder = tmp_path / "results" / "benchmarks"
+    folder.mkdir(parents=True)
+    infer = FACTS | {"benchmark": "infer", "difference": 1e-7, "export": {"passed": True, "difference": 0.0}}
+    infer["rows"] = [{"method": "merged", "ms": 5.0, "ms_spread": 0.1, "ratio": 1.001, "ratio_spread": 0.002}]
+    rates = {"train": 9000.0, "train_spread": 10.0, "bare": 9900.0, "bare_spread": 5.0, "share": 0.9091}
+    train = FACTS | {"benchmark": "train", "trainer": {"cuda_graph": True}, "rows": [{"method": "flora"} | rates]}
+    files = {"resnet50": step(), "b_infer": infer, "a_train": train}
+    files["deberta"] = step(model="deberta", size=None, tokens=128, rows=[row("lora", 40.0), row("flora", 10.0)])
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def render(results, monkeypatch, capsys):
+    """Run make_tables.py: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        places = ["--results", str(results / "measured"), "--output", str(results)]
+        monkeypatch.setattr(sys, "argv", ["make_tables.py", *arguments, *places])
+        capsys.readouterr()
+        try:
+            main(make_tables.make_tables, trace=lambda: False)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_a_line_shows_time_spread_ratios_memory_and_parameters(results):
+    text = benchmarks.rendered(results)[results / "tables" / "step_cost.md"]
+    assert "| flora | 12.00 | 0.25 | 1.20 | 0.50 | 2.50 | 53 | 1,234,567 |" in text  # half of LoRA's 24 ms
+    assert "| floor | 10.00 | 0.25 | 1.00 | 0.42 | 2.50 | - | 0 |" in text
+    assert "| dense | - | 0.25 | - | - | - | 53 | 1,234,567 |" in text
+    assert "- dense: RuntimeError: expected 1 channel" in text
+    assert "| merged | 5.000 | 0.100 | 1.001 | 0.002 |" in text
+    assert "| flora | 9,000 | 10 | 9,900 | 5 | 0.909 |" in text
+    assert "trainer.cuda_graph=True" in text
+    for words in (
+        "NVIDIA H100",
+        "torch 2.11.0",
+        "commit 0123456789ab",
+        "`python scripts/bench_step.py --model resnet50`",
+    ):
+        assert words in text
+    order = [text.index(words) for words in ("### deberta", "### resnet50", "## Inference", "## train.py")]
+    assert order == sorted(order)
+
+
+def test_the_speed_up_over_lora_is_a_geometric_mean_of_comparable_runs():
+    found = [step(file="a"), step(file="b", rows=[row("lora", 45.0), row("flora", 10.0)])]
+    found += [step(file="c", captured=True), step(file="d", rows=[row("flora", 10.0)]), step(file="e", match=True)]
+    lines = benchmarks.speedups(found)
+    assert len(lines) == 3
+    mean = math.sqrt(2.0 * 4.5)
+    assert f"x{mean:.2f} as fast as LoRA, geometric mean of 2 (NVIDIA H100 80GB HBM3, eager, equal r)" in lines[0]
+    assert "x2.00" in lines[1]
+    assert "eager, equal parameters" in lines[1]
+    assert "captured, equal r" in lines[2]
+
+
+def test_the_csv_holds_every_number_unrounded(results):
+    text = benchmarks.rendered(results)[results / "tables" / "step_cost.csv"]
+    lines = list(csv.DictReader(io.StringIO(text)))
+    assert len(lines) == 4 + 2 + 1 + 1
+    (found,) = (line for line in lines if (line["file"], line["method"]) == ("resnet50.json", "flora"))
+    assert (found["ms"], found["ratio"], found["peak_bytes"], found["size"]) == ("12.0", "1.2", "2500000000", "224")
+    assert (found["adapted_layers"], found["layers"], found["error"]) == ("53", "all", "")
+
+
+def test_make_tables_renders_it_and_notices_a_new_file(results, render, monkeypatch):
+    monkeypatch.setattr(make_tables, "with_records", lambda contents: [])  # composing all cells takes a minute
+    stem = results / "tables" / "step_cost"
+    code, out, _ = render("step_cost")
+    assert code == 0
+    assert out.startswith("# What a step costs")
+    written = {path: path.read_bytes() for path in (stem.with_suffix(".md"), stem.with_suffix(".csv"))}
+    assert render("--check")[0] == 0  # with no record of any run
+    assert {path: path.read_bytes() for path in written} == written
+    (results / "benchmarks" / "z.json").write_text(json.dumps(step(model="vit")))
+    code, _, err = render("--check")
+    assert code == 1
+    assert "step_cost.md" in err
+
+
+def test_without_results_there_is_no_table(tmp_path):
+    assert benchmarks.rendered(tmp_path) == {}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}', '{"benchmark": "other"}'])
+def test_a_file_of_another_kind_is_named(text, results):
+    (results / "benchmarks" / "x.json").write_text(text)
+    with pytest.raises(DataError, match=r"x\.json: not the result of a benchmark"):
+        benchmarks.rendered(results)
