@@ -75,11 +75,14 @@ class Methods:
         spec = network.spec
         self.head = spec.classifier
         self.targets: str | list[str] = spec.adapter_targets
+        self._rank_pattern: dict[str, Any] = {}
         with torch.device("meta"):
             lora = self._lora().apply(spec.skeleton(), self.head)
-        self.lora_params = trained(lora.model, self.head)[0]
-        if layers == "common":
-            self.targets = "|".join(re.escape(name) for name in sorted(lora.ranks))
+            if layers == "common":
+                self.targets = "|".join(re.escape(name) for name in sorted(lora.ranks))
+            if ranks.match:
+                solved: Any = self._flora("flora", trained(lora.model, self.head)[0])
+                self._rank_pattern = solved.apply(spec.skeleton(), self.head).model.peft_config["default"].rank_pattern
 
     def prepare(self, method: str, model: nn.Module) -> Prepared:
         """Turn a fresh copy of the network, on its device, into what the method trains."""
@@ -110,10 +113,10 @@ class Methods:
         options: dict[str, Any] = {"r": r, "lora_alpha": r, "init_lora_weights": False}
         return Peft("lora", "peft.LoraConfig", 1e-3, 1e-3, self.targets, skip_depthwise=True, **options)
 
-    def _flora(self, method: str) -> Peft:
+    def _flora(self, method: str, budget: int | None = None) -> Peft:
         forward = {"flora": "auto", "dense": "factored"}.get(method, method.removeprefix("flora_"))
         options: dict[str, Any] = {"r": self.ranks.r, "kernel_rank": self.ranks.kernel_rank, "init_weights": False}
-        budget = self.lora_params if self.ranks.match else None
+        options["rank_pattern"] = dict(self._rank_pattern)
         return Peft("flora", "flora.FloraConfig", 1e-3, 1e-3, self.targets, budget=budget, forward=forward, **options)
 
 

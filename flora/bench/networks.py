@@ -139,9 +139,8 @@ def network(
     if size is not None or channels_last:
         raise ConfigError(f"--size, --channels-last: {name} reads text; leave them out")
     found = Network(spec, batch or BATCH[spec.kind], dtype, tokens or TOKENS[spec.kind])
-    longest = spec.config().max_position_embeddings
-    if found.tokens and found.tokens > longest:
-        raise ConfigError(f"--tokens: {name} reads at most {longest}, got {found.tokens}")
+    if found.tokens and found.tokens > spec.max_length:
+        raise ConfigError(f"--tokens: {name} reads at most {spec.max_length}, got {found.tokens}")
     return found
 
 
@@ -151,6 +150,6 @@ def _transformers(name: str) -> TransformersModel:
     if not path.exists():
         raise ConfigError(f"--model {name}: there is no configs/model/{config}.yaml yet; choose another")
     fields = yaml.safe_load(path.read_text())
-    del fields["_target_"]
-    fields["architecture"] |= smaller
-    return TransformersModel(**fields)
+    sizes = fields["architecture"] | smaller
+    targets = fields["adapter_targets"]
+    return TransformersModel(name, fields["kind"], sizes, fields["classifier"], False, adapter_targets=targets)
