@@ -29,6 +29,18 @@ def test_a_batch_is_its_items_stacked():
         assert torch.equal(value, torch.stack([data[7][key], data[2][key]]))
 
 
+def test_a_copy_on_a_device_keeps_grey_images_grey():
+    grey = dataset(10)
+    assert grey.nbytes == 10 * 16 + 10 * 8
+    assert grey.to("cpu").nbytes == grey.nbytes
+    assert grey.to("meta").images.stride(1) == 0
+    colour = ImageDataset(grey.images.contiguous(), grey.labels)
+    assert colour.nbytes == 10 * 48 + 10 * 8
+    for one in (grey, colour):
+        for key, value in one.__getitems__([7, 2]).items():
+            assert torch.equal(one.to("cpu").__getitems__([7, 2])[key], value)
+
+
 def test_concat_puts_one_after_the_other():
     both = dataset(3).concat(dataset(2, start=50))
     assert both.labels.tolist() == [0, 1, 2, 50, 51]
