@@ -2,8 +2,8 @@
 
 python scripts/bench_step.py --model convnextv2_large --batch 32 --dtype bf16 --r 16 --json results/benchmarks/NAME.json
 
-Weights and data are random. The methods run one at a time, alone on the device, in rounds of random order. There is no
-optimiser.
+Weights and data are random; there is no optimiser. The methods take turns in rounds of random order, on a GPU each
+alone on the device.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Timing of a training step: each method alone on the device, in rounds of random order, with its peak memory."""
+"""Timing of a training step: rounds of random order, on a GPU each method alone on the device, with its peak memory."""
 
 import copy
 import gc
@@ -71,6 +71,9 @@ def measure(
 ) -> dict[str, Measured]:
     """Time a step of every method; one that fails keeps its error and is left out of later rounds.
 
+    On a GPU a model is built for its turn and dropped after it, so that its peak is its own. On a CPU all models stay,
+    so that turns can be short and many: other processes then disturb every method alike.
+
     Args:
         methods: on which network, with which ranks.
         names: which methods.
@@ -82,25 +85,32 @@ def measure(
     torch.manual_seed(plan.seed)
     base = network.build(device)
     found = {name: Measured() for name in names}
+    ready: dict[str, Callable[[], None]] = {}
     order = random.Random(plan.seed)
     for number in range(plan.rounds):
         for name in order.sample(list(names), len(names)):
             measured = found[name]
             if measured.error is None:
                 try:
-                    _free(device)
-                    _one_pass(methods, name, base, plan, device, measured)
+                    if name not in ready:
+                        _free(device)
+                        ready[name] = _ready(methods, name, base, plan, device, measured)
+                    measured.rounds.append(timed(ready[name], plan.steps, device))
+                    if device.type == "cuda":
+                        measured.peak_bytes = max(measured.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
                     done = f"{statistics.median(measured.rounds[-1]):.2f} ms"
                 except Exception as error:  # reported in the method's row; the others go on
-                    measured.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                    done = measured.error
+                    measured.error = done = one_line(error)
+                if device.type == "cuda" or measured.error:
+                    ready.pop(name, None)
                 report(f"round {number + 1} of {plan.rounds}: {name} {done}")
     return found
 
 
-def _one_pass(
+def _ready(
     methods: Methods, name: str, base: nn.Module, plan: Plan, device: torch.device, measured: Measured
-) -> None:
+) -> Callable[[], None]:
+    """The step of a method on a fresh copy of the network, warmed up."""
     torch.manual_seed(plan.seed)
     prepared = methods.prepare(name, copy.deepcopy(base).to(device))
     measured.layers, measured.trainable_params = prepared.layers, prepared.trainable_params
@@ -109,12 +119,16 @@ def _one_pass(
         _free(device)
         torch.cuda.reset_peak_memory_stats(device)
     step = Step(methods.network, prepared, inputs)
-    run = captured(step, plan.warmup) if plan.capture else step
+    run = Captured(step, plan.warmup) if plan.capture else step
     for _ in range(plan.warmup):
         run()
-    measured.rounds.append(timed(run, plan.steps, device))
-    if device.type == "cuda":
-        measured.peak_bytes = max(measured.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
+    return run
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class Step:
@@ -145,19 +159,30 @@ class Step:
             tensor.grad = None
 
 
-def captured(step: Step, warmup: int) -> Callable[[], None]:
-    """The step as one CUDA graph: a function that replays it on the same inputs."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(max(warmup, 3)):
+class Captured:
+    """A step as one CUDA graph, replayed on the same inputs.
+
+    Args:
+        step: kept, since the graph reads and writes the memory of its model.
+        warmup: eager steps before the capture, at least three.
+    """
+
+    def __init__(self, step: Step, warmup: int) -> None:
+        self.step = step
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(max(warmup, 3)):
+                step()
+            step.forget()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
             step()
-        step.forget()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+
+    def __call__(self) -> None:
+        """Run once."""
+        self.graph.replay()
 
 
 def timed(run: Callable[[], Any], steps: int, device: torch.device) -> list[float]:

@@ -73,8 +73,8 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 
 def _notes() -> list[str]:
     return [
-        "- forward and backward without optimiser; every method alone on the device, in rounds of random order;"
-        " medians, spread: interquartile range",
+        "- forward and backward without optimiser, in rounds of random order, on a GPU every method alone on the"
+        " device; medians, spread: interquartile range",
         "- floor: the frozen model (fp32 weights under autocast; a causal language model's in the compute dtype) with"
         " gradients through every activation; floor_cast: weights of linear layers and convolutions cast beforehand",
         "- LoRA is PEFT's, which leaves depthwise and grouped convolutions out; full trains the head and all else;"

@@ -16,7 +16,7 @@ from flora.bench import networks
 from flora.bench.dense import DenseLayer, make_dense
 from flora.bench.methods import METHODS, Methods, Ranks
 from flora.bench.networks import network
-from flora.bench.timing import Plan, Step, captured, measure, spread
+from flora.bench.timing import Captured, Plan, Step, measure, spread
 from scripts.bench_step import bench_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,7 +214,7 @@ def test_a_replayed_step_gives_the_gradients_of_an_eager_one(method):
     net = network("resnet18", batch=4, size=64)
     made = Methods(net, Ranks(r=4)).prepare(method, net.build(device).to(device).eval())
     step = Step(net, made, net.inputs(device))
-    replay = captured(step, warmup=3)
+    replay = Captured(step, warmup=3)
     replay()
     torch.cuda.synchronize()
     replayed = [t.grad.clone() for t in step._with_gradients]
