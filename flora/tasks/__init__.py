@@ -1,8 +1,9 @@
 """Datasets and their protocols: what to train on, how to split it and how to score it."""
 
 from flora.tasks.base import ImageDataset, ImageTask, Splits, Task
+from flora.tasks.commonsense import Commonsense
 from flora.tasks.digits import Digits
 from flora.tasks.glue import Glue
 from flora.tasks.vtab import Vtab
 
-__all__ = ["Digits", "Glue", "ImageDataset", "ImageTask", "Splits", "Task", "Vtab"]
+__all__ = ["Commonsense", "Digits", "Glue", "ImageDataset", "ImageTask", "Splits", "Task", "Vtab"]

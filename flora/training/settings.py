@@ -19,6 +19,8 @@ class TrainerSettings:
         lr, head_lr: peak learning rates of the adapter (or backbone) and of the head; null: the head takes ``lr``.
         warmup_ratio: share of the steps with rising learning rate; then ``schedule`` (a transformers scheduler name).
         warmup_steps: their number, wins over ``warmup_ratio`` when given.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them; networks of
+            transformers only.
         eval_steps: steps between two looks at validation; null: once an epoch.
         dtype: ``fp32``, or ``bf16`` for autocast over fp32 weights.
         device: ``auto`` (a GPU when there is one) or ``cpu``.
@@ -56,6 +58,7 @@ class TrainerSettings:
     cuda_graph: bool = False
     compile: bool = False
     cache_on_device: str | bool = "auto"
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         positive = ("epochs", "lr", "batch_size", "eval_batch_size", "gradient_accumulation", "log_every")

@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from flora.adapters.methods import in_head
 from flora.errors import TrainingDiverged
+from flora.models.quiet import quietly
 from flora.tasks.base import Forward, cross_entropy
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once
 from flora.training.meters import BusyShare, PeakMemory
@@ -90,6 +91,8 @@ class Trainer(transformers.Trainer):
             lr_scheduler_type=settings.schedule,
             warmup_steps=settings.warmup_steps or settings.warmup_ratio,
             max_grad_norm=settings.max_grad_norm,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
             bf16=settings.dtype == "bf16",
             use_cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
             seed=seed,
@@ -288,7 +291,7 @@ class Trainer(transformers.Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Save a checkpoint without transformers' pickled arguments."""
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quietly():
             warnings.filterwarnings("ignore", message="Could not find a config file")  # see flora.adapters.methods
             super()._save(output_dir, state_dict)
         if output_dir is not None:

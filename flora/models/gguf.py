@@ -1,0 +1,47 @@
+"""GGUF files as the folder that transformers would have saved: converted once, kept in FLORA_CACHE."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+from flora.errors import WeightsError
+from flora.models.quiet import quietly
+from flora.models.weights import cache_dir, sha256_of
+
+
+def converted(path: Path) -> Path:
+    """The folder with ``model.safetensors`` in float32 and the tokenizer of a GGUF file.
+
+    Args:
+        path: of a causal language model that transformers can read.
+
+    Raises:
+        WeightsError: the package gguf is missing, or the file cannot be read.
+    """
+    target = cache_dir() / "gguf" / sha256_of(path)[:16]
+    if target.is_dir():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise WeightsError(f"{path.name} needs the package gguf: pip install flora[embedded]")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as folder, quietly():
+            whole = Path(folder) / "whole"
+            place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            transformers.AutoTokenizer.from_pretrained(**place).save_pretrained(whole)
+            model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+            model.save_pretrained(whole)
+            try:
+                os.replace(whole, target)
+            except OSError:
+                if not target.is_dir():  # another process was first
+                    raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        shutil.rmtree(target, ignore_errors=True)
+        raise WeightsError(f"{path} cannot be converted ({str(error).splitlines()[0]}): fetch it again") from error
+    return target

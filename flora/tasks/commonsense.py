@@ -1,0 +1,529 @@
+"""Commonsense reasoning with a language model: eight sets of questions with listed answers, as LLM-Adapters asks them.
+
+Hu et al. 2023, "LLM-Adapters", arXiv 2304.01933: an instruction that lists the answers, and the response "the correct
+answer is X". Their training mix of the eight sets is commonsense_170k.json.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from flora.errors import ConfigError, DataError, WeightsError
+from flora.models.weights import reach_hub, sha256_of
+from flora.tasks import manifest
+from flora.tasks.base import Batch, Forward, Splits, cross_entropy, draw
+from flora.tasks.images import one_line
+from flora.tasks.metrics import Classification
+from flora.tasks.rows import row_of
+from flora.tasks.text import TextDataset, TextTask, fingerprint, starts_of, tokenise
+
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
+    "                ### Instruction:\n                {instruction}\n\n                ### Response:\n                "
+)
+RESPONSE = "the correct answer is {answer}"
+MIX = "commonsense_170k.json"
+_IMPOSSIBLE = -1e9
+_LISTED = re.compile(r"Answer format: (\S+)\s*$")
+
+
+@dataclass(frozen=True)
+class Question:
+    """An instruction, the answers it lists, and which of them is right."""
+
+    instruction: str
+    answers: tuple[str, ...]
+    right: int
+
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One dataset.
+
+    Attributes:
+        ask: a row of the original dataset as a question; KeyError for a missing column, ValueError for a wrong label.
+        hub: its repository and configuration on the hub.
+        folder: its name in LLM-Adapters' ``dataset`` folder.
+        test: the split that results are reported on, as LLM-Adapters does.
+        rows: official numbers of rows, train and test.
+    """
+
+    ask: Callable[[Row], Question]
+    hub: tuple[str, str]
+    folder: str
+    test: str
+    rows: tuple[int, int]
+
+
+def _question(
+    text: str, kind: str, options: Sequence[str], right: Any, between: str = " ", end: str = "\n\n"
+) -> Question:
+    """Numbered options, and the index of the right one."""
+    names = tuple(f"{kind}{i + 1}" for i in range(len(options)))
+    listed = between.join(f"{name.capitalize()}: {option}" for name, option in zip(names, options, strict=True))
+    instruction = f"{text}\n\n{listed}{end}Answer format: {'/'.join(names)}"
+    return Question(instruction, names, _index(right, len(names)))
+
+
+def _index(value: Any, count: int) -> int:
+    number = int(value)
+    if not 0 <= number < count:
+        raise ValueError(f"label {value} is outside 0..{count - 1}")
+    return number
+
+
+def _boolq(row: Row) -> Question:
+    yes = _index(row["label"] if "label" in row else row["answer"], 2)
+    text = f"Please answer the following question with true or false, question: {row['question']}?"
+    return Question(f"{text}\n\nAnswer format: true/false", ("true", "false"), 1 - yes)
+
+
+def _with_passage(row: Row) -> Question:
+    plain = _boolq(row)
+    asked = plain.instruction.replace("Please answer", "After reading this passage, please answer", 1)
+    return Question(f"Passage: {row['passage']}\n{asked}", plain.answers, plain.right)
+
+
+def _piqa(row: Row) -> Question:
+    text = f"Please choose the correct solution to the question: {row['goal']}"
+    return _question(text, "solution", (row["sol1"], row["sol2"]), row["label"], between="\n\n")
+
+
+def _siqa(row: Row) -> Question:
+    text = f"Please choose the correct answer to the question: {row['context']} {row['question']}"
+    return _question(text, "answer", [row[f"answer{letter}"] for letter in "ABC"], int(row["label"]) - 1)
+
+
+def _hellaswag(row: Row) -> Question:
+    text = f"Please choose the correct ending to complete the given sentence: {row['activity_label']}: {row['ctx']}"
+    return _question(text, "ending", row["endings"], row["label"])
+
+
+def _winogrande(row: Row) -> Question:
+    text = f"Please choose the correct answer to fill in the blank to complete the given sentence: {row['sentence']}"
+    return _question(text, "option", (row["option1"], row["option2"]), int(row["answer"]) - 1, end=" ")
+
+
+def _choices(stem: str, row: Row) -> Question:
+    """ARC and OpenBookQA: options with letters or numbers."""
+    keys, text = list(row["choices"]["label"]), f"Please choose the correct answer to the question: {row[stem]}"
+    if row["answerKey"] not in keys:
+        raise ValueError(f"answerKey {row['answerKey']!r} is none of {keys}")
+    return _question(text, "answer", row["choices"]["text"], keys.index(row["answerKey"]))
+
+
+DATASETS = {
+    "boolq": Entry(_boolq, ("google/boolq", "default"), "boolq", "validation", (9427, 3270)),
+    "piqa": Entry(_piqa, ("ybisk/piqa", "plain_text"), "piqa", "validation", (16113, 1838)),
+    "siqa": Entry(_siqa, ("allenai/social_i_qa", "default"), "social_i_qa", "validation", (33410, 1954)),
+    "hellaswag": Entry(_hellaswag, ("Rowan/hellaswag", "default"), "hellaswag", "validation", (39905, 10042)),
+    "winogrande": Entry(
+        _winogrande, ("allenai/winogrande", "winogrande_xl"), "winogrande", "validation", (40398, 1267)
+    ),
+    "arc_e": Entry(partial(_choices, "question"), ("allenai/ai2_arc", "ARC-Easy"), "ARC-Easy", "test", (2251, 2376)),
+    "arc_c": Entry(
+        partial(_choices, "question"), ("allenai/ai2_arc", "ARC-Challenge"), "ARC-Challenge", "test", (1119, 1172)
+    ),
+    "obqa": Entry(
+        partial(_choices, "question_stem"), ("allenai/openbookqa", "main"), "openbookqa", "test", (4957, 500)
+    ),
+}
+
+
+class Choices(Dataset[Batch]):
+    """Questions to be answered: every listed answer as a continuation to score, or the bare prompt to continue.
+
+    Args:
+        rows: the sequences; ``labels`` per token are -100 except on the answer.
+        first: int64 ``[N + 1]``, which sequences belong to each question, and the end.
+        right: int64 ``[N]``, the right answer.
+    """
+
+    def __init__(self, rows: TextDataset, first: Tensor, right: Tensor):
+        self.rows = rows
+        self.first = first
+        self.right = right
+        lengths = np.array(rows.lengths)
+        self.lengths = [int(lengths[a:b].max()) for a, b in itertools.pairwise(first.tolist())]
+        self.most = int(first.diff().max())
+
+    def __len__(self) -> int:
+        return len(self.right)
+
+    def __getitem__(self, index: int) -> Batch:
+        """A batch of one."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """The right answers ``[B]``, and all sequences ``[M, L]`` with their place among the scores ``[B, most]``."""
+        counts = self.first.diff()[torch.as_tensor(indices)]
+        sequences = [i for index in indices for i in range(int(self.first[index]), int(self.first[index + 1]))]
+        found = self.rows.__getitems__(sequences)
+        columns = torch.cat([torch.arange(int(count)) for count in counts])
+        places = torch.arange(len(indices)).repeat_interleave(counts) * self.most + columns
+        targets = found.pop("labels")
+        return {"labels": self.right[torch.as_tensor(indices)], **found, "targets": targets, "places": places} | {
+            "most": torch.tensor(self.most)
+        }
+
+    def subset(self, count: int, seed: int = 0) -> Choices:
+        """``count`` questions in their old order, drawn with ``seed``."""
+        if count >= len(self):
+            return self
+        chosen = np.sort(draw(len(self), seed)[:count])
+        sequences = [np.arange(int(self.first[i]), int(self.first[i + 1])) for i in chosen]
+        rows = self.rows.take(np.concatenate(sequences))
+        return Choices(rows, starts_of(map(len, sequences)), self.right[torch.from_numpy(chosen)])
+
+
+class Commonsense(TextTask):
+    """One of the eight sets.
+
+    Args:
+        name: of the family, as records show it.
+        dataset: a key of DATASETS.
+        epochs: default length of training.
+        train: ``own`` (the dataset's training split) or ``mix`` (LLM-Adapters' commonsense_170k.json).
+        answers: how the test is taken: ``likelihood`` (the listed answer of highest probability) or ``generated`` (the
+            first listed answer that greedy decoding names; none of them counts as wrong).
+        passage: show BoolQ's passage, which LLM-Adapters does not.
+        max_length: tokens; longer prompts lose their beginning, and are counted in the record.
+        validation_size: questions drawn from train to choose on.
+        split_seed: of that draw.
+
+    Raises:
+        ConfigError: for an unknown dataset or a value out of range.
+    """
+
+    metric = "accuracy"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        dataset: str,
+        epochs: float,
+        train: str = "own",
+        answers: str = "likelihood",
+        passage: bool = False,
+        max_length: int = 256,
+        validation_size: int = 120,
+        split_seed: int = 0,
+    ):
+        if dataset not in DATASETS:
+            close = difflib.get_close_matches(dataset, DATASETS)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            raise ConfigError(f"task.dataset={dataset} is unknown; {hint}choose one of {', '.join(DATASETS)}")
+        for key, value, allowed in (
+            ("train", train, ("own", "mix")),
+            ("answers", answers, ("likelihood", "generated")),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"task.{key}={value} must be {' or '.join(allowed)}")
+        if passage and dataset != "boolq":
+            raise ConfigError(f"task.passage=true: only boolq has passages, {dataset} has none")
+        if max_length < 32 or validation_size < 1:
+            raise ConfigError("task.max_length must be at least 32 and task.validation_size at least 1")
+        self.name = name
+        self.dataset = dataset
+        self.epochs = epochs
+        self.train = train
+        self.answers = answers
+        self.passage = passage
+        self.max_length = max_length
+        self.validation_size = validation_size
+        self.split_seed = split_seed
+
+    @property
+    def entry(self) -> Entry:
+        """The dataset's row of DATASETS."""
+        return DATASETS[self.dataset]
+
+    def metrics(self) -> Classification:
+        """Accuracy over the listed answers."""
+        return Classification()
+
+    def load_for(self, model: Any, data_dir: Path | None) -> Splits:
+        """See Task.load_for."""
+        if getattr(model, "kind", None) != "causal_lm":
+            raise ConfigError(f"model={model.name} writes no text: choose a language model, e.g. model=smollm2_135m")
+        return super().load_for(model, data_dir)
+
+    def load(self, *, tokenizer: Any, max_length: int, data_dir: Path | None) -> Splits:
+        """See TextTask.load; from ``data_dir/DATASET`` (parquet, or LLM-Adapters' JSON), or the hub."""
+        folder = self._folder(data_dir)
+        train, train_files = self._questions(folder, "train") if self.train == "own" else self._mix(data_dir)
+        test, test_files = self._questions(folder, self.entry.test)
+        if self.validation_size >= len(train):
+            raise DataError(f"{self.dataset}: {len(train)} questions to train on, {self.validation_size} to hold out")
+        order = draw(len(train), self.split_seed)
+        held_out = [train[i] for i in order[: self.validation_size]]
+        fitted = [train[i] for i in order[self.validation_size :]]
+        coder = _Coder(tokenizer, min(max_length, self.max_length))
+        sets: dict[str, Any] = {
+            "train": coder.answered("train", fitted),
+            "validation": coder.asked("validation", held_out),
+            "test": coder.asked("test", test),
+        }
+        official = dict(zip(("train", "test"), self.entry.rows, strict=True))
+        found = {"train": len(train), "test": len(test)}
+        facts = {
+            "source": "paths.data" if self._local(data_dir) else f"hub {self.entry.hub[0]}",
+            "files": train_files | test_files,
+            "counts": {split: len(part) for split, part in sets.items()},
+            "split_rule": f"validation {self.validation_size} drawn from train, seed {self.split_seed}",
+            "max_length": coder.max_length,
+            "tokenizer_sha256": fingerprint(tokenizer),
+            "truncated": coder.truncated,
+            "warnings": coder.warnings
+            + [
+                f"{split} has {found[split]} questions, the original has {official[split]}"
+                for split in official
+                if found[split] != official[split] and not (split == "train" and self.train == "mix")
+            ],
+        }
+        return Splits(**sets, num_classes=0, class_names=[], facts=facts)
+
+    def forward(self, model: Any) -> Forward:
+        """Logits of the answers' tokens ``[B, K, V]`` in training, else a score for every listed answer ``[B, C]``."""
+        tokenizer = model.tokenizer() if self.answers == "generated" else None
+
+        def forward(module: nn.Module, batch: Batch, training: bool) -> Tensor:
+            if training:
+                logits, batch["labels"] = answer_logits(module, batch, batch["labels"])
+                return logits
+            return generated(module, batch, tokenizer) if tokenizer is not None else likelihoods(module, batch)
+
+        return forward
+
+    def loss(self, outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+        """Cross-entropy of the answers' tokens, or of the scores where questions are asked."""
+        if outputs.ndim == 2:
+            return cross_entropy(outputs, labels)
+        return cross_entropy(outputs.flatten(0, 1), labels.flatten(), label_smoothing)
+
+    def _folder(self, data_dir: Path | None) -> Path:
+        if local := self._local(data_dir):
+            return local
+        reason = "paths.data is not set" if data_dir is None else f"{data_dir} has no folder {self.dataset}"
+        repository, configuration = self.entry.hub
+        options: dict[str, Any] = {
+            "repo_type": "dataset",
+            "revision": "refs/convert/parquet",
+            "allow_patterns": f"{configuration}/*",
+        }
+        try:
+            reach_hub()
+            return Path(huggingface_hub.snapshot_download(repository, **options)) / configuration
+        except (WeightsError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise DataError(
+                f"no data for {self.dataset} ({reason}; hub {repository}: {one_line(error)}): "
+                f"set paths.data to a folder that holds {self.dataset}/train*.parquet"
+            ) from error
+
+    def _local(self, data_dir: Path | None) -> Path | None:
+        places = [Path(data_dir) / name for name in (self.dataset, self.entry.folder)] if data_dir is not None else []
+        return next((place for place in places if place.is_dir()), None)
+
+    def _questions(self, folder: Path, split: str) -> tuple[list[Question], dict[str, Any]]:
+        """A split, from parquet files, or from LLM-Adapters' JSON, where the reported split is called test."""
+        paths = sorted([*folder.glob(f"{split}*.parquet"), *folder.glob(f"{split}/*.parquet")])
+        ask = _with_passage if self.passage else self.entry.ask
+        if not paths:
+            paths = [folder / f"{'train' if split == 'train' else 'test'}.json"]
+            ask = _adapters_row
+            if not paths[0].is_file():
+                raise DataError(f"{folder}: neither {split}*.parquet nor {paths[0].name}; fetch the dataset again")
+        manifest.check(folder, paths)
+        return _ask_all(paths, ask)
+
+    def _mix(self, data_dir: Path | None) -> tuple[list[Question], dict[str, Any]]:
+        path = Path(data_dir or "") / MIX
+        if not path.is_file():
+            raise DataError(f"task.train=mix: there is no {path}; fetch it from the repository of LLM-Adapters")
+        return _ask_all([path], _adapters_row)
+
+
+def answer_logits(module: nn.Module, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits ``[B, K, V]`` for the last K tokens, which hold every target, and those targets ``[B, K]``.
+
+    Sequences end where the answers end (they are padded on the left), so that the rest needs no logits.
+    """
+    kept = targets.shape[1] - int((targets != -100).any(0).nonzero()[0])
+    mask = batch["attention_mask"]
+    logits = module(
+        input_ids=batch["input_ids"],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        logits_to_keep=kept + 1,
+        use_cache=False,
+    ).logits
+    return logits[:, :-1], targets[:, -kept:]
+
+
+def likelihoods(module: nn.Module, batch: Batch) -> Tensor:
+    """Log-probability of every listed answer given its prompt, ``[B, most]``."""
+    logits, targets = answer_logits(module, batch, batch["targets"])
+    lost = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    scores = torch.full((len(batch["labels"]), int(batch["most"])), _IMPOSSIBLE, device=lost.device)
+    scores.view(-1)[batch["places"]] = -lost.view(targets.shape).sum(1)
+    return scores
+
+
+def generated(module: nn.Module, batch: Batch, tokenizer: Any) -> Tensor:
+    """One-hot choice of the listed answer that greedy decoding names first, ``[B, most + 1]``; the last: none."""
+    most, targets = int(batch["most"]), batch["targets"]
+    asked = batch["places"] % most == 0  # the first sequence of each question
+    is_prompt = batch["attention_mask"].bool() & (targets == -100)
+    prompts = [ids[inside] for ids, inside in zip(batch["input_ids"][asked], is_prompt[asked], strict=True)]
+    padded = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left", padding_value=_pad(tokenizer))
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
+    written = getattr(module, "module", module).generate(  # type: ignore[operator]
+        input_ids=padded,
+        attention_mask=mask,
+        max_new_tokens=int((targets != -100).sum(1).max()),
+        do_sample=False,
+        pad_token_id=_pad(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    texts = tokenizer.batch_decode(written[:, padded.shape[1] :], skip_special_tokens=True)
+    listed: list[list[str]] = [[] for _ in texts]
+    for place, row in zip(batch["places"].tolist(), targets, strict=True):
+        listed[place // most].append(tokenizer.decode(row[row != -100], skip_special_tokens=True).split()[-1])
+    picked = [named(text, answers) for text, answers in zip(texts, listed, strict=True)]
+    return F.one_hot(torch.tensor([most if i is None else i for i in picked], device=mask.device), most + 1).float()
+
+
+def named(text: str, answers: Sequence[str]) -> int | None:
+    """Which of the answers a text names first; None if none."""
+    places = [(text.lower().find(answer), i) for i, answer in enumerate(answers)]
+    return min(((place, i) for place, i in places if place >= 0), default=(0, None))[1]
+
+
+class _Coder:
+    """Questions as sequences: the prompt, then an answer, of which every token and the end are targets."""
+
+    def __init__(self, tokenizer: Any, max_length: int):
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("the tokenizer has no token that ends a text: name one in its tokenizer_config.json")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.truncated: dict[str, int] = {}
+        self.warnings = ["no pad token: the end token pads"] if tokenizer.pad_token_id is None else []
+        self._answers: dict[str, list[int]] = {}
+
+    def answered(self, split: str, questions: Sequence[Question]) -> TextDataset:
+        """One sequence a question, with its right answer."""
+        return self._rows(split, questions, [(question.right,) for question in questions])
+
+    def asked(self, split: str, questions: Sequence[Question]) -> Choices:
+        """One sequence for each listed answer."""
+        rows = self._rows(split, questions, [tuple(range(len(question.answers))) for question in questions])
+        first = starts_of(len(question.answers) for question in questions)
+        return Choices(rows, first, torch.tensor([question.right for question in questions]))
+
+    def _rows(self, split: str, questions: Sequence[Question], wanted: Sequence[Sequence[int]]) -> TextDataset:
+        prompts = [(PROMPT.format(instruction=question.instruction),) for question in questions]
+        tokens, starts, _ = tokenise(prompts, self.tokenizer, sys.maxsize)
+        ids: list[int] = []
+        targets: list[int] = []
+        lengths: list[int] = []
+        self.truncated[split] = 0
+        for i, (question, chosen) in enumerate(zip(questions, wanted, strict=True)):
+            prompt = tokens["input_ids"][starts[i] : starts[i + 1]].tolist()
+            if prompt[-1] == self.tokenizer.eos_token_id:
+                prompt.pop()  # some tokenizers end every text
+            answers = [self._answer(answer) for answer in question.answers]
+            room = self.max_length - max(map(len, answers))
+            self.truncated[split] += len(prompt) > room
+            for answer in (answers[c] for c in chosen):
+                ids += prompt[-room:] + answer
+                targets += [-100] * len(prompt[-room:]) + answer
+                lengths.append(len(prompt[-room:]) + len(answer))
+        fields = {"input_ids": torch.tensor(ids, dtype=torch.int32), "labels": torch.tensor(targets, dtype=torch.int32)}
+        padding = {"input_ids": _pad(self.tokenizer), "labels": -100}
+        return TextDataset(fields, starts_of(lengths), {}, padding, left=True)
+
+    def _answer(self, answer: str) -> list[int]:
+        if answer not in self._answers:
+            text = RESPONSE.format(answer=answer)
+            found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            self._answers[answer] = [*found, self.tokenizer.eos_token_id]
+        return self._answers[answer]
+
+
+def _pad(tokenizer: Any) -> int:
+    """The pad token, or the end token where there is none; masks hide it."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+class _Row(dict[str, Any]):
+    """A row whose empty cells are errors."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if value is None:
+            raise ValueError(f"column {key} is empty")
+        return value
+
+
+def _ask_all(paths: Sequence[Path], ask: Callable[[Row], Question]) -> tuple[list[Question], dict[str, Any]]:
+    """Every row of the files as a question, and rows and sha256 of each file."""
+    questions: list[Question] = []
+    facts: dict[str, Any] = {}
+    for path in paths:
+        rows = _read(path)
+        for number, row in enumerate(rows):
+            try:
+                questions.append(ask(_Row(row)))
+            except KeyError as error:
+                raise DataError(f"{path}: no column {error.args[0]} (it has {', '.join(row)})") from error
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{row_of(path, number)}: {one_line(error)}; mend the file") from error
+        facts[path.name] = {"rows": len(rows), "sha256": sha256_of(path)}
+    if not questions:
+        raise DataError(f"{paths[0]}: no rows; fetch the file again")
+    return questions, facts
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        if path.suffix == ".json":
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+                raise ValueError("not a list of questions")
+            return found
+        return pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({one_line(error)}); fetch it again") from error
+
+
+def _adapters_row(row: Row) -> Question:
+    """A row of LLM-Adapters' JSON, whose instruction ends with the answers it lists."""
+    listed = _LISTED.search(row["instruction"])
+    answers = tuple(listed.group(1).split("/")) if listed else ()
+    if row["answer"] not in answers:
+        raise ValueError(f"answer {row['answer']!r} is none of {', '.join(answers) or 'those listed, there are none'}")
+    return Question(row["instruction"], answers, answers.index(row["answer"]))
