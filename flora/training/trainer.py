@@ -27,6 +27,10 @@ from flora.training.settings import TrainerSettings
 
 CACHED_SHARE = 0.1  # of the free GPU memory, that a dataset may take by itself
 
+_CHECKPOINTING: dict[str, Any] = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
 Loss = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
@@ -91,8 +95,7 @@ class Trainer(transformers.Trainer):
             lr_scheduler_type=settings.schedule,
             warmup_steps=settings.warmup_steps or settings.warmup_ratio,
             max_grad_norm=settings.max_grad_norm,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            **(_CHECKPOINTING if settings.gradient_checkpointing else {}),
             bf16=settings.dtype == "bf16",
             use_cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
             seed=seed,
