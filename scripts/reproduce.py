@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -15,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flora.config import main
 from flora.errors import AlreadyRunning
-from flora.results.experiments import ROOT, Cell, Table, load
+from flora.results.experiments import Cell, Table, load
 from flora.results.store import Contents, Store
+from flora.worker import Pool, pool
 
 STATES = ("finished", "running", "failed", "interrupted", "stale", "missing", "not runnable yet")
 POLL = 5.0  # seconds between two looks at a cell that another process runs
@@ -28,7 +28,7 @@ def reproduce() -> None:
     parser.add_argument("table", help="name of a file in experiments/, without .yaml")
     parser.add_argument("--scale", default="mini", help="mini (data and weights that need no hub) or paper")
     parser.add_argument("--results", type=Path, default=Path("results/measured"), help="folder of the records")
-    parser.add_argument("--jobs", type=int, default=1, help="cells to run side by side")
+    parser.add_argument("--jobs", type=int, default=1, help="cells to run side by side, over the visible GPUs in turn")
     parser.add_argument("--status", action="store_true", help="say how each cell stands, and run nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
     parser.add_argument("--retry", action="store_true", help="run failed cells again")
@@ -104,26 +104,25 @@ def named(table: Table, cell: Cell) -> list[str]:
 
 
 def run_all(table: Table, cells: list[Cell], extra: list[str], jobs: int, store: Store) -> list[Cell]:
-    """Run cells in processes of their own, ``jobs`` at a time; returns those that failed."""
+    """Run cells in worker processes, ``jobs`` at a time, GPUs in turn; returns those that failed."""
     report = Report(len(cells))
-    with report.bar, ThreadPoolExecutor(jobs) as pool:
-        codes = list(pool.map(lambda cell: run(cell, [*named(table, cell), *extra], store, report), cells))
+    with report.bar, ThreadPoolExecutor(jobs) as threads, pool(jobs) as workers:
+        codes = list(threads.map(lambda c: run(c, [*named(table, c), *extra], store, report, workers), cells))
     return [cell for cell, code in zip(cells, codes, strict=True) if code]
 
 
-def run(cell: Cell, extra: list[str], store: Store, report: "Report") -> int:
+def run(cell: Cell, extra: list[str], store: Store, report: "Report", workers: Pool) -> int:
     """Run a cell, or wait while another process does; returns the exit code."""
     words = " ".join(cell.overrides)
     report.start(words)
-    command = [sys.executable, str(ROOT / "train.py"), *cell.overrides, *extra]
     while True:
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode != AlreadyRunning.exit_code:
+        code, said = workers.run([*cell.overrides, *extra])
+        if code != AlreadyRunning.exit_code:
             break
         while store.read_all().state(cell.run_id) == "running":
             time.sleep(POLL)
-    report.end(words, done.returncode, done.stderr)
-    return done.returncode
+    report.end(words, code, said)
+    return code
 
 
 class Report:

@@ -19,7 +19,7 @@ def call(tmp_path, monkeypatch, capsys):
     def run(*arguments, codes=None):
         ran = []
 
-        def cell(cell, extra, store, report):
+        def cell(cell, extra, store, report, workers):
             ran.append((cell, extra))
             return (codes or {}).get(cell.method, 0)
 
