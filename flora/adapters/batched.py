@@ -19,6 +19,11 @@ from flora.adapters.layer import FloraLayer, compute_dtype, in_transform
 from flora.adapters.tucker import factor_modes, mode_product, to_tensor
 from flora.adapters.weights import AdaptedWeight
 
+try:
+    from flora.adapters import kernels
+except ImportError:  # Triton comes with torch for CUDA and ROCm only
+    kernels = None  # type: ignore[assignment]
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -32,6 +37,7 @@ class Stack:
         scale: factor of the update.
         dtype: of the weights that are built.
         modes: modes that carry a factor, in the order in which the weights lie in memory.
+        dense: whether the base weights lie in memory without gaps.
     """
 
     layers: tuple[FloraLayer, ...]
@@ -41,17 +47,23 @@ class Stack:
     scale: float
     dtype: torch.dtype
     modes: tuple[int, ...]
+    dense: bool
 
     @cached_property
     def order(self) -> tuple[int, ...]:
         """All modes, those without a factor last."""
         return (*self.modes, *(mode for mode in range(len(self.ranks)) if mode not in self.modes))
 
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether memory order is that of the stored weight."""
+        return list(self.modes) == sorted(self.modes)
+
     def parameters(self) -> list[Tensor]:
         """The cores of the layers, then their factors, mode by mode; those of today, as training may replace them."""
         cores = [layer.tucker_core[self.adapter]._parameters["weight"] for layer in self.layers]
         held = [layer.tucker_factors[self.adapter]._parameters for layer in self.layers]
-        return [*cores, *(factors[f"weight_{mode}"] for mode in self.modes for factors in held)]
+        return [*cores, *(factors[f"weight_{mode}"] for mode in self.modes for factors in held)]  # type: ignore[list-item]
 
     def stack(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Cores as [n, r...] and factors as [n, d, r], in memory order."""
@@ -60,27 +72,27 @@ class Stack:
         cores = cores.permute(0, *(1 + mode for mode in self.order))
         return cores.reshape(n, *(self.ranks[mode] for mode in self.modes)), factors
 
-    def weights(self, stacked: Tensor) -> list[Tensor]:
+    def unstack(self, weights: Tensor) -> Sequence[Tensor]:
         """The weights of the layers, in their stored shape, as views of [n, d...] in memory order."""
+        if self.in_order:
+            return weights.view(-1, *self.described.weight_shape).unbind(0)
         sizes = (self.described.shape[mode] for mode in self.order)
-        stored = stacked.view(len(self.layers), *sizes).permute(
-            0, *(1 + self.order.index(m) for m in sorted(self.order))
-        )
-        return [weight.view(self.described.weight_shape) for weight in stored.unbind(0)]
+        places = (1 + self.order.index(mode) for mode in range(len(self.order)))
+        return weights.view(-1, *sizes).permute(0, *places).unbind(0)
 
     def gather(self, weights: Sequence[Tensor]) -> Tensor:
-        """The inverse of ``weights``: [n, d...] in memory order, copied."""
-        seen = [weight.reshape(self.described.shape).permute(self.order) for weight in weights]
-        return torch.stack(seen).view(len(seen), *(self.described.shape[mode] for mode in self.modes))
+        """The inverse of ``unstack``: [n, d...] in memory order, copied."""
+        seen = weights if self.in_order else [weight.permute(self.order) for weight in weights]
+        return torch.stack(list(seen)).view(-1, *(self.described.shape[mode] for mode in self.modes))
 
-    def add(self, updates: Tensor) -> list[Tensor]:
-        """Base weights plus ``scale`` times the updates [n, d...], each rounded once, to ``dtype``."""
-        bases = [layer.base_weight("weight") for layer in self.layers]
-        sums = updates if updates.dtype == self.dtype else torch.empty_like(updates, dtype=self.dtype)
-        added = self.weights(sums)
-        for base, update, out in zip(bases, self.weights(updates), added, strict=True):
-            torch.add(base, update, alpha=self.scale, out=out)
-        return added
+    def add(self, left: Tensor, right: Tensor) -> Sequence[Tensor]:
+        """Base weights plus ``scale`` times the products [n, d_1, r] x [n, r, rest], rounded once, to ``dtype``."""
+        bases = [layer.base_layer._parameters["weight"] for layer in self.layers]
+        if left.is_cuda and self.dense and left.dtype == torch.float32 and left.shape[2] <= 128 and kernels is not None:
+            return self.unstack(kernels.add_products(bases, left, right, self.scale, self.dtype))
+        sums = left @ (right if self.scale == 1 else right * self.scale)
+        torch._foreach_add_(list(self.unstack(sums)), bases)
+        return self.unstack(sums.to(self.dtype))
 
 
 class _Build(torch.autograd.Function):
@@ -97,7 +109,7 @@ class _Build(torch.autograd.Function):
                 partial = mode_product(partial, factors[mode], mode)
             ctx.stack, ctx.steps, ctx.partial, ctx.factors = stack, steps, partial, factors
             ctx.save_for_backward(*parameters)
-            return tuple(stack.add(mode_product(partial, factors[0], 0)))
+            return tuple(stack.add(factors[0], partial.flatten(2)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,7 +147,7 @@ def _factor_gradient(gradient: Tensor, before: Tensor, mode: int) -> Tensor:
 
 def _differentiable(stack: Stack, parameters: Sequence[Tensor]) -> list[Tensor]:
     cores, factors = stack.stack(parameters)
-    updates = stack.weights((to_tensor(cores, factors) * stack.scale).contiguous())
+    updates = stack.unstack((to_tensor(cores, factors) * stack.scale).contiguous())
     bases = (layer.base_weight("weight") for layer in stack.layers)
     return [(base + update).to(stack.dtype) for base, update in zip(bases, updates, strict=True)]
 
@@ -155,7 +167,8 @@ class BatchedWeights:
         self._forget()
 
     def _forget(self) -> None:
-        self._signature: list[Any] = []
+        self._planned_for: tuple[Any, Any] | None = None
+        self._devices: set[str] = set()
         self._stacks: list[Stack] = []
         self._built: dict[int, Tensor] = {}
         self._depth = 0
@@ -205,8 +218,11 @@ class BatchedWeights:
         if getattr(model, "_is_replica", False) or in_transform():
             return
         signature = [_signature(layer) for layer in self.layers]
-        if signature != self._signature:
-            self._stacks, self._signature = plan(self.layers), signature
+        casts = {device: _autocast(device) for device in self._devices}
+        if (signature, casts) != self._planned_for:
+            self._stacks = plan(self.layers)
+            self._devices = {layer.base_weight("weight").device.type for layer in self.layers}
+            self._planned_for = signature, {device: _autocast(device) for device in self._devices}
         self._with_gradient = torch.is_grad_enabled()
         for stack in self._stacks:
             parameters = stack.parameters()
@@ -237,9 +253,11 @@ def plan(layers: Sequence[FloraLayer]) -> list[Stack]:
         modes = factor_modes(described.shape, ranks)
         if not modes:
             continue
-        if _channels_last(weight) and not described.folded:
+        channels_last = _channels_last(weight) and not described.folded
+        if channels_last:
             modes = (*(m for m in modes if m != 1), *(m for m in modes if m == 1))
-        key = (adapter, described, ranks, layer.scaling[adapter], compute_dtype(weight), modes)
+        dense = channels_last or weight.is_contiguous()
+        key = (adapter, described, ranks, layer.scaling[adapter], compute_dtype(weight), modes, dense)
         found.setdefault((*key, weight.device), []).append(layer)
     return [Stack(tuple(members), *key[:-1]) for key, members in found.items()]
 
@@ -257,18 +275,23 @@ def _channels_last(weight: Tensor) -> bool:
     return weight.is_contiguous(memory_format=formats[weight.dim()])
 
 
+def _autocast(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def _signature(layer: FloraLayer) -> tuple[Any, ...]:
-    """What ``plan`` depends on, cheap enough for every forward pass."""
-    weight = layer.base_layer._parameters.get("weight")
-    active = layer._active_adapter
+    """What ``plan`` depends on besides autocast, cheap enough for every forward pass."""
+    own = layer.__dict__  # past nn.Module's attribute lookup
+    active = own["_active_adapter"]
+    weight = own["_modules"]["base_layer"]._parameters.get("weight")
     state = (
-        layer.revision,
-        layer.training,
-        layer._disable_adapters,
-        len(layer.merged_adapters),
+        own["revision"],
+        own["training"],
+        own["_disable_adapters"],
+        len(own["merged_adapters"]),
         active if isinstance(active, str) else tuple(active),
-        tuple(layer.scaling.values()),
+        *own["scaling"].values(),
     )
     if weight is None:
         return state
-    return (*state, type(weight), weight.numel(), weight.device, weight.requires_grad, compute_dtype(weight))
+    return (*state, type(weight), weight.dtype, weight.device, weight.requires_grad, weight.numel())

@@ -9,7 +9,6 @@ rounding between training and evaluation, or before and after a resumed run, and
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -81,7 +80,6 @@ def _seconds(traffic: float, products: float, rates: Rates, itemsize: int) -> fl
     return max(arithmetic, traffic / rates.bandwidth)
 
 
-@cache
 def additive_is_cheaper(work: Work, device: str, dtype: torch.dtype) -> bool:
     """Whether adding the update's own output beats running with W + update.
 

@@ -291,6 +291,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer with its adapted weights."""
+        if self.batched is not None and (built := self.batched.weight_of(self)) is not None:
+            return self.run_base({"weight": built}, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self._present(self.active_adapters)

@@ -70,7 +70,9 @@ def count_builds(monkeypatch) -> list[int]:
 
     built: list[int] = []
     add = module.Stack.add
-    monkeypatch.setattr(module.Stack, "add", lambda self, updates: built.append(len(self.layers)) or add(self, updates))
+    monkeypatch.setattr(
+        module.Stack, "add", lambda self, *products: built.append(len(self.layers)) or add(self, *products)
+    )
     return built
 
 
