@@ -109,7 +109,7 @@ class _Build(torch.autograd.Function):
                 partial = mode_product(partial, factors[mode], mode)
             ctx.stack, ctx.steps, ctx.partial, ctx.factors = stack, steps, partial, factors
             ctx.save_for_backward(*parameters)
-            return tuple(stack.add(factors[0], partial.flatten(2)))
+            return tuple(stack.add(factors[0], partial.reshape(*partial.shape[:2], -1)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
