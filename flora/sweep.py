@@ -1,10 +1,12 @@
 """A multirun's outcome: each job leaves a file in the sweep's folder, whoever launches it; a summary ends the sweep."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -35,6 +37,27 @@ class Outcomes(Callback):
         overrides = list(job_return.overrides or [])
         cell = {"overrides": overrides, "outcome": outcome, "message": message}
         write_json(_cells(config) / f"{config.hydra.job.num}.json", cell)
+
+
+class OneGpu(Callback):
+    """Hydra callback of configs/launcher/gpu_pool.yaml: a process that runs cells of a sweep sees one GPU, in turn."""
+
+    _chosen = False
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """At the process's first job, before anything asks CUDA: number n takes the n-th GPU, counted round."""
+        gpus = visible_gpus()
+        if len(gpus) > 1 and not OneGpu._chosen:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[config.hydra.job.num % len(gpus)]
+        OneGpu._chosen = True
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 def failures() -> list[str]:

@@ -23,6 +23,7 @@ import torch
 
 from flora import config
 from flora.results.experiments import ROOT, composed
+from flora.sweep import visible_gpus
 
 INTERRUPTED = 130
 
@@ -43,6 +44,7 @@ class Worker:
         handle, name = tempfile.mkstemp(dir=folder, suffix=".log")
         os.close(handle)
         self.log = Path(name)
+        self._said = self.log.open("rb")
         self.process: subprocess.Popen[str] | None = None
 
     def run(self, overrides: Sequence[str]) -> tuple[int, str]:
@@ -51,14 +53,14 @@ class Worker:
             self.process = self._start()
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        already = self.log.stat().st_size
+        self._said.seek(0, os.SEEK_END)
         try:
             print(json.dumps(list(overrides)), file=self.process.stdin, flush=True)
             answer = self.process.stdout.readline()
         except BrokenPipeError:
             answer = ""
         code = int(answer) if answer else self.process.wait() or 1
-        return code, self.log.read_bytes()[already:].decode(errors="replace")
+        return code, self._said.read().decode(errors="replace")
 
     def stop(self, at_once: bool) -> None:
         """End the process when its cell is done, or ``at_once`` as Ctrl-C would."""
@@ -115,14 +117,6 @@ def pool(count: int) -> Iterator[Pool]:
             workers.stop(at_once=True)
             raise
         workers.stop(at_once=False)
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for name in named.split(",") if name]
-    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 def serve() -> None:

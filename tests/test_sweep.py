@@ -45,9 +45,10 @@ def test_a_failing_cell_does_not_stop_the_others_and_the_sweep_says_so(tmp_path)
     "launcher",
     [
         ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        ["launcher=gpu_pool", "workers=2"],
         ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
     ],
-    ids=["joblib", "submitit"],
+    ids=["joblib", "gpu_pool", "submitit"],
 )
 def test_other_launchers_do_the_same_in_processes_of_their_own(tmp_path, launcher):
     if "submitit" in launcher[0]:

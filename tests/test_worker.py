@@ -7,8 +7,10 @@ import threading
 import time
 
 import pytest
+from omegaconf import OmegaConf
 
-from flora.worker import Pool, Worker, pool, visible_gpus
+from flora.sweep import OneGpu, visible_gpus
+from flora.worker import Pool, Worker, pool
 
 TINY = (
     *("task=digits", "model=timm", "model.timm_name=resnet10t", "model.pretrained=false", "trainer.max_steps=2"),
@@ -112,3 +114,14 @@ def test_workers_take_the_visible_gpus_in_turn(monkeypatch, named, expected):
     with pool(3) as workers:
         seen = [worker.environment["CUDA_VISIBLE_DEVICES"] for worker in workers.workers]
     assert seen == ([expected[0], expected[1], expected[0]] if len(expected) > 1 else [named] * 3)
+
+
+def test_the_processes_of_a_sweep_take_the_gpus_in_turn_and_keep_theirs(monkeypatch):
+    seen = []
+    for first in range(3):  # three processes, each with a second job
+        monkeypatch.setattr(OneGpu, "_chosen", False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+        for number in (first, first + 3):
+            OneGpu().on_job_start(OmegaConf.create({"hydra": {"job": {"num": number}}}))
+            seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["4", "4", "6", "6", "4", "4"]
