@@ -12,6 +12,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,13 @@ def cache_dir() -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Checksum of a file, as 64 hex digits."""
+    """Checksum of a file, as 64 hex digits; read again only where the file has changed since the last time."""
+    stat = path.stat()
+    return _sha256(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _sha256(path: Path, mtime_ns: int, size: int) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
