@@ -1,0 +1,79 @@
+"""Every file of configs/experiment runs two steps, without a network, on its own architecture made tiny and random."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+
+import train
+from flora.config import main
+from tests.tasks.texts import SPECIAL, WORDS, word_tokenizer, write_rows
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+STAND_INS = {"flora.models.minilm_l6": "bert_large", "flora.models.smollm2_135m": "llama_7b"}
+
+
+def composed(name):
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        return compose("train", [f"experiment={name}"])
+
+
+def tiny(model, folder):
+    """Overrides that make a model small and random."""
+    if "hidden_size" not in model.get("architecture", {}) and model._target_ not in STAND_INS:
+        return ["model=timm", "model.timm_name=test_convnext", "model.image_size=32", "model.pretrained=false"]
+    sizes = SIZES | {"vocab_size": len(SPECIAL + WORDS)}
+    if "num_key_value_heads" in model.get("architecture", {}) or model._target_ in STAND_INS:
+        sizes |= {"num_key_value_heads": 1}
+    if "pooler_hidden_size" in model.get("architecture", {}):
+        sizes |= {"pooler_hidden_size": 8}
+    name = STAND_INS.get(model._target_, model.get("name"))
+    changed = [f"++model.architecture.{key}={value}" for key, value in sizes.items()]
+    word_tokenizer().save_pretrained(folder / "tokenizer")
+    return [f"model={name}", "model.pretrained=false", f"model.tokenizer={folder / 'tokenizer'}", *changed]
+
+
+def write_data(task, folder):
+    """A few rows where the task looks for them."""
+    words = np.random.RandomState(0).choice(WORDS, (40, 3))
+    sentences = [" ".join(row) for row in words]
+    labels = [i % 2 for i in range(40)]
+    if task.name == "glue":
+        pair = {"sentence1": sentences, "sentence2": sentences[::-1], "label": labels}
+        for split in ("train", "validation"):
+            write_rows(folder / "glue" / task.dataset / f"{split}.parquet", pair)
+    if task.name == "commonsense":
+        asked = {"question": sentences, "passage": sentences, "label": labels}
+        for split in ("train", "validation"):
+            write_rows(folder / task.dataset / f"{split}.parquet", asked)
+        instruction = "true or false?\n\nAnswer format: true/false"
+        mix = [{"instruction": instruction, "answer": ("true", "false")[i % 2]} for i in range(140)]
+        (folder / "commonsense_170k.json").write_text(json.dumps(mix))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_runs_two_steps_and_leaves_its_record(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    cfg = composed(name)
+    write_data(cfg.task, tmp_path / "data")
+    small = ["trainer.max_steps=2", "trainer.batch_size=4", "trainer.max_eval_examples=8", "trainer.device=cpu"]
+    if cfg.task.name == "commonsense":
+        small += ["task.validation_size=4"]
+    places = ["paths.data=data", "paths.output=outputs", "paths.results=results", "logger=none"]
+    overrides = [f"experiment={name}", *tiny(cfg.model, tmp_path), "adapter.r=2", *small, *places]
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+    main(train.job, trace=lambda: True)
+    record = json.loads(Path(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("record: ")).read_text())
+    assert record["status"] == "finished"
+    assert (record["task"], record["dataset"], record["adapter"]) == (cfg.task.name, cfg.task.dataset, cfg.adapter.name)
+    assert record["protocol"] == cfg.protocol.name
+    assert record["trainable_params"] > 0
+    assert record["split"] == ("validation" if cfg.protocol.name == "glue_paper" else "test")
+    assert record["config"]["trainer"]["lr"] == cfg.trainer.lr
+    assert len(record["history"]) >= 1
