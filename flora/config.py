@@ -82,8 +82,12 @@ def run_id(cfg: DictConfig, checkpoint_digest: str | None = None, method_version
 
     A checkpoint to evaluate counts by its content, not by where it lies.
     """
-    semantic = _pruned(semantic_config(cfg, method_version) | {"checkpoint": checkpoint_digest})
-    text = json.dumps(semantic, sort_keys=True, separators=(",", ":"))
+    return identity(semantic_config(cfg, method_version) | {"checkpoint": checkpoint_digest})
+
+
+def identity(semantic: dict[str, Any]) -> str:
+    """The run id of what ``semantic_config`` gave."""
+    text = json.dumps(_pruned(semantic), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

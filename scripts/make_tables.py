@@ -11,7 +11,7 @@ from flora.results.counts import claims_markdown
 from flora.results.experiments import Table, load, names, scales
 from flora.results.plots import Plot, plots, written_hash
 from flora.results.store import Contents, Store
-from flora.results.tables import as_csv, latex, markdown, rows
+from flora.results.tables import as_csv, latex, markdown, record_of, rows
 
 
 def make_tables() -> None:
@@ -73,7 +73,7 @@ def report_stale(paths: list[Path]) -> None:
 def with_records(contents: Contents) -> list[Table]:
     """Every table and scale of which a run is finished."""
     tables = [load(name, scale) for name in names() for scale in scales(name)]
-    return [t for t in tables if any(contents.finished(c.run_id) for c in t.cells if not c.not_runnable_yet)]
+    return [t for t in tables if any(record_of(c, contents) for c in t.cells)]
 
 
 def rendered(table: Table, contents: Contents, store: Store, output: Path) -> tuple[dict[Path, str], dict[Path, Plot]]:

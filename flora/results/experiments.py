@@ -42,13 +42,18 @@ class Cell:
     @cached_property
     def run_id(self) -> str:
         """Names the cell's record."""
-        return config.run_id(composed(self.overrides))
+        return config.identity(self._semantic(None))
 
     @cached_property
     def older(self) -> list[str]:
         """The run's ids under earlier versions of the method."""
         versions = range(1, config.METHOD_VERSION)
-        return [config.run_id(composed(self.overrides), method_version=v) for v in versions]
+        return [config.identity(self._semantic(v)) for v in versions]
+
+    def _semantic(self, method_version: int | None) -> dict[str, Any]:
+        """What the id is a hash of; cells that differ in the seed alone, of which nothing depends, compose once."""
+        others = tuple(override for override in self.overrides if not override.startswith("seed="))
+        return _semantic(others, method_version or config.METHOD_VERSION) | {"seed": self.seed}
 
     @cached_property
     def settings(self) -> dict[str, str]:
@@ -157,6 +162,11 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{' '.join(overrides)}: {config.one_line(error)}") from error
     return cfg
+
+
+@cache
+def _semantic(overrides: tuple[str, ...], method_version: int) -> dict[str, Any]:
+    return config.semantic_config(composed(overrides), method_version)
 
 
 @cache

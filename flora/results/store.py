@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class Contents:
         """The summary of a finished record, or None."""
         record = self.records.get(run_id)
         return record if record is not None and record["status"] == "finished" else None
+
+    @cached_property
+    def datasets(self) -> set[str]:
+        """The data sets that records are about."""
+        return {record["dataset"] for record in self.records.values()}
 
 
 class Store:

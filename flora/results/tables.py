@@ -118,9 +118,17 @@ def _row(
     reported: dict[tuple[str, str, str], Published],
 ) -> Row:
     task, model, method, settings = key
-    records = {c.seed: contents.finished(c.run_id) for c in cells if not c.not_runnable_yet}
+    records = {c.seed: record_of(c, contents) for c in cells}
     beside = reported.get((cells[0].published or "", METHODS.get(method, method), task))
     return Row(task, model, method, settings, {s: r for s, r in sorted(records.items()) if r}, len(cells), beside)
+
+
+def record_of(cell: Cell, contents: Contents) -> dict[str, Any] | None:
+    """The summary of a cell's finished record, or None; composing its id is saved where no record is on its data."""
+    dataset = cell.settings.get("task.dataset")
+    if cell.not_runnable_yet or (dataset is not None and dataset not in contents.datasets):
+        return None
+    return contents.finished(cell.run_id)
 
 
 def cells_as_text(row: Row) -> list[str]:
