@@ -1,17 +1,23 @@
-"""Render tables and figures from records: `python scripts/make_tables.py [TABLE] [--scale mini] [--check]`."""
+"""Render tables, figures and the report page from records: `python scripts/make_tables.py [TABLE] [--check]`."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 from flora.config import main
 from flora.errors import DataError
 from flora.results import benchmarks
-from flora.results.counts import claims_markdown
-from flora.results.experiments import Table, load, names, scales
+from flora.results.counts import claims, read_values
+from flora.results.experiments import load, names, scales
 from flora.results.plots import Plot, plots, written_hash
+from flora.results.report import Section, address, page
 from flora.results.store import Contents, Store
-from flora.results.tables import as_csv, latex, markdown, record_of, rows
+from flora.results.tables import as_csv, compact, latex, markdown, record_of, rows
+
+README_TABLE = re.compile(
+    r"(<!-- table (\w+), rendered by scripts/make_tables.py -->\n).*?(<!-- end of table -->)", re.S
+)
 
 
 def make_tables() -> None:
@@ -29,33 +35,45 @@ def make_tables() -> None:
     contents = store.read_all()
     for problem in contents.problems:
         print(f"left out: {problem}", file=sys.stderr)
+
+    output, everything = arguments.output, arguments.table is None
     texts: dict[Path, str] = {}
-    figures: dict[Path, Plot] = {}
-    if arguments.table == "claims":  # on request only: counting its models takes minutes, and no record changes it
-        texts[arguments.output / "tables" / "claims.md"] = claims_markdown()
-    elif arguments.table == "step_cost":
-        texts |= benchmarks.rendered(arguments.output)
-        if not texts:
-            raise DataError(f"no result in {arguments.output / 'benchmarks'}: run scripts/bench_step.py --json first")
-    else:
-        chosen = [load(arguments.table, arguments.scale)] if arguments.table else with_records(contents)
-        texts |= {} if arguments.table else benchmarks.rendered(arguments.output)
-        if not chosen and not texts:
-            raise DataError(f"no finished record of any table in {arguments.results}: run scripts/reproduce.py first")
-        for table in chosen:
-            more_texts, more_figures = rendered(table, contents, store, arguments.output)
-            texts |= more_texts
-            figures |= more_figures
-    changed = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    stale: list[Path] = []
+    if everything or arguments.table == "claims":
+        counted = claim_texts(output, anew=arguments.table == "claims", check=arguments.check)
+        texts |= counted or {}
+        stale += [] if counted is not None else [output / "tables" / "claims.md"]
+    if everything or arguments.table == "step_cost":
+        texts |= benchmarks.rendered(output)
+    documents = [text for path, text in texts.items() if path.suffix == ".md"]
+    found = [] if arguments.table in ("claims", "step_cost") else sections(arguments, contents, store)
+    if arguments.table == "step_cost" and not texts:
+        raise DataError(f"no result in {output / 'benchmarks'}: run scripts/bench_step.py --json first")
+    if everything and not found and not benchmarks.rendered(output):
+        raise DataError(f"no finished record of any table in {arguments.results}: run scripts/reproduce.py first")
+    for section in found:
+        texts |= table_texts(section, output)
+    readme = output.parent / "README.md"
+    if everything and readme.exists():
+        texts[readme] = README_TABLE.sub(lambda place: embedded(place, contents), readme.read_text())
+
+    figures: dict[Path, Plot] = {path: plot for section in found for path, plot in section.figures.items()}
     redrawn = [path for path, plot in figures.items() if written_hash(path) != plot.hash]
+    if not arguments.check:
+        for path in redrawn:
+            figures[path].write(path)
+    if everything and arguments.check and redrawn:
+        stale.append(output / "report.html")
+    elif everything:  # it holds the figures, so they come first
+        where = address(arguments.results, output / "report.html")
+        texts[output / "report.html"] = page(found, documents, store.finished, where)
+    changed = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     if arguments.check:
-        report_stale([*changed, *redrawn])
+        report_stale([*changed, *redrawn, *stale])
         return
     for path in changed:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(texts[path])
-    for path in redrawn:
-        figures[path].write(path)
     if arguments.table:
         print(next(iter(texts.values())))
     print(*texts, *figures, sep="\n")
@@ -70,24 +88,48 @@ def report_stale(paths: list[Path]) -> None:
         sys.exit(1)
 
 
-def with_records(contents: Contents) -> list[Table]:
-    """Every table and scale of which a run is finished."""
-    tables = [load(name, scale) for name in names() for scale in scales(name)]
-    return [t for t in tables if any(record_of(c, contents) for c in t.cells)]
+def claim_texts(output: Path, anew: bool, check: bool) -> dict[Path, str] | None:
+    """The claims' files; empty until they have been asked for once, None where a check would have to count.
+
+    Counting takes minutes, so what was counted holds as long as the configs that it counted.
+    """
+    stem = output / "tables" / "claims"
+    known = {} if anew else read_values(stem.with_suffix(".csv"))
+    if not known and not anew:
+        return {}
+    found = claims(known, count_missing=anew or not check)
+    return None if found is None else {stem.with_suffix(".md"): found.markdown(), stem.with_suffix(".csv"): found.csv()}
 
 
-def rendered(table: Table, contents: Contents, store: Store, output: Path) -> tuple[dict[Path, str], dict[Path, Plot]]:
-    """A table's files: texts by path, Markdown first, and figures by path."""
-    found = rows(table, contents)
-    name = table.name if table.scale == "mini" else f"{table.name}_{table.scale}"
-    stem = output / "tables" / name
-    texts = {
-        stem.with_suffix(".md"): markdown(table.title, found),
-        stem.with_suffix(".tex"): latex(table.title, found),
-        stem.with_suffix(".csv"): as_csv(found),
+def sections(arguments: argparse.Namespace, contents: Contents, store: Store) -> list[Section]:
+    """The tables to render, with their lines and figures: the one asked for, or all of which a run is finished."""
+    if arguments.table:
+        chosen = [load(arguments.table, arguments.scale)]
+    else:
+        tables = [load(name, scale) for name in names() for scale in scales(name)]
+        chosen = [table for table in tables if any(record_of(cell, contents) for cell in table.cells)]
+    found = []
+    for table in chosen:
+        lines, folder = rows(table, contents), arguments.output / "figures" / table.stem
+        figures = {folder / plot.name: plot for plot in plots(table, lines, store.finished)}
+        found.append(Section(table, lines, figures))
+    return found
+
+
+def table_texts(section: Section, output: Path) -> dict[Path, str]:
+    """A table's files: texts by path, Markdown first."""
+    title, stem = section.table.title, output / "tables" / section.table.stem
+    return {
+        stem.with_suffix(".md"): markdown(title, section.rows),
+        stem.with_suffix(".tex"): latex(title, section.rows),
+        stem.with_suffix(".csv"): as_csv(section.rows),
     }
-    figures = {output / "figures" / name / plot.name: plot for plot in plots(table, found, store.finished)}
-    return texts, figures
+
+
+def embedded(place: re.Match[str], contents: Contents) -> str:
+    """A table of the README, between its markers."""
+    table = load(place[2])
+    return f"{place[1]}{compact(table, rows(table, contents))}{place[3]}"
 
 
 if __name__ == "__main__":

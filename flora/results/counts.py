@@ -1,6 +1,11 @@
 """What methods train, counted without weights; and experiments/claims.yaml, claims about it, computed."""
 
+import csv
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +13,7 @@ import yaml
 from omegaconf import DictConfig
 
 from flora.adapters.heads import trained
-from flora.config import instantiate
+from flora.config import instantiate, run_id
 from flora.errors import ConfigError
 from flora.results.experiments import ROOT, composed
 
@@ -51,21 +56,69 @@ def compute(claim: dict[str, Any]) -> float:
     return share if claim["value"] == "share" else 100 - share
 
 
-def claims_markdown() -> str:
-    """experiments/claims.yaml as a Markdown table: what is claimed, what is computed, whether it holds."""
+@dataclass(frozen=True)
+class Claims:
+    """experiments/claims.yaml with what was computed.
+
+    Attributes:
+        title: the table's title.
+        claims: as in the file.
+        values: computed, by ``key``. Counting takes minutes, so they are kept; a key changes with what is counted.
+    """
+
+    title: str
+    claims: list[dict[str, Any]]
+    values: dict[str, float]
+
+    def rows(self) -> list[list[str]]:
+        """What is claimed, what is computed, whether it holds: one line per claim, in the order of the columns."""
+        return [_shown(claim, self.values[key(claim)]) for claim in self.claims]
+
+    def markdown(self) -> str:
+        """A Markdown table."""
+        body = [list(_COLUMNS), ["---"] * len(_COLUMNS), *self.rows()]
+        note = "Counted from the models' sizes without weights, heads left out (`scripts/count_params.py`)."
+        lines = [f"# {self.title}", "", *("| " + " | ".join(row) + " |" for row in body), "", note]
+        return "\n".join(lines) + "\n"
+
+    def csv(self) -> str:
+        """The values by key, as `read_values` reads them."""
+        lines = [f"{key(claim)},{self.values[key(claim)]!r}" for claim in self.claims]
+        return "\n".join(["key,computed", *dict.fromkeys(lines)]) + "\n"
+
+
+def claims(known: dict[str, float], count_missing: bool = True) -> Claims | None:
+    """Claims with their values: those known, the others counted; None where one is missing and may not be counted."""
     definition = yaml.safe_load((ROOT / "experiments" / "claims.yaml").read_text())
-    body = [list(_COLUMNS), ["---"] * len(_COLUMNS)]
+    values = dict(known)
     for claim in definition["claims"]:
-        value = compute(claim)
-        unit = "" if claim["value"] in ("count", "extra") else " %"
-        verdict = "holds" if abs(value - claim["claimed"]) <= claim["within"] else "does not hold"
-        shown = f"{value:,.0f}" if not unit else f"{value:.2f}{unit}"
-        claimed = f"{claim['claimed']:,}{unit}"
-        body.append([claim["claim"], claim["assumes"], claimed, shown, verdict, claim["source"]])
-    note = "Counted from the models' sizes without weights, heads left out (`scripts/count_params.py`)."
-    return (
-        "\n".join([f"# {definition['title']}", "", *("| " + " | ".join(row) + " |" for row in body), "", note]) + "\n"
-    )
+        if key(claim) not in values:
+            if not count_missing:
+                return None
+            values[key(claim)] = compute(claim)
+    return Claims(definition["title"], definition["claims"], values)
+
+
+def key(claim: dict[str, Any]) -> str:
+    """Names what a claim counts: another one when its configs or the method's version change."""
+    counted = {name: run_id(composed(claim[name])) for name in ("counted", "against") if name in claim}
+    return hashlib.sha256(json.dumps([claim["value"], counted]).encode()).hexdigest()[:12]
+
+
+def read_values(path: Path) -> dict[str, float]:
+    """What `Claims.csv` wrote, by key; nothing where there is no such file."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {line["key"]: float(line["computed"]) for line in csv.DictReader(file)}
+
+
+def _shown(claim: dict[str, Any], value: float) -> list[str]:
+    unit = "" if claim["value"] in ("count", "extra") else " %"
+    verdict = "holds" if abs(value - claim["claimed"]) <= claim["within"] else "does not hold"
+    shown = f"{value:,.0f}" if not unit else f"{value:.2f}{unit}"
+    claimed = f"{claim['claimed']:,}{unit}"
+    return [claim["claim"], claim["assumes"], claimed, shown, verdict, claim["source"]]
 
 
 def _count(overrides: Sequence[str]) -> dict[str, int]:

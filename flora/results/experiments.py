@@ -95,6 +95,11 @@ class Table:
         """What the table shows."""
         return self.definition["title"]
 
+    @property
+    def stem(self) -> str:
+        """What its rendered files are called."""
+        return self.name if self.scale == "mini" else f"{self.name}_{self.scale}"
+
     @cached_property
     def rows(self) -> dict[tuple[str, str, str, str], list[Cell]]:
         """Cells that differ in the seed alone, by (task, model, method, other settings that vary in the table)."""

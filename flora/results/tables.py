@@ -46,6 +46,7 @@ COLUMNS = (
     "lr",
     "layers skipped",
 )
+_MARKS = {"best": "**{}**", "tied": "{}*", "": "{}"}
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Row:
         task, model, method, settings: what was run; ``settings`` is what else varies in the table.
         records: finished records by seed.
         cells: how many runs there should be.
+        overrides: what to type after ``python train.py``, the seed left out.
         published: the published number of the same cell, or None.
         mark: ``best``, ``tied`` or nothing.
         lora: the record of LoRA that time and memory are related to, by seed.
@@ -67,6 +69,7 @@ class Row:
     settings: str
     records: dict[int, dict[str, Any]]
     cells: int
+    overrides: tuple[str, ...] = ()
     published: Published | None = None
     mark: str = ""
     lora: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -120,7 +123,9 @@ def _row(
     task, model, method, settings = key
     records = {c.seed: record_of(c, contents) for c in cells}
     beside = reported.get((cells[0].published or "", METHODS.get(method, method), task))
-    return Row(task, model, method, settings, {s: r for s, r in sorted(records.items()) if r}, len(cells), beside)
+    overrides = tuple(o for o in cells[0].overrides if not o.startswith("seed="))
+    finished = {s: r for s, r in sorted(records.items()) if r}
+    return Row(task, model, method, settings, finished, len(cells), overrides, beside)
 
 
 def record_of(cell: Cell, contents: Contents) -> dict[str, Any] | None:
@@ -203,14 +208,38 @@ def digest(records: list[dict[str, Any]]) -> str:
 
 def markdown(title: str, found: list[Row]) -> str:
     """A Markdown table."""
-    marks = {"best": "**{}**", "tied": "{}*", "": "{}"}
     body = [list(COLUMNS), ["---"] * len(COLUMNS)]
     for row in found:
         cells = cells_as_text(row)
-        cells[4] = marks[row.mark].format(cells[4])
+        cells[4] = _MARKS[row.mark].format(cells[4])
         body.append(cells)
     lines = [f"# {title}", "", *("| " + " | ".join(cells) + " |" for cells in body), ""]
     return "\n".join(lines + [f"- {note}" for note in notes(found)]) + "\n"
+
+
+def compact(table: Table, found: list[Row]) -> str:
+    """The table at a glance, in Markdown: a line per model and method, a column per data set."""
+    tasks = list(dict.fromkeys(row.task for row in found))
+    body = [["model", "method", "adapter params", *tasks], ["---"] * (3 + len(tasks))]
+    by_line: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in found:
+        by_line.setdefault((row.model, row.name), {})[row.task] = row
+    for (model, name), of_task in by_line.items():
+        params = {f"{row.first['trainable_params']:,}" for row in of_task.values() if row.records}
+        shown = [_MARKS[row.mark].format(_mean(row)) for row in (of_task[task] for task in tasks)]
+        body.append([model, name, ", ".join(sorted(params)) or DASH, *shown])
+    lines = ["| " + " | ".join(cells) + " |" for cells in body]
+    done = sum(len(row.records) for row in found)
+    where = f"results/tables/{table.stem}.md"
+    return "\n".join([*lines, "", f"{done} of {len(table.cells)} runs are finished; [all columns]({where}).", ""])
+
+
+def _mean(row: Row) -> str:
+    if not row.records:
+        return DASH
+    mean, std = mean_std(row.values)
+    fewer = f" (n = {len(row.values)})" if len(row.values) < row.cells else ""
+    return f"{mean:.4f}" + (f" ± {std:.4f}" if std is not None else "") + fewer
 
 
 def latex(title: str, found: list[Row]) -> str:

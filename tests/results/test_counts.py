@@ -29,12 +29,32 @@ def test_verdicts_follow_the_numbers(monkeypatch):
         for factor, claim in zip([2, 0.9, -0.9] * 9, CLAIMS, strict=False)
     }
     monkeypatch.setattr(counts, "compute", lambda claim: values[claim["claimed"]])
-    rows = [line.split(" | ") for line in counts.claims_markdown().splitlines() if line.startswith("| ")][2:]
+    monkeypatch.setattr(counts, "key", lambda claim: str(claim["claimed"]))  # no two that the same value would fit
+    rows = [line.split(" | ") for line in counts.claims({}).markdown().splitlines() if line.startswith("| ")][2:]
     assert len(rows) == len(CLAIMS)
     for row, claim in zip(rows, CLAIMS, strict=True):
         off = abs(values[claim["claimed"]] - claim["claimed"])
         assert (row[4] == "holds") == (off <= claim["within"])
         assert row[0].removeprefix("| ") == claim["claim"]
+
+
+def test_what_was_counted_is_kept_until_its_configs_change(tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(counts, "compute", lambda claim: counted.append(claim) or 100 / 3)
+    first = counts.claims({})
+    assert len(counted) == len({counts.key(claim) for claim in CLAIMS})
+    path = tmp_path / "claims.csv"
+    path.write_text(first.csv())
+    known = counts.read_values(path)
+    assert counts.claims(known, count_missing=False) == first
+    assert len(counted) == len(first.values), "nothing is counted again"
+
+    gone = counts.key(CLAIMS[0])
+    del known[gone]
+    assert counts.claims(known, count_missing=False) is None
+    assert counts.claims(known) == first
+    assert counts.key(CLAIMS[0] | {"counted": [*CLAIMS[0]["counted"], "adapter.lora_dropout=0.5"]}) != gone
+    assert counts.key(CLAIMS[0] | {"claimed": 1, "within": 2, "source": "?"}) == gone
 
 
 def test_every_claim_names_its_source_and_what_it_assumes():

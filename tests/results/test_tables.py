@@ -15,7 +15,7 @@ from flora.results import Store, experiments
 from flora.results.experiments import ROOT, load
 from flora.results.plots import STYLES, front, written_hash
 from flora.results.reported import published
-from flora.results.tables import as_csv, cells_as_text, latex, markdown, rows
+from flora.results.tables import as_csv, cells_as_text, compact, latex, markdown, rows
 from scripts.make_tables import make_tables
 from tests.results.records import write
 
@@ -87,6 +87,31 @@ def test_the_csv_holds_unrounded_numbers(store):
     assert float(flora["std"]) == pytest.approx(0.01)
     assert float(flora["time_to_lora"]) == pytest.approx(1.5)
     assert next(one for one in lines if one["method"] == "linear_probe")["mean"] == ""
+
+
+def test_the_table_at_a_glance_has_a_column_per_data_set(store):
+    table = load("eurosat")
+    text = compact(table, rows(table, store.read_all()))
+    lines = [[cell.strip() for cell in one.strip("|").split("|")] for one in text.splitlines() if one.startswith("|")]
+    assert lines[0] == ["model", "method", "adapter params", "eurosat"]
+    assert ["convnext", "flora", "50", "0.9100 ± 0.0100*"] in lines
+    assert ["convnext", "linear_probe", "-", "-"] in lines
+    assert len(lines) == 2 + 8
+    assert "9 of 24 runs are finished" in text
+
+
+def test_the_readme_shows_a_table_between_its_markers_and_nothing_else_changes(store, render, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.make_tables.names", lambda: ["eurosat"])
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- table eurosat, rendered by scripts/make_tables.py -->\n?<!-- end of table -->\nb\n")
+    assert render("--check")[0] == 1
+    assert render()[0] == 0
+    table = load("eurosat")
+    begin, end = readme.read_text().split(compact(table, rows(table, store.read_all())))
+    assert begin == "a\n<!-- table eurosat, rendered by scripts/make_tables.py -->\n"
+    assert end == "<!-- end of table -->\nb\n"
+    assert render("--check")[0] == 0
+    assert "| convnext | flora | 50 |" in readme.read_text()
 
 
 def test_latex_is_a_booktabs_table_with_nothing_left_to_escape(store):
