@@ -6,17 +6,19 @@ dtype that the layers compute in; each layer then runs once with its W + delta. 
 of these weights in the same way. No second copy of the frozen weights outlives the step.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flora.adapters.layer import FloraLayer, compute_dtype, in_transform
-from flora.adapters.tucker import factor_modes, mode_product, to_tensor
+from flora.adapters.tucker import factor_modes, to_tensor
 from flora.adapters.weights import AdaptedWeight
 
 try:
@@ -25,9 +27,15 @@ except ImportError:  # Triton comes with torch for CUDA and ROCm only
     kernels = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True)
+_SMALL = 1024  # most positions of the small modes: their Kronecker product is built
+
+
+@dataclass(frozen=True, eq=False)
 class Stack:
     """Layers whose weights have one shape, one set of ranks and one scale, and are built together.
+
+    The weight of a layer is seen as rows (its first mode in memory), a wide mode (the largest of the others) and small
+    modes (kernel positions).
 
     Attributes:
         layers: n layers, each with one adapted weight called ``weight``.
@@ -50,8 +58,18 @@ class Stack:
     dense: bool
 
     @cached_property
+    def wide(self) -> int | None:
+        """The wide mode; None for a weight of one mode."""
+        return max(self.modes[1:], key=lambda mode: self.described.shape[mode], default=None)
+
+    @cached_property
+    def small(self) -> tuple[int, ...]:
+        """The small modes."""
+        return tuple(mode for mode in self.modes[1:] if mode != self.wide)
+
+    @cached_property
     def order(self) -> tuple[int, ...]:
-        """All modes, those without a factor last."""
+        """All modes in memory order, those without a factor last."""
         return (*self.modes, *(mode for mode in range(len(self.ranks)) if mode not in self.modes))
 
     @cached_property
@@ -59,34 +77,30 @@ class Stack:
         """Whether memory order is that of the stored weight."""
         return list(self.modes) == sorted(self.modes)
 
-    def parameters(self) -> list[Tensor]:
-        """The cores of the layers, then their factors, mode by mode; those of today, as training may replace them."""
-        cores = [layer.tucker_core[self.adapter]._parameters["weight"] for layer in self.layers]
-        held = [layer.tucker_factors[self.adapter]._parameters for layer in self.layers]
-        return [*cores, *(factors[f"weight_{mode}"] for mode in self.modes for factors in held)]  # type: ignore[list-item]
+    @cached_property
+    def family(self) -> tuple[Any, ...]:
+        """What stacks share whose cores are contracted with the factors of their small modes together."""
+        sizes = tuple(self.described.shape[mode] for mode in self.small)
+        return sizes, self.ranks, self.modes[0], self.wide, self.small, self.scale
 
-    def stack(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Cores as [n, r...] and factors as [n, d, r], in memory order."""
-        n = len(self.layers)
-        cores, *factors = (torch.stack(list(parameters[i : i + n])) for i in range(0, len(parameters), n))
-        cores = cores.permute(0, *(1 + mode for mode in self.order))
-        return cores.reshape(n, *(self.ranks[mode] for mode in self.modes)), factors
+    def sizes(self, modes: Iterable[int]) -> list[int]:
+        """Sizes of some modes."""
+        return [self.described.shape[mode] for mode in modes]
 
     def unstack(self, weights: Tensor) -> Sequence[Tensor]:
         """The weights of the layers, in their stored shape, as views of [n, d...] in memory order."""
         if self.in_order:
             return weights.view(-1, *self.described.weight_shape).unbind(0)
-        sizes = (self.described.shape[mode] for mode in self.order)
         places = (1 + self.order.index(mode) for mode in range(len(self.order)))
-        return weights.view(-1, *sizes).permute(0, *places).unbind(0)
+        return weights.view(-1, *self.sizes(self.order)).permute(0, *places).unbind(0)
 
     def gather(self, weights: Sequence[Tensor]) -> Tensor:
-        """The inverse of ``unstack``: [n, d...] in memory order, copied."""
+        """The inverse of ``unstack``, copied: [n, rows, rest] in memory order."""
         seen = weights if self.in_order else [weight.permute(self.order) for weight in weights]
-        return torch.stack(list(seen)).view(-1, *(self.described.shape[mode] for mode in self.modes))
+        return torch.stack(list(seen)).reshape(len(weights), self.described.shape[self.modes[0]], -1)
 
     def add(self, left: Tensor, right: Tensor) -> Sequence[Tensor]:
-        """Base weights plus ``scale`` times the products [n, d_1, r] x [n, r, rest], rounded once, to ``dtype``."""
+        """Base weights plus ``scale`` times the products [n, rows, r] x [n, r, rest], rounded once, to ``dtype``."""
         bases = [layer.base_layer._parameters["weight"] for layer in self.layers]
         if left.is_cuda and self.dense and left.dtype == torch.float32 and left.shape[2] <= 128 and kernels is not None:
             return self.unstack(kernels.add_products(bases, left, right, self.scale, self.dtype))
@@ -94,62 +108,204 @@ class Stack:
         torch._foreach_add_(list(self.unstack(sums)), bases)
         return self.unstack(sums.to(self.dtype))
 
+    def to_columns(self, partial: Tensor) -> Tensor:
+        """[n, r_1 * small, wide] to [n, r_1, rest], the rest in memory order."""
+        n, first = len(self.layers), self.ranks[self.modes[0]]
+        if self.modes[1:] == (*self.small, self.wide) or self.wide is None:
+            return partial.view(n, first, -1)
+        seen = partial.view(n, first, *self.sizes((*self.small, self.wide)))
+        places = [2 + (*self.small, self.wide).index(mode) for mode in self.modes[1:]]
+        return seen.permute(0, 1, *places).reshape(n, first, -1)
+
+    def from_columns(self, gradient: Tensor) -> Tensor:
+        """The inverse of ``to_columns``."""
+        n, first = len(self.layers), self.ranks[self.modes[0]]
+        if self.wide is None:
+            return gradient.view(n, first, 1)
+        if self.modes[1:] != (*self.small, self.wide):
+            places = [2 + self.modes[1:].index(mode) for mode in (*self.small, self.wide)]
+            gradient = gradient.view(n, first, *self.sizes(self.modes[1:])).permute(0, 1, *places)
+        return gradient.reshape(n, -1, self.described.shape[self.wide])
+
+
+class Block(NamedTuple):
+    """Same-shaped parameters that lie one after the other in a plan's flat buffer: a core, or factors of one mode."""
+
+    stacks: tuple[Stack, ...]
+    mode: int | None
+    shape: tuple[int, ...]
+
+    def held(self) -> list[tuple[dict[str, Any], str]]:
+        """Where the parameters are found, layer by layer."""
+        layers = [(layer, stack.adapter) for stack in self.stacks for layer in stack.layers]
+        if self.mode is None:
+            return [(layer.tucker_core[adapter]._parameters, "weight") for layer, adapter in layers]
+        return [(layer.tucker_factors[adapter]._parameters, f"weight_{self.mode}") for layer, adapter in layers]
+
+
+class Plan:
+    """Stacks on one device whose adapters have one dtype, and the order of their parameters in a flat buffer."""
+
+    def __init__(self, stacks: Sequence[Stack]) -> None:
+        families: dict[tuple[Any, ...], list[Stack]] = {}
+        for stack in stacks:
+            families.setdefault(stack.family, []).append(stack)
+        self.families = [tuple(members) for members in families.values()]
+        self.stacks = [stack for members in self.families for stack in members]
+        self.blocks: list[Block] = []
+        for members in self.families:
+            one = members[0]
+            self.blocks.append(Block(members, None, one.ranks))
+            for mode in one.small:
+                self.blocks.append(Block(members, mode, (one.described.shape[mode], one.ranks[mode])))
+        for stack in self.stacks:
+            for mode in (stack.modes[0], *(() if stack.wide is None else (stack.wide,))):
+                self.blocks.append(Block((stack,), mode, (stack.described.shape[mode], stack.ranks[mode])))
+        self._held = [place for block in self.blocks for place in block.held()]
+        counts = [sum(len(stack.layers) for stack in block.stacks) for block in self.blocks]
+        self._views = [(count, *block.shape) for count, block in zip(counts, self.blocks, strict=True)]
+        self._sizes = [math.prod(view) for view in self._views]
+        self.index = {(block.stacks[0], block.mode): i for i, block in enumerate(self.blocks)}
+
+    def parameters(self) -> list[Tensor]:
+        """What the adapters hold today, in the order of the blocks."""
+        return [held[key] for held, key in self._held]
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """The blocks of a flat buffer: cores as [n, r...], factors as [n, d, r]."""
+        return [part.view(view) for part, view in zip(flat.split_with_sizes(self._sizes), self._views, strict=True)]
+
+    def small_products(self, blocks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """Per family, cores as [n, r_1 * r_wide, r_small], Kronecker products of small factors [n, small, r_small]."""
+        found = []
+        for members in self.families:
+            one, core = members[0], blocks[self.index[members[0], None]]
+            chosen = (one.modes[0], *(() if one.wide is None else (one.wide,)), *one.small)
+            if list(chosen) != sorted(chosen) or len(chosen) < len(one.ranks):
+                rest = [mode for mode in range(len(one.ranks)) if mode not in chosen]
+                core = core.permute(0, *(1 + mode for mode in (*chosen, *rest)))
+            small = math.prod(one.ranks[mode] for mode in one.small)
+            core = core.reshape(len(core), -1, small)
+            kronecker = None
+            for mode in one.small:
+                factor = blocks[self.index[one, mode]]
+                if kronecker is None:
+                    kronecker = factor
+                else:
+                    product = kronecker[:, :, None, :, None] * factor[:, None, :, None, :]
+                    kronecker = product.flatten(3).flatten(1, 2)
+            found.append((core, kronecker))
+        return found
+
+    def cores_back(self, one: Stack, gradient: Tensor) -> Tensor:
+        """The inverse of the rearrangement of cores in ``small_products``."""
+        chosen = (one.modes[0], *(() if one.wide is None else (one.wide,)), *one.small)
+        order = (*chosen, *(mode for mode in range(len(one.ranks)) if mode not in chosen))
+        seen = gradient.reshape(len(gradient), *(one.ranks[mode] for mode in order))
+        return seen.permute(0, *(1 + order.index(mode) for mode in range(len(order))))
+
+    def factors_back(self, members: tuple[Stack, ...], blocks: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+        """Gradients of the small factors from that of their Kronecker product."""
+        one = members[0]
+        factors = [blocks[self.index[one, mode]] for mode in one.small]
+        if len(factors) == 1:
+            return [gradient]
+        seen = gradient.view(len(gradient), *one.sizes(one.small), *(one.ranks[mode] for mode in one.small))
+        letters = "abcde"[: len(factors)], "vwxyz"[: len(factors)]
+        found = []
+        for i in range(len(factors)):
+            others = [f"n{d}{r}" for k, (d, r) in enumerate(zip(*letters, strict=True)) if k != i]
+            equation = ",".join([f"n{letters[0]}{letters[1]}", *others])
+            rest = [factor for k, factor in enumerate(factors) if k != i]
+            found.append(torch.einsum(f"{equation}->n{letters[0][i]}{letters[1][i]}", seen, *rest))
+        return found
+
 
 class _Build(torch.autograd.Function):
-    """The weights of a stack from its cores and factors."""
+    """The weights of all layers of a plan from their cores and factors."""
 
     @staticmethod
-    def forward(ctx: Any, stack: Stack, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: Plan, *parameters: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(parameters[0].device.type, enabled=False):
-            partial, factors = stack.stack(parameters)
-            # The first mode, the outputs, comes last: until then everything is small.
-            steps = []
-            for mode in range(len(factors) - 1, 0, -1):
-                steps.append((mode, partial))
-                partial = mode_product(partial, factors[mode], mode)
-            ctx.stack, ctx.steps, ctx.partial, ctx.factors = stack, steps, partial, factors
+            flat = torch._C._nn.flatten_dense_tensors(parameters)
+            blocks = plan.split(flat)
+            products, partials, weights = plan.small_products(blocks), [], []
+            for members, (core, kronecker) in zip(plan.families, products, strict=True):
+                inner = core if kronecker is None else core @ kronecker.mT
+                for stack, part in zip(members, inner.split([len(s.layers) for s in members]), strict=True):
+                    if stack.wide is None:
+                        turned = right = part
+                    else:
+                        n, first, wide = len(part), stack.ranks[stack.modes[0]], stack.ranks[stack.wide]
+                        # [n, r_1, r_wide, small] to [n, r_1 * small, r_wide]
+                        turned = part.view(n, first, wide, -1).transpose(2, 3).reshape(n, -1, wide)
+                        right = turned @ blocks[plan.index[stack, stack.wide]].mT
+                    right = stack.to_columns(right)
+                    partials.append((turned, right))
+                    weights.extend(stack.add(blocks[plan.index[stack, stack.modes[0]]], right))
+            ctx.plan, ctx.flat, ctx.products, ctx.partials = plan, flat, products, partials
             ctx.save_for_backward(*parameters)
-            return tuple(stack.add(factors[0], partial.reshape(*partial.shape[:2], -1)))
+            return tuple(weights)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        stack: Stack = ctx.stack
+        plan: Plan = ctx.plan
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted, which the fast path below does not record
-            built = _differentiable(stack, ctx.saved_tensors)
+            built = _differentiable(plan, ctx.saved_tensors)
             return None, *torch.autograd.grad(built, ctx.saved_tensors, gradients, create_graph=True)
         with torch.autocast(gradients[0].device.type, enabled=False):
-            gradient = stack.gather(gradients)
-            exact, fast = ctx.partial.dtype, gradient.dtype
-            found: list[Tensor] = [_factor_gradient(gradient, ctx.partial.to(fast), 0).to(exact)]
-            gradient = mode_product(gradient, ctx.factors[0].to(fast).mT, 0).to(exact)
-            for mode, before in reversed(ctx.steps):
-                found.append(_factor_gradient(gradient, before, mode))
-                gradient = mode_product(gradient, ctx.factors[mode].mT, mode)
-            if stack.scale != 1:
-                gradient = gradient * stack.scale
-                found = [one * stack.scale for one in found]
-            n = len(stack.layers)
-            ranks = [stack.ranks[mode] for mode in stack.order]
-            back = [1 + stack.order.index(mode) for mode in range(len(stack.order))]
-            cores = gradient.reshape(n, *ranks).permute(0, *back)
-            return None, *cores.unbind(0), *(one for factor in found for one in factor.unbind(0))
+            blocks, exact = plan.split(ctx.flat), ctx.flat.dtype
+            cast = {dtype: plan.split(ctx.flat.to(dtype)) for dtype in {stack.dtype for stack in plan.stacks}}
+            found: list[Tensor | None] = [None] * len(blocks)
+            partials, given = iter(ctx.partials), iter(gradients)
+            for members, (core, kronecker) in zip(plan.families, ctx.products, strict=True):
+                to_inner = []
+                for stack in members:
+                    turned, right = next(partials)
+                    gradient = stack.gather(list(islice(given, len(stack.layers))))
+                    rows = plan.index[stack, stack.modes[0]]
+                    found[rows] = (gradient @ right.to(gradient.dtype).mT).to(exact)
+                    gradient = stack.from_columns((cast[stack.dtype][rows].mT @ gradient).to(exact))
+                    if stack.wide is not None:
+                        wide = plan.index[stack, stack.wide]
+                        found[wide] = gradient.mT @ turned
+                        n, first, rank = len(turned), stack.ranks[stack.modes[0]], stack.ranks[stack.wide]
+                        turned_gradient = (gradient @ blocks[wide]).view(n, first, -1, rank)
+                        gradient = turned_gradient.transpose(2, 3).reshape(n, first * rank, -1)
+                    to_inner.append(gradient)
+                inner, one = to_inner[0] if len(to_inner) == 1 else torch.cat(to_inner), members[0]
+                if kronecker is not None:
+                    small = plan.factors_back(members, blocks, inner.mT @ core)
+                    for mode, factor in zip(one.small, small, strict=True):
+                        found[plan.index[one, mode]] = factor
+                    inner = inner @ kronecker
+                found[plan.index[one, None]] = plan.cores_back(one, inner)
+            scales = [block.stacks[0].scale for block in plan.blocks]
+            if set(scales) != {1.0}:
+                found = [part * scale for part, scale in zip(found, scales, strict=True)]  # type: ignore[operator]
+            flat = torch._C._nn.flatten_dense_tensors(found)
+            return None, *torch._C._nn.unflatten_dense_tensors(flat, ctx.saved_tensors)
 
 
-def _factor_gradient(gradient: Tensor, before: Tensor, mode: int) -> Tensor:
-    """Gradient [n, d, r] of a factor from that of ``mode_product(before, factor, mode)``."""
-    n, d, r = len(gradient), gradient.shape[mode + 1], before.shape[mode + 1]
-    if mode == 0:
-        return gradient.reshape(n, d, -1) @ before.reshape(n, r, -1).mT
-    if mode == gradient.dim() - 2:
-        return gradient.reshape(n, -1, d).mT @ before.reshape(n, -1, r)
-    return gradient.movedim(mode + 1, 1).flatten(2) @ before.movedim(mode + 1, 1).flatten(2).mT
-
-
-def _differentiable(stack: Stack, parameters: Sequence[Tensor]) -> list[Tensor]:
-    cores, factors = stack.stack(parameters)
-    updates = stack.unstack((to_tensor(cores, factors) * stack.scale).contiguous())
-    bases = (layer.base_weight("weight") for layer in stack.layers)
-    return [(base + update).to(stack.dtype) for base, update in zip(bases, updates, strict=True)]
+def _differentiable(plan: Plan, parameters: Sequence[Tensor]) -> list[Tensor]:
+    blocks = plan.split(torch._C._nn.flatten_dense_tensors(parameters))
+    built: list[Tensor] = []
+    for members in plan.families:
+        start = 0
+        for stack in members:
+            n, one = len(stack.layers), members[0]
+            core = blocks[plan.index[one, None]][start : start + n].permute(0, *(1 + mode for mode in stack.order))
+            factors: list[Tensor] = []
+            for mode in stack.modes:
+                shared = mode in stack.small
+                block = blocks[plan.index[one if shared else stack, mode]]
+                factors.append(block[start : start + n] if shared else block)
+            core = core.reshape(n, *(stack.ranks[mode] for mode in stack.modes))
+            updates = stack.unstack((to_tensor(core, factors) * stack.scale).contiguous())
+            bases = (layer.base_weight("weight") for layer in stack.layers)
+            built += [(base + update).to(stack.dtype) for base, update in zip(bases, updates, strict=True)]
+            start += n
+    return built
 
 
 class BatchedWeights:
@@ -169,7 +325,7 @@ class BatchedWeights:
     def _forget(self) -> None:
         self._planned_for: tuple[Any, Any] | None = None
         self._devices: set[str] = set()
-        self._stacks: list[Stack] = []
+        self._plans: list[Plan] = []
         self._built: dict[int, Tensor] = {}
         self._depth = 0
         self._with_gradient = False
@@ -220,15 +376,15 @@ class BatchedWeights:
         signature = [_signature(layer) for layer in self.layers]
         casts = {device: _autocast(device) for device in self._devices}
         if (signature, casts) != self._planned_for:
-            self._stacks = plan(self.layers)
+            self._plans = plans(self.layers)
             self._devices = {layer.base_weight("weight").device.type for layer in self.layers}
             self._planned_for = signature, {device: _autocast(device) for device in self._devices}
         self._with_gradient = torch.is_grad_enabled()
-        for stack in self._stacks:
-            parameters = stack.parameters()
+        for plan in self._plans:
+            parameters = plan.parameters()
             if not any(isinstance(p, DTensor) or p.numel() == 0 for p in parameters):
-                weights = _Build.apply(stack, *parameters)
-                self._built.update(zip(map(id, stack.layers), weights, strict=True))
+                weights = _Build.apply(plan, *parameters)
+                self._built.update(zip((id(layer) for s in plan.stacks for layer in s.layers), weights, strict=True))
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -238,8 +394,8 @@ class BatchedWeights:
             self._built = {}
 
 
-def plan(layers: Sequence[FloraLayer]) -> list[Stack]:
-    """The stacks in which the layers' weights are built, as the layers stand now; some layers may be in none."""
+def plans(layers: Sequence[FloraLayer]) -> list[Plan]:
+    """How the layers' weights are built, as the layers stand now; some layers may be in no plan."""
     found: dict[tuple[Any, ...], list[FloraLayer]] = {}
     for layer in layers:
         adapters = layer._present(layer.active_adapters)
@@ -258,8 +414,14 @@ def plan(layers: Sequence[FloraLayer]) -> list[Stack]:
             modes = (*(m for m in modes if m != 1), *(m for m in modes if m == 1))
         dense = channels_last or weight.is_contiguous()
         key = (adapter, described, ranks, layer.scaling[adapter], compute_dtype(weight), modes, dense)
-        found.setdefault((*key, weight.device), []).append(layer)
-    return [Stack(tuple(members), *key[:-1]) for key, members in found.items()]
+        place = weight.device, layer.core(adapter).device, layer.core(adapter).dtype
+        found.setdefault((*key, place), []).append(layer)
+    places: dict[Any, list[Stack]] = {}
+    for (*key, place), members in found.items():
+        stack = Stack(tuple(members), *key)
+        if math.prod(stack.sizes(stack.small)) <= _SMALL:
+            places.setdefault(place, []).append(stack)
+    return [Plan(stacks) for stacks in places.values()]
 
 
 def _at_hand(weight: Tensor, described: AdaptedWeight) -> bool:

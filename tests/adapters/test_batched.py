@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import flora
-from flora.adapters.batched import BatchedWeights, plan
+from flora.adapters.batched import BatchedWeights, plans
 
 
 class Net(nn.Module):
@@ -239,7 +239,7 @@ def test_layers_that_cannot_share_build_their_own(x, setting, monkeypatch):
     model = adapt(Net(), **setting)
     model(x)
     assert not built
-    assert not plan(batched(model).layers)
+    assert not plans(batched(model).layers)
 
 
 def test_sharded_offloaded_and_trained_weights_are_left_out():
@@ -247,9 +247,10 @@ def test_sharded_offloaded_and_trained_weights_are_left_out():
     fc = model.base_model.model.fc
     fc[0].base_layer.weight.requires_grad_(True)
     fc[1].base_layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # as ZeRO-3 leaves it between uses
-    (stack,) = [stack for stack in plan(batched(model).layers) if stack.described.shape == (5, 5)]
+    (plan,) = plans(batched(model).layers)
+    (stack,) = [stack for stack in plan.stacks if stack.described.shape == (5, 5)]
     assert stack.layers == (fc[2],)
-    assert not plan(batched(model.to("meta")).layers)
+    assert not plans(batched(model.to("meta")).layers)
 
 
 def test_compiled_models_build_within_their_layers(x):
