@@ -118,9 +118,9 @@ def sections(arguments: argparse.Namespace, contents: Contents, store: Store) ->
 
 def table_texts(section: Section, output: Path) -> dict[Path, str]:
     """A table's files: texts by path, Markdown first."""
-    title, stem = section.table.title, output / "tables" / section.table.stem
+    table, title, stem = section.table, section.table.title, output / "tables" / section.table.stem
     return {
-        stem.with_suffix(".md"): markdown(title, section.rows),
+        stem.with_suffix(".md"): markdown(title, section.rows, table.definition.get("groups", {}).get(table.scale)),
         stem.with_suffix(".tex"): latex(title, section.rows),
         stem.with_suffix(".csv"): as_csv(section.rows),
     }

@@ -114,6 +114,31 @@ def rows(table: Table, contents: Contents) -> list[Row]:
     return [row for block in blocks.values() for row in block]
 
 
+def group_means(found: list[Row], groups: dict[str, list[str]]) -> list[tuple[str, str, list[float | None]]]:
+    """Model, method, its mean over each group of data sets and the mean of those means; None where a run is missing."""
+    values: dict[tuple[str, str], dict[str, float]] = {}
+    for row in found:
+        if groups and row.records:
+            values.setdefault((row.model, row.name), {})[row.task] = mean_std(row.values)[0]
+    lines = []
+    for (model, name), known in values.items():
+        means = [
+            statistics.fmean(known[task] for task in tasks) if all(task in known for task in tasks) else None
+            for tasks in groups.values()
+        ]
+        whole = [mean for mean in means if mean is not None]
+        lines.append((model, name, [*means, statistics.fmean(whole) if len(whole) == len(means) else None]))
+    return lines
+
+
+def _groups_markdown(found: list[Row], groups: dict[str, list[str]]) -> list[str]:
+    head = ["model", "method", *(f"{group} ({len(tasks)})" for group, tasks in groups.items()), "mean of group means"]
+    body = [head, ["---"] * len(head)]
+    for model, name, means in group_means(found, groups):
+        body.append([model, name, *(DASH if mean is None else f"{mean:.4f}" for mean in means)])
+    return ["", *("| " + " | ".join(cells) + " |" for cells in body)] if len(body) > 2 else []
+
+
 def _row(
     key: tuple[str, str, str, str],
     cells: list[Cell],
@@ -206,14 +231,15 @@ def digest(records: list[dict[str, Any]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def markdown(title: str, found: list[Row]) -> str:
-    """A Markdown table."""
+def markdown(title: str, found: list[Row], groups: dict[str, list[str]] | None = None) -> str:
+    """A Markdown table, with the means over ``groups`` of data sets below it."""
     body = [list(COLUMNS), ["---"] * len(COLUMNS)]
     for row in found:
         cells = cells_as_text(row)
         cells[4] = _MARKS[row.mark].format(cells[4])
         body.append(cells)
-    lines = [f"# {title}", "", *("| " + " | ".join(cells) + " |" for cells in body), ""]
+    lines = [f"# {title}", "", *("| " + " | ".join(cells) + " |" for cells in body)]
+    lines += [*_groups_markdown(found, groups or {}), ""]
     return "\n".join(lines + [f"- {note}" for note in notes(found)]) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from flora.errors import ConfigError
 from flora.tasks.augment import Augment
 from flora.tasks.metrics import Classification
 
+NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 AUGMENTATIONS = ("none", "crop", "flip", "crop_flip")
 
 Batch = dict[str, Tensor]
@@ -89,6 +95,11 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Of logits ``[N, C]`` and classes ``[N]`` or their probabilities ``[N, C]``, in fp32 whatever the autocast."""
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+def _normalised(mean: Sequence[float], std: Sequence[float], images: Tensor) -> Tensor:
+    scale = [torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std)]
+    return images.float().div_(255).sub_(scale[0]).div_(scale[1])
 
 
 def draw(count: int, seed: int) -> np.ndarray:
@@ -174,14 +185,28 @@ class ImageTask(Task):
         epochs: default length of training.
         augment: ``auto`` (the dataset's own rule) or one of AUGMENTATIONS.
         split_seed: of the draw of the splits; apart from the training seed, so that seeds share their data.
+        normalisation: ``imagenet``, ``half`` (mean and deviation 1/2), ``none`` (pixels in [0, 1]); None: the model's.
+        resize: ``squash`` to a square, or ``crop``; None: squash, as VTAB does.
+        interpolation: ``nearest``, ``bilinear`` or ``bicubic``; None: the model's.
 
     Raises:
-        ConfigError: for an unknown augmentation, epochs below 1, or a seed out of range.
+        ConfigError: for an unknown augmentation or preprocessing, epochs below 1, or a seed out of range.
     """
 
     metric = "accuracy"
 
-    def __init__(self, *, name: str, dataset: str, epochs: int, augment: str = "auto", split_seed: int = 0):
+    def __init__(
+        self,
+        *,
+        name: str,
+        dataset: str,
+        epochs: int,
+        augment: str = "auto",
+        split_seed: int = 0,
+        normalisation: str | None = None,
+        resize: str | None = None,
+        interpolation: str | None = None,
+    ):
         if augment not in ("auto", *AUGMENTATIONS):
             raise ConfigError(f"task.augment={augment} is unknown; choose one of auto, {', '.join(AUGMENTATIONS)}")
         if epochs < 1:
@@ -192,7 +217,17 @@ class ImageTask(Task):
         self.dataset = dataset
         self.epochs = epochs
         self.split_seed = split_seed
+        for key, value, allowed in (
+            ("normalisation", normalisation, tuple(NORMALISATIONS)),
+            ("resize", resize, ("squash", "crop")),
+            ("interpolation", interpolation, ("nearest", "bilinear", "bicubic")),
+        ):
+            if value is not None and value not in allowed:
+                raise ConfigError(f"task.{key}={value} is unknown; choose null (the default) or {', '.join(allowed)}")
         self._augment = augment
+        self.normalisation = normalisation
+        self.resize = resize or "squash"
+        self.interpolation = interpolation
 
     @abstractmethod
     def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
@@ -206,17 +241,19 @@ class ImageTask(Task):
 
     def load_for(self, model: Any, data_dir: Path | None) -> Splits:
         """See Task.load_for."""
-        return self.load(image_size=model.image_size, data_dir=data_dir, interpolation=model.interpolation)
+        interpolation = self.interpolation or model.interpolation
+        return self.load(image_size=model.image_size, data_dir=data_dir, interpolation=interpolation)
 
     def forward(self, model: Any) -> Forward:
         """Augment (training only) and normalise uint8 batches on their device, then classify."""
         augment = self.augment()
+        normalize = partial(_normalised, *NORMALISATIONS[self.normalisation]) if self.normalisation else model.normalize
 
         def forward(module: nn.Module, batch: Batch, training: bool) -> Tensor:
             images = batch["pixel_values"]
             if training and augment is not None:
                 images = augment(images)
-            return module(model.normalize(images))
+            return module(normalize(images))
 
         return forward
 

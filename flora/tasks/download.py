@@ -1,22 +1,27 @@
-"""VTAB datasets that torchvision can download, kept in FLORA_CACHE (by default ~/.cache/flora)."""
+"""VTAB datasets that torchvision or the hub can download, kept in FLORA_CACHE (by default ~/.cache/flora)."""
 
 from __future__ import annotations
 
+import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 from filelock import FileLock
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from PIL import Image
 from torchvision import datasets
 
-from flora.errors import DataError
+from flora.errors import DataError, WeightsError
+from flora.models.weights import reach_hub
+from flora.tasks import rules
 from flora.tasks.base import draw
 from flora.tasks.images import Pool, one_line
 
@@ -61,6 +66,59 @@ def _caltech101(root: Path, download: bool) -> dict[str, Any]:
     return {"train": datasets.ImageFolder(str(Path(unpacked) / "101_ObjectCategories"))}
 
 
+def _sun397(root: Path, download: bool) -> dict[str, Any]:
+    return {"train": datasets.SUN397(root, download=download)}
+
+
+def _patch_camelyon(root: Path, download: bool) -> dict[str, Any]:
+    names = {"train": "train", "validation": "val", "test": "test"}
+    return {split: _Labelled.of_pcam(datasets.PCAM(root, name, download=download)) for split, name in names.items()}
+
+
+def _clevr_count(root: Path, download: bool) -> dict[str, Any]:
+    found = {split: datasets.CLEVRClassification(root, split, download=download) for split in ("train", "val")}
+    labels = {split: [rules.clevr_count(count) for count in members._labels] for split, members in found.items()}
+    # CLEVR hides the answers of its test set; VTAB tests on the validation set.
+    return {"train": _Labelled(found["train"], labels["train"]), "test": _Labelled(found["val"], labels["val"])}
+
+
+def _clevr_distance(root: Path, download: bool) -> dict[str, Any]:
+    sets = {}
+    for split, part in {"train": "train", "test": "val"}.items():
+        found = datasets.CLEVRClassification(root, part, download=download)
+        scenes = json.loads((found._data_folder / "scenes" / f"CLEVR_{part}_scenes.json").read_text())["scenes"]
+        depths = {s["image_filename"]: [thing["pixel_coords"][2] for thing in s["objects"]] for s in scenes}
+        labels = [rules.clevr_distance(depths[Path(file).name]) for file in found._image_files]
+        sets[split] = _Labelled(found, labels)
+    return sets
+
+
+def _kitti(root: Path, download: bool) -> dict[str, Any]:
+    found = datasets.Kitti(str(root), download=download)
+    things = [found._parse_target(index) for index in range(len(found))]
+    labels = [rules.kitti((thing["type"], thing["location"][2]) for thing in image) for image in things]
+    return {"train": _Labelled(found, labels)}
+
+
+class _Labelled:
+    """A dataset of torchvision under other labels."""
+
+    def __init__(self, images: Any, targets: Sequence[int]):
+        self.images, self.targets = images, targets
+        self.classes = [str(label) for label in range(max(targets) + 1)]
+
+    @classmethod
+    def of_pcam(cls, images: Any) -> _Labelled:
+        with images.h5py.File(images._base_folder / images._FILES[images._split]["targets"][0]) as file:
+            return cls(images, [int(label) for label in file["y"][:, 0, 0, 0]])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.images[row]
+
+
 @dataclass(frozen=True)
 class Source:
     """How torchvision gets a dataset, from which server, and how many images there are when it is complete."""
@@ -78,8 +136,27 @@ SOURCES = {
     "eurosat": Source(_eurosat, "https://huggingface.co", 27000),
     "flowers102": Source(_flowers102, "https://www.robots.ox.ac.uk", 8189),
     "pets": Source(_pets, "https://thor.robots.ox.ac.uk", 7349),
+    "clevr_count": Source(_clevr_count, "https://dl.fbaipublicfiles.com", 85000),
+    "clevr_distance": Source(_clevr_distance, "https://dl.fbaipublicfiles.com", 85000),
+    "kitti": Source(_kitti, "https://s3.eu-central-1.amazonaws.com", 7481),
+    "patch_camelyon": Source(_patch_camelyon, "https://drive.google.com", 327680),
+    "sun397": Source(_sun397, "http://vision.princeton.edu", 108754),
     "svhn": Source(_svhn, "http://ufldl.stanford.edu", 99289),
 }
+
+
+def from_hub(repository: str) -> Path:
+    """The folder with a hub dataset's parquet files, fetched unless the cache has it; DataError if it cannot be had."""
+    options: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": "*.parquet"}
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, local_files_only=True, **options))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        reach_hub()
+        return Path(huggingface_hub.snapshot_download(repository, **options))
+    except (WeightsError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DataError(f"hub {repository}: {one_line(error)}") from error
 
 
 def download(dataset: str, split_seed: int) -> tuple[dict[str, Pool], list[str], dict[str, Any]]:
@@ -103,7 +180,7 @@ def download(dataset: str, split_seed: int) -> tuple[dict[str, Pool], list[str],
         # Ranks and sweeps start at once: the first one downloads, the others wait and then find it.
         with FileLock(root / f"{dataset}.lock"):
             sets = _load(dataset, source, root)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ImportError) as error:
         raise DataError(f"the download of {dataset} from {source.server} failed ({one_line(error)})") from error
     found = sum(map(len, sets.values()))
     if found != source.images:

@@ -25,12 +25,16 @@ def has_splits(folder: Path) -> bool:
     return any(folder.glob("train*.parquet")) and (folder / "test.parquet").is_file()
 
 
-def open_pool(paths: list[Path], class_names: list[str]) -> tuple[Pool, dict[str, Any]]:
+def open_pool(
+    paths: list[Path], class_names: list[str], column: str = "label", first: int = 0
+) -> tuple[Pool, dict[str, Any]]:
     """Check the files of one split and read their labels; images stay encoded until asked for.
 
     Args:
         paths: files that follow each other, at least one.
         class_names: as ``read_class_names`` found them; labels index them.
+        column: that holds the labels.
+        first: the label of class 0.
 
     Returns:
         The pool, and per file its rows and sha256.
@@ -41,11 +45,11 @@ def open_pool(paths: list[Path], class_names: list[str]) -> tuple[Pool, dict[str
     files = [_open(path) for path in paths]
     labels, facts = [], {}
     for path, file in zip(paths, files, strict=True):
-        _check_columns(path, file.schema_arrow)
-        named = _class_names(file.schema_arrow)
+        _check_columns(path, file.schema_arrow, column)
+        named = _class_names(file.schema_arrow) if column == "label" else None
         if named is not None and named != class_names:
             raise DataError(f"{path}: class names or their order differ from the other files'; fetch them all again")
-        labels.append(_labels(path, file, len(class_names)))
+        labels.append(_labels(path, file, len(class_names), column, first))
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         facts[path.name] = {"rows": len(labels[-1]), "sha256": digest}
@@ -90,18 +94,18 @@ def _open(path: Path) -> pq.ParquetFile:
         raise DataError(f"{path}: not a readable parquet file ({one_line(error)}); fetch it again") from error
 
 
-def _check_columns(path: Path, schema: pa.Schema) -> None:
-    missing = [name for name in ("image", "label") if name not in schema.names]
+def _check_columns(path: Path, schema: pa.Schema, column: str) -> None:
+    missing = [name for name in ("image", column) if name not in schema.names]
     if missing:
         raise DataError(
             f"{path}: no column {' and '.join(missing)} (it has {', '.join(schema.names)}); "
-            "an image dataset needs the columns image{bytes, path} and label"
+            f"an image dataset needs the columns image{{bytes, path}} and {column}"
         )
-    image, label = schema.field("image").type, schema.field("label").type
+    image, label = schema.field("image").type, schema.field(column).type
     if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
         raise DataError(f"{path}: column image is {image}; it must be a struct with the field bytes (encoded images)")
     if not pa.types.is_integer(label):
-        raise DataError(f"{path}: column label is {label}; it must hold integers, the class indices")
+        raise DataError(f"{path}: column {column} is {label}; it must hold integers, the class indices")
 
 
 def _class_names(schema: pa.Schema) -> list[str] | None:
@@ -109,19 +113,20 @@ def _class_names(schema: pa.Schema) -> list[str] | None:
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
-def _labels(path: Path, file: pq.ParquetFile, num_classes: int) -> np.ndarray:
+def _labels(path: Path, file: pq.ParquetFile, num_classes: int, name: str, first: int) -> np.ndarray:
     try:
-        column = file.read(columns=["label"])["label"]
+        column = file.read(columns=[name])[name]
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: column label cannot be read ({one_line(error)}); fetch it again") from error
-    # Missing labels become -1, out of range as well.
-    labels = column.cast(pa.int64()).fill_null(-1).to_numpy()
+        raise DataError(f"{path}: column {name} cannot be read ({one_line(error)}); fetch it again") from error
+    # Missing labels become smaller than the first, out of range as well.
+    labels = column.cast(pa.int64()).fill_null(first - 1).to_numpy() - first
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         row = int(wrong[0])
         found = column[row].as_py()
         raise DataError(
-            f"{path}, row {row}: label {'is missing' if found is None else found}, outside 0..{num_classes - 1} "
+            f"{path}, row {row}: {name} {'is missing' if found is None else found}, "
+            f"outside {first}..{first + num_classes - 1} "
             f"({len(wrong)} such rows); mend the file or check that it is the right dataset"
         )
     return labels

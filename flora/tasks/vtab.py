@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from flora.errors import ConfigError, DataError
-from flora.tasks import dsprites, parquet
+from flora.tasks import dsprites, lists, manifest, parquet
 from flora.tasks.base import ImageTask, Splits, draw
-from flora.tasks.download import SOURCES, download
+from flora.tasks.download import SOURCES, download, from_hub
 from flora.tasks.images import Pool, decode, from_grey
 
 TRAIN_SIZE, VALIDATION_SIZE = 800, 200
@@ -29,22 +29,26 @@ HELD_OUT = 0.2
 class Entry:
     """One dataset: VTAB's group and class count, and the strongest augmentation that keeps its labels true.
 
-    ``stands_for`` names the VTAB dataset that a stand-in replaces where that one cannot be had.
+    ``stands_for`` names the VTAB dataset that a stand-in replaces where that one cannot be had. ``folder`` is its name
+    in published folders of official lists. ``column`` holds the labels, ``first`` is that of class 0.
     """
 
     group: str
     classes: int
     augment: str = "crop_flip"
     stands_for: str | None = None
+    folder: str | None = None
+    column: str = "label"
+    first: int = 0
 
 
 # A crop moves what distance, count and centre labels depend on; a flip turns digits and directions into others.
 DATASETS = {
     "caltech101": Entry("natural", 102),
-    "cifar100": Entry("natural", 100),
+    "cifar100": Entry("natural", 100, folder="cifar"),
     "dtd": Entry("natural", 47),
-    "flowers102": Entry("natural", 102),
-    "pets": Entry("natural", 37),
+    "flowers102": Entry("natural", 102, folder="oxford_flowers102"),
+    "pets": Entry("natural", 37, folder="oxford_iiit_pet"),
     "sun397": Entry("natural", 397),
     "svhn": Entry("natural", 10, "crop"),
     "patch_camelyon": Entry("specialized", 2, "flip"),
@@ -52,16 +56,17 @@ DATASETS = {
     "resisc45": Entry("specialized", 45),
     "diabetic_retinopathy": Entry("specialized", 5),
     "clevr_count": Entry("structured", 8, "flip"),
-    "clevr_distance": Entry("structured", 6, "flip"),
+    "clevr_distance": Entry("structured", 6, "flip", folder="clevr_dist"),
     "dmlab": Entry("structured", 6, "flip"),
     "kitti": Entry("structured", 4, "flip"),
-    "dsprites_location": Entry("structured", 16, "none"),
-    "dsprites_orientation": Entry("structured", 16, "none"),
-    "smallnorb_azimuth": Entry("structured", 18, "none"),
-    "smallnorb_elevation": Entry("structured", 9, "flip"),
+    "dsprites_location": Entry("structured", 16, "none", folder="dsprites_loc"),
+    "dsprites_orientation": Entry("structured", 16, "none", folder="dsprites_ori"),
+    "smallnorb_azimuth": Entry("structured", 18, "none", folder="smallnorb_azi"),
+    "smallnorb_elevation": Entry("structured", 9, "flip", folder="smallnorb_ele"),
     "cifar10": Entry("natural", 10, stands_for="cifar100"),
     "dtd10": Entry("natural", 10, stands_for="dtd"),
     "rsscn7": Entry("specialized", 7, stands_for="resisc45"),
+    "nlvr_count": Entry("structured", 18, "flip", "clevr_count", folder="nlvr", column="num_objects", first=3),
 }
 ALIASES = {
     "clevr_dist": "clevr_distance",
@@ -84,13 +89,22 @@ class Vtab(ImageTask):
         test_size: ``default`` (all the test images of a file, 2000 of a rendered set), ``full`` (VTAB's test set), or a
             number, drawn.
         unreadable: ``error``, or ``skip`` to leave out and count images that cannot be decoded.
+        hub: a dataset repository on the hub in the parquet layout, asked where ``paths.data`` has no folder.
         **common: of ImageTask.
 
     Raises:
         ConfigError: for an unknown dataset or setting.
     """
 
-    def __init__(self, *, dataset: str, test_size: str | int = "default", unreadable: str = "error", **common: Any):
+    def __init__(
+        self,
+        *,
+        dataset: str,
+        test_size: str | int = "default",
+        unreadable: str = "error",
+        hub: str | None = None,
+        **common: Any,
+    ):
         super().__init__(dataset=canonical_name(dataset), **common)
         if test_size not in ("default", "full") and not (isinstance(test_size, int) and test_size > 0):
             raise ConfigError(f"task.test_size={test_size} must be default, full or a number above 0")
@@ -98,6 +112,7 @@ class Vtab(ImageTask):
             raise ConfigError(f"task.unreadable={unreadable} must be error or skip")
         self.test_size = test_size
         self.unreadable = unreadable
+        self.hub = hub
 
     @property
     def entry(self) -> Entry:
@@ -111,7 +126,7 @@ class Vtab(ImageTask):
 
     def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
         """See Task.load; from ``data_dir/DATASET/*.parquet``, else a download, or rendered."""
-        if self.dataset in RENDERED:
+        if self.dataset in RENDERED and self._folder(data_dir) is None:
             return self._render(image_size, interpolation)
         pools, class_names, facts = self._open(data_dir)
         rows, rule, warnings = self._choose(pools)
@@ -124,6 +139,7 @@ class Vtab(ImageTask):
                 image_size=image_size,
                 interpolation=interpolation,
                 unreadable=self.unreadable,
+                resize=self.resize,
             )
             skipped += missed
         facts |= {
@@ -168,16 +184,24 @@ class Vtab(ImageTask):
 
     def _open(self, data_dir: Path | None) -> tuple[dict[str, Pool], list[str], dict[str, Any]]:
         """Pools train and, where the source has them, validation and test; class names; facts on the source."""
-        folder = None if data_dir is None else Path(data_dir) / self.dataset
-        if folder is not None and folder.is_dir():
-            return _open_folder(folder, self.entry.classes)
+        folder = self._folder(data_dir)
+        if folder is not None:
+            return lists.open_folder(folder, self.entry) if lists.is_one(folder) else _open_folder(folder, self.entry)
         reason = self._no_folder(data_dir)
-        if self.dataset not in SOURCES:
-            raise DataError(f"{reason}; {available(data_dir)}")
         try:
+            if self.hub is not None:
+                return _open_folder(from_hub(self.hub), self.entry, f"hub {self.hub}")
+            if self.dataset not in SOURCES:
+                raise DataError("no server offers it to a program: name a copy on the hub with task.hub=OWNER/NAME")
             return download(self.dataset, self.split_seed)
         except DataError as error:
             raise DataError(f"{reason}, and {error}; {available(data_dir)}") from error
+
+    def _folder(self, data_dir: Path | None) -> Path | None:
+        """The dataset's folder, under its own name or the one that official lists come with."""
+        names = [self.dataset, *([self.entry.folder] if self.entry.folder else [])]
+        places = [] if data_dir is None else [Path(data_dir) / name for name in names]
+        return next((place for place in places if place.is_dir()), None)
 
     def _no_folder(self, data_dir: Path | None) -> str:
         if data_dir is None:
@@ -243,16 +267,24 @@ def available(data_dir: Path | None) -> str:
     return f"available offline without a file: {', '.join(RENDERED)}{folders}"
 
 
-def _open_folder(folder: Path, classes: int) -> tuple[dict[str, Pool], list[str], dict[str, Any]]:
-    paths = {split: sorted(folder.glob(f"{split}*.parquet")) for split in ("train", "validation", "test")}
+def _open_folder(
+    folder: Path, entry: Entry, source: str = "paths.data"
+) -> tuple[dict[str, Pool], list[str], dict[str, Any]]:
+    paths = {split: sorted(folder.rglob(f"{split}*.parquet")) for split in ("train", "validation", "test")}
     for split in ("train", "test"):
         if not paths[split]:
             raise DataError(f"{folder}: no {split}*.parquet; add it, or remove the folder to have it downloaded")
-    names = parquet.read_class_names([path for members in paths.values() for path in members], classes)
+    everything = [path for members in paths.values() for path in members]
+    manifest.check(folder, everything)
+    names = (
+        parquet.read_class_names(everything, entry.classes)
+        if entry.column == "label"
+        else [str(entry.first + c) for c in range(entry.classes)]
+    )
     pools: dict[str, Pool] = {}
     files: dict[str, Any] = {}
     for split, members in paths.items():
         if members:
-            pools[split], facts = parquet.open_pool(members, names)
+            pools[split], facts = parquet.open_pool(members, names, entry.column, entry.first)
             files |= facts
-    return pools, names, {"source": "paths.data", "files": files}
+    return pools, names, {"source": source, "files": files}

@@ -73,6 +73,7 @@ class TestTable:
             "cifar10": "cifar100",
             "dtd10": "dtd",
             "rsscn7": "resisc45",
+            "nlvr_count": "clevr_count",
         }
         assert all(entry.group == DATASETS[entry.stands_for].group for entry in stand_ins.values())
 

@@ -1,0 +1,65 @@
+"""VTAB-1K's official draws: a folder with train800.txt, val200.txt and test.txt, one ``PATH LABEL`` a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from flora.errors import DataError
+from flora.models.weights import sha256_of
+from flora.tasks.images import Pool
+
+FILES = {"train": "train800.txt", "validation": "val200.txt", "test": "test.txt"}
+
+
+class Labelled(Protocol):
+    """What is asked of a dataset's row in the table."""
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+
+
+def is_one(folder: Path) -> bool:
+    """Whether a folder holds official lists."""
+    return (folder / FILES["train"]).is_file()
+
+
+def open_folder(folder: Path, entry: Labelled) -> tuple[dict[str, Pool], list[str], dict[str, Any]]:
+    """Pools of the three lists, class names, and facts on the source.
+
+    Raises:
+        DataError: a list is missing, empty, or holds a line that does not fit.
+    """
+    pools, files = {}, {}
+    for split, name in FILES.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{folder}: no {name} beside the other official lists; fetch it again")
+        pools[split] = _pool(path, entry.classes)
+        files[name] = {"rows": len(pools[split]), "sha256": sha256_of(path)}
+    names = [str(index) for index in range(entry.classes)]
+    return pools, names, {"source": "paths.data, official lists", "files": files}
+
+
+def _pool(path: Path, classes: int) -> Pool:
+    images, labels = [], []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        name, _, label = line.rpartition(" ")
+        if not name or not label.isdecimal() or int(label) >= classes:
+            raise DataError(f"{path}, line {number}: {line!r} is not PATH LABEL with a label in 0..{classes - 1}")
+        images.append(path.parent / name)
+        labels.append(int(label))
+    if not images:
+        raise DataError(f"{path}: no lines; fetch it again")
+
+    def open_rows(rows: np.ndarray) -> Iterator[Callable[[], Image.Image]]:
+        for row in rows:
+            yield partial(Image.open, images[row])
+
+    return Pool(np.array(labels, np.int64), open_rows, lambda row: f"{path}, line {row + 1}")
