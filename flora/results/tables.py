@@ -246,7 +246,9 @@ def markdown(title: str, found: list[Row], groups: dict[str, list[str]] | None =
 def compact(table: Table, found: list[Row]) -> str:
     """The table at a glance, in Markdown: a line per model and method, a column per data set."""
     tasks = list(dict.fromkeys(row.task for row in found))
-    body = [["model", "method", "adapter params", *tasks], ["---"] * (3 + len(tasks))]
+    drawn = {row.task for row in found if row.records and row.first.get("data_source") == "re-rendered"}
+    names = [f"{task} (re-rendered)" if task in drawn else task for task in tasks]
+    body = [["model", "method", "adapter params", *names], ["---"] * (3 + len(tasks))]
     by_line: dict[tuple[str, str], dict[str, Row]] = {}
     for row in found:
         by_line.setdefault((row.model, row.name), {})[row.task] = row

@@ -7,8 +7,10 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from flora.config import main
 from flora.results import Store, experiments
@@ -98,6 +100,8 @@ def test_the_table_at_a_glance_has_a_column_per_data_set(store):
     assert ["convnext", "linear_probe", "-", "-"] in lines
     assert len(lines) == 2 + 8
     assert "9 of 24 runs are finished" in text
+    write(store, table.cells[0], 0.5, data={"source": "re-rendered"})
+    assert "| eurosat (re-rendered) |" in compact(table, rows(table, store.read_all()))
 
 
 def test_the_readme_shows_a_table_between_its_markers_and_nothing_else_changes(store, render, tmp_path, monkeypatch):
@@ -182,6 +186,15 @@ def test_figures_carry_the_hash_of_their_data(store, render, tmp_path):
     render("eurosat")
     assert written_hash(figure) == before
     assert re.fullmatch("[0-9a-f]{64}", before)
+
+
+def test_methods_keep_their_colours_in_the_written_figure(store, render, tmp_path):
+    render("eurosat")
+    (figure,) = tmp_path.rglob("*.png")
+    pixels = np.asarray(Image.open(figure).convert("RGB")).reshape(-1, 3).astype(int)
+    for method in VALUES:
+        colour = [int(STYLES[method][0][i : i + 2], 16) for i in (1, 3, 5)]
+        assert (abs(pixels - colour).max(1) <= 2).sum() > 50, method
 
 
 def test_broken_records_are_reported_and_never_averaged(store, render, tmp_path):
