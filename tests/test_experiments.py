@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 
 import train
 from flora.config import main
+from tests.tasks.conftest import png
 from tests.tasks.texts import SPECIAL, WORDS, word_tokenizer, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,13 @@ def write_data(task, folder):
         pair = {"sentence1": sentences, "sentence2": sentences[::-1], "label": labels}
         for split in ("train", "validation"):
             write_rows(folder / "glue" / task.dataset / f"{split}.parquet", pair)
+    if task.name == "imagefolder":
+        for split in ("train", "val"):
+            for name in range(task.classes if task.classes < 20 else 20):
+                for number in range(3):
+                    path = folder / task.dataset / split / f"class {name:02d}" / f"{number}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(png(name))
     if task.name == "commonsense":
         asked = {"question": sentences, "passage": sentences, "label": labels}
         for split in ("train", "validation"):
@@ -65,6 +73,8 @@ def test_an_experiment_runs_two_steps_and_leaves_its_record(name, tmp_path, monk
     small = ["trainer.max_steps=2", "trainer.batch_size=4", "trainer.max_eval_examples=8", "trainer.device=cpu"]
     if cfg.task.name == "commonsense":
         small += ["task.validation_size=4"]
+    if cfg.task.name == "imagefolder":
+        small += ["task.classes=null", "trainer.gradient_accumulation=1", "task.held_out=0.2"]
     places = ["paths.data=data", "paths.output=outputs", "paths.results=results", "logger=none"]
     overrides = [f"experiment={name}", *tiny(cfg.model, tmp_path), "adapter.r=2", *small, *places]
     monkeypatch.setattr(sys, "argv", ["train.py", *overrides])

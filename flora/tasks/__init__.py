@@ -4,6 +4,7 @@ from flora.tasks.base import ImageDataset, ImageTask, Splits, Task
 from flora.tasks.commonsense import Commonsense
 from flora.tasks.digits import Digits
 from flora.tasks.glue import Glue
+from flora.tasks.imagefolder import ImageFolder
 from flora.tasks.vtab import Vtab
 
-__all__ = ["Commonsense", "Digits", "Glue", "ImageDataset", "ImageTask", "Splits", "Task", "Vtab"]
+__all__ = ["Commonsense", "Digits", "Glue", "ImageDataset", "ImageFolder", "ImageTask", "Splits", "Task", "Vtab"]

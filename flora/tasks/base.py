@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +96,6 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
-def _normalised(mean: Sequence[float], std: Sequence[float], images: Tensor) -> Tensor:
-    scale = [torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std)]
-    return images.float().div_(255).sub_(scale[0]).div_(scale[1])
-
-
 def draw(count: int, seed: int) -> np.ndarray:
     """A random order of ``range(count)``, int64 ``[count]``, the same on every machine.
 
@@ -175,6 +169,16 @@ class Task(ABC):
     def metrics(self) -> evaluate.Metric:
         """The metric, ready to ``compute``, with ``greater_is_better``; it needs no network."""
 
+    def report(self, metric: Any, splits: Splits, folder: Path) -> None:
+        """What else to leave in the run's folder, or in ``splits.facts``, after the test; by default nothing.
+
+        Args:
+            metric: that has just scored the test split.
+            splits: of the run.
+            folder: the run's.
+        """
+        return None
+
 
 class ImageTask(Task):
     """Image classification: accuracy, and crop and flip where the labels survive them.
@@ -247,15 +251,21 @@ class ImageTask(Task):
     def forward(self, model: Any) -> Forward:
         """Augment (training only) and normalise uint8 batches on their device, then classify."""
         augment = self.augment()
-        normalize = partial(_normalised, *NORMALISATIONS[self.normalisation]) if self.normalisation else model.normalize
 
         def forward(module: nn.Module, batch: Batch, training: bool) -> Tensor:
             images = batch["pixel_values"]
             if training and augment is not None:
                 images = augment(images)
-            return module(normalize(images))
+            return module(self.normalised(model, images))
 
         return forward
+
+    def normalised(self, model: Any, images: Tensor) -> Tensor:
+        """Uint8 images as the model takes them, or as ``normalisation`` says."""
+        if self.normalisation is None:
+            return model.normalize(images)
+        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in NORMALISATIONS[self.normalisation])
+        return images.float().div_(255).sub_(mean).div_(std)
 
     @property
     @abstractmethod

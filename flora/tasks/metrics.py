@@ -45,6 +45,28 @@ class Classification(evaluate.Metric):
         return {"accuracy": float(accuracy_score(references, predictions)), "mean_per_class_accuracy": float(recall)}
 
 
+class TopFive(Classification):
+    """``top5_accuracy`` beside those of Classification, and the confusion matrix of the last ``compute``.
+
+    Attributes:
+        confusion: counts ``[true, called]``, int64 ``[C, C]``.
+    """
+
+    confusion: np.ndarray
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
+        """Score logits ``[N, C]`` against class indices ``[N]``."""
+        logits, truth = np.asarray(predictions, np.float64), np.asarray(references)
+        classes = logits.shape[1]
+        called = _to_classes(logits)
+        kept = called >= 0
+        self.confusion = np.zeros((classes, classes), np.int64)
+        np.add.at(self.confusion, (truth[kept], called[kept]), 1)
+        five = np.argpartition(-np.nan_to_num(logits, nan=-np.inf), min(5, classes) - 1, axis=1)[:, :5]
+        scores = super().compute(predictions=called, references=truth, **kwargs)
+        return scores | {"top5_accuracy": float(((five == truth[:, None]).any(axis=1) & kept).mean())}
+
+
 class Glue(evaluate.Metric):
     """What GLUE reports of a task: Matthews' correlation (cola), Pearson's and Spearman's (stsb), accuracy (others).
 

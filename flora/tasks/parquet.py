@@ -69,8 +69,10 @@ def open_pool(
     return Pool(np.concatenate(labels), open_rows, where), facts
 
 
-def read_class_names(paths: list[Path], num_classes: int) -> list[str]:
+def read_class_names(paths: list[Path], num_classes: int | None) -> list[str]:
     """The names in the Hugging Face metadata of the first file that has them, or numbers.
+
+    ``num_classes`` None takes as many as are named.
 
     Raises:
         DataError: if it names another number of classes, or a file is no parquet.
@@ -78,12 +80,14 @@ def read_class_names(paths: list[Path], num_classes: int) -> list[str]:
     for path in paths:
         names = _class_names(_open(path).schema_arrow)
         if names is not None:
-            if len(names) != num_classes:
+            if num_classes is not None and len(names) != num_classes:
                 raise DataError(
                     f"{path}: {len(names)} class names, but this dataset has {num_classes} classes; "
                     "check that the folder holds the right dataset"
                 )
             return names
+    if num_classes is None:
+        raise DataError(f"{paths[0]} names no classes: say with task.classes how many there are")
     return [str(index) for index in range(num_classes)]
 
 

@@ -181,6 +181,7 @@ class Experiment:
 
     def _test(self, trainer: Trainer) -> dict[str, float]:
         found = self._test_on(trainer, self.splits.test)
+        self.task.report(trainer.metric, self.splits, self.folder)
         for name, more in self.splits.further_tests.items():
             found |= {f"{name}_{metric}": value for metric, value in self._test_on(trainer, more).items()}
         return found

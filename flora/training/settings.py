@@ -21,6 +21,8 @@ class TrainerSettings:
         warmup_steps: their number, wins over ``warmup_ratio`` when given.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them; networks of
             transformers only.
+        layer_decay: factor of the learning rate from a layer to the one before it, for timm's networks; 0 or 1: none.
+        ema_decay: of the moving average of the trained weights that is evaluated and saved; 0: none.
         eval_steps: steps between two looks at validation; null: once an epoch.
         dtype: ``fp32``, or ``bf16`` for autocast over fp32 weights.
         device: ``auto`` (a GPU when there is one) or ``cpu``.
@@ -59,6 +61,8 @@ class TrainerSettings:
     compile: bool = False
     cache_on_device: str | bool = "auto"
     gradient_checkpointing: bool = False
+    layer_decay: float = 0.0
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         positive = ("epochs", "lr", "batch_size", "eval_batch_size", "gradient_accumulation", "log_every")
@@ -78,6 +82,9 @@ class TrainerSettings:
         for name in ("warmup_ratio", "label_smoothing", "drop_path"):
             if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name} must lie in [0, 1), got {getattr(self, name)!r}")
+        for name, most in (("layer_decay", 1), ("ema_decay", 0.999999)):
+            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) <= most:
+                raise ConfigError(f"trainer.{name} must lie in [0, {most:g}], got {getattr(self, name)!r}")
         if self.dtype not in _DTYPES:
             raise ConfigError(f"trainer.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         if self.device not in ("auto", "cpu"):

@@ -12,16 +12,18 @@ from typing import Any, cast
 
 import torch
 import transformers
+from timm.models import group_parameters
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from flora.adapters.methods import in_head
-from flora.errors import TrainingDiverged
+from flora.errors import ConfigError, TrainingDiverged
 from flora.models.quiet import quietly
 from flora.tasks.base import Forward, cross_entropy
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once
+from flora.training.ema import Ema
 from flora.training.meters import BusyShare, PeakMemory
 from flora.training.settings import TrainerSettings
 
@@ -75,6 +77,7 @@ class Trainer(transformers.Trainer):
         self.penalty = penalty
         self.forward = forward
         self.loss = loss
+        self.metric = metric
         self.head = list(head)
         self.captured: CapturedStep | None = None
         self._clip: Callable[[], torch.Tensor] | None = None
@@ -121,6 +124,7 @@ class Trainer(transformers.Trainer):
             log_level="error",
         )
         self.meter = StepMeter()
+        self.ema = Ema(model, settings.ema_decay) if settings.ema_decay else None
         self._order: torch.Generator | None = None
         super().__init__(
             model=model,
@@ -129,7 +133,7 @@ class Trainer(transformers.Trainer):
             train_dataset=train,
             eval_dataset=validation,
             compute_metrics=lambda p: metric.compute(predictions=p.predictions, references=p.label_ids),
-            callbacks=[self.meter, StopOnDivergence(), *extra_callbacks],
+            callbacks=[self.meter, StopOnDivergence(), *([self.ema] if self.ema else []), *extra_callbacks],
         )
         self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each of the accumulated batches
         self.remove_callback(PrinterCallback)
@@ -233,23 +237,28 @@ class Trainer(transformers.Trainer):
         return self._placed[dataset]
 
     def create_optimizer(self, model=None):
-        """AdamW with one learning rate for the adapter or backbone and one for the head; no decay on 1-D parameters."""
+        """AdamW with one learning rate for the adapter or backbone and one for the head; no decay on 1-D parameters.
+
+        With ``layer_decay`` a backbone's rates fall from its last layer to its first.
+        """
         if self.optimizer is None:
-            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
             trained: Any = model or self.model
+            scale = layer_scales(self._module, self.settings.layer_decay)
             for name, parameter in trained.named_parameters():
                 if parameter.requires_grad:
-                    key = (in_head(name.removeprefix("module."), self.head), parameter.ndim > 1)
+                    name = name.removeprefix("module.")
+                    key = (in_head(name, self.head), parameter.ndim > 1, scale.get(name, 1.0))
                     groups.setdefault(key, []).append(parameter)
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = (CapturedAdamW if self._captures() else optimizer_class)(
                 [
                     {
                         "params": parameters,
-                        "lr": (is_head and self.settings.head_lr) or self.settings.lr,
+                        "lr": ((is_head and self.settings.head_lr) or self.settings.lr) * scale,
                         "weight_decay": self.settings.weight_decay if decays else 0.0,
                     }
-                    for (is_head, decays), parameters in groups.items()
+                    for (is_head, decays, scale), parameters in groups.items()
                 ],
                 **kwargs,
             )
@@ -287,17 +296,37 @@ class Trainer(transformers.Trainer):
 
     def evaluate(self, *args, **kwargs):
         """Evaluate, with the time kept out of the training throughput."""
-        with self.meter.pause():
+        with self.meter.pause(), self._averaged():
             self._in_training_mode = False
             return super().evaluate(*args, **kwargs)
 
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return self.ema.applied() if self.ema is not None and self.ema.averages else contextlib.nullcontext()
+
     def _save(self, output_dir=None, state_dict=None):
         """Save a checkpoint without transformers' pickled arguments."""
-        with warnings.catch_warnings(), quietly():
+        with warnings.catch_warnings(), quietly(), self._averaged():
             warnings.filterwarnings("ignore", message="Could not find a config file")  # see flora.adapters.methods
             super()._save(output_dir, state_dict)
         if output_dir is not None:
             (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Factors of the learning rates by parameter: 1 for the last layer, ``decay`` for the one before, and so on.
+
+    Layers are those that timm counts; without decay there is nothing to scale.
+
+    Raises:
+        ConfigError: a network that does not say what its layers are.
+    """
+    if decay in (0, 1):
+        return {}
+    if not hasattr(model, "group_matcher"):
+        raise ConfigError("trainer.layer_decay: only networks of timm that are trained in full have layers to scale")
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+    last = max(layers.values())
+    return {name: decay ** (last - layer) for name, layer in layers.items()}
 
 
 class StepMeter(TrainerCallback):

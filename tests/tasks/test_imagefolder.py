@@ -1,0 +1,187 @@
+"""Folders of images: what is read and held out, what is done to training images, bad images, top-5, the picture."""
+
+import numpy as np
+import pytest
+import torch
+
+import flora.models
+from flora.errors import ConfigError, DataError
+from flora.tasks import ImageFolder
+from flora.tasks.metrics import TopFive
+from flora.tasks.mix import boxes, erase, mix
+
+from .conftest import png
+
+
+def write_tree(folder, splits=("train", "val"), classes=("ant", "bee"), each=10, start=0):
+    for split in splits:
+        for name in classes:
+            for _ in range(each):
+                path = folder / split / name / f"{start:04d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(png(start, (16, 16)))
+                start += 1
+
+
+def task(**options):
+    return ImageFolder(**{"name": "imagefolder", "dataset": ".", "epochs": 1, "crop_pct": 1.0} | options)
+
+
+def load(folder, **options):
+    return task(**options).load(image_size=16, data_dir=folder)
+
+
+def numbers(split):
+    images = split.__getitems__(list(range(len(split))))["pixel_values"]
+    return [int(image[0, 0, 0]) * 100 + int(image[1, 0, 0]) for image in images]
+
+
+def test_without_a_test_folder_val_is_the_test_and_a_part_of_train_is_held_out(tmp_path):
+    write_tree(tmp_path)
+    splits = load(tmp_path, held_out=0.25)
+    parts = [numbers(part) for part in (splits.train, splits.validation, splits.test)]
+    assert sorted(parts[0] + parts[1]) == list(range(20))
+    assert len(parts[1]) == 5
+    assert parts[2] == list(range(20, 40))
+    assert splits.class_names == ["ant", "bee"]
+    assert splits.test.labels.tolist() == [0] * 10 + [1] * 10
+    assert "validation a drawn 25% of train" in splits.facts["split_rule"]
+
+
+def test_three_folders_are_taken_as_they_are(tmp_path):
+    write_tree(tmp_path, ("train", "val", "test"))
+    splits = load(tmp_path)
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [20, 20, 20]
+    assert splits.facts["split_rule"] == "as in the files"
+
+
+def test_parquet_is_read_as_well(write_split, tmp_path):
+    write_split("train-00000-of-00001", 30, folder="data")
+    write_split("validation", 10, start=100, folder="data")
+    splits = load(tmp_path, dataset="data", classes=10)
+    assert numbers(splits.test) == list(range(100, 110))
+    assert splits.facts["files"]["validation.parquet"]["rows"] == 10
+    assert splits.train.subset(4).labels.tolist() == [n % 10 for n in numbers(splits.train.subset(4))]
+
+
+def test_training_images_are_cropped_and_evaluated_ones_are_not(tmp_path):
+    write_tree(tmp_path)
+    for path in tmp_path.rglob("*.png"):
+        side = np.tile(np.arange(16, dtype=np.uint8) * 16, (16, 1))
+        from PIL import Image
+
+        Image.fromarray(np.stack([side] * 3, -1)).save(path)
+    splits = load(tmp_path)
+    plain = splits.test.__getitems__([0, 1])["pixel_values"]
+    assert torch.equal(plain[0], plain[1])
+    assert plain.dtype == torch.uint8
+    several = splits.train.__getitems__([0] * 8)["pixel_values"]
+    assert len({image.numpy().tobytes() for image in several}) > 1
+    whole = load(tmp_path, augment="none").train.__getitems__([0])["pixel_values"]
+    assert torch.equal(whole[0], plain[0])
+
+
+def test_unreadable_images_are_an_error_or_counted(tmp_path):
+    write_tree(tmp_path)
+    broken = sorted(tmp_path.rglob("val/ant/*.png"))[3]
+    broken.write_bytes(broken.read_bytes()[:20])
+    with pytest.raises(DataError, match=r"0023\.png: image cannot be decoded"):
+        numbers(load(tmp_path).test)
+    one = task(unreadable="skip")
+    splits = one.load(image_size=16, data_dir=tmp_path)
+    assert 23 not in numbers(splits.test)
+    metric = TopFive()
+    metric.compute(predictions=np.eye(2)[[0, 1]], references=[0, 1])
+    one.report(metric, splits, tmp_path)
+    assert splits.facts["unreadable"] == {"policy": "skip", "skipped": 1, "first": [str(broken)]}
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (None, {"classes": 3}, r"has 2 classes, task\.classes=3"),
+        (None, {"dataset": "nowhere"}, "there is no folder .*nowhere"),
+        (None, {"held_out": 0.0}, "leaves a split empty"),
+        (("val", "wasp"), {}, "class wasp is not in train"),
+    ],
+)
+def test_folders_that_do_not_fit(tmp_path, change, options, message):
+    write_tree(tmp_path)
+    if change:
+        write_tree(tmp_path, change[:1], change[1:])
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, **options)
+    with pytest.raises(DataError, match="needs train and val or test"):
+        load(tmp_path / "val")
+
+
+@pytest.mark.parametrize("option", [{"mixup": -1}, {"random_erasing": 2}, {"held_out": 1.5}, {"unreadable": "maybe"}])
+def test_settings_out_of_range_are_refused(option):
+    with pytest.raises(ConfigError, match=f"task.{next(iter(option))}="):
+        task(**option)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_labels_say_how_much_of_each_image_is_left(mixup, cutmix):
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16)  # image i is i everywhere
+    labels = torch.tensor([0, 1, 2, 3])
+    shares = []
+    for _ in range(50):
+        mixed, soft = mix(images, labels, 4, mixup, cutmix)
+        expected = soft @ torch.arange(4.0)  # the mean of an image is that of its labels
+        assert torch.allclose(mixed.mean((1, 2, 3)), expected, atol=1e-5)
+        assert torch.allclose(soft.sum(1), torch.ones(4))
+        shares.append(soft[0, 0].item())
+        if not mixup:
+            assert set(mixed[0].unique().tolist()) <= {0.0, 3.0}, "CutMix blends nothing"
+    assert np.std(shares) > 0.1
+
+
+def test_no_mixing_leaves_images_alone():
+    images, labels = torch.randn(3, 3, 8, 8), torch.tensor([1, 0, 1])
+    same, soft = mix(images, labels, 2, 0.0, 0.0)
+    assert same is images
+    assert soft.tolist() == [[0, 1], [1, 0], [0, 1]]
+
+
+def test_erasing_hides_between_nothing_and_a_third():
+    images = torch.full((200, 3, 32, 32), 100.0)
+    hidden = (erase(images, 1.0) != 100).float().mean((1, 2, 3))
+    assert hidden.max() < 0.36
+    assert hidden.mean() > 0.05
+    assert (erase(images, 0.0) == 100).all()
+    touched = (erase(images, 0.25) != 100).flatten(1).any(1).float().mean()
+    assert 0.1 < touched < 0.4
+
+
+def test_a_box_covers_its_area():
+    area, ratio = torch.full((500,), 0.04), torch.ones(500)
+    covered = boxes(area, ratio, torch.empty(1, 3, 64, 64)).float().mean((1, 2, 3))
+    assert covered.max().item() == pytest.approx(0.04, abs=0.005)
+
+
+def test_mixed_labels_reach_the_loss():
+    torch.manual_seed(0)
+    one = task(mixup=0.8)
+    one._num_classes = 3
+    batch = {"pixel_values": torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([0, 1, 2, 0])}
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    logits = one.forward(flora.models.get("convnext"))(module, batch, True)
+    assert batch["labels"].shape == (4, 3)
+    expected = -(batch["labels"] * torch.log_softmax(logits, 1)).sum(1).mean()
+    assert one.loss(logits, batch["labels"], 0.0).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_top_five_counts_the_five_best_and_the_matrix_counts_confusions():
+    logits = np.zeros((3, 8))
+    logits[0, 2] = 9  # right
+    logits[1, [0, 1, 3, 4]], logits[1, 2] = (5, 4, 3, 2), 1  # fifth guess
+    logits[2, [0, 1, 3, 4, 5]] = 5  # not among five
+    metric = TopFive()
+    scores = metric.compute(predictions=logits, references=[2, 2, 2])
+    assert scores["accuracy"] == pytest.approx(1 / 3)
+    assert scores["top5_accuracy"] == pytest.approx(2 / 3)
+    assert metric.confusion[2].tolist() == [2, 0, 1, 0, 0, 0, 0, 0]
+    nan = np.full((1, 8), np.nan)
+    assert TopFive().compute(predictions=nan, references=[7])["top5_accuracy"] == 0
