@@ -274,8 +274,8 @@ class Commonsense(TextTask):
     def load(self, *, tokenizer: Any, max_length: int, data_dir: Path | None) -> Splits:
         """See TextTask.load; from ``data_dir/DATASET`` (parquet, or LLM-Adapters' JSON), or the hub."""
         folder = self._folder(data_dir)
-        train, train_files = self._questions(folder, "train") if self.train == "own" else self._mix(data_dir)
-        test, test_files = self._questions(folder, self.entry.test)
+        train, train_files = self.read_folder(folder, "train") if self.train == "own" else self._mix(data_dir)
+        test, test_files = self.read_folder(folder, self.entry.test)
         if self.validation_size >= len(train):
             raise DataError(f"{self.dataset}: {len(train)} questions to train on, {self.validation_size} to hold out")
         order = draw(len(train), self.split_seed)
@@ -328,6 +328,16 @@ class Commonsense(TextTask):
         if local := self._local(data_dir):
             return local
         reason = "paths.data is not set" if data_dir is None else f"{data_dir} has no folder {self.dataset}"
+        try:
+            return self.from_hub()
+        except DataError as error:
+            raise DataError(
+                f"no data for {self.dataset} ({reason}; {error}): "
+                f"set paths.data to a folder that holds {self.dataset}/train*.parquet"
+            ) from error
+
+    def from_hub(self) -> Path:
+        """The folder of the hub's cache with the dataset's files; DataError where they cannot be had."""
         repository, configuration = self.entry.hub
         options: dict[str, Any] = {
             "repo_type": "dataset",
@@ -338,16 +348,13 @@ class Commonsense(TextTask):
             reach_hub()
             return Path(huggingface_hub.snapshot_download(repository, **options)) / configuration
         except (WeightsError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise DataError(
-                f"no data for {self.dataset} ({reason}; hub {repository}: {one_line(error)}): "
-                f"set paths.data to a folder that holds {self.dataset}/train*.parquet"
-            ) from error
+            raise DataError(f"hub {repository}: {one_line(error)}") from error
 
     def _local(self, data_dir: Path | None) -> Path | None:
         places = [Path(data_dir) / name for name in (self.dataset, self.entry.folder)] if data_dir is not None else []
         return next((place for place in places if place.is_dir()), None)
 
-    def _questions(self, folder: Path, split: str) -> tuple[list[Question], dict[str, Any]]:
+    def read_folder(self, folder: Path, split: str) -> tuple[list[Question], dict[str, Any]]:
         """A split, from parquet files, or from LLM-Adapters' JSON, where the reported split is called test."""
         paths = sorted([*folder.glob(f"{split}*.parquet"), *folder.glob(f"{split}/*.parquet")])
         ask = _with_passage if self.passage else self.entry.ask

@@ -199,20 +199,20 @@ class Glue(TextTask):
         places = []
         if data_dir is not None:
             folder = Path(data_dir) / "glue" / self.dataset
-            official = [Path(data_dir) / "glue" / self.entry.folder, folder]
-            if any(folder.glob("*.parquet")):
-                return self._from_parquet(folder), "paths.data"
-            for place in official:
-                if (place / "train.tsv").is_file():
-                    return self._from_tsv(place), "paths.data, official TSV"
+            for place in (folder, Path(data_dir) / "glue" / self.entry.folder):
+                if any(place.glob("*.parquet")) or (place / "train.tsv").is_file():
+                    return self.read_folder(place), "paths.data"
             places.append(f"{folder} holds no train*.parquet and no train.tsv")
         try:
-            return self._from_parquet(self._from_hub()), f"hub {HUB}"
+            return self.read_folder(self.from_hub()), f"hub {HUB}"
         except WeightsError as error:
             places.append(f"hub {HUB}: {error}")
         raise DataError(f"no data for {self.dataset} ({'; '.join(places)}): set paths.data to a folder that has it")
 
-    def _from_parquet(self, folder: Path) -> dict[str, Rows]:
+    def read_folder(self, folder: Path) -> dict[str, Rows]:
+        """The rows of each split, from parquet or the official TSVs."""
+        if not any(folder.glob("*.parquet")):
+            return self._from_tsv(folder)
         found = {}
         for split in self.entry.rows:
             paths = sorted(folder.glob(f"{split}*.parquet"))
@@ -225,9 +225,11 @@ class Glue(TextTask):
     def _from_tsv(self, folder: Path) -> dict[str, Rows]:
         names = {"train": "train", "validation": "dev"}
         files = {split: f"{names.get(split, split.replace('validation', 'dev'))}.tsv" for split in self.entry.rows}
+        manifest.check(folder, [folder / file for file in files.values()])
         return {split: _read_tsv(folder / file, self.entry) for split, file in files.items()}
 
-    def _from_hub(self) -> Path:
+    def from_hub(self) -> Path:
+        """The folder of the hub's cache with the dataset's files; WeightsError where they cannot be had."""
         pattern = f"{self.dataset}/*.parquet"
         options: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": pattern}
         try:

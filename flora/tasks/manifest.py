@@ -27,8 +27,8 @@ def check(folder: Path, paths: Sequence[Path]) -> None:
     """Raise DataError where a file differs from what the folder's manifest says of it."""
     files = read(folder).get("files", {})
     for path in paths:
-        expected = files.get(path.name, {}).get("sha256")
-        if expected and (found := sha256_of(path)) != expected:
+        expected = files.get(str(path.relative_to(folder)), {}).get("sha256")
+        if expected and path.is_file() and (found := sha256_of(path)) != expected:
             raise DataError(
                 f"{path} has changed since it was prepared (sha256 {found}, {NAME} says {expected}): "
                 f"prepare it again, or delete {NAME} if the change is meant"

@@ -55,7 +55,9 @@ class TopFive(Classification):
     confusion: np.ndarray
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
-        """Score logits ``[N, C]`` against class indices ``[N]``."""
+        """Score logits ``[N, C]`` against class indices ``[N]``; predicted indices ``[N]`` have no five."""
+        if np.ndim(predictions) == 1:
+            return super().compute(predictions=predictions, references=references, **kwargs)
         logits, truth = np.asarray(predictions, np.float64), np.asarray(references)
         classes = logits.shape[1]
         called = _to_classes(logits)

@@ -129,7 +129,7 @@ class Vtab(ImageTask):
         if self.dataset in RENDERED and self._folder(data_dir) is None:
             return self._render(image_size, interpolation)
         pools, class_names, facts = self._open(data_dir)
-        rows, rule, warnings = self._choose(pools)
+        rows, rule, warnings = self.choose(pools)
         splits: dict[str, Any] = {}
         skipped: list[str] = []
         for split, chosen in rows.items():
@@ -186,11 +186,11 @@ class Vtab(ImageTask):
         """Pools train and, where the source has them, validation and test; class names; facts on the source."""
         folder = self._folder(data_dir)
         if folder is not None:
-            return lists.open_folder(folder, self.entry) if lists.is_one(folder) else _open_folder(folder, self.entry)
+            return open_folder(folder, self.entry)
         reason = self._no_folder(data_dir)
         try:
             if self.hub is not None:
-                return _open_folder(from_hub(self.hub), self.entry, f"hub {self.hub}")
+                return open_folder(from_hub(self.hub), self.entry, f"hub {self.hub}")
             if self.dataset not in SOURCES:
                 raise DataError("no server offers it to a program: name a copy on the hub with task.hub=OWNER/NAME")
             return download(self.dataset, self.split_seed)
@@ -212,7 +212,7 @@ class Vtab(ImageTask):
             )
         return f"{data_dir} has no folder {self.dataset} with train*.parquet and test*.parquet"
 
-    def _choose(self, pools: dict[str, Pool]) -> tuple[dict[str, np.ndarray], str, list[str]]:
+    def choose(self, pools: dict[str, Pool]) -> tuple[dict[str, np.ndarray], str, list[str]]:
         """The rows of each split within its pool (train's if it has none), the rule in words, and warnings."""
         order = draw(len(pools["train"]), self.split_seed)
         rules = []
@@ -267,9 +267,16 @@ def available(data_dir: Path | None) -> str:
     return f"available offline without a file: {', '.join(RENDERED)}{folders}"
 
 
-def _open_folder(
+def open_folder(
     folder: Path, entry: Entry, source: str = "paths.data"
 ) -> tuple[dict[str, Pool], list[str], dict[str, Any]]:
+    """Pools, class names and facts of a folder of parquet files or official lists.
+
+    Raises:
+        DataError: for files that are missing, have changed or do not fit.
+    """
+    if lists.is_one(folder):
+        return lists.open_folder(folder, entry)
     paths = {split: sorted(folder.rglob(f"{split}*.parquet")) for split in ("train", "validation", "test")}
     for split in ("train", "test"):
         if not paths[split]:

@@ -100,7 +100,7 @@ def test_official_files_are_read_as_they_are(tmp_path, dataset):
         (tmp_path / "glue" / folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     splits = load(dataset, tmp_path, held_out=0)
     assert splits.test.values["labels"].tolist() == ([5.0, 1.25] if dataset == "stsb" else [1, 0])
-    assert splits.facts["source"] == "paths.data, official TSV"
+    assert splits.facts["source"] == "paths.data"
     assert splits.facts["files"]["dev.tsv"].get("left_out") == (1 if dataset == "qqp" else None)
 
 
