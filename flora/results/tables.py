@@ -90,11 +90,20 @@ class Row:
         return self.records[min(self.records)]
 
     def relative(self, key: str) -> float | None:
-        """The mean of a cost divided by LoRA's, over the seeds that both have; None where there is no such pair."""
-        common = self.records.keys() & self.lora.keys()
+        """The mean of a cost divided by LoRA's, over the seeds of which both ran in the same way; None without any.
+
+        An eager run and one captured as CUDA graphs, or runs on two kinds of device, have no ratio that says anything
+        about the methods.
+        """
+        common = [s for s in self.records.keys() & self.lora.keys() if _way(self.records[s]) == _way(self.lora[s])]
         pairs = [(self.records[s].get(key), self.lora[s].get(key)) for s in common]
         known = [(ours, lora) for ours, lora in pairs if ours and lora]
         return sum(ours for ours, _ in known) / sum(lora for _, lora in known) if known else None
+
+
+def _way(record: dict[str, Any]) -> tuple[Any, ...]:
+    execution = record.get("execution") or {}
+    return record.get("device"), record.get("dtype"), *(bool(execution.get(key)) for key in ("cuda_graph", "compile"))
 
 
 def rows(table: Table, contents: Contents) -> list[Row]:
@@ -197,8 +206,9 @@ def notes(found: list[Row]) -> list[str]:
         "ours: mean ± sample standard deviation over n seeds; adapter params leave the head out",
         "bold: highest mean of its task and model; *: not told from it by a two-sided t-test paired over seeds"
         " (Holm-corrected over the methods, p > 0.05; few seeds tell little apart); nothing is tested with one seed",
-        "time and memory: as each run measured them; runs that shared a device (reproduce.py --jobs) slowed each other"
-        " down, so these ratios are a rough guide and no benchmark",
+        "time and memory: as each run measured them, beside LoRA's runs on the same kind of device and, both or neither,"
+        " captured as CUDA graphs; runs that shared a device (reproduce.py --jobs) slowed each other down, so these"
+        " ratios are a rough guide and no benchmark",
     ]
     lines += _footnotes(found)
     if not records:
