@@ -29,7 +29,7 @@ METHOD_VERSION = 1
 _SEMANTIC = ("mode", "checkpoint", "task", "model", "adapter", "trainer", "protocol", "seed")
 _NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
     "trainer": ("num_workers", "device", "log_every", "cuda_graph", "compile", "cache_on_device"),
-    "adapter": ("lr", "head_lr"),  # only defaults of trainer.lr and trainer.head_lr
+    "adapter": ("lr", "head_lr", "explain"),  # the first two are only defaults of trainer.lr and trainer.head_lr
 }
 
 

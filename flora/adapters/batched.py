@@ -227,9 +227,10 @@ class _Build(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, *parameters: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(parameters[0].device.type, enabled=False):
-            flat = torch._C._nn.flatten_dense_tensors(parameters)
+            flat = torch._C._nn.flatten_dense_tensors(list(parameters))
             blocks = plan.split(flat)
-            products, partials, weights = plan.small_products(blocks), [], []
+            products, partials = plan.small_products(blocks), []
+            weights: list[Tensor] = []
             for members, (core, kronecker) in zip(plan.families, products, strict=True):
                 inner = core if kronecker is None else core @ kronecker.mT
                 for stack, part in zip(members, inner.split([len(s.layers) for s in members]), strict=True):
@@ -256,7 +257,7 @@ class _Build(torch.autograd.Function):
         with torch.autocast(gradients[0].device.type, enabled=False):
             blocks, exact = plan.split(ctx.flat), ctx.flat.dtype
             cast = {dtype: plan.split(ctx.flat.to(dtype)) for dtype in {stack.dtype for stack in plan.stacks}}
-            found: list[Tensor | None] = [None] * len(blocks)
+            found: list[Any] = [None] * len(blocks)
             partials, given = iter(ctx.partials), iter(gradients)
             for members, (core, kronecker) in zip(plan.families, ctx.products, strict=True):
                 to_inner = []
@@ -282,13 +283,13 @@ class _Build(torch.autograd.Function):
                 found[plan.index[one, None]] = plan.cores_back(one, inner)
             scales = [block.stacks[0].scale for block in plan.blocks]
             if set(scales) != {1.0}:
-                found = [part * scale for part, scale in zip(found, scales, strict=True)]  # type: ignore[operator]
+                found = [part * scale for part, scale in zip(found, scales, strict=True)]
             flat = torch._C._nn.flatten_dense_tensors(found)
             return None, *torch._C._nn.unflatten_dense_tensors(flat, ctx.saved_tensors)
 
 
 def _differentiable(plan: Plan, parameters: Sequence[Tensor]) -> list[Tensor]:
-    blocks = plan.split(torch._C._nn.flatten_dense_tensors(parameters))
+    blocks = plan.split(torch._C._nn.flatten_dense_tensors(list(parameters)))
     built: list[Tensor] = []
     for members in plan.families:
         start = 0
@@ -394,8 +395,8 @@ class BatchedWeights:
             self._built = {}
 
 
-def plans(layers: Sequence[FloraLayer]) -> list[Plan]:
-    """How the layers' weights are built, as the layers stand now; some layers may be in no plan."""
+def stacks(layers: Sequence[FloraLayer]) -> list[Stack]:
+    """Which of the layers are built together, as they stand now; some may be in no stack."""
     found: dict[tuple[Any, ...], list[FloraLayer]] = {}
     for layer in layers:
         adapters = layer._present(layer.active_adapters)
@@ -414,14 +415,20 @@ def plans(layers: Sequence[FloraLayer]) -> list[Plan]:
             modes = (*(m for m in modes if m != 1), *(m for m in modes if m == 1))
         dense = channels_last or weight.is_contiguous()
         key = (adapter, described, ranks, layer.scaling[adapter], compute_dtype(weight), modes, dense)
-        place = weight.device, layer.core(adapter).device, layer.core(adapter).dtype
-        found.setdefault((*key, place), []).append(layer)
+        core = layer.core(adapter)
+        found.setdefault((*key, weight.device, core.device, core.dtype), []).append(layer)
+    made = [Stack(tuple(members), *key[:-3]) for key, members in found.items()]
+    return [stack for stack in made if math.prod(stack.sizes(stack.small)) <= _SMALL]
+
+
+def plans(layers: Sequence[FloraLayer]) -> list[Plan]:
+    """How the layers' weights are built, as the layers stand now: a plan for each device and dtype of adapters."""
     places: dict[Any, list[Stack]] = {}
-    for (*key, place), members in found.items():
-        stack = Stack(tuple(members), *key)
-        if math.prod(stack.sizes(stack.small)) <= _SMALL:
-            places.setdefault(place, []).append(stack)
-    return [Plan(stacks) for stacks in places.values()]
+    for stack in stacks(layers):
+        layer = stack.layers[0]
+        core = layer.core(stack.adapter)
+        places.setdefault((layer.base_weight("weight").device, core.device, core.dtype), []).append(stack)
+    return [Plan(members) for members in places.values()]
 
 
 def _at_hand(weight: Tensor, described: AdaptedWeight) -> bool:

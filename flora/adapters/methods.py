@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import peft
+import torch
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -57,6 +59,7 @@ class Peft:
         layer_types: the kinds of layers that the method can adapt, e.g. ``[Linear]``; others are left out. None: all.
         budget: how many parameters to train outside the head, which sets all ranks; see ``flora.adapters.budget``.
         allocation: how the layers share the budget.
+        explain: say on stderr, when training starts, in which form every layer runs (methods that have several).
         options: everything else goes to the PEFT config; a ``*_pattern`` may be a list of ``{pattern, rank}`` (or
             ``{pattern, shape}``), since Hydra's command line cannot carry a regex as a key.
     """
@@ -73,6 +76,7 @@ class Peft:
         layer_types: Sequence[str] | None = None,
         budget: str | int | float | None = None,
         allocation: str | None = None,
+        explain: bool = False,
         **options: Any,
     ) -> None:
         module, _, attribute = config_class.rpartition(".")
@@ -84,6 +88,7 @@ class Peft:
             budgets.refuse(budget, name)
         budgets.check_allocation(allocation)
         self.budget = None if budget is None else budgets.Budget(budget, allocation)
+        self.explain = explain
         self.target_modules = target_modules
         self.skip_depthwise = skip_depthwise
         self.skip_own_padding = skip_own_padding
@@ -106,7 +111,8 @@ class Peft:
             raise ValueError(
                 f"target_modules: {self.target_modules!r} match no layer; layers are called {layers}, ..."
             ) from error
-        return Adapted(wrapped, skipped, effective_ranks(wrapped))
+        callbacks: list[TrainerCallback] = [Explain()] if self.explain else []
+        return Adapted(wrapped, skipped, effective_ranks(wrapped), callbacks)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's format, head included)."""
@@ -139,6 +145,19 @@ class Peft:
             return False
         own_padding = isinstance(layer, _CONVS) and all(type(layer).forward is not conv.forward for conv in _CONVS)
         return isinstance(layer, self.layer_types) and not (self.skip_own_padding and own_padding)
+
+
+class Explain(TrainerCallback):
+    """Says on stderr how the adapted layers run, once the model is where it trains."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Print the lines of the tuner's ``explain``."""
+        tuner: Any = getattr(model, "base_model", None)
+        if not hasattr(tuner, "explain"):
+            print("explain: this method has one form only", file=sys.stderr)
+            return
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            print(*tuner.explain(), sep="\n", file=sys.stderr)
 
 
 class LinearProbe:

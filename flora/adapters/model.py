@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from flora.adapters import combine
-from flora.adapters.batched import BatchedWeights
+from flora.adapters.batched import BatchedWeights, stacks
 from flora.adapters.composite import MultiheadAttention, Parameters, Recurrent
 from flora.adapters.config import FloraConfig
 from flora.adapters.conv import ConvNd, ConvTransposeNd
@@ -206,6 +206,28 @@ class FloraModel(BaseTuner):
             short = name.removesuffix(f".{weight}") if weight == "weight" else name
             listed[short] = list(layer.effective_ranks[adapter_name][weight])
         return listed
+
+    def explain(self, adapter_name: str | None = None) -> list[str]:
+        """How the layers run now, a line for each shape: form, ranks, and how many weights are built together.
+
+        The choice of ``forward='auto'`` depends on the device and on autocast: ask where the model trains.
+
+        Args:
+            adapter_name: which adapter; the first active one by default.
+        """
+        adapter_name = adapter_name or self.active_adapters[0]
+        together = {layer: len(stack.layers) for stack in stacks(self.batched.layers) for layer in stack.layers}
+        lines: dict[tuple[Any, ...], list[str]] = {}
+        for name, layer, weight in self._adapted_weights(adapter_name):
+            form = "factored" if layer.adds([adapter_name]) else "merged"
+            ranks = layer.effective_ranks[adapter_name][weight]
+            shape = layer.weights[adapter_name][weight].shape
+            lines.setdefault((form, shape, ranks, together.get(layer, 1)), []).append(name)
+        return [
+            f"{form} {list(shape)} ranks {list(ranks)}: {len(names)} weight{'s' * (len(names) > 1)}"
+            f"{f', {count} built together' if count > 1 else ''} ({names[0]}{', ...' if len(names) > 1 else ''})"
+            for (form, shape, ranks, count), names in lines.items()
+        ]
 
     @torch.no_grad()
     def add_weighted_adapter(

@@ -206,8 +206,8 @@ def notes(found: list[Row]) -> list[str]:
         "ours: mean ± sample standard deviation over n seeds; adapter params leave the head out",
         "bold: highest mean of its task and model; *: not told from it by a two-sided t-test paired over seeds"
         " (Holm-corrected over the methods, p > 0.05; few seeds tell little apart); nothing is tested with one seed",
-        "time and memory: as each run measured them, beside LoRA's runs on the same kind of device and, both or neither,"
-        " captured as CUDA graphs; runs that shared a device (reproduce.py --jobs) slowed each other down, so these"
+        "time and memory: as each run measured them, beside LoRA's runs on the same kind of device, eager or captured"
+        " as CUDA graphs like them; runs that shared a device (reproduce.py --jobs) slowed each other down, so these"
         " ratios are a rough guide and no benchmark",
     ]
     lines += _footnotes(found)

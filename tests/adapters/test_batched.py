@@ -291,3 +291,14 @@ def test_autocast_rounds_the_sum_once(form):
         exact = layer.base_layer.weight + layer.get_delta_weight("default")
         torch.testing.assert_close(batched(model)._built[id(layer)], exact.bfloat16(), rtol=2**-8, atol=0)
         assert not torch.equal(batched(model)._built[id(layer)], layer.base_layer.weight.bfloat16())
+
+
+def test_explain_says_which_form_each_shape_runs_in():
+    model = adapt(Net(), target_modules=r"(depthwise|fc)\.\d", scale_pattern={"fc.2": 2.0})
+    assert model.base_model.explain() == [
+        "merged [6, 1, 3, 5] ranks [3, 1, 2, 2]: 2 weights, 2 built together (depthwise.0.weight, ...)",
+        "merged [5, 5] ranks [3, 3]: 2 weights, 2 built together (fc.0.weight, ...)",
+        "merged [5, 5] ranks [3, 3]: 1 weight (fc.2.weight)",
+    ]
+    thin = adapt(Net(), target_modules=r"fc\.\d", forward="factored")
+    assert thin.base_model.explain() == ["factored [5, 5] ranks [3, 3]: 3 weights (fc.0.weight, ...)"]
