@@ -196,7 +196,10 @@ class Full:
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the whole state, buffers included, to ``model.safetensors``."""
         folder.mkdir(parents=True, exist_ok=True)
-        state = {n: t.detach().contiguous().cpu() for n, t in model.state_dict().items()}
+        # Copies, since tied weights share their memory, which safetensors refuses.
+        state = {
+            n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in model.state_dict().items()
+        }
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 

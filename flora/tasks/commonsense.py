@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import sys
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,7 @@ from flora.tasks.base import Batch, Forward, Splits, cross_entropy, draw
 from flora.tasks.images import one_line
 from flora.tasks.metrics import Classification
 from flora.tasks.rows import row_of
-from flora.tasks.text import TextDataset, TextTask, fingerprint, starts_of, tokenise
+from flora.tasks.text import TextDataset, TextTask, as_tensor, fingerprint, starts_of, tokenise
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
@@ -454,8 +455,7 @@ class _Coder:
     def _rows(self, split: str, questions: Sequence[Question], wanted: Sequence[Sequence[int]]) -> TextDataset:
         prompts = [(PROMPT.format(instruction=question.instruction),) for question in questions]
         tokens, starts, _ = tokenise(prompts, self.tokenizer, sys.maxsize)
-        ids: list[int] = []
-        targets: list[int] = []
+        ids, targets = array("i"), array("i")
         lengths: list[int] = []
         self.truncated[split] = 0
         for i, (question, chosen) in enumerate(zip(questions, wanted, strict=True)):
@@ -466,10 +466,10 @@ class _Coder:
             room = self.max_length - max(map(len, answers))
             self.truncated[split] += len(prompt) > room
             for answer in (answers[c] for c in chosen):
-                ids += prompt[-room:] + answer
-                targets += [-100] * len(prompt[-room:]) + answer
+                ids.extend(prompt[-room:] + answer)
+                targets.extend([-100] * len(prompt[-room:]) + answer)
                 lengths.append(len(prompt[-room:]) + len(answer))
-        fields = {"input_ids": torch.tensor(ids, dtype=torch.int32), "labels": torch.tensor(targets, dtype=torch.int32)}
+        fields = {"input_ids": as_tensor(ids), "labels": as_tensor(targets)}
         padding = {"input_ids": _pad(self.tokenizer), "labels": -100}
         return TextDataset(fields, starts_of(lengths), {}, padding, left=True)
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 from abc import abstractmethod
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from flora.tasks.base import Batch, Forward, Splits, Task, draw
 
 # Part of the cache's key: raised when the same text would be stored otherwise.
 _LAYOUT = 1
+_CHUNK = 10000
 
 
 class TextDataset(Dataset[Batch]):
@@ -155,20 +157,41 @@ def tokenise(
             return found, found.pop("starts"), int(stored.metadata()["truncated"])
     except (OSError, SafetensorError):
         pass  # not there, or damaged
-    encoded = tokenizer(*map(list, zip(*texts, strict=True)), add_special_tokens=True, verbose=False)
-    long = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) > max_length]
-    rows = {name: list(encoded[name]) for name in fields}
-    if long:
-        cut = tokenizer(
-            *map(list, zip(*[texts[i] for i in long], strict=True)), truncation="longest_first", max_length=max_length
-        )
+    flat: dict[str, array[int]] = {name: array("i") for name in fields}
+    lengths: list[int] = []
+    truncated = 0
+    for start in range(0, len(texts), _CHUNK):
+        rows, cut = _encode(texts[start : start + _CHUNK], tokenizer, fields, max_length)
+        truncated += cut
+        lengths += map(len, rows["input_ids"])
         for name in fields:
-            for i, row in zip(long, cut[name], strict=True):
+            for row in rows[name]:
+                flat[name].extend(row)
+    tokens = {name: as_tensor(values) for name, values in flat.items()}
+    starts = starts_of(lengths)
+    _store(path, tokens | {"starts": starts}, {"truncated": str(truncated)})
+    return tokens, starts, truncated
+
+
+def _encode(
+    texts: Sequence[tuple[str, ...]], tokenizer: Any, fields: list[str], max_length: int
+) -> tuple[dict[str, list[list[int]]], int]:
+    """Fields of every text, and how many were cut."""
+    encoded = tokenizer(*map(list, zip(*texts, strict=True)), add_special_tokens=True, verbose=False)
+    rows = {name: list(encoded[name]) for name in fields}
+    long = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
+    if long:
+        pairs = map(list, zip(*[texts[i] for i in long], strict=True))
+        shortened = tokenizer(*pairs, truncation="longest_first", max_length=max_length)
+        for name in fields:
+            for i, row in zip(long, shortened[name], strict=True):
                 rows[name][i] = row
-    starts = starts_of(map(len, rows["input_ids"]))
-    tokens = {name: torch.tensor([v for row in rows[name] for v in row], dtype=torch.int32) for name in fields}
-    _store(path, tokens | {"starts": starts}, {"truncated": str(len(long))})
-    return tokens, starts, len(long)
+    return rows, len(long)
+
+
+def as_tensor(values: array[int]) -> Tensor:
+    """An int32 tensor ``[T]`` of an array of C integers, empty ones included."""
+    return torch.from_numpy(np.array(values, np.int32))
 
 
 def starts_of(lengths: Iterable[int]) -> Tensor:

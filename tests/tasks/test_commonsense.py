@@ -8,6 +8,8 @@ import transformers
 from torch.nn import functional as F
 
 import flora.models
+from flora.adapters.methods import Full
+from flora.adapters.methods import load as load_saved
 from flora.errors import ConfigError, DataError
 from flora.models import TransformersModel
 from flora.tasks import Commonsense
@@ -279,3 +281,14 @@ def test_other_models_and_missing_data_are_refused(tmp_path):
 @pytest.mark.data
 def test_boolq_has_the_official_rows(data_folder):
     assert load(data_folder).facts["warnings"] == []
+
+
+def test_a_language_model_trained_in_full_is_saved_with_its_tied_weights(tmp_path):
+    config = language_model().config
+    config.tie_word_embeddings = True
+    model, fresh = (transformers.LlamaForCausalLM(config) for _ in range(2))
+    Full("full", 1e-3, None).save(model, tmp_path)
+    loaded = load_saved(fresh, [], tmp_path).model
+    tokens = torch.tensor([[2, 5, 6, 3]])
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
