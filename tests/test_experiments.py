@@ -15,6 +15,7 @@ from tests.tasks.texts import SPECIAL, WORDS, word_tokenizer, write_rows
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
+EVALUATED = ("glue_minilm", "commonsense_llama_7b", "cifar10_convnext")  # one of each family, to save seconds
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 STAND_INS = {"flora.models.minilm_l6": "bert_large", "flora.models.smollm2_135m": "llama_7b"}
 
@@ -64,6 +65,10 @@ def write_data(task, folder):
         (folder / "commonsense_170k.json").write_text(json.dumps(mix))
 
 
+def record_of(out):
+    return json.loads(Path(out.strip().splitlines()[-1].removeprefix("record: ")).read_text())
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_runs_two_steps_and_leaves_its_record(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLORA_CACHE", str(tmp_path / "cache"))
@@ -79,7 +84,7 @@ def test_an_experiment_runs_two_steps_and_leaves_its_record(name, tmp_path, monk
     overrides = [f"experiment={name}", *tiny(cfg.model, tmp_path), "adapter.r=2", *small, *places]
     monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
     main(train.job, trace=lambda: True)
-    record = json.loads(Path(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("record: ")).read_text())
+    record = record_of(capsys.readouterr().out)
     assert record["status"] == "finished"
     assert (record["task"], record["dataset"], record["adapter"]) == (cfg.task.name, cfg.task.dataset, cfg.adapter.name)
     assert record["protocol"] == cfg.protocol.name
@@ -87,3 +92,12 @@ def test_an_experiment_runs_two_steps_and_leaves_its_record(name, tmp_path, monk
     assert record["split"] == ("validation" if cfg.protocol.name == "glue_paper" else "test")
     assert record["config"]["trainer"]["lr"] == cfg.trainer.lr
     assert len(record["history"]) >= 1
+
+    if name not in EVALUATED:
+        return
+    again = [*overrides, "mode=eval", f"checkpoint={record['adapter_path']}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *again])
+    main(train.job, trace=lambda: True)
+    evaluated = record_of(capsys.readouterr().out)
+    assert evaluated["mode"] == "eval"
+    assert evaluated["metrics"] == record["metrics"], "the base is random but seeded, so that it is the same again"
