@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from flora.errors import WeightsError
 from flora.models.quiet import quietly
@@ -35,7 +36,9 @@ def converted(path: Path) -> Path:
             place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
             transformers.AutoTokenizer.from_pretrained(**place).save_pretrained(whole)
             model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-            model.save_pretrained(whole)
+            # transformers refuses to save what came from GGUF; parameters that are tied are listed once.
+            weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+            save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
             try:
                 os.replace(whole, target)
             except OSError:
