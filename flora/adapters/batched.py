@@ -108,22 +108,40 @@ class Stack:
         torch._foreach_add_(list(self.unstack(sums)), bases)
         return self.unstack(sums.to(self.dtype))
 
-    def to_columns(self, partial: Tensor) -> Tensor:
-        """[n, r_1 * small, wide] to [n, r_1, rest], the rest in memory order."""
-        n, first = len(self.layers), self.ranks[self.modes[0]]
-        if self.modes[1:] == (*self.small, self.wide) or self.wide is None:
-            return partial.view(n, first, -1)
-        seen = partial.view(n, first, *self.sizes((*self.small, self.wide)))
-        places = [2 + (*self.small, self.wide).index(mode) for mode in self.modes[1:]]
-        return seen.permute(0, 1, *places).reshape(n, first, -1)
+    def turn(self, inner: Tensor) -> Tensor:
+        """[n, r_1 * r_wide, small] to [n, r_1 * small, r_wide]."""
+        if self.wide is None or not self.small:
+            return inner.view(len(inner), self.ranks[self.modes[0]], -1)
+        n, rank = len(inner), self.ranks[self.wide]
+        return inner.view(n, self.ranks[self.modes[0]], rank, -1).transpose(2, 3).reshape(n, -1, rank)
+
+    def turn_back(self, turned: Tensor) -> Tensor:
+        """The inverse of ``turn``."""
+        n, first = len(turned), self.ranks[self.modes[0]]
+        if self.wide is None or not self.small:
+            return turned.reshape(n, -1, 1)
+        rank = self.ranks[self.wide]
+        return turned.view(n, first, -1, rank).transpose(2, 3).reshape(n, first * rank, -1)
+
+    def to_columns(self, turned: Tensor, factor: Tensor, out: Tensor) -> None:
+        """[n, r_1 * small, r_wide] times the factor [n, wide, r_wide], into [n, r_1, rest] in memory order."""
+        n, first = len(turned), self.ranks[self.modes[0]]
+        seen = (*self.small, self.wide)
+        if self.modes[1:] == seen:
+            torch.bmm(turned, factor.mT, out=out.view(n, -1, factor.shape[1]))
+            return
+        product = (turned @ factor.mT).view(n, first, *self.sizes(seen))  # type: ignore[arg-type]
+        places = [2 + seen.index(mode) for mode in self.modes[1:]]
+        out.view(n, first, *self.sizes(self.modes[1:])).copy_(product.permute(0, 1, *places))
 
     def from_columns(self, gradient: Tensor) -> Tensor:
-        """The inverse of ``to_columns``."""
+        """[n, r_1, rest] in memory order to [n, r_1 * small, wide]."""
         n, first = len(self.layers), self.ranks[self.modes[0]]
         if self.wide is None:
-            return gradient.view(n, first, 1)
-        if self.modes[1:] != (*self.small, self.wide):
-            places = [2 + self.modes[1:].index(mode) for mode in (*self.small, self.wide)]
+            return gradient
+        seen = (*self.small, self.wide)
+        if self.modes[1:] != seen:
+            places = [2 + self.modes[1:].index(mode) for mode in seen]
             gradient = gradient.view(n, first, *self.sizes(self.modes[1:])).permute(0, 1, *places)
         return gradient.reshape(n, -1, self.described.shape[self.wide])
 
@@ -165,6 +183,11 @@ class Plan:
         counts = [sum(len(stack.layers) for stack in block.stacks) for block in self.blocks]
         self._views = [(count, *block.shape) for count, block in zip(counts, self.blocks, strict=True)]
         self._sizes = [math.prod(view) for view in self._views]
+        self._columns = [
+            (len(stack.layers), stack.ranks[stack.modes[0]], math.prod(stack.sizes(stack.modes[1:])))
+            for stack in self.stacks
+        ]
+        self.columns = sum(math.prod(shape) for shape in self._columns)
         self.index = {(block.stacks[0], block.mode): i for i, block in enumerate(self.blocks)}
 
     def parameters(self) -> list[Tensor]:
@@ -174,6 +197,11 @@ class Plan:
     def split(self, flat: Tensor) -> list[Tensor]:
         """The blocks of a flat buffer: cores as [n, r...], factors as [n, d, r]."""
         return [part.view(view) for part, view in zip(flat.split_with_sizes(self._sizes), self._views, strict=True)]
+
+    def split_columns(self, flat: Tensor) -> list[Tensor]:
+        """Per stack [n, r_1, rest], views of a flat buffer of ``columns`` numbers."""
+        parts = flat.split_with_sizes([math.prod(shape) for shape in self._columns])
+        return [part.view(shape) for part, shape in zip(parts, self._columns, strict=True)]
 
     def small_products(self, blocks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
         """Per family, cores as [n, r_1 * r_wide, r_small], Kronecker products of small factors [n, small, r_small]."""
@@ -229,22 +257,20 @@ class _Build(torch.autograd.Function):
         with torch.autocast(parameters[0].device.type, enabled=False):
             flat = torch._C._nn.flatten_dense_tensors(list(parameters))
             blocks = plan.split(flat)
-            products, partials = plan.small_products(blocks), []
-            weights: list[Tensor] = []
+            products, turned, weights = plan.small_products(blocks), [], []
+            columns = flat.new_empty(plan.columns)  # what the rows are multiplied with, of all stacks
+            right = iter(plan.split_columns(columns))
             for members, (core, kronecker) in zip(plan.families, products, strict=True):
                 inner = core if kronecker is None else core @ kronecker.mT
                 for stack, part in zip(members, inner.split([len(s.layers) for s in members]), strict=True):
+                    place = next(right)
+                    turned.append(stack.turn(part))
                     if stack.wide is None:
-                        turned = right = part
+                        place.copy_(part)
                     else:
-                        n, first, wide = len(part), stack.ranks[stack.modes[0]], stack.ranks[stack.wide]
-                        # [n, r_1, r_wide, small] to [n, r_1 * small, r_wide]
-                        turned = part.view(n, first, wide, -1).transpose(2, 3).reshape(n, -1, wide)
-                        right = turned @ blocks[plan.index[stack, stack.wide]].mT
-                    right = stack.to_columns(right)
-                    partials.append((turned, right))
-                    weights.extend(stack.add(blocks[plan.index[stack, stack.modes[0]]], right))
-            ctx.plan, ctx.flat, ctx.products, ctx.partials = plan, flat, products, partials
+                        stack.to_columns(turned[-1], blocks[plan.index[stack, stack.wide]], place)
+                    weights.extend(stack.add(blocks[plan.index[stack, stack.modes[0]]], place))
+            ctx.plan, ctx.flat, ctx.products, ctx.turned, ctx.columns = plan, flat, products, turned, columns
             ctx.save_for_backward(*parameters)
             return tuple(weights)
 
@@ -255,28 +281,31 @@ class _Build(torch.autograd.Function):
             built = _differentiable(plan, ctx.saved_tensors)
             return None, *torch.autograd.grad(built, ctx.saved_tensors, gradients, create_graph=True)
         with torch.autocast(gradients[0].device.type, enabled=False):
-            blocks, exact = plan.split(ctx.flat), ctx.flat.dtype
-            cast = {dtype: plan.split(ctx.flat.to(dtype)) for dtype in {stack.dtype for stack in plan.stacks}}
-            found: list[Any] = [None] * len(blocks)
-            partials, given = iter(ctx.partials), iter(gradients)
+            exact = ctx.flat.dtype
+            blocks = {exact: plan.split(ctx.flat)}
+            right = {}
+            for dtype in {stack.dtype for stack in plan.stacks}:  # in which weights have their gradients
+                blocks[dtype] = plan.split(ctx.flat.to(dtype))
+                right[dtype] = plan.split_columns(ctx.columns.to(dtype))
+            found: list[Any] = [None] * len(plan.blocks)
+            given, number = iter(gradients), iter(range(len(plan.stacks)))
             for members, (core, kronecker) in zip(plan.families, ctx.products, strict=True):
                 to_inner = []
                 for stack in members:
-                    turned, right = next(partials)
+                    dtype, i = stack.dtype, next(number)
                     gradient = stack.gather(list(islice(given, len(stack.layers))))
                     rows = plan.index[stack, stack.modes[0]]
-                    found[rows] = (gradient @ right.to(gradient.dtype).mT).to(exact)
-                    gradient = stack.from_columns((cast[stack.dtype][rows].mT @ gradient).to(exact))
+                    found[rows] = gradient @ right[dtype][i].mT
+                    gradient = stack.from_columns(blocks[dtype][rows].mT @ gradient)
                     if stack.wide is not None:
                         wide = plan.index[stack, stack.wide]
-                        found[wide] = gradient.mT @ turned
-                        n, first, rank = len(turned), stack.ranks[stack.modes[0]], stack.ranks[stack.wide]
-                        turned_gradient = (gradient @ blocks[wide]).view(n, first, -1, rank)
-                        gradient = turned_gradient.transpose(2, 3).reshape(n, first * rank, -1)
-                    to_inner.append(gradient)
+                        found[wide] = gradient.mT @ ctx.turned[i].to(dtype)
+                        gradient = gradient @ blocks[dtype][wide]
+                    to_inner.append(stack.turn_back(gradient))
                 inner, one = to_inner[0] if len(to_inner) == 1 else torch.cat(to_inner), members[0]
                 if kronecker is not None:
-                    small = plan.factors_back(members, blocks, inner.mT @ core)
+                    inner = inner.to(exact)
+                    small = plan.factors_back(members, blocks[exact], inner.mT @ core)
                     for mode, factor in zip(one.small, small, strict=True):
                         found[plan.index[one, mode]] = factor
                     inner = inner @ kronecker
@@ -284,8 +313,19 @@ class _Build(torch.autograd.Function):
             scales = [block.stacks[0].scale for block in plan.blocks]
             if set(scales) != {1.0}:
                 found = [part * scale for part, scale in zip(found, scales, strict=True)]
-            flat = torch._C._nn.flatten_dense_tensors(found)
+            flat = torch._C._nn.flatten_dense_tensors(_in_one_dtype(found, exact))
             return None, *torch._C._nn.unflatten_dense_tensors(flat, ctx.saved_tensors)
+
+
+def _in_one_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in one dtype, all that differ from it converted at once."""
+    for other in {tensor.dtype for tensor in tensors} - {dtype}:
+        places = [i for i, tensor in enumerate(tensors) if tensor.dtype == other]
+        chosen = [tensors[i] for i in places]
+        flat = torch._C._nn.flatten_dense_tensors(chosen).to(dtype)
+        for i, tensor in zip(places, torch._C._nn.unflatten_dense_tensors(flat, chosen), strict=True):
+            tensors[i] = tensor
+    return tensors
 
 
 def _differentiable(plan: Plan, parameters: Sequence[Tensor]) -> list[Tensor]:
