@@ -257,7 +257,8 @@ class _Build(torch.autograd.Function):
         with torch.autocast(parameters[0].device.type, enabled=False):
             flat = torch._C._nn.flatten_dense_tensors(list(parameters))
             blocks = plan.split(flat)
-            products, turned, weights = plan.small_products(blocks), [], []
+            products, turned = plan.small_products(blocks), []
+            weights: list[Tensor] = []
             columns = flat.new_empty(plan.columns)  # what the rows are multiplied with, of all stacks
             right = iter(plan.split_columns(columns))
             for members, (core, kronecker) in zip(plan.families, products, strict=True):
