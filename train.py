@@ -1,7 +1,9 @@
 """Fine-tune a pretrained model with FLoRA or a rival, and leave one record. `python train.py --help` shows how."""
 
+import contextlib
 import dataclasses
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ import hydra
 from omegaconf import DictConfig
 
 from flora.config import METHOD_VERSION, instantiate, main, quietly, run_id, semantic_config
-from flora.errors import ConfigError, DataError, WeightsError
+from flora.errors import CheckpointError, ConfigError, DataError, WeightsError
 from flora.results import Record, Store
 from flora.results.record import command, device_name, now, write_json
 from flora.training import Experiment
 from flora.training.checkpoint import check_same_model, digest, saved_facts, saved_run
+from flora.training.experiment import CHECKPOINTS
 from flora.training.loggers import about
 from flora.training.model_card import write_card
 
@@ -40,9 +43,13 @@ def run(cfg: DictConfig) -> Path:
     with store.lock(identity) as lock:
         if done := store.settled(identity, cfg.retry, cfg.force):  # by another process, since we looked
             return found(store, done)
+        if cfg.force:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         record = execute(cfg, identity, task, checkpoint, folder, store)
         lock.check()
-        return store.write(record)
+        path = store.write(record)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        return path
 
 
 def found(store: Store, done: dict[str, Any]) -> Path:
@@ -93,8 +100,9 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
             experiment.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
     except (ConfigError, DataError, WeightsError):
         raise  # bad input: nothing was run that a record should keep
-    except KeyboardInterrupt:
-        store.write(dataclasses.replace(record, status="interrupted", finished=now()))
+    except (KeyboardInterrupt, CheckpointError) as error:  # the same command goes on from the last checkpoint
+        with contextlib.suppress(OSError):
+            store.write(dataclasses.replace(record, status="interrupted", error=repr(error), finished=now()))
         raise
     except Exception as error:
         path = store.write(dataclasses.replace(record, status="failed", error=repr(error), finished=now()))

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flora import sweep
+from flora import preemption, sweep
 from flora.errors import ConfigError, FloraError
 
 # A ``_target_`` runs code, so a config may only name ours.
@@ -28,7 +27,10 @@ METHOD_VERSION = 1
 # What decides the result. Everything else (paths, logging, debugging) may differ between two equal runs.
 _SEMANTIC = ("mode", "checkpoint", "task", "model", "adapter", "trainer", "protocol", "seed")
 _NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
-    "trainer": ("num_workers", "device", "log_every", "cuda_graph", "compile", "cache_on_device"),
+    "trainer": (
+        *("num_workers", "device", "log_every", "cuda_graph", "compile", "cache_on_device"),
+        *("resume", "checkpoint_every"),
+    ),
     "adapter": ("lr", "head_lr", "explain"),  # the first two are only defaults of trainer.lr and trainer.head_lr
 }
 
@@ -122,7 +124,7 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
     Hydra prints its own composition errors and exits 1. With HYDRA_FULL_ERROR set it lets exceptions through, so that
     one place decides what the user sees.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's SIGTERM ends a run as Ctrl-C does
+    preemption.install()
     try:
         try:
             entry()
@@ -133,8 +135,11 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
             raise _kept.pop()
         if sweep.summary():
             sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
         sweep.summary()
+        if isinstance(end, preemption.Preempted):
+            print(f"interrupted: {end}; start the same command again to go on", file=sys.stderr)
+            sys.exit(end.exit_code)
         sys.exit(130)
     except (FloraError, HydraException, OmegaConfBaseException) as error:
         if trace():

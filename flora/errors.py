@@ -17,6 +17,10 @@ class TrainingDiverged(FloraError):
     exit_code = 3
 
 
+class CheckpointError(FloraError):
+    """A checkpoint cannot be written, as on a full disk; the one before is intact and the run can be resumed."""
+
+
 class CaptureFailed(FloraError):
     """The training step cannot be recorded as a CUDA graph; the run leaves a failed record."""
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from flora import config
+from flora import config, preemption
 from flora.results.experiments import ROOT, composed
 from flora.sweep import visible_gpus
 
@@ -151,7 +151,7 @@ def _run(train: Any, overrides: list[str]) -> tuple[int, bool]:
     try:
         config.main(lambda: train.run(composed(overrides)), trace=lambda: "debug=trace" in overrides)
     except SystemExit as end:
-        return int(end.code or 0), end.code != INTERRUPTED
+        return int(end.code or 0), end.code != INTERRUPTED and not preemption.wanted()
     except Exception:
         traceback.print_exc()
         return 1, False

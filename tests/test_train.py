@@ -1,7 +1,10 @@
 """`python train.py`: what a user types, what comes back, and what bad input says."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +198,44 @@ def test_a_divergence_leaves_a_failed_record_and_another_exit_code(run, tmp_path
     assert "lower trainer.lr" in err
     assert [json.loads(p.read_text())["status"] for p in tmp_path.glob("results/*.json")] == ["failed"]
     assert "record:" not in out
+
+
+def test_a_preempted_run_exits_75_and_goes_on_when_started_again(run, tmp_path, monkeypatch):
+    def tell(callback, args, state, control, **kwargs):
+        if state.global_step == 1 and not told:
+            told.append(os.kill(os.getpid(), signal.SIGUSR1))
+
+    told = []
+    monkeypatch.setattr("flora.training.trainer.StepMeter.on_step_end", tell, raising=False)
+    code, out, err = run("trainer.max_steps=3")
+    assert code == 75, err
+    assert "interrupted: the scheduler asked for the machine" in err
+    assert "record:" not in out
+    (record,) = [json.loads(p.read_text()) for p in tmp_path.glob("results/*.json")]
+    assert record["status"] == "interrupted"
+
+    code, out, err = run("trainer.max_steps=3")
+    assert code == 0, err
+    assert record_of(out)["execution"]["resumed_at_steps"] == [1]
+    folder = tmp_path / "outputs" / record["run_id"]
+    assert [path.name for path in folder.iterdir()] == ["adapter"], "a finished run needs no checkpoint"
+
+
+def test_a_full_disk_is_one_line_exit_2_and_an_interrupted_record(run, tmp_path, monkeypatch):
+    def fail(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flora.training.progress._sync", fail)
+        code, _, err = run("trainer.checkpoint_every=1")
+    assert code == 2
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("error: checkpoint ")
+    assert "No space left on device" in err
+    (path,) = tmp_path.glob("results/*.json")
+    assert json.loads(path.read_text())["status"] == "interrupted"
+    code, out, _ = run("trainer.checkpoint_every=null")
+    assert (code, record_of(out)["run_id"]) == (0, path.stem), "how often changes no result"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]])

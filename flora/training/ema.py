@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,18 @@ class Ema(TrainerCallback):
             torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Keep the averages, unless the best checkpoint has been loaded, which holds averages already."""
-        if not args.load_best_model_at_end:
-            self._swap()
+        """Keep the averages."""
+        self._swap()
         self.averages = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"averages": self.averages}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.averages, saved["averages"])
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -1,27 +1,29 @@
 """One run: build, choose the learning rate, train, test once."""
 
 import gc
-import os
-import shutil
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
 from torch.utils.data import Dataset
 
+from flora import preemption
 from flora.adapters.heads import trained
-from flora.adapters.methods import Adapted, load
-from flora.errors import ConfigError
+from flora.adapters.methods import Adapted, effective_ranks, load
+from flora.errors import ConfigError, TrainingDiverged
 from flora.training.loggers import Log
 from flora.training.norms import DeltaNorms
+from flora.training.progress import Progress
+from flora.training.resume import Keeper, facts, finished
 from flora.training.settings import Protocol, TrainerSettings
 from flora.training.trainer import Trainer
+
+CHECKPOINTS = "checkpoints"  # their folder in a run's folder
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Experiment:
         folder: the run's output folder.
         log: takes the numbers of the reported run, and of the fits that may become it; None: nobody does.
         analysis: arguments of ``flora.training.norms.DeltaNorms``; None: no analysis.
+        progress: what training has done so far, here and in processes before this one.
     """
 
     task: Any
@@ -67,11 +70,14 @@ class Experiment:
     folder: Path
     log: Log | None = None
     analysis: dict[str, int] | None = None
+    progress: Progress = field(init=False)
 
     def train(self) -> Outcome:
         """Choose the learning rate if the protocol has a grid, train, test once."""
-        splits, protocol = self.splits, self.protocol
-        lr, selection, chosen = self._select() if protocol.lr_grid else (self.settings.lr, {}, None)
+        splits, protocol, settings = self.splits, self.protocol, self.settings
+        folder = self.folder / CHECKPOINTS
+        self.progress = Progress(folder, settings.checkpoint_every, settings.resume == "auto")
+        lr, selection, chosen = self._select() if protocol.lr_grid else (settings.lr, {}, None)
         if chosen is not None:
             adapted, trainer = chosen
         elif protocol.final_train == "train":
@@ -103,42 +109,68 @@ class Experiment:
     def _select(self) -> tuple[float, dict[str, Any], tuple[Adapted, Trainer] | None]:
         """Train once per learning rate of the grid; the best validation metric wins, the smaller rate on a tie."""
         name = f"eval_{self.task.metric}"
-        started, best, kept = time.perf_counter(), (-float("inf"), 0.0), None
+        best, kept = (-float("inf"), 0.0), None
         values: dict[str, float] = {}
-        reuse = self.protocol.final_train == "train"
+        reuse, done = self.protocol.final_train == "train", self.progress.done
         for lr in sorted(self.protocol.lr_grid or []):
-            fitted = self._fit(lr, self.splits.train, self.splits.validation, f"lr {lr:g}", logged=reuse)
-            history = [entry[name] for entry in fitted[1].state.log_history if name in entry]
+            label, fitted = _label(lr), None
+            if label not in done:
+                fitted = self._fit(lr, self.splits.train, self.splits.validation, label, reuse)
+            history = [entry[name] for entry in done[label].state["log_history"] if name in entry]
             value = max(history) if self.protocol.select == "best" else history[-1]
             values[f"{lr:g}"] = value
             if value > best[0]:
-                best, kept = (value, lr), fitted
+                loser, best, kept = best[1], (value, lr), fitted
+            else:
+                loser = lr
+            if _label(loser) in done:
+                done[_label(loser)].weights = None
             if not reuse:
                 kept = None
             del fitted
             _free()
+        if reuse and kept is None:  # an earlier process did it
+            kept = self._fit(best[1], self.splits.train, self.splits.validation, _label(best[1]))
         selection = {
             "split": "validation",
             "metric": self.task.metric,
             "values": values,
             "chosen": best[1],
-            "seconds": round(time.perf_counter() - started, 3),
+            "seconds": round(self.progress.notes.setdefault("selection_seconds", self.progress.seconds), 3),
         }
         print(f"learning rate {best[1]:g} chosen on validation: {values}", file=sys.stderr)
         return best[1], selection, kept
 
     def _fit(
-        self, lr: float, train: Dataset, validation: Dataset | None, label: str, logged: bool = True
+        self, lr: float, train: Dataset, validation: Dataset | None, label: str, reported: bool = True
     ) -> tuple[Adapted, Trainer]:
-        settings = replace(self.settings, lr=lr)
+        """Train, or go on where an earlier process was; ``reported``: this fit may become the run's result."""
         adapted = self._adapt()
-        trainer = self._trainer(adapted, settings, train, validation, label)
-        if logged and self.log is not None:
-            trainer.add_callback(self.log.fit(label))
+        trainer = self._trainer(adapted, replace(self.settings, lr=lr), train, validation, label)
+        log = self.log.fit(label) if reported and self.log is not None else None
+        if (done := self.progress.done.get(label)) is not None:
+            trainer.stand_for(done)
+            if adapted.ranks:
+                adapted.ranks.update(effective_ranks(cast(Any, adapted.model)))
+            if log is not None:
+                log.on_train_begin(trainer.args, trainer.state, trainer.control)
+            return adapted, trainer
+        if log is not None:
+            trainer.add_callback(log)
         if self.analysis is not None:
             trainer.add_callback(DeltaNorms(trainer, self.model.classifier, **self.analysis))
-        trainer.train()
-        shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)
+        keeper = Keeper(trainer, self.progress, label)
+        trainer.add_callback(keeper)
+        with preemption.held():
+            try:
+                keeper.train()
+            except TrainingDiverged as error:
+                good = self.progress.newest
+                raise TrainingDiverged(f"{error} (last good checkpoint: {good})" if good else str(error)) from error
+            self.progress.done[label] = finished(trainer, reported)
+            if trainer.is_world_process_zero() and (preemption.wanted() or self.progress.due()):
+                self.progress.write(None, facts(trainer.state))
+            preemption.check()
         return adapted, trainer
 
     def _base(self) -> nn.Module:
@@ -168,7 +200,7 @@ class Experiment:
             head=self.model.classifier,
             metric=self.task.metrics(),
             metric_name=self.task.metric,
-            folder=self.folder / f"checkpoints-{os.getpid()}",
+            folder=self.folder,
             train=train,
             validation=_limited(validation, settings.max_eval_examples),
             select=self.protocol.select,
@@ -222,6 +254,10 @@ def _metrics(found: dict[str, float]) -> dict[str, float]:
 
 def _limited(dataset: Any, limit: int | None) -> Any:
     return dataset if dataset is None or limit is None or limit >= len(dataset) else dataset.subset(limit)
+
+
+def _label(lr: float) -> str:
+    return f"lr {lr:g}"
 
 
 def _free() -> None:

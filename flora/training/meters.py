@@ -49,7 +49,7 @@ class BusyShare:
     INTERVAL = 0.1  # seconds
 
     def __init__(self) -> None:
-        self._samples: list[int] = []
+        self.samples: list[int] = []  # percent
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -69,11 +69,11 @@ class BusyShare:
 
     def read(self) -> float | None:
         """The share so far; None without a GPU, or where NVML does not say (it says nothing of a part under MIG)."""
-        return round(sum(self._samples) / len(self._samples) / 100, 3) if self._samples else None
+        return round(sum(self.samples) / len(self.samples) / 100, 3) if self.samples else None
 
     def _sample(self, device: int) -> None:
         while not self._stop.wait(self.INTERVAL):
             try:
-                self._samples.append(torch.cuda.utilization(device))
+                self.samples.append(torch.cuda.utilization(device))
             except Exception:  # NVML's errors derive from Exception alone
                 return

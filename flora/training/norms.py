@@ -42,6 +42,14 @@ class DeltaNorms(TrainerCallback):
         if not self.start and not any(_adapted(self.trainer.model)):
             raise ConfigError("analysis.every_n_steps: this method changes no weight of a layer")
 
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"start": self.start}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.start = {name: tensor.to(self.start[name].device) for name, tensor in saved["start"].items()}
+
     def on_step_end(self, args, state, control, **kwargs):
         """Look at the weights every so many steps."""
         if state.global_step % self.every_n_steps == 0:

@@ -4,7 +4,6 @@ import contextlib
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,16 +14,17 @@ import transformers
 from timm.models import group_parameters
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from flora.adapters.methods import in_head
 from flora.errors import ConfigError, TrainingDiverged
-from flora.models.quiet import quietly
 from flora.tasks.base import Forward, cross_entropy
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once
 from flora.training.ema import Ema
 from flora.training.meters import BusyShare, PeakMemory
+from flora.training.progress import Fit
+from flora.training.resume import KeepBest, load_weights, set_rng_state
 from flora.training.settings import TrainerSettings
 
 CACHED_SHARE = 0.1  # of the free GPU memory, that a dataset may take by itself
@@ -46,7 +46,7 @@ class Trainer(transformers.Trainer):
         head: names of the classifier modules, which train with ``settings.head_lr``.
         metric: object with ``compute(predictions=..., references=...) -> {name: value}``; the selection metric is
             ``metric_name``.
-        folder: where checkpoints go.
+        folder: the run's; nothing is written there.
         select: ``best`` restores the epoch with the best metric on ``validation`` after training.
         seed: seeds data order and dropout.
         progress: what the progress bar calls this run.
@@ -83,7 +83,7 @@ class Trainer(transformers.Trainer):
         self._clip: Callable[[], torch.Tensor] | None = None
         self._in_training_mode = False
         self._placed: dict[Any, Any] = {}  # datasets on the device, by the ones they copy
-        self._on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+        self.on_gpu = settings.device != "cpu" and torch.cuda.is_available()
         every = "steps" if settings.eval_steps else "epoch"
         keep_best = select == "best" and validation is not None and train is not None
         arguments = TrainingArguments(
@@ -106,17 +106,14 @@ class Trainer(transformers.Trainer):
             full_determinism=settings.deterministic,
             eval_strategy=every if validation is not None and train is not None else "no",
             eval_steps=settings.eval_steps,
-            save_strategy="best" if keep_best else "no",
-            save_total_limit=1,
-            save_only_model=True,
-            load_best_model_at_end=keep_best,
+            save_strategy="no",  # see flora.training.resume
             metric_for_best_model=metric_name,
             greater_is_better=True,
             logging_steps=settings.log_every,
             logging_nan_inf_filter=False,
             dataloader_num_workers=settings.num_workers,
-            dataloader_pin_memory=self._on_gpu,
-            accelerator_config={"non_blocking": self._on_gpu},
+            dataloader_pin_memory=self.on_gpu,
+            accelerator_config={"non_blocking": self.on_gpu},
             remove_unused_columns=False,
             label_names=["labels"],
             report_to="none",  # ours is a callback (flora.training.loggers)
@@ -126,6 +123,10 @@ class Trainer(transformers.Trainer):
         self.meter = StepMeter()
         self.ema = Ema(model, settings.ema_decay) if settings.ema_decay else None
         self._order: torch.Generator | None = None
+        self._saved: dict[str, Any] | None = None
+        self._ran: dict[str, Any] | None = None  # how the steps were run, where that was in another process
+        self.resumed_at: list[int] = []
+        self.seconds_before = 0.0
         super().__init__(
             model=model,
             args=arguments,
@@ -133,7 +134,13 @@ class Trainer(transformers.Trainer):
             train_dataset=train,
             eval_dataset=validation,
             compute_metrics=lambda p: metric.compute(predictions=p.predictions, references=p.label_ids),
-            callbacks=[self.meter, StopOnDivergence(), *([self.ema] if self.ema else []), *extra_callbacks],
+            callbacks=[
+                self.meter,
+                StopOnDivergence(),
+                *([self.ema] if self.ema else []),
+                *([KeepBest(model, metric_name)] if keep_best else []),
+                *extra_callbacks,
+            ],
         )
         self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each of the accumulated batches
         self.remove_callback(PrinterCallback)
@@ -174,20 +181,55 @@ class Trainer(transformers.Trainer):
         model, loader = super()._prepare_for_training(*args, **kwargs)
         self._in_training_mode = False
         self._running = torch.compile(model) if self.settings.compile else model
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Module.zero_grad walks all modules, and transformers calls it at every step.
-        model.zero_grad = partial(_zero_grad, self._trained)
+        model.zero_grad = partial(_zero_grad, self.trained)
         if isinstance(self._adamw, CapturedAdamW):
-            self.captured, self._clip = CapturedStep(self._forward_backward, self._trained), None
+            self.captured, self._clip = CapturedStep(self._forward_backward, self.trained), None
             self._adamw.follow(self.captured)
         return model, loader
 
     def _inner_training_loop(self, *args, **kwargs):
+        self._began = time.perf_counter()
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
             self.model_wrapped.__dict__.pop("zero_grad", None)
             self.meter.close()
+
+    def go_on(self, checkpoint: Path, saved: dict[str, Any]) -> None:
+        """Train from a checkpoint; ``saved`` is what ``flora.training.resume.Keeper`` put into it."""
+        self._saved = saved
+        self.train(resume_from_checkpoint=str(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        assert self._saved is not None
+        load_weights(self._module, self._saved["weights"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if self._saved is not None:
+            self._adamw.load_state_dict(self._saved["optimizer"])
+            cast(Any, self.lr_scheduler).load_state_dict(self._saved["scheduler"])
+            if self._order is not None:
+                self._order.set_state(self._saved["order"])
+
+    def _load_rng_state(self, checkpoint):
+        if self._saved is not None:
+            set_rng_state(self._saved["rng"], self.on_gpu)
+            self._saved = None
+
+    @property
+    def order_state(self) -> torch.Tensor | None:
+        """The state of the generator that orders texts."""
+        return None if self._order is None else self._order.get_state()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the fit, with that before it was resumed."""
+        return self.seconds_before + time.perf_counter() - self._began
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        return super()._finalize_training(trial, num_train_samples, start_time - self.seconds_before)
 
     def _clip_grad_norm(self, model):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -202,19 +244,28 @@ class Trainer(transformers.Trainer):
     def _clipped(self, limit: float) -> torch.Tensor:
         """The norm of the gradients before they are clipped."""
         if self.captured is None or not self.captured.captured:
-            return nn.utils.clip_grad_norm_(self._trained, limit)
+            return nn.utils.clip_grad_norm_(self.trained, limit)
         if self._clip is None:
-            self._clip = self.captured.recorder.capture(lambda: nn.utils.clip_grad_norm_(self._trained, limit))
+            self._clip = self.captured.recorder.capture(lambda: nn.utils.clip_grad_norm_(self.trained, limit))
         return self._clip()
 
     @property
     def execution(self) -> dict[str, Any]:
-        """How the steps were run, for the record: captured, compiled, with the data on the GPU."""
-        return {
+        """How the steps were run, for the record: captured, compiled, with the data on the GPU; where resumed."""
+        return self._ran or {
             "cuda_graph": self.captured is not None and self.captured.captured,
             "compile": self.settings.compile,
             "cached_on_device": any(placed is not dataset for dataset, placed in self._placed.items()),
+            **({"resumed_at_steps": self.resumed_at} if self.resumed_at else {}),
         }
+
+    def stand_for(self, fit: Fit) -> None:
+        """Take the weights and figures of a fit that another process did."""
+        assert fit.weights is not None
+        load_weights(self._module, fit.weights())
+        self.state = TrainerState(**fit.state)
+        self.meter.load_state_dict(fit.meters)
+        self._ran = fit.meters["execution"]
 
     def floating_point_ops(self, inputs):
         """Not counted: transformers would walk the model at every step."""
@@ -222,13 +273,13 @@ class Trainer(transformers.Trainer):
 
     def _get_dataloader(self, dataset, *args, **kwargs):
         placed = self._place(dataset)
-        self.args.dataloader_pin_memory = self._on_gpu and placed is dataset
+        self.args.dataloader_pin_memory = self.on_gpu and placed is dataset
         self.args.dataloader_num_workers = self.settings.num_workers if placed is dataset else 0
         return super()._get_dataloader(placed, *args, **kwargs)
 
     def _place(self, dataset: Any) -> Any:
         """The dataset on the GPU if the settings want it there and it can move, else the dataset."""
-        if not self._on_gpu or self.settings.cache_on_device is False or not hasattr(dataset, "to"):
+        if not self.on_gpu or self.settings.cache_on_device is False or not hasattr(dataset, "to"):
             return dataset
         if dataset not in self._placed:
             free, _ = torch.cuda.mem_get_info(self.args.device)
@@ -289,7 +340,7 @@ class Trainer(transformers.Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _captures(self) -> bool:
-        if self.settings.cuda_graph and not (self._on_gpu and self.args.world_size == self.args.n_gpu == 1):
+        if self.settings.cuda_graph and not (self.on_gpu and self.args.world_size == self.args.n_gpu == 1):
             say_once("trainer.cuda_graph needs one GPU and one process: this run is not captured")
             return False
         return self.settings.cuda_graph
@@ -302,14 +353,6 @@ class Trainer(transformers.Trainer):
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return self.ema.applied() if self.ema is not None and self.ema.averages else contextlib.nullcontext()
-
-    def _save(self, output_dir=None, state_dict=None):
-        """Save a checkpoint without transformers' pickled arguments."""
-        with warnings.catch_warnings(), quietly(), self._averaged():
-            warnings.filterwarnings("ignore", message="Could not find a config file")  # see flora.adapters.methods
-            super()._save(output_dir, state_dict)
-        if output_dir is not None:
-            (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
 
 
 def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
@@ -358,7 +401,18 @@ class StepMeter(TrainerCallback):
         """Stop the clock and read the peak."""
         self._stop()
         self.steps = state.global_step
-        self.peak_memory_bytes = self._memory.read()
+        self.peak_memory_bytes = max(self.peak_memory_bytes, self._memory.read())
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint; while it is paused or has stopped."""
+        peak = max(self.peak_memory_bytes, self._memory.read())
+        numbers = {"train_seconds": self.train_seconds, "steps": self.steps, "peak_memory_bytes": peak}
+        return numbers | {"busy": self._busy.samples}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.train_seconds, self.steps = saved["train_seconds"], saved["steps"]
+        self.peak_memory_bytes, self._busy.samples = saved["peak_memory_bytes"], list(saved["busy"])
 
     @contextlib.contextmanager
     def pause(self):
@@ -385,13 +439,16 @@ class StepMeter(TrainerCallback):
 
 
 class StopOnDivergence(TrainerCallback):
-    """Raises TrainingDiverged at the first logged loss that is not finite."""
+    """Raises TrainingDiverged at the first logged loss or gradient that is not finite, at the latest at the end."""
+
+    NAMES = {"loss": "training loss", "grad_norm": "norm of the gradients", "train_loss": "mean training loss"}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Check the logged loss."""
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise TrainingDiverged(f"the training loss was {loss} at step {state.global_step}: lower trainer.lr")
+        """Check what is logged."""
+        for key, name in self.NAMES.items():
+            value = (logs or {}).get(key, 0.0)
+            if not math.isfinite(value):
+                raise TrainingDiverged(f"the {name} was {value} at step {state.global_step}: lower trainer.lr")
 
 
 class Progress(ProgressCallback):

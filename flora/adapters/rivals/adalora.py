@@ -76,6 +76,24 @@ class _Allocate(TrainerCallback):
         self.config.tfinal = int(self.final * state.max_steps)
         self.config.total_step = state.max_steps
 
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: the averages by which ranks are taken away, and those that are left."""
+        allocator = self.tuner.rankallocator
+        return {
+            "sensitivity": allocator.exp_avg_ipt,
+            "uncertainty": allocator.exp_avg_unc,
+            "pattern": self.pattern,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        allocator, device = self.tuner.rankallocator, next(self.tuner.parameters()).device
+        allocator.exp_avg_ipt, allocator.exp_avg_unc = (
+            {name: tensor.to(device) for name, tensor in saved[key].items()} for key in ("sensitivity", "uncertainty")
+        )
+        allocator.ipt = dict(allocator.exp_avg_ipt)  # written anew at the next step; that it is there is what counts
+        self.pattern = saved["pattern"]
+
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Reallocate; the gradients of the step are still there."""
         # A pattern in the config would make PEFT prune what it saves, and a pruned checkpoint of an earlier epoch does

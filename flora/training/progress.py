@@ -1,0 +1,216 @@
+"""What a run has done so far, in checkpoints that are whole or do not count."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
+
+import torch
+from transformers.trainer import TRAINER_STATE_NAME
+
+from flora.errors import CheckpointError
+
+KEPT = 2  # checkpoints: the newest, and one to fall back on
+SECONDS = 60.0  # between two checkpoints, at least
+SHARE = 0.02  # of a run's time that writing them may take
+_STATE, _SUMS = "state.pt", "sha256.json"
+
+
+class Checkpoints:
+    """Numbered folders under one folder.
+
+    Each is written under another name, synced to the disk and renamed, and says the sha256 of its files; only then do
+    older ones go. Nothing in them is unpickled but tensors and plain containers.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._damaged: set[int] = set()
+
+    def write(self, state: dict[str, Any], trainer_state: str) -> Path:
+        """Write tensors in containers, and transformers' state as JSON.
+
+        Raises:
+            CheckpointError: the disk is full or refuses; what was there is intact.
+        """
+        number = max(self._numbers(), default=0) + 1
+        path, temporary = self.folder / str(number), self.folder / f".{number}.tmp"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+            temporary.mkdir(parents=True)
+            sums = {
+                _STATE: _written(temporary / _STATE, lambda file: torch.save(state, file)),
+                TRAINER_STATE_NAME: _written(
+                    temporary / TRAINER_STATE_NAME, lambda file: file.write(trainer_state.encode())
+                ),
+            }
+            _written(temporary / _SUMS, lambda file: file.write(json.dumps(sums).encode()))
+            _sync(temporary)
+            temporary.rename(path)
+            _sync(self.folder)
+        except OSError as error:
+            before = max(self._numbers() - self._damaged, default=None)
+            left = f"{self.folder / str(before)} is intact" if before else "there is none before it"
+            raise CheckpointError(
+                f"checkpoint {path} cannot be written ({error.strerror or error}); {left}: "
+                "make room and start the run again to go on"
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        whole = sorted(self._numbers() - self._damaged)
+        for old in {*self._damaged, *whole[:-KEPT]}:
+            shutil.rmtree(self.folder / str(old), ignore_errors=True)
+        return path
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint, on the CPU; damaged ones are passed over with a warning."""
+        for number in sorted(self._numbers(), reverse=True):
+            path = self.folder / str(number)
+            try:
+                return path, _read(path)
+            except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                print(f"warning: checkpoint {path} is damaged ({reason}): using the one before", file=sys.stderr)
+                self._damaged.add(number)
+        return None
+
+    def remove(self) -> None:
+        """Delete all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _numbers(self) -> set[int]:
+        return {int(path.name) for path in self.folder.glob("*") if path.name.isdigit()}
+
+
+class _Hashed:
+    # A file that keeps the sha256 of what is written to it, and the error that stopped it.
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sum = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        self.sum.update(content)
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _written(path: Path, write: Callable[[Any], object]) -> str:
+    with path.open("wb") as file:
+        hashed = _Hashed(file)
+        try:
+            write(hashed)
+        except RuntimeError as error:  # torch's writer hides the disk's error
+            raise hashed.error or error from error
+        file.flush()
+        os.fsync(file.fileno())
+    return hashed.sum.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    sums = json.loads((path / _SUMS).read_bytes())
+    for name in (_STATE, TRAINER_STATE_NAME):
+        with (path / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sums[name]:
+                raise ValueError(f"{name} does not match its sha256")
+    return torch.load(path / _STATE, map_location="cpu", weights_only=True)
+
+
+@dataclass
+class Fit:
+    """A fit that is done.
+
+    Attributes:
+        state: transformers' state at its end: the history, the best metric.
+        meters: what it took.
+        weights: gives what it trained, or None where nobody will need it.
+    """
+
+    state: dict[str, Any]
+    meters: dict[str, Any]
+    weights: Callable[[], Any] | None
+
+
+@dataclass
+class Progress:
+    """The fits of a run that are done, and the one it is in.
+
+    Args:
+        folder: of its checkpoints.
+        every: optimiser steps between two of them; None: by the clock, at most SHARE of the time and one in SECONDS.
+        resume: go on from the newest; otherwise they are deleted.
+    """
+
+    folder: Path
+    every: int | None = None
+    resume: bool = True
+    done: dict[str, Fit] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
+    unfinished: dict[str, Any] | None = None
+    newest: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(self.folder)
+        self._began = self._last = time.monotonic()
+        self._cost = 0.0
+        if not self.resume:
+            self.checkpoints.remove()
+        elif (found := self.checkpoints.newest()) is not None:
+            self.newest, state = found
+            self._began -= state["seconds"]
+            self.notes = state["notes"]
+            for label, (facts, meters, weights) in state["done"].items():
+                self.done[label] = Fit(json.loads(facts), meters, None if weights is None else partial(dict, weights))
+            self.unfinished = state["fit"]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time that the run has taken, in this process and in those before it up to their last checkpoint."""
+        return time.monotonic() - self._began
+
+    def resumable(self, label: str) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint that lies within a fit, and what it holds of it."""
+        if self.newest is None or self.unfinished is None or self.unfinished["label"] != label:
+            return None
+        return self.newest, self.unfinished
+
+    def due(self, step: int | None = None) -> bool:
+        """Whether to write now, after so many steps; None: at the end of a fit."""
+        if self.every is not None:
+            return step is None or step % self.every == 0
+        return time.monotonic() - self._last >= max(SECONDS, self._cost / SHARE)
+
+    def write(self, fit: dict[str, Any] | None, trainer_state: str) -> Path:
+        """Write a checkpoint of all that is done, and of the fit that the run is in."""
+        started = time.monotonic()
+        done = {
+            label: (json.dumps(one.state), one.meters, None if one.weights is None else one.weights())
+            for label, one in self.done.items()
+        }
+        state = {"seconds": self.seconds, "notes": self.notes, "done": done, "fit": fit}
+        self.newest, self.unfinished = self.checkpoints.write(state, trainer_state), None
+        self._last = time.monotonic()
+        self._cost = self._last - started
+        return self.newest

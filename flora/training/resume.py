@@ -1,0 +1,190 @@
+"""A fit's state between two steps: taken for a checkpoint, and put back so that the next step is as it would have been.
+
+transformers counts epochs and steps and skips the batches that were seen; what it would pickle is kept here.
+"""
+
+import dataclasses
+import json
+import random
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from flora import preemption
+from flora.errors import TrainingDiverged
+from flora.training.progress import Fit, Progress
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies, on the CPU, of what training changes: trained parameters and the buffers of the state dict."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _changing(model).items()}
+
+
+def load_weights(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Put back what ``weights`` gave; KeyError where the model is another."""
+    with torch.no_grad():
+        for name, tensor in _changing(model).items():
+            tensor.copy_(saved[name])
+
+
+def _changing(model: nn.Module) -> dict[str, Tensor]:
+    kept = model.state_dict().keys()
+    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return found | {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def rng_state(cuda: bool) -> dict[str, Any]:
+    """The state of every random number generator that training draws from."""
+    numpy = np.random.get_state(legacy=False)
+    return {
+        "python": random.getstate(),
+        "numpy": numpy | {"state": numpy["state"] | {"key": torch.from_numpy(numpy["state"]["key"].astype(np.int64))}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if cuda else [],
+    }
+
+
+def set_rng_state(saved: dict[str, Any], cuda: bool) -> None:
+    """Put back what ``rng_state`` gave; other devices than those of before keep their seed."""
+    random.setstate(saved["python"])
+    state = saved["numpy"]["state"]
+    np.random.set_state(saved["numpy"] | {"state": state | {"key": state["key"].numpy().astype(np.uint32)}})
+    torch.set_rng_state(saved["torch"])
+    if cuda and len(saved["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(saved["cuda"])
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the weights of the best evaluation on validation in memory, and puts them back when training ends.
+
+    Args:
+        model: whose weights; while it is evaluated it may hold averages of them.
+        metric: the higher the better.
+    """
+
+    def __init__(self, model: nn.Module, metric: str) -> None:
+        self.model, self.metric = model, f"eval_{metric}"
+        self.value, self.best = -float("inf"), dict[str, Tensor]()
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Take the weights of a new best."""
+        value = (metrics or {}).get(self.metric, -float("inf"))
+        if value > self.value:
+            self.value, self.best = value, weights(self.model)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Put the best weights back."""
+        if self.best:
+            load_weights(self.model, self.best)
+        self.best = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"value": float(self.value), "best": self.best}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.value, self.best = saved["value"], saved["best"]
+
+
+class Keeper(TrainerCallback):
+    """Writes a checkpoint where one is due or a signal asks for it, and goes on from one; the last callback of a fit.
+
+    It writes before a step or before an epoch, never after: what follows a step (its log, its evaluation) is then done.
+    Callbacks with ``state_dict`` and ``load_state_dict`` are part of the state.
+
+    Args:
+        trainer: of the fit.
+        progress: of the run.
+        label: names the fit.
+    """
+
+    def __init__(self, trainer: Any, progress: Progress, label: str) -> None:
+        self.trainer, self.progress, self.label = trainer, progress, label
+        self.saved: dict[str, Any] | None = None
+        self._order: Tensor | None = None  # the sampler's state when the epoch began
+        self._epoch_began = 0
+
+    def train(self) -> None:
+        """Train the trainer's model from the start, or from the checkpoint of an earlier process."""
+        found = self.progress.resumable(self.label)
+        if found is None:
+            self.trainer.train()
+            return
+        path, self.saved = found
+        self.progress.unfinished = None
+        print(f"{self.label}: going on from checkpoint {path}", file=sys.stderr)
+        self.trainer.go_on(path, self.saved)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Put back what the other callbacks and transformers have just reset."""
+        if self.saved is None:
+            return
+        for callback, saved in zip(self._stateful(), self.saved["callbacks"], strict=True):
+            callback.load_state_dict(saved)
+        trainer, loss = self.trainer, self.saved["loss"]
+        trainer._tr_loss.fill_(loss["since_log"])
+        trainer._total_loss_scalar, trainer._globalstep_last_logged = loss["before"], loss["last_logged"]
+        trainer._initial_global_step = 0
+        trainer.seconds_before, trainer.resumed_at = self.saved["seconds"], [*self.saved["resumed"], state.global_step]
+        self.saved = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Between two epochs."""
+        self._order, self._epoch_began = self.trainer.order_state, state.global_step
+        self._maybe_write(state)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Between two steps of an epoch."""
+        if state.global_step > self._epoch_began:
+            self._maybe_write(state)
+
+    def _maybe_write(self, state: Any) -> None:
+        new = state.global_step > (self.trainer.resumed_at or [0])[-1]
+        if state.is_world_process_zero and new and (preemption.wanted() or self.progress.due(state.global_step)):
+            with self.trainer.meter.pause():
+                self._check_finite(state)
+                self.progress.write(self._state(), facts(state))
+        preemption.check()
+
+    def _check_finite(self, state: Any) -> None:
+        sound = [torch.isfinite(p).all() for p in [self.trainer._tr_loss, *self.trainer.trained]]
+        if not all(bool(one) for one in sound):
+            raise TrainingDiverged(f"the loss or a weight was not finite at step {state.global_step}: lower trainer.lr")
+
+    def _state(self) -> dict[str, Any]:
+        trainer = self.trainer
+        return {
+            "label": self.label,
+            "weights": weights(trainer.model),
+            "optimizer": trainer.optimizer.state_dict(),
+            "scheduler": trainer.lr_scheduler.state_dict(),
+            "rng": rng_state(trainer.on_gpu),
+            "order": self._order,
+            "callbacks": [callback.state_dict() for callback in self._stateful()],
+            "loss": {
+                "since_log": trainer._tr_loss.item(),
+                "before": trainer._total_loss_scalar,
+                "last_logged": trainer._globalstep_last_logged,
+            },
+            "seconds": trainer.seconds,
+            "resumed": trainer.resumed_at,
+        }
+
+    def _stateful(self) -> list[Any]:
+        return [one for one in self.trainer.callback_handler.callbacks if hasattr(one, "load_state_dict")]
+
+
+def facts(state: Any) -> str:
+    """transformers' state as it writes it."""
+    return json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
+
+
+def finished(trainer: Any, keep_weights: bool) -> Fit:
+    """What a run remembers of a fit that is done."""
+    take = (lambda: weights(trainer.model)) if keep_weights else None
+    return Fit(json.loads(facts(trainer.state)), trainer.meter.state_dict() | {"execution": trainer.execution}, take)

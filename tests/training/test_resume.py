@@ -1,0 +1,300 @@
+"""An interrupted fit ends as one that was left alone, bit for bit; only whole checkpoints count."""
+
+import dataclasses
+import os
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from flora import preemption
+from flora.adapters.methods import Full
+from flora.adapters.rivals.adalora import AdaLora
+from flora.errors import CheckpointError, ConfigError, TrainingDiverged
+from flora.tasks.augment import Augment
+from flora.training import Experiment, TrainerSettings
+from flora.training.progress import KEPT, Checkpoints, Progress
+from tests.training.test_experiment import HOLDOUT, SPLITS, VTAB, ToyModel, ToyTask, lora
+
+EPOCHS, STEPS = 3, 6  # of 96 examples in batches of 16
+
+
+@pytest.fixture(autouse=True)
+def _no_sync(monkeypatch):
+    """Tests outlive no power cut."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+class Killed(BaseException):
+    """What a test ends a run with; nothing handles it, as nothing handles SIGKILL."""
+
+
+class RandomModel(ToyModel):
+    """Draws random numbers on the way."""
+
+    def build(self, num_classes, drop_path=0.0):
+        return nn.Sequential(*super().build(num_classes)[:6], nn.Dropout(0.2), *super().build(num_classes)[6:])
+
+    classifier = ["8.fc"]
+
+
+class RandomTask(ToyTask):
+    """As does the data."""
+
+    def augment(self):
+        return Augment(crop=True, flip=True)
+
+
+def experiment(folder, method=None, protocol=HOLDOUT, analysis=None, **settings):
+    settings = TrainerSettings(
+        **({"epochs": EPOCHS, "lr": 1e-2, "batch_size": 16, "log_every": 4, "checkpoint_every": 1} | settings)
+    )
+    method = method or Full("full", 1e-2, 1e-2)
+    folder.mkdir(exist_ok=True)
+    return Experiment(RandomTask(), RandomModel(), method, settings, protocol, SPLITS, 0, folder, analysis=analysis)
+
+
+def interrupted(run, monkeypatch, writes):
+    """Train until so many checkpoints are written, then die."""
+    write = Progress.write
+
+    def count(self, *arguments):
+        nonlocal writes
+        path = write(self, *arguments)
+        writes -= 1
+        if writes == 0:
+            raise Killed
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "write", count)
+        with pytest.raises(Killed):
+            run.train()
+
+
+def result(outcome):
+    """Everything that must not depend on interruptions; timings do."""
+    timings = ("runtime", "per_second", "preparation_time")
+    history = [
+        {k: v for k, v in entry.items() if not k.endswith(timings)} for entry in outcome.trainer.state.log_history
+    ]
+    state = {name: tensor.numpy().tobytes() for name, tensor in outcome.adapted.model.state_dict().items()}
+    selection = {k: v for k, v in outcome.selection.items() if k != "seconds"}
+    return outcome.metrics, history, selection, outcome.adapted.ranks, state
+
+
+GRID = [1e-3, 3e-2]
+CASES = {
+    "full": {},
+    "lora, last epoch": {"method": lora(lora_dropout=0.1), "protocol": VTAB},
+    "average": {"ema_decay": 0.9},
+    "accumulation": {"gradient_accumulation": 4, "max_steps": 11},
+    "evaluation by steps": {"eval_steps": 4},
+    "adalora": {"method": AdaLora("adalora", 1e-2, 2, target_modules=["7"], layer_types=["Linear"], head_lr=1e-2)},
+    "norms": {"analysis": {"every_n_steps": 2, "rank": 2}},
+    "grid": {"protocol": dataclasses.replace(HOLDOUT, lr_grid=GRID), "epochs": 2},
+    "grid, then all data": {"protocol": dataclasses.replace(VTAB, lr_grid=GRID), "epochs": 2},
+}
+
+
+SLOW = ("norms", "evaluation by steps", "grid, then all data")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
+def test_a_run_that_was_killed_twice_ends_as_if_left_alone(tmp_path, monkeypatch, case):
+    options = CASES[case]
+    calm = result(experiment(tmp_path / "calm", **options).train())
+    for writes in (3, 5):  # after step 3, and 5 steps later in the second epoch
+        interrupted(experiment(tmp_path / "killed", **options), monkeypatch, writes)
+    last = experiment(tmp_path / "killed", **options)
+    outcome = last.train()
+    assert result(outcome) == calm
+    assert last.progress.seconds > outcome.trainer.meter.train_seconds > 0
+
+
+def test_fits_of_the_grid_that_were_done_are_not_done_again(tmp_path, monkeypatch, capsys):
+    options = {"protocol": dataclasses.replace(HOLDOUT, lr_grid=GRID), "epochs": 1}
+    calm = result(experiment(tmp_path / "calm", **options).train())
+    interrupted(experiment(tmp_path / "killed", **options), monkeypatch, STEPS + 2)  # within the second
+    capsys.readouterr()
+    assert result(experiment(tmp_path / "killed", **options).train()) == calm
+    said = capsys.readouterr().err
+    assert "lr 0.001 epoch" not in said
+    assert "lr 0.03: going on from checkpoint" in said
+    assert result(experiment(tmp_path / "killed", **options).train()) == calm, "nothing is left to train"
+    assert "epoch" not in capsys.readouterr().err
+
+
+def test_without_a_setting_short_runs_write_nothing(tmp_path):
+    experiment(tmp_path, checkpoint_every=None).train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_false_starts_over(tmp_path, monkeypatch, capsys):
+    interrupted(experiment(tmp_path), monkeypatch, 3)
+    outcome = experiment(tmp_path, resume=False).train()
+    assert outcome.trainer.resumed_at == []
+    assert "going on" not in capsys.readouterr().err
+
+
+STATE = {"seconds": 1.0, "notes": {}, "done": {}, "fit": {"weights": {"w": torch.arange(5.0)}}}
+
+
+def damage_truncate(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def damage_flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def damage_remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("file", ["state.pt", "trainer_state.json", "sha256.json"])
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_remove])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, damage, file):
+    checkpoints = Checkpoints(tmp_path)
+    first = checkpoints.write(STATE | {"seconds": 1.0}, "{}")
+    second = checkpoints.write(STATE | {"seconds": 2.0}, "{}")
+    assert Checkpoints(tmp_path).newest()[0] == second
+    damage(second / file)
+    found = Checkpoints(tmp_path)
+    path, state = found.newest()
+    assert (path, state["seconds"]) == (first, 1.0)
+    assert torch.equal(state["fit"]["weights"]["w"], torch.arange(5.0))
+    assert f"warning: checkpoint {second} is damaged" in capsys.readouterr().err
+    third = found.write(STATE, "{}")
+    assert sorted(tmp_path.iterdir()) == [first, third], "the damaged one is not what is kept to fall back on"
+
+
+def test_a_resumed_run_survives_a_torn_checkpoint(tmp_path, monkeypatch, capsys):
+    calm = result(experiment(tmp_path / "calm").train())
+    interrupted(experiment(tmp_path / "torn"), monkeypatch, 9)
+    damage_truncate(tmp_path / "torn" / "checkpoints" / "9" / "state.pt")
+    outcome = experiment(tmp_path / "torn").train()
+    assert "is damaged" in capsys.readouterr().err
+    assert outcome.trainer.resumed_at == [8]
+    assert result(outcome) == calm
+
+
+def test_where_no_checkpoint_is_whole_the_run_starts_over(tmp_path, monkeypatch, capsys):
+    calm = result(experiment(tmp_path / "calm").train())
+    interrupted(experiment(tmp_path / "torn"), monkeypatch, 9)
+    for path in (tmp_path / "torn" / "checkpoints").glob("*/sha256.json"):
+        path.write_text("{}")
+    assert result(experiment(tmp_path / "torn").train()) == calm
+    assert capsys.readouterr().err.count("is damaged") == KEPT
+
+
+def test_older_checkpoints_go_once_the_new_one_is_there(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    for _ in range(5):
+        checkpoints.write(STATE, "{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*5 is intact"):
+        checkpoints.write(STATE, "{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+
+
+@pytest.fixture
+def small_files():
+    """Inside, no file may grow beyond 64 kB: the kernel then refuses as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_that_cannot_grow_is_one_clear_error(tmp_path, small_files):
+    checkpoints = Checkpoints(tmp_path)
+    first = checkpoints.write(STATE, "{}")
+    with pytest.raises(CheckpointError, match=r"checkpoint .*/2 cannot be written \(File too large\).*1 is intact"):
+        checkpoints.write(STATE | {"fit": {"weights": torch.zeros(100_000)}}, "{}")
+    assert list(tmp_path.iterdir()) == [first]
+    assert Checkpoints(tmp_path).newest()[0] == first
+
+
+def test_what_a_killed_write_left_does_not_count(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    first = checkpoints.write(STATE, "{}")
+    shutil.copytree(first, tmp_path / ".2.tmp")
+    assert Checkpoints(tmp_path).newest()[0] == first
+    assert checkpoints.write(STATE, "{}").name == "2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    Checkpoints(tmp_path / "c").write(STATE | {"fit": Evil()}, "{}")
+    assert Checkpoints(tmp_path / "c").newest() is None
+    assert "is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+@pytest.mark.parametrize("step", [4, 2 * STEPS])
+def test_a_signal_is_answered_by_a_checkpoint_at_the_next_step(tmp_path, monkeypatch, number, step):
+    calm = result(experiment(tmp_path / "calm", checkpoint_every=None).train())
+    before = [signal.getsignal(one) for one in preemption.SIGNALS]
+    preemption.install()
+    try:
+        run = experiment(tmp_path / "told", checkpoint_every=None)
+
+        def tell(trainer, args, state, control, **kwargs):
+            if state.global_step == step:
+                os.kill(os.getpid(), number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("flora.training.trainer.StepMeter.on_step_end", tell, raising=False)
+            with pytest.raises(preemption.Preempted):
+                run.train()
+        preemption.install()
+        again = experiment(tmp_path / "told", checkpoint_every=None)
+        outcome = again.train()
+    finally:
+        for one, handler in zip(preemption.SIGNALS, before, strict=True):
+            signal.signal(one, handler)
+    assert outcome.trainer.resumed_at == [step]
+    assert outcome.trainer.execution["resumed_at_steps"] == [step]
+    assert result(outcome) == calm
+
+
+def test_a_divergence_names_the_last_good_checkpoint(tmp_path, monkeypatch):
+    loss = ToyTask.loss
+
+    def explode(self, outputs, labels, smoothing):
+        found = loss(self, outputs, labels, smoothing)
+        calls.append(found)
+        return found * float("nan") if len(calls) > 5 else found
+
+    calls = []
+    monkeypatch.setattr(ToyTask, "loss", explode)
+    with pytest.raises(TrainingDiverged, match=rf"at step 6: .*last good checkpoint: {tmp_path}/checkpoints/5\)"):
+        experiment(tmp_path, log_every=100).train()
+    assert Checkpoints(tmp_path / "checkpoints").newest()[1]["fit"]["label"] == "train"
+
+
+def test_a_run_that_diverges_after_its_last_log_has_no_result(tmp_path):
+    with pytest.raises(TrainingDiverged, match="step 8"):
+        experiment(tmp_path, lr=1e30, max_grad_norm=1e30, max_steps=8, log_every=100, checkpoint_every=None).train()
+
+
+@pytest.mark.parametrize("change", [{"resume": "always"}, {"checkpoint_every": 0}, {"checkpoint_every": "epoch"}])
+def test_settings_are_checked(change):
+    with pytest.raises(ConfigError, match=f"trainer.{next(iter(change))}"):
+        TrainerSettings(epochs=1, lr=1, **change)
