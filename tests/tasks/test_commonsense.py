@@ -13,7 +13,8 @@ from flora.adapters.methods import load as load_saved
 from flora.errors import ConfigError, DataError
 from flora.models import TransformersModel
 from flora.tasks import Commonsense
-from flora.tasks.commonsense import DATASETS, PROMPT, RESPONSE, named
+from flora.tasks.commonsense import named
+from flora.tasks.questions import DATASETS, PROMPT, RESPONSE
 from flora.tasks.text import TextDataset, starts_of
 from tests.tasks.texts import SPECIAL, WORDS, word_tokenizer, write_rows
 
