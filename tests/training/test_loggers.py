@@ -4,6 +4,7 @@ import csv
 import json
 import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,9 @@ def test_train_py_groups_and_tags_the_run_and_tells_no_secret(run, monkeypatch):
 
 
 def test_a_repeated_wandb_run_continues_the_one_of_its_id(tmp_path):
-    outcomes = [trained(Wandb(), tmp_path, "repeated") for _ in range(2)]
+    outcomes = [trained(Wandb(), tmp_path, "repeated")]
+    time.sleep(1)  # W&B names the folder of a run by the second
+    outcomes.append(trained(Wandb(), tmp_path, "repeated"))
     files = wandb_files(tmp_path)
     assert [facts.run_id for facts, _, _, _ in files] == ["repeated", "repeated"]
     for (facts, _, numbers, _), outcome in zip(files, outcomes, strict=True):
