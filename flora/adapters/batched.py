@@ -284,10 +284,11 @@ class _Build(torch.autograd.Function):
         with torch.autocast(gradients[0].device.type, enabled=False):
             exact = ctx.flat.dtype
             blocks = {exact: plan.split(ctx.flat)}
-            right = {}
+            right, turned = {}, {}
             for dtype in {stack.dtype for stack in plan.stacks}:  # in which weights have their gradients
                 blocks[dtype] = plan.split(ctx.flat.to(dtype))
                 right[dtype] = plan.split_columns(ctx.columns.to(dtype))
+                turned[dtype] = _in_one_dtype(list(ctx.turned), dtype)
             found: list[Any] = [None] * len(plan.blocks)
             given, number = iter(gradients), iter(range(len(plan.stacks)))
             for members, (core, kronecker) in zip(plan.families, ctx.products, strict=True):
@@ -300,7 +301,7 @@ class _Build(torch.autograd.Function):
                     gradient = stack.from_columns(blocks[dtype][rows].mT @ gradient)
                     if stack.wide is not None:
                         wide = plan.index[stack, stack.wide]
-                        found[wide] = gradient.mT @ ctx.turned[i].to(dtype)
+                        found[wide] = gradient.mT @ turned[dtype][i]
                         gradient = gradient @ blocks[dtype][wide]
                     to_inner.append(stack.turn_back(gradient))
                 inner, one = to_inner[0] if len(to_inner) == 1 else torch.cat(to_inner), members[0]
