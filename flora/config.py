@@ -6,6 +6,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import hydra
@@ -18,8 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from flora import preemption, sweep
 from flora.errors import ConfigError, FloraError
 
-# A ``_target_`` runs code, so a config may only name ours.
+# A ``_target_`` runs code, so a config may only name classes of ours, and the functions that make our models.
 ALLOWED_TARGETS = ("flora.",)
+_ALLOWED_FUNCTIONS = ("flora.models.presets",)
 
 # Bumped whenever the same config would give other numbers; older records then show as stale.
 METHOD_VERSION = 1
@@ -41,9 +43,10 @@ def instantiate(node: DictConfig, **kwargs: Any) -> Any:
     Raises:
         ConfigError: a target that is not ours, an unknown key, or a value the constructor rejects.
     """
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise ConfigError(f"{node!r} is not a config with a _target_")
     for target in _targets(OmegaConf.to_container(node, resolve=True)):
-        if not target.startswith(ALLOWED_TARGETS):
-            raise ConfigError(f"_target_ {target!r} is not allowed: only {', '.join(ALLOWED_TARGETS)}* may be named")
+        _check_target(target)
     try:
         return hydra.utils.instantiate(node, _convert_="all", **kwargs)
     except InstantiationException as error:
@@ -53,6 +56,20 @@ def instantiate(node: DictConfig, **kwargs: Any) -> Any:
         if isinstance(cause, TypeError | ValueError):
             raise ConfigError(f"{node.get('_target_', '?')}: {cause}") from error
         raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def _check_target(target: str) -> None:
+    """Refuse what is not ours, also where the name walks through a module of ours into one that it imports."""
+    if not target.startswith(ALLOWED_TARGETS):
+        raise ConfigError(f"_target_ {target!r} is not allowed: only {', '.join(ALLOWED_TARGETS)}* may be named")
+    try:
+        found = hydra.utils.get_object(target)
+    except Exception as error:  # whatever an import of it raises
+        raise ConfigError(f"_target_ {target!r} cannot be found: {one_line(error)}") from error
+    home = str(getattr(found, "__module__", ""))
+    ours = home.startswith(ALLOWED_TARGETS) and isinstance(found, type)
+    if not ours and not (isinstance(found, FunctionType) and home in _ALLOWED_FUNCTIONS):
+        raise ConfigError(f"_target_ {target!r} is not allowed: it is no class of flora")
 
 
 def _targets(node: Any) -> list[str]:

@@ -1,9 +1,11 @@
 """The Hydra boundary: what a run's identity depends on, what may be instantiated, how errors read."""
 
+from pathlib import Path
+
 import pytest
 from omegaconf import OmegaConf
 
-from flora.config import instantiate, one_line, run_id
+from flora.config import _check_target, instantiate, one_line, run_id
 from flora.errors import ConfigError
 
 
@@ -69,6 +71,48 @@ def test_a_target_outside_the_package_is_refused_at_any_depth(target):
     node = OmegaConf.create({"_target_": "flora.training.NoLogger", "inner": [{"_target_": target}]})
     with pytest.raises(ConfigError, match="not allowed"):
         instantiate(node)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "hydra.utils.get_method",
+        "flora.config.hydra.utils.get_method",
+        "flora.adapters.methods.importlib.import_module",
+        "flora.results.record.os.system",
+        "flora.results.record.subprocess.Popen",
+        "flora.results.record.write_json",
+        "flora.results.record.Path",
+        "flora.training.NoLogger.__init__.__globals__",
+        "flora.no.such.thing",
+        "flora.",
+    ],
+)
+@pytest.mark.parametrize("nest", ["itself", "_args_", "dict in list", "interpolated"])
+def test_no_name_walks_through_our_modules_into_others(target, nest, tmp_path):
+    evil = {"_target_": target, "_args_": [f"touch {tmp_path}/evil"]}
+    good = {"_target_": "flora.training.NoLogger"}
+    nodes = {
+        "itself": evil,
+        "_args_": good | {"_args_": [evil]},
+        "dict in list": good | {"inner": [[{"deep": evil}]]},
+        "interpolated": good | {"name": target, "inner": {"_target_": "${..name}"}},
+    }
+    with pytest.raises(ConfigError, match=r"_target_ .* (not allowed|cannot be found)"):
+        instantiate(OmegaConf.create(nodes[nest]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_target_of_our_configs_is_allowed():
+    named = {
+        line.split(":", 1)[1].strip()
+        for path in Path("configs").rglob("*.yaml")
+        for line in path.read_text().splitlines()
+        if line.startswith("_target_:")
+    }
+    assert len(named) > 15
+    for target in named:
+        _check_target(target)
 
 
 def test_an_unknown_key_is_a_config_error_that_names_it():

@@ -132,6 +132,9 @@ def test_merging_changes_the_logits_by_less_than_1e_4(run):
         (["mode=predict"], "mode"),
         (["seed=abc"], "seed"),
         (["task._target_=os.system"], "not allowed"),
+        (["task._target_=flora.results.record.os.system"], "not allowed"),
+        (["adapter.config_class=peft.import_utils.lru_cache"], "not allowed"),
+        (["adapter.config_class=flora.nothing.Config"], "cannot be found"),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_no_record(run, tmp_path, overrides, message):

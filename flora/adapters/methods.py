@@ -83,7 +83,12 @@ class Peft:
         if module.split(".")[0] not in ("flora", "peft"):
             raise ValueError(f"adapter.config_class {config_class!r} is not allowed: name a config of flora or peft")
         self.name = name
-        self.config_class = getattr(importlib.import_module(module), attribute)
+        try:
+            self.config_class = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"adapter.config_class {config_class!r} cannot be found ({error})") from error
+        if not (isinstance(self.config_class, type) and issubclass(self.config_class, peft.PeftConfig)):
+            raise ValueError(f"adapter.config_class {config_class!r} is not allowed: it is no PEFT config")
         if not budgets.has_ranks(self.config_class):
             budgets.refuse(budget, name)
         budgets.check_allocation(allocation)
