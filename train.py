@@ -38,11 +38,11 @@ def run(cfg: DictConfig) -> Path:
     paths = instantiate(cfg.paths)
     store = Store(paths.results)
     if done := store.settled(identity, cfg.retry, cfg.force):
-        return found(store, done)
+        return found(store, done, Path(paths.output) / identity)
     folder = paths.prepare(identity)
     with store.lock(identity) as lock:
         if done := store.settled(identity, cfg.retry, cfg.force):  # by another process, since we looked
-            return found(store, done)
+            return found(store, done, folder)
         if cfg.force:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         record = execute(cfg, identity, task, checkpoint, folder, store)
@@ -52,8 +52,9 @@ def run(cfg: DictConfig) -> Path:
         return path
 
 
-def found(store: Store, done: dict[str, Any]) -> Path:
-    """Say what a finished record holds; returns its path."""
+def found(store: Store, done: dict[str, Any], folder: Path) -> Path:
+    """Say what a finished record holds; returns its path. Its process may have been killed before it had tidied up."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     result = f"{done['dataset']} {done['model']} {done['adapter']}: test {done['metric']} {done['value']:.4f}"
     say(f"finished before: {result} (force=true runs it again)")
     return store.path(done["run_id"])

@@ -63,7 +63,7 @@ class Worker:
         return code, self._said.read().decode(errors="replace")
 
     def stop(self, at_once: bool) -> None:
-        """End the process when its cell is done, or ``at_once`` as Ctrl-C would."""
+        """End the process when its cell is done, or ``at_once``, after a checkpoint at the next step."""
         if self.process is None:
             return
         if at_once:
@@ -106,7 +106,7 @@ class Pool:
 
 @contextmanager
 def pool(count: int) -> Iterator[Pool]:
-    """``count`` workers for the time of a ``with`` block; an exception ends their cells as Ctrl-C would."""
+    """``count`` workers for the time of a ``with`` block; an exception ends their cells at the next step."""
     gpus = visible_gpus()
     with tempfile.TemporaryDirectory() as folder:
         names: Any = islice(cycle(gpus if len(gpus) > 1 else [None]), count)

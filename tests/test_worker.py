@@ -86,6 +86,26 @@ def test_a_cell_whose_process_is_killed_fails_alone(tmp_path):
     assert workers.run(["mode=nonsense"]) == (130, "interrupted")
 
 
+@pytest.mark.slow
+def test_a_preempted_cell_goes_on_in_a_new_process(tmp_path):
+    def tell():
+        while not list(tmp_path.glob("outputs/*/checkpoints/[0-9]*")):
+            time.sleep(0.01)
+        os.kill(worker.process.pid, signal.SIGTERM)
+
+    asked = cell(tmp_path, "trainer.max_steps=40", "trainer.checkpoint_every=1")
+    with pool(1) as workers:
+        worker = workers.workers[0]
+        threading.Thread(target=tell, daemon=True).start()
+        code, said = workers.run(asked)
+        assert (code, worker.process.wait()) == (75, 75), said
+        assert [record["status"] for record in records(tmp_path)] == ["interrupted"]
+        code, said = workers.run(asked)
+        assert code == 0, said
+        assert "going on from checkpoint" in said
+    assert [record["status"] for record in records(tmp_path)] == ["finished"]
+
+
 def test_an_exception_ends_the_workers_at_once(tmp_path):
     def interrupted():
         with pool(1) as workers:

@@ -37,7 +37,8 @@ class Record:
         examples_per_second: training throughput of the reported run.
         gpu_busy_share: share of the training time in which the GPU ran kernels, of any process, as NVML says;
             None on a CPU or where NVML says nothing.
-        execution: how the steps were run: captured as CUDA graphs, compiled, with the data kept on the GPU.
+        execution: how the steps were run: captured as CUDA graphs, compiled, with the data kept on the GPU, and from
+            which steps the reported fit was resumed.
         peak_memory_bytes: peak while training (GPU allocator, or resident memory on a CPU).
         data: facts of the splits: sources, counts, checksums.
         weights: facts of the pretrained weights: source and sha256.

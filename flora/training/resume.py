@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from flora import preemption
-from flora.errors import TrainingDiverged
+from flora.errors import ConfigError, TrainingDiverged
 from flora.training.progress import Fit, Progress
 
 
@@ -25,10 +25,13 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Put back what ``weights`` gave; KeyError where the model is another."""
-    with torch.no_grad():
-        for name, tensor in _changing(model).items():
-            tensor.copy_(saved[name])
+    """Put back what ``weights`` gave; ConfigError where the model is another."""
+    try:
+        with torch.no_grad():
+            for name, tensor in _changing(model).items():
+                tensor.copy_(saved[name])
+    except (KeyError, RuntimeError) as error:
+        raise ConfigError(f"the checkpoint is of another model ({error}): trainer.resume=false starts over") from error
 
 
 def _changing(model: nn.Module) -> dict[str, Tensor]:

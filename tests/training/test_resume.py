@@ -294,6 +294,12 @@ def test_a_run_that_diverges_after_its_last_log_has_no_result(tmp_path):
         experiment(tmp_path, lr=1e30, max_grad_norm=1e30, max_steps=8, log_every=100, checkpoint_every=None).train()
 
 
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
+    interrupted(experiment(tmp_path), monkeypatch, 1)
+    with pytest.raises(ConfigError, match=r"another model .*: trainer.resume=false starts over"):
+        experiment(tmp_path, lora()).train()
+
+
 @pytest.mark.parametrize("change", [{"resume": "always"}, {"checkpoint_every": 0}, {"checkpoint_every": "epoch"}])
 def test_settings_are_checked(change):
     with pytest.raises(ConfigError, match=f"trainer.{next(iter(change))}"):
