@@ -1,5 +1,6 @@
 """The record of a run: one JSON file that holds what was run, where, and what came out."""
 
+import hashlib
 import json
 import os
 import platform
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from flora.results.secrets import without_secrets
 
 SCHEMA_VERSION = 1
 STATUSES = ("finished", "failed", "interrupted", "running")
@@ -42,6 +45,7 @@ class Record:
         peak_memory_bytes: peak while training (GPU allocator, or resident memory on a CPU).
         data: facts of the splits: sources, counts, checksums.
         weights: facts of the pretrained weights: source and sha256.
+        lock: sha256 of requirements.lock, where the source has one.
         history: logged training losses and validation metrics of the reported run.
     """
 
@@ -85,12 +89,13 @@ class Record:
     commit: str | None = field(default_factory=lambda: commit()[0])
     dirty: bool | None = field(default_factory=lambda: commit()[1])
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    lock: str | None = field(default_factory=lambda: lock_digest())
     error: str | None = None
     finished: str | None = None
 
     def write(self, path: Path) -> None:
-        """Write atomically: a reader sees the old file or the whole new one."""
-        write_json(path, asdict(self))
+        """Write atomically, without secrets: a reader sees the old file or the whole new one."""
+        write_json(path, without_secrets(asdict(self)))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -138,6 +143,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def lock_digest() -> str | None:
+    """Sha256 of requirements.lock, the exact versions that the source was tested with; None where it is not there."""
+    path = Path(__file__).resolve().parents[2] / "requirements.lock"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
 def commit() -> tuple[str | None, bool | None]:
     """The source's git commit and whether tracked files outside results/ differ from it; (None, None) outside git."""
     root = Path(__file__).resolve().parents[2]
@@ -160,5 +171,5 @@ def commit() -> tuple[str | None, bool | None]:
 
 
 def command() -> str:
-    """The command line of this process, as a user would type it."""
-    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line of this process, as a user would type it, with the names of secrets in their place."""
+    return without_secrets(" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))

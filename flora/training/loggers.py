@@ -15,12 +15,12 @@ from transformers import TrainerCallback
 
 from flora.errors import ConfigError
 from flora.results.record import Record
+from flora.results.secrets import without_secrets
 
 MODES = ("online", "offline", "disabled")
 SECONDS = 30.0  # to wait for a W&B server that does not answer; what was logged stays on disk
 _LONGEST_TAG, _LONGEST_NAME = 64, 128  # W&B refuses longer ones
 _FACTS = ("run_id", "commit", "dirty", "versions", "device", "dtype", "command", "data", "weights")
-_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
 @dataclass(frozen=True)
@@ -232,19 +232,6 @@ class Wandb:
         )
         run.define_metric("*", step_metric="step")
         return run
-
-
-def without_secrets(node: Any) -> Any:
-    """A config in which no text holds a secret of the environment (a variable named ...KEY, ...TOKEN and the like)."""
-    if isinstance(node, dict):
-        return {key: without_secrets(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [without_secrets(value) for value in node]
-    if isinstance(node, str):
-        for name, value in os.environ.items():
-            if len(value) > 7 and any(word in name.upper() for word in _SECRET):
-                node = node.replace(value, f"<{name}>")
-    return node
 
 
 def warn(text: str) -> None:

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
+import sys
 
 import pytest
 
 from flora.errors import FailedBefore
 from flora.results import Record, Store
-from flora.results.record import write_json
+from flora.results.record import command, write_json
 
 
 def record(run_id="abc", seed=0, value=0.5, status="finished", adapter="flora"):
@@ -139,3 +140,26 @@ def test_write_json_is_atomic_when_the_content_cannot_be_written(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_secrets_of_the_environment_never_reach_a_record(tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "db_password"):
+        monkeypatch.setenv(name, f"{name}-hunter2")
+    monkeypatch.setattr(sys, "argv", ["train.py", "paths.data=https://u:HF_TOKEN-hunter2@host"])
+    made = record("abc")
+    made.command = command()
+    made.config = {"model": {"weights": ["s3://WANDB_API_KEY-hunter2/x"], "MY_SECRET-hunter2": 1}}
+    made.error = "ValueError('login db_password-hunter2 refused')"
+    text = Store(tmp_path).write(made).read_text()
+    assert "hunter2" not in text
+    found = json.loads(text)
+    assert found["command"] == "python train.py paths.data=https://u:<HF_TOKEN>@host"
+    assert found["error"] == "ValueError('login <db_password> refused')"
+
+
+def test_a_record_from_before_the_lock_file_is_read(tmp_path):
+    path = Store(tmp_path).write(record("abc"))
+    old = json.loads(path.read_text())
+    assert len(old.pop("lock")) == 64
+    path.write_text(json.dumps(old))
+    assert Store(tmp_path).finished("abc") == old
