@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hydra
 from omegaconf import DictConfig
 
-from flora.config import METHOD_VERSION, instantiate, main, quietly, run_id, semantic_config
+from flora.config import METHOD_VERSION, check_shape, instantiate, main, quietly, run_id, semantic_config
 from flora.errors import CheckpointError, ConfigError, DataError, WeightsError
 from flora.results import Record, Store
 from flora.results.record import command, device_name, now, write_json
@@ -27,6 +27,7 @@ from flora.training.model_card import write_card
 
 def run(cfg: DictConfig) -> Path:
     """Run what the config says, unless a finished record of the same run exists; returns the record's path."""
+    check_shape(cfg)
     if cfg.mode not in ("train", "eval"):
         raise ConfigError(f"mode must be train or eval, got {cfg.mode!r}")
     if not isinstance(cfg.seed, int) or cfg.seed < 0:

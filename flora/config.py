@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ METHOD_VERSION = 1
 
 # What decides the result. Everything else (paths, logging, debugging) may differ between two equal runs.
 _SEMANTIC = ("mode", "checkpoint", "task", "model", "adapter", "trainer", "protocol", "seed")
+_GROUPS = ("task", "model", "adapter", "trainer", "protocol", "logger", "paths", "analysis")
 _NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
     "trainer": (
         *("num_workers", "device", "log_every", "cuda_graph", "compile", "cache_on_device"),
@@ -35,6 +37,26 @@ _NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
     ),
     "adapter": ("lr", "head_lr", "explain"),  # the first two are only defaults of trainer.lr and trainer.head_lr
 }
+
+
+def check_shape(cfg: DictConfig) -> None:
+    """Refuse what no setting of a run may be, before anything reads it.
+
+    Raises:
+        ConfigError: a group that is no mapping or is missing, a number that is not finite, a text with a null byte.
+    """
+    for group in _GROUPS:
+        if not isinstance(cfg.get(group), DictConfig):
+            raise ConfigError(f"{group} must be a group of settings, got {cfg.get(group)!r}")
+    _check_values(OmegaConf.to_container(cfg, resolve=True), "")
+
+
+def _check_values(node: Any, name: str) -> None:
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            _check_values(value, f"{name}.{key}".lstrip("."))
+    elif (isinstance(node, float) and not math.isfinite(node)) or (isinstance(node, str) and "\0" in node):
+        raise ConfigError(f"{name} must be a finite number or plain text, got {node!r}")
 
 
 def instantiate(node: DictConfig, **kwargs: Any) -> Any:

@@ -267,8 +267,10 @@ def load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:
 
 def _pattern(key: str, value: Any) -> Any:
     """A list of two-key mappings, one of them ``pattern``, as the dict that PEFT expects."""
-    if not key.endswith("_pattern") or not isinstance(value, list):
+    if not key.endswith("_pattern") or value is None or isinstance(value, dict):
         return value
+    if not isinstance(value, list):
+        raise ValueError(f"adapter.{key} must be a list of {{pattern, rank}} entries, got {value!r}")
     found = {}
     for entry in value:
         if not isinstance(entry, dict) or len(entry) != 2 or "pattern" not in entry:

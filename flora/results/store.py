@@ -150,6 +150,9 @@ def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | N
         return None, f"{path}: not readable as JSON ({error})"
     if not isinstance(record, dict) or any(key not in record for key in _REQUIRED):
         return None, f"{path}: not a record (needs {', '.join(_REQUIRED)})"
+    for key in ("metrics", "data", "config"):
+        if not isinstance(record.get(key) or {}, dict):
+            return None, f"{path}: {key} is {record[key]!r:.40}, it must be an object"
     if record["schema_version"] != SCHEMA_VERSION:
         return None, f"{path}: schema version {record['schema_version']}, this code reads {SCHEMA_VERSION}"
     if record["status"] not in STATUSES:

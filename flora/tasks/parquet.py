@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,11 @@ def _labels(path: Path, file: pq.ParquetFile, num_classes: int, name: str, first
         column = file.read(columns=[name])[name]
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: column {name} cannot be read ({one_line(error)}); fetch it again") from error
-    # Missing labels become smaller than the first, out of range as well.
-    labels = column.cast(pa.int64()).fill_null(first - 1).to_numpy() - first
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    try:  # missing labels become smaller than the first, out of range as well
+        labels = column.cast(pa.int64()).fill_null(first - 1).to_numpy()
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: column {name} holds no class indices ({one_line(error)})") from error
+    wrong = np.flatnonzero((labels < first) | (labels >= first + num_classes))
     if len(wrong):
         row = int(wrong[0])
         found = column[row].as_py()
@@ -133,7 +136,7 @@ def _labels(path: Path, file: pq.ParquetFile, num_classes: int, name: str, first
             f"outside {first}..{first + num_classes - 1} "
             f"({len(wrong)} such rows); mend the file or check that it is the right dataset"
         )
-    return labels
+    return labels - first
 
 
 def _open_images(path: Path, file: pq.ParquetFile, rows: np.ndarray) -> Iterator[Callable[[], Image.Image]]:
@@ -158,7 +161,10 @@ def _opener(folder: Path, cell: dict[str, Any]) -> Callable[[], Image.Image]:
             return Image.open(io.BytesIO(cell["bytes"]))
         if cell.get("path"):
             # The layout lets a file hold paths instead of bytes.
-            return Image.open(folder / cell["path"])
+            place = Path(os.path.normpath(folder / cell["path"]))
+            if not place.is_relative_to(os.path.normpath(folder)):
+                raise ValueError(f"its path {cell['path']} leads out of the folder")
+            return Image.open(place)
         raise ValueError("neither bytes nor path")
 
     return open_image

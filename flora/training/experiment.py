@@ -1,6 +1,7 @@
 """One run: build, choose the learning rate, train, test once."""
 
 import gc
+import re
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -146,6 +147,8 @@ class Experiment:
     ) -> tuple[Adapted, Trainer]:
         """Train, or go on where an earlier process was; ``reported``: this fit may become the run's result."""
         adapted = self._adapt()
+        if self.settings.gradient_checkpointing and not hasattr(adapted.model, "gradient_checkpointing_enable"):
+            raise ConfigError("trainer.gradient_checkpointing is for networks of transformers: leave it false")
         trainer = self._trainer(adapted, replace(self.settings, lr=lr), train, validation, label)
         log = self.log.fit(label) if reported and self.log is not None else None
         if (done := self.progress.done.get(label)) is not None:
@@ -182,7 +185,7 @@ class Experiment:
         transformers.set_seed(self.seed)
         try:
             return self.method.apply(base, self.model.classifier)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, re.error) as error:
             raise ConfigError(f"adapter: {error}") from error
 
     def _trainer(

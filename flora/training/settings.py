@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import SchedulerType
+
 from flora.errors import ConfigError
 
 _DTYPES = ("fp32", "bf16")
@@ -94,7 +96,9 @@ class TrainerSettings:
             raise ConfigError(f"trainer.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         if self.device not in ("auto", "cpu"):
             raise ConfigError(f"trainer.device must be auto or cpu, got {self.device!r}")
-        for name in ("cuda_graph", "compile"):
+        if self.schedule not in (known := [kind.value for kind in SchedulerType]):
+            raise ConfigError(f"trainer.schedule must be one of {', '.join(known)}, got {self.schedule!r}")
+        for name in ("cuda_graph", "compile", "gradient_checkpointing", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"trainer.{name} must be true or false, got {getattr(self, name)!r}")
         if self.resume not in ("auto", False):
@@ -158,6 +162,11 @@ class Paths:
     data: str
     output: str
     results: str
+
+    def __post_init__(self) -> None:
+        for key in ("data", "output", "results"):
+            if not isinstance(getattr(self, key), str) or not getattr(self, key):
+                raise ConfigError(f"paths.{key} must be a folder, got {getattr(self, key)!r}")
 
     def prepare(self, run: str) -> Path:
         """Make the run's output folder and the results folder; ConfigError when one cannot be written."""
