@@ -16,8 +16,9 @@ from omegaconf import DictConfig
 
 from flora.config import METHOD_VERSION, check_shape, instantiate, main, quietly, run_id, semantic_config
 from flora.errors import CheckpointError, ConfigError, DataError, WeightsError
+from flora.files import write_json
 from flora.results import Record, Store
-from flora.results.record import command, device_name, now, write_json
+from flora.results.record import command, device_name, now
 from flora.training import Experiment
 from flora.training.checkpoint import check_same_model, digest, saved_facts, saved_run
 from flora.training.experiment import CHECKPOINTS

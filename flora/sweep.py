@@ -12,7 +12,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from flora.errors import AlreadyRunning
-from flora.results.record import write_json
+from flora.files import write_json
 
 _folder: Path | None = None  # of the sweep that this process started
 

@@ -81,7 +81,7 @@ def test_a_target_outside_the_package_is_refused_at_any_depth(target):
         "flora.adapters.methods.importlib.import_module",
         "flora.results.record.os.system",
         "flora.results.record.subprocess.Popen",
-        "flora.results.record.write_json",
+        "flora.files.write_json",
         "flora.results.record.Path",
         "flora.training.NoLogger.__init__.__globals__",
         "flora.no.such.thing",

@@ -209,7 +209,7 @@ def test_a_preempted_run_exits_75_and_goes_on_when_started_again(run, tmp_path, 
             told.append(os.kill(os.getpid(), signal.SIGUSR1))
 
     told = []
-    monkeypatch.setattr("flora.training.trainer.StepMeter.on_step_end", tell, raising=False)
+    monkeypatch.setattr("flora.training.callbacks.StepMeter.on_step_end", tell, raising=False)
     code, out, err = run("trainer.max_steps=3")
     assert code == 75, err
     assert "interrupted: the scheduler asked for the machine" in err

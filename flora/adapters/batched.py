@@ -73,6 +73,17 @@ class Stack:
         return (*self.modes, *(mode for mode in range(len(self.ranks)) if mode not in self.modes))
 
     @cached_property
+    def outer(self) -> tuple[int, ...]:
+        """The rows and, if there is one, the wide mode."""
+        return self.modes[:1] if self.wide is None else (self.modes[0], self.wide)
+
+    @cached_property
+    def core_order(self) -> tuple[int, ...]:
+        """All modes as the contractions take the core: outer, small, and those without a factor."""
+        named = (*self.outer, *self.small)
+        return (*named, *(mode for mode in range(len(self.ranks)) if mode not in named))
+
+    @cached_property
     def in_order(self) -> bool:
         """Whether memory order is that of the stored weight."""
         return list(self.modes) == sorted(self.modes)
@@ -177,7 +188,7 @@ class Plan:
             for mode in one.small:
                 self.blocks.append(Block(members, mode, (one.described.shape[mode], one.ranks[mode])))
         for stack in self.stacks:
-            for mode in (stack.modes[0], *(() if stack.wide is None else (stack.wide,))):
+            for mode in stack.outer:
                 self.blocks.append(Block((stack,), mode, (stack.described.shape[mode], stack.ranks[mode])))
         self._held = [place for block in self.blocks for place in block.held()]
         counts = [sum(len(stack.layers) for stack in block.stacks) for block in self.blocks]
@@ -208,10 +219,7 @@ class Plan:
         found = []
         for members in self.families:
             one, core = members[0], blocks[self.index[members[0], None]]
-            chosen = (one.modes[0], *(() if one.wide is None else (one.wide,)), *one.small)
-            if list(chosen) != sorted(chosen) or len(chosen) < len(one.ranks):
-                rest = [mode for mode in range(len(one.ranks)) if mode not in chosen]
-                core = core.permute(0, *(1 + mode for mode in (*chosen, *rest)))
+            core = core.permute(0, *(1 + mode for mode in one.core_order))
             small = math.prod(one.ranks[mode] for mode in one.small)
             core = core.reshape(len(core), -1, small)
             kronecker = None
@@ -227,10 +235,8 @@ class Plan:
 
     def cores_back(self, one: Stack, gradient: Tensor) -> Tensor:
         """The inverse of the rearrangement of cores in ``small_products``."""
-        chosen = (one.modes[0], *(() if one.wide is None else (one.wide,)), *one.small)
-        order = (*chosen, *(mode for mode in range(len(one.ranks)) if mode not in chosen))
-        seen = gradient.reshape(len(gradient), *(one.ranks[mode] for mode in order))
-        return seen.permute(0, *(1 + order.index(mode) for mode in range(len(order))))
+        seen = gradient.reshape(len(gradient), *(one.ranks[mode] for mode in one.core_order))
+        return seen.permute(0, *(1 + one.core_order.index(mode) for mode in range(len(one.ranks))))
 
     def factors_back(self, members: tuple[Stack, ...], blocks: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
         """Gradients of the small factors from that of their Kronecker product."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from flora.errors import ConfigError, FloraError
-from flora.results.record import commit, device_name, versions, write_json
+from flora.files import write_json
+from flora.results.record import commit, device_name, versions
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -1,12 +1,10 @@
 """The record of a run: one JSON file that holds what was run, where, and what came out."""
 
 import hashlib
-import json
 import os
 import platform
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flora.files import write_json
 from flora.results.secrets import without_secrets
 
 SCHEMA_VERSION = 1
@@ -96,23 +95,6 @@ class Record:
     def write(self, path: Path) -> None:
         """Write atomically, without secrets: a reader sees the old file or the whole new one."""
         write_json(path, without_secrets(asdict(self)))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON (NaN refused) to a temporary neighbour, sync it to disk, then rename it into place."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def now() -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,21 @@ class Task(ABC):
         return None
 
 
+def check_dataset(dataset: str, known: Collection[str], aliases: Collection[str] = ()) -> None:
+    """ConfigError with the nearest names for a dataset that a family does not know."""
+    if dataset in known or dataset in aliases:
+        return
+    close = difflib.get_close_matches(dataset, [*known, *aliases])
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise ConfigError(f"task.dataset={dataset} is unknown; {hint}choose one of {', '.join(known)}")
+
+
+def check_split_seed(split_seed: int) -> None:
+    """ConfigError for a seed that ``draw`` cannot take."""
+    if not 0 <= split_seed < 2**32:
+        raise ConfigError(f"task.split_seed={split_seed} must lie in 0..{2**32 - 1}")
+
+
 class ImageTask(Task):
     """Image classification: accuracy, and crop and flip where the labels survive them.
 
@@ -215,8 +231,7 @@ class ImageTask(Task):
             raise ConfigError(f"task.augment={augment} is unknown; choose one of auto, {', '.join(AUGMENTATIONS)}")
         if epochs < 1:
             raise ConfigError(f"task.epochs={epochs} must be at least 1")
-        if not 0 <= split_seed < 2**32:
-            raise ConfigError(f"task.split_seed={split_seed} must lie in 0..{2**32 - 1}")
+        check_split_seed(split_seed)
         self.name = name
         self.dataset = dataset
         self.epochs = epochs

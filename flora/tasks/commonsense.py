@@ -6,7 +6,6 @@ answer is X". Their training mix of the eight sets is commonsense_170k.json.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import sys
 from array import array
@@ -25,7 +24,7 @@ from torch.utils.data import Dataset
 from flora.errors import ConfigError, DataError, WeightsError
 from flora.models.weights import reach_hub
 from flora.tasks import manifest
-from flora.tasks.base import Batch, Forward, Splits, cross_entropy, draw
+from flora.tasks.base import Batch, Forward, Splits, check_dataset, check_split_seed, cross_entropy, draw
 from flora.tasks.images import one_line
 from flora.tasks.metrics import Classification
 from flora.tasks.questions import DATASETS, MIX, PROMPT, RESPONSE, Entry, Question, adapters_row, ask_all, with_passage
@@ -114,10 +113,8 @@ class Commonsense(TextTask):
         validation_size: int = 120,
         split_seed: int = 0,
     ):
-        if dataset not in DATASETS:
-            close = difflib.get_close_matches(dataset, DATASETS)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
-            raise ConfigError(f"task.dataset={dataset} is unknown; {hint}choose one of {', '.join(DATASETS)}")
+        check_dataset(dataset, DATASETS)
+        check_split_seed(split_seed)
         for key, value, allowed in (
             ("train", train, ("own", "mix")),
             ("answers", answers, ("likelihood", "generated")),

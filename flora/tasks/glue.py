@@ -6,7 +6,6 @@ Wang et al. 2019, "GLUE: A Multi-Task Benchmark and Analysis Platform for Natura
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from flora.errors import ConfigError, DataError, WeightsError
 from flora.models.weights import reach_hub, sha256_of
 from flora.tasks import manifest
-from flora.tasks.base import Splits, draw
+from flora.tasks.base import Splits, check_dataset, check_split_seed, draw
 from flora.tasks.metrics import Glue as GlueMetric
 from flora.tasks.rows import Rows, check_labels, check_texts, read_parquet, row_of
 from flora.tasks.text import TextDataset, TextTask, fingerprint, padding_of, tokenise
@@ -116,16 +115,12 @@ class Glue(TextTask):
         rates: str = "scripts",
         recipe: Mapping[str, Any] | None = None,
     ):
-        if dataset not in DATASETS:
-            close = difflib.get_close_matches(dataset, DATASETS)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
-            raise ConfigError(f"task.dataset={dataset} is unknown; {hint}choose one of {', '.join(DATASETS)}")
+        check_dataset(dataset, DATASETS)
+        check_split_seed(split_seed)
         if max_length is not None and max_length < 1:
             raise ConfigError(f"task.max_length={max_length} must be at least 1")
         if not 0 <= held_out < 1:
             raise ConfigError(f"task.held_out={held_out} must lie in [0, 1)")
-        if not 0 <= split_seed < 2**32:
-            raise ConfigError(f"task.split_seed={split_seed} must lie in 0..{2**32 - 1}")
         self.name = name
         self.dataset = dataset
         self.epochs = epochs

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flora.errors import DataError
+from flora.files import write_json
 from flora.models.weights import sha256_of
-from flora.results.record import write_json
 
 NAME = "manifest.json"
 

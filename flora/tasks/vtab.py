@@ -7,7 +7,6 @@ files hold the official ones.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from flora.errors import ConfigError, DataError
 from flora.tasks import dsprites, lists, manifest, parquet
-from flora.tasks.base import ImageTask, Splits, draw
+from flora.tasks.base import ImageTask, Splits, check_dataset, draw
 from flora.tasks.download import SOURCES, download, from_hub
 from flora.tasks.images import Pool, decode, from_grey
 
@@ -250,12 +249,8 @@ class Vtab(ImageTask):
 
 def canonical_name(dataset: str) -> str:
     """VTAB's name of a dataset; ConfigError with the nearest names if there is none."""
-    name = ALIASES.get(dataset, dataset)
-    if name in DATASETS:
-        return name
-    close = difflib.get_close_matches(dataset, [*DATASETS, *ALIASES])
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise ConfigError(f"task.dataset={dataset} is unknown; {hint}choose one of {', '.join(DATASETS)}")
+    check_dataset(dataset, DATASETS, ALIASES)
+    return ALIASES.get(dataset, dataset)
 
 
 def available(data_dir: Path | None) -> str:

@@ -1,7 +1,6 @@
 """The shared trainer: transformers' loop with our forward pass, parameter groups, meters and progress bar."""
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,15 +13,15 @@ import transformers
 from timm.models import group_parameters
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from flora.adapters.methods import in_head
-from flora.errors import ConfigError, TrainingDiverged
+from flora.errors import ConfigError
 from flora.tasks.base import Forward, cross_entropy
+from flora.training.callbacks import EpochLines, ProgressBar, StepMeter, StopOnDivergence
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once
 from flora.training.ema import Ema
-from flora.training.meters import BusyShare, PeakMemory
 from flora.training.progress import Fit
 from flora.training.resume import KeepBest, load_weights, set_rng_state
 from flora.training.settings import TrainerSettings
@@ -144,7 +143,7 @@ class Trainer(transformers.Trainer):
         )
         self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each of the accumulated batches
         self.remove_callback(PrinterCallback)
-        self.add_callback(Progress(progress) if sys.stderr.isatty() else EpochLines(progress))
+        self.add_callback(ProgressBar(progress) if sys.stderr.isatty() else EpochLines(progress))
         self._frozen_norms = _frozen_norms(model)
 
     @property
@@ -370,136 +369,6 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
     last = max(layers.values())
     return {name: decay ** (last - layer) for name, layer in layers.items()}
-
-
-class StepMeter(TrainerCallback):
-    """Training time without evaluation, examples per second, peak memory and how busy the GPU was."""
-
-    def __init__(self) -> None:
-        self.train_seconds = 0.0
-        self.steps = 0
-        self.peak_memory_bytes = 0
-        self._started: float | None = None
-        self._memory = PeakMemory()
-        self._busy = BusyShare()
-
-    @property
-    def gpu_busy_share(self) -> float | None:
-        """Share of the training time in which the GPU ran kernels; None where nobody says."""
-        return self._busy.read()
-
-    def close(self) -> None:
-        """Stop measuring, however training ended."""
-        self._busy.stop()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Start the clock and reset the peak."""
-        self._memory.reset()
-        self._start()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Stop the clock and read the peak."""
-        self._stop()
-        self.steps = state.global_step
-        self.peak_memory_bytes = max(self.peak_memory_bytes, self._memory.read())
-
-    def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint; while it is paused or has stopped."""
-        peak = max(self.peak_memory_bytes, self._memory.read())
-        numbers = {"train_seconds": self.train_seconds, "steps": self.steps, "peak_memory_bytes": peak}
-        return numbers | {"busy": self._busy.samples}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        self.train_seconds, self.steps = saved["train_seconds"], saved["steps"]
-        self.peak_memory_bytes, self._busy.samples = saved["peak_memory_bytes"], list(saved["busy"])
-
-    @contextlib.contextmanager
-    def pause(self):
-        """Keep what happens inside out of the training time."""
-        running = self._started is not None
-        self._stop()
-        try:
-            yield
-        finally:
-            if running:
-                self._start()
-
-    def _start(self) -> None:
-        self._started = time.perf_counter()
-        self._busy.start()
-
-    def _stop(self) -> None:
-        self._busy.stop()
-        if self._started is not None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.train_seconds += time.perf_counter() - self._started
-            self._started = None
-
-
-class StopOnDivergence(TrainerCallback):
-    """Raises TrainingDiverged at the first logged loss or gradient that is not finite, at the latest at the end."""
-
-    NAMES = {"loss": "training loss", "grad_norm": "norm of the gradients", "train_loss": "mean training loss"}
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Check what is logged."""
-        for key, name in self.NAMES.items():
-            value = (logs or {}).get(key, 0.0)
-            if not math.isfinite(value):
-                raise TrainingDiverged(f"the {name} was {value} at step {state.global_step}: lower trainer.lr")
-
-
-class Progress(ProgressCallback):
-    """A progress bar on stderr that shows the last loss and validation metric beside it, and leaves stdout alone."""
-
-    def __init__(self, label: str) -> None:
-        super().__init__()
-        self.label = label
-        self._shown: dict[str, str] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Open the bar."""
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.label)
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        """No second bar for evaluation."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show the newest loss and validation metric."""
-        if self.training_bar is None:
-            return
-        for name, value in (logs or {}).items():
-            if name == "loss" or name == f"eval_{args.metric_for_best_model}":
-                self._shown[name.removeprefix("eval_")] = f"{value:.4g}"
-        self.training_bar.set_postfix(self._shown)
-
-
-class EpochLines(TrainerCallback):
-    """One plain line an epoch on stderr, where no terminal could draw a bar."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """Print the line, unless an evaluation follows that has more to say."""
-        if args.eval_strategy == "no":
-            self._print(args, state, {})
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """Print the line of an epoch that was evaluated on validation."""
-        name = f"eval_{args.metric_for_best_model}"
-        if metrics and name in metrics:
-            self._print(args, state, {f"validation {args.metric_for_best_model}": metrics[name]})
-
-    def _print(self, args, state, figures: dict[str, float]) -> None:
-        losses = [logs["loss"] for logs in state.log_history if "loss" in logs]
-        figures = ({"loss": losses[-1]} if losses else {}) | figures
-        shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        print(f"{self.label} epoch {state.epoch:.3g}/{args.num_train_epochs:g} {shown}", file=sys.stderr, flush=True)
 
 
 def _zero_grad(parameters: list[nn.Parameter], set_to_none: bool = True) -> None:

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from flora.errors import FailedBefore
+from flora.files import write_json
 from flora.results import Record, Store
-from flora.results.record import command, write_json
+from flora.results.record import command
 
 
 def record(run_id="abc", seed=0, value=0.5, status="finished", adapter="flora"):

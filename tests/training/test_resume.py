@@ -260,7 +260,7 @@ def test_a_signal_is_answered_by_a_checkpoint_at_the_next_step(tmp_path, monkeyp
                 os.kill(os.getpid(), number)
 
         with monkeypatch.context() as patch:
-            patch.setattr("flora.training.trainer.StepMeter.on_step_end", tell, raising=False)
+            patch.setattr("flora.training.callbacks.StepMeter.on_step_end", tell, raising=False)
             with pytest.raises(preemption.Preempted):
                 run.train()
         preemption.install()

@@ -1,0 +1,144 @@
+"""What a run watches while it trains: its time and memory, divergence, progress on the terminal."""
+
+import contextlib
+import math
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from flora.errors import TrainingDiverged
+from flora.training.meters import BusyShare, PeakMemory
+
+
+class StepMeter(TrainerCallback):
+    """Training time without evaluation, examples per second, peak memory and how busy the GPU was."""
+
+    def __init__(self) -> None:
+        self.train_seconds = 0.0
+        self.steps = 0
+        self.peak_memory_bytes = 0
+        self._started: float | None = None
+        self._memory = PeakMemory()
+        self._busy = BusyShare()
+
+    @property
+    def gpu_busy_share(self) -> float | None:
+        """Share of the training time in which the GPU ran kernels; None where nobody says."""
+        return self._busy.read()
+
+    def close(self) -> None:
+        """Stop measuring, however training ended."""
+        self._busy.stop()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start the clock and reset the peak."""
+        self._memory.reset()
+        self._start()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Stop the clock and read the peak."""
+        self._stop()
+        self.steps = state.global_step
+        self.peak_memory_bytes = max(self.peak_memory_bytes, self._memory.read())
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint; while it is paused or has stopped."""
+        peak = max(self.peak_memory_bytes, self._memory.read())
+        numbers = {"train_seconds": self.train_seconds, "steps": self.steps, "peak_memory_bytes": peak}
+        return numbers | {"busy": self._busy.samples}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.train_seconds, self.steps = saved["train_seconds"], saved["steps"]
+        self.peak_memory_bytes, self._busy.samples = saved["peak_memory_bytes"], list(saved["busy"])
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Keep what happens inside out of the training time."""
+        running = self._started is not None
+        self._stop()
+        try:
+            yield
+        finally:
+            if running:
+                self._start()
+
+    def _start(self) -> None:
+        self._started = time.perf_counter()
+        self._busy.start()
+
+    def _stop(self) -> None:
+        self._busy.stop()
+        if self._started is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.train_seconds += time.perf_counter() - self._started
+            self._started = None
+
+
+class StopOnDivergence(TrainerCallback):
+    """Raises TrainingDiverged at the first logged loss or gradient that is not finite, at the latest at the end."""
+
+    NAMES = {"loss": "training loss", "grad_norm": "norm of the gradients", "train_loss": "mean training loss"}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Check what is logged."""
+        for key, name in self.NAMES.items():
+            value = (logs or {}).get(key, 0.0)
+            if not math.isfinite(value):
+                raise TrainingDiverged(f"the {name} was {value} at step {state.global_step}: lower trainer.lr")
+
+
+class ProgressBar(ProgressCallback):
+    """A progress bar on stderr that shows the last loss and validation metric beside it, and leaves stdout alone."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__()
+        self.label = label
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Open the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.label)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        """No second bar for evaluation."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show the newest loss and validation metric."""
+        if self.training_bar is None:
+            return
+        for name, value in (logs or {}).items():
+            if name == "loss" or name == f"eval_{args.metric_for_best_model}":
+                self._shown[name.removeprefix("eval_")] = f"{value:.4g}"
+        self.training_bar.set_postfix(self._shown)
+
+
+class EpochLines(TrainerCallback):
+    """One plain line an epoch on stderr, where no terminal could draw a bar."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Print the line, unless an evaluation follows that has more to say."""
+        if args.eval_strategy == "no":
+            self._print(args, state, {})
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Print the line of an epoch that was evaluated on validation."""
+        name = f"eval_{args.metric_for_best_model}"
+        if metrics and name in metrics:
+            self._print(args, state, {f"validation {args.metric_for_best_model}": metrics[name]})
+
+    def _print(self, args, state, figures: dict[str, float]) -> None:
+        losses = [logs["loss"] for logs in state.log_history if "loss" in logs]
+        figures = ({"loss": losses[-1]} if losses else {}) | figures
+        shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        print(f"{self.label} epoch {state.epoch:.3g}/{args.num_train_epochs:g} {shown}", file=sys.stderr, flush=True)
