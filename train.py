@@ -16,11 +16,10 @@ from omegaconf import DictConfig
 
 from flora.config import METHOD_VERSION, check_shape, instantiate, main, quietly, run_id, semantic_config
 from flora.errors import CheckpointError, ConfigError, DataError, WeightsError
-from flora.files import write_json
 from flora.results import Record, Store
 from flora.results.record import command, device_name, now
 from flora.training import Experiment
-from flora.training.checkpoint import check_same_model, digest, saved_facts, saved_run
+from flora.training.checkpoint import check_same_model, digest, save_facts, saved_facts, saved_run
 from flora.training.experiment import CHECKPOINTS
 from flora.training.loggers import about
 from flora.training.model_card import write_card
@@ -127,8 +126,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
     record.metrics, record.value = outcome.metrics, outcome.metrics[task.metric]
     record.status, record.finished = "finished", now()
     if checkpoint is None:
-        facts = {k: getattr(record, k) for k in ("run_id", "task", "dataset", "model", "adapter", "metric", "value")}
-        write_json(folder / "adapter" / "run.json", facts | {"num_classes": splits.num_classes})
+        save_facts(record, splits.num_classes, folder / "adapter")
         write_card(record, splits.num_classes, folder / "adapter")
     say(f"{label}: test {record.metric} {record.value:.4f} ({record.trainable_params:,} trainable parameters)")
     return record

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from flora.errors import ConfigError
+from flora.files import write_json
+from flora.results import Record
 
 
 def saved_run(checkpoint: str | None) -> Path:
@@ -16,6 +18,12 @@ def saved_run(checkpoint: str | None) -> Path:
         if (folder / "adapter_model.safetensors").exists() or (folder / "model.safetensors").exists():
             return folder
     raise ConfigError(f"checkpoint={checkpoint}: no adapter_model.safetensors or model.safetensors there")
+
+
+def save_facts(record: Record, num_classes: int, folder: Path) -> None:
+    """Write what ``saved_facts`` reads, beside the weights in ``folder``."""
+    keys = ("run_id", "task", "dataset", "model", "adapter", "metric", "value")
+    write_json(folder / "run.json", {key: getattr(record, key) for key in keys} | {"num_classes": num_classes})
 
 
 def saved_facts(checkpoint: Path) -> dict[str, Any]:
