@@ -167,25 +167,49 @@ def test_an_unreachable_server_is_one_warning_and_the_run_is_logged_offline(tmp_
     assert numbers["loss"] == [0.5]
 
 
-@pytest.mark.parametrize("where", ["init", "Run.log", "Run.finish"])
-def test_a_failing_wandb_warns_and_the_run_goes_on(tmp_path, monkeypatch, capsys, where):
-    def fail(*args, **kwargs):
-        raise RuntimeError("disk full")
+class StubRun:
+    """A W&B run that keeps what it is told; the part that ``breaks`` fails."""
 
-    with monkeypatch.context() as broken:
-        broken.setattr(f"wandb.{where}", fail)
-        with Wandb().run(About(f"failing-{where}", "toy", "group", "cell"), tmp_path) as log:
-            for step in range(3):
-                log.write({"loss": 0.5}, step)
+    def __init__(self, breaks=None):
+        self.breaks, self.logged, self.exit_codes = breaks, [], []
+
+    def call(self, part):
+        if part == self.breaks:
+            raise RuntimeError("disk full")
+
+    def init(self, **kwargs):
+        self.call("init")
+        return self
+
+    def define_metric(self, *args, **kwargs):
+        pass
+
+    def log(self, numbers):
+        self.call("log")
+        self.logged.append(numbers)
+
+    def finish(self, exit_code):
+        self.exit_codes.append(exit_code)
+        self.call("finish")
+
+
+@pytest.mark.parametrize(("breaks", "logged", "exit_codes"), [("init", 0, []), ("log", 0, [0]), ("finish", 3, [0])])
+def test_a_failing_wandb_warns_and_the_run_goes_on(tmp_path, monkeypatch, capsys, breaks, logged, exit_codes):
+    stub = StubRun(breaks)
+    monkeypatch.setattr("wandb.init", stub.init)
+    with Wandb().run(About("failing", "toy", "group", "cell"), tmp_path) as log:
+        for step in range(3):
+            log.write({"loss": 0.5}, step)
     assert capsys.readouterr().err.count("disk full") == 1
-    wandb.teardown()
+    assert (len(stub.logged), stub.exit_codes) == (logged, exit_codes)
 
 
-def test_a_run_that_fails_is_marked_so_in_wandb_and_its_error_goes_on(tmp_path):
+def test_a_run_that_fails_is_marked_so_in_wandb_and_its_error_goes_on(tmp_path, monkeypatch):
+    stub = StubRun()
+    monkeypatch.setattr("wandb.init", stub.init)
     with pytest.raises(ZeroDivisionError), Wandb().run(About("fails", "toy", "group", "cell"), tmp_path):
         raise ZeroDivisionError
-    (path,) = tmp_path.rglob("*.wandb")
-    assert [m.exit.exit_code for m in messages(path.read_bytes()) if m.HasField("exit")] == [1]
+    assert stub.exit_codes == [1]
 
 
 def test_a_log_that_fails_is_told_once_and_asked_no_more(capsys):

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -208,20 +209,27 @@ def test_older_checkpoints_go_once_the_new_one_is_there(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """Inside, no file may grow beyond 64 kB: the kernel then refuses as it does on a full disk."""
+    """Inside, no file may grow beyond 64 kB: the kernel then refuses as it does on a full disk.
+
+    It holds for pytest's own output too, so nothing but the write under test belongs inside.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_file_that_cannot_grow_is_one_clear_error(tmp_path, small_files):
+def test_a_file_that_cannot_grow_is_one_clear_error(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     first = checkpoints.write(STATE, "{}")
-    with pytest.raises(CheckpointError, match=r"checkpoint .*/2 cannot be written \(File too large\).*1 is intact"):
-        checkpoints.write(STATE | {"fit": {"weights": torch.zeros(100_000)}}, "{}")
+    big = STATE | {"fit": {"weights": torch.zeros(100_000)}}
+    refused = pytest.raises(CheckpointError, match=r"checkpoint .*/2 cannot be written \(File too large\).*1 is intact")
+    with refused, small_files():
+        checkpoints.write(big, "{}")
     assert list(tmp_path.iterdir()) == [first]
     assert Checkpoints(tmp_path).newest()[0] == first
 
