@@ -39,6 +39,10 @@ _NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
 }
 
 
+# Options where zero, false or an empty list says something else than null.
+_ZERO_COUNTS = ("scale", "alpha", "init_weights", "init_lora_weights", "stack_modes", "color_jitter")
+
+
 def check_shape(cfg: DictConfig) -> None:
     """Refuse what no setting of a run may be, before anything reads it.
 
@@ -133,9 +137,13 @@ def identity(semantic: dict[str, Any]) -> str:
 
 
 def _pruned(node: Any) -> Any:
-    """Without null, false, zero and empty values, so that a new option that defaults to off keeps old run ids."""
+    """Without null, false, zero and empty values, so that a new option that defaults to off keeps old run ids.
+
+    Zeros that say something else than null stay (``_ZERO_COUNTS``), and all that patterns give to single layers.
+    """
     if isinstance(node, dict):
-        return {key: _pruned(value) for key, value in node.items() if value}
+        kept = {key: value for key, value in node.items() if value or (key in _ZERO_COUNTS and value is not None)}
+        return {key: value if key.endswith("_pattern") else _pruned(value) for key, value in kept.items()}
     return [_pruned(value) for value in node] if isinstance(node, list) else node
 
 

@@ -55,6 +55,22 @@ def test_a_new_option_that_is_off_keeps_old_run_ids(off):
     assert run_id(config(adapter={"r": 8, "new_option": 1})) != run_id(config())
 
 
+@pytest.mark.parametrize(
+    ("zero", "null"),
+    [
+        ({"scale": 0}, {"scale": None}),
+        ({"scale": 0.0}, {}),
+        ({"scale": None, "alpha": 0}, {"scale": None, "alpha": None}),
+        ({"stack_modes": []}, {"stack_modes": None}),
+        ({"init_weights": False}, {}),
+        ({"scale_pattern": {"stem": 0.0}}, {"scale_pattern": {}}),
+        ({"scale_pattern": [{"pattern": "stem", "scale": 0.0}]}, {"scale_pattern": [{"pattern": "stem"}]}),
+    ],
+)
+def test_a_zero_that_is_not_off_changes_the_run_id(zero, null):
+    assert run_id(config(adapter=zero)) != run_id(config(adapter=null))
+
+
 def test_the_rate_counts_unless_the_grid_chooses_it():
     grid = {"protocol": {"lr_grid": [1e-3, 1e-2]}}
     assert run_id(config(**grid, trainer={"lr": 2e-3})) == run_id(config(**grid))
