@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +33,61 @@ _NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "te
 _NAMED_CLASSES = 40  # more do not fit beside a picture
 
 
+@dataclass(frozen=True)
+class Catalogue:
+    """All images of a folder.
+
+    Attributes:
+        openers: one function an image, that opens it.
+        labels: class indices ``[N]``.
+        names: what messages call the images.
+        unreadable: bool ``[N]``, which turned out so; in memory that worker processes share.
+    """
+
+    openers: Sequence[Callable[[], Image.Image]]
+    labels: np.ndarray
+    names: Sequence[str]
+    unreadable: Tensor
+
+    def skipped(self) -> list[str]:
+        """Names of the images that could not be decoded, sorted."""
+        return sorted(self.names[row] for row in self.unreadable.nonzero().flatten().tolist())
+
+
 class LazyImages(Dataset[Batch]):
     """Images that are opened when a batch asks for them.
 
     Args:
-        openers: one function an image, that opens it.
-        labels: class indices ``[N]``.
-        names: what messages call the images.
+        catalogue: where they are.
+        rows: which of them, int64 ``[N]``.
         transform: from an RGB image to uint8 ``[3, H, W]``.
-        skipped: collects the names of images that cannot be decoded; None: they are an error.
+        draws: whether the transform is random. It then depends on the seed, the epoch and the image alone: not on
+            threads, worker processes, the order of images or where a run was resumed.
+        skip: leave out images that cannot be decoded; otherwise they are an error.
     """
 
     def __init__(
         self,
-        openers: Sequence[Callable[[], Image.Image]],
-        labels: np.ndarray,
-        names: Sequence[str],
+        catalogue: Catalogue,
+        rows: np.ndarray,
         transform: Callable[[Image.Image], np.ndarray],
-        skipped: set[str] | None = None,
+        draws: bool = False,
+        skip: bool = False,
     ):
-        self.openers, self.labels, self.names = openers, labels, names
-        self.transform, self.skipped = transform, skipped
+        self.catalogue, self.rows, self.transform, self.draws, self.skip = catalogue, rows, transform, draws, skip
+        self.moment = (0, 0)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class indices ``[N]``."""
+        return self.catalogue.labels[self.rows]
+
+    def begin_epoch(self, seed: int, epoch: int) -> None:
+        """Say what the random numbers of a transform depend on, beside the image."""
+        self.moment = (seed, epoch)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Batch:
         """One example."""
@@ -59,45 +95,71 @@ class LazyImages(Dataset[Batch]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """``pixel_values`` uint8 ``[B, 3, H, W]`` and ``labels`` int64 ``[B]``, without images that are skipped."""
-        found = list(_threads().map(self._decode, indices))
-        kept = [(pixels, i) for pixels, i in zip(found, indices, strict=True) if pixels is not None]
+        rows = self.rows[list(indices)]
+        with _generators_kept() if self.draws else contextlib.nullcontext():
+            found = list(_threads(os.getpid()).map(self._decode, rows))
+        kept = [(pixels, row) for pixels, row in zip(found, rows, strict=True) if pixels is not None]
         if not kept:
-            raise DataError(f"{self.names[indices[0]]} and {len(indices) - 1} more: a whole batch cannot be decoded")
-        pixels, rows = zip(*kept, strict=True)
+            name = self.catalogue.names[rows[0]]
+            raise DataError(f"{name} and {len(rows) - 1} more: a whole batch cannot be decoded")
+        pixels, whole = zip(*kept, strict=True)
         return {
             "pixel_values": torch.from_numpy(np.stack(pixels)),
-            "labels": torch.from_numpy(self.labels[list(rows)]),
+            "labels": torch.from_numpy(self.catalogue.labels[list(whole)]),
         }
 
     def concat(self, other: LazyImages) -> LazyImages:
-        """Both after each other, under this one's transform."""
-        labels = np.concatenate([self.labels, other.labels])
-        return LazyImages(
-            [*self.openers, *other.openers], labels, [*self.names, *other.names], self.transform, self.skipped
-        )
+        """Both after each other, under this one's transform; of one catalogue."""
+        assert other.catalogue is self.catalogue
+        return self._with(np.concatenate([self.rows, other.rows]))
 
     def subset(self, count: int, seed: int = 0) -> LazyImages:
         """``count`` examples in their old order, drawn with ``seed``."""
-        return self if count >= len(self) else self.take(np.sort(draw(len(self), seed)[:count]), self.transform)
+        return self if count >= len(self) else self._with(self.rows[np.sort(draw(len(self), seed)[:count])])
 
-    def take(self, rows: np.ndarray, transform: Callable[[Image.Image], np.ndarray]) -> LazyImages:
-        """The examples of these rows, under a transform."""
-        openers, names = [self.openers[row] for row in rows], [self.names[row] for row in rows]
-        return LazyImages(openers, self.labels[rows], names, transform, self.skipped)
+    def _with(self, rows: np.ndarray) -> LazyImages:
+        return LazyImages(self.catalogue, rows, self.transform, self.draws, self.skip)
 
-    def _decode(self, index: int) -> np.ndarray | None:
+    def _decode(self, row: int) -> np.ndarray | None:
         try:
-            with self.openers[index]() as image:
+            with self.catalogue.openers[row]() as image:
                 rgb = image.convert("RGB")
         except Exception as error:  # Pillow's decoders raise almost any type on broken bytes
-            if self.skipped is None:
+            if not self.skip:
                 raise DataError(
-                    f"{self.names[index]}: image cannot be decoded ({one_line(error)}); "
+                    f"{self.catalogue.names[row]}: image cannot be decoded ({one_line(error)}); "
                     "mend it or set task.unreadable=skip"
                 ) from error
-            self.skipped.add(self.names[index])
+            self.catalogue.unreadable[row] = True
             return None
-        return np.asarray(self.transform(rgb))
+        if not self.draws:
+            return np.asarray(self.transform(rgb))
+        with _one_at_a_time:
+            _seed_generators(*self.moment, int(row))
+            return np.asarray(self.transform(rgb))
+
+
+# Transforms of timm and torchvision draw from the generators of the whole process; trainer.num_workers adds processes.
+_one_at_a_time = threading.Lock()
+
+
+def _seed_generators(*words: int) -> None:
+    seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Inside, the generators of the process may be seeded; afterwards they are as before."""
+    python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(own)
 
 
 class ImageFolder(ImageTask):
@@ -165,24 +227,27 @@ class ImageFolder(ImageTask):
     def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
         """See Task.load; nothing is decoded yet."""
         folder = Path(data_dir or ".") / self.dataset
-        skipped: set[str] | None = set() if self.unreadable == "skip" else None
-        plain = self._transform(image_size, interpolation, training=False)
-        found, names, facts = self._open(folder, plain, skipped)
-        training = plain if self._augment == "none" else self._transform(image_size, interpolation, training=True)
-        train = found["train"]
+        catalogue, found, names, facts = self._open(folder)
+        draws, skip = self._augment != "none", self.unreadable == "skip"
+        plain = partial(LazyImages, catalogue, transform=self._transform(image_size, interpolation, False), skip=skip)
+        train, test = found["train"], found.get("test", found.get("validation"))
         if "test" in found and "validation" in found:
-            rows, validation, test = np.arange(len(train)), found["validation"], found["test"]
+            validation = found["validation"]
             rule = "as in the files"
         else:
-            test = found.get("test") or found["validation"]
             order = draw(len(train), self.split_seed)
             count = round(self.held_out * len(order))
             if not 0 < count < len(order):
                 raise DataError(f"{folder}: task.held_out={self.held_out} of {len(order)} images leaves a split empty")
-            rows, validation = order[count:], train.take(np.sort(order[:count]), plain)
+            train, validation = train[order[count:]], train[np.sort(order[:count])]
             rule = f"validation a drawn {self.held_out:.0%} of train, seed {self.split_seed}"
         self._num_classes = len(names)
-        splits: dict[str, Any] = {"train": train.take(rows, training), "validation": validation, "test": test}
+        changed = self._transform(image_size, interpolation, draws)
+        splits: dict[str, Any] = {
+            "train": LazyImages(catalogue, train, changed, draws, skip),
+            "validation": plain(validation),
+            "test": plain(test),
+        }
         facts |= {
             "counts": {split: len(part) for split, part in splits.items()},
             "split_rule": rule,
@@ -208,7 +273,7 @@ class ImageFolder(ImageTask):
 
     def report(self, metric: Any, splits: Splits, folder: Path) -> None:
         """Write ``confusion.png``, how the test images of each class were called; say which were not readable."""
-        skipped = sorted(splits.test.skipped or ())
+        skipped = splits.test.catalogue.skipped()
         splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10]}
         draw_confusion(metric.confusion, splits.class_names, folder / "confusion.png")
 
@@ -221,9 +286,8 @@ class ImageFolder(ImageTask):
             options |= {"crop_pct": self.crop_pct}
         return create_transform(size, **options)
 
-    def _open(
-        self, folder: Path, transform: Callable[[Image.Image], np.ndarray], skipped: set[str] | None
-    ) -> tuple[dict[str, LazyImages], list[str], dict[str, Any]]:
+    def _open(self, folder: Path) -> tuple[Catalogue, dict[str, np.ndarray], list[str], dict[str, Any]]:
+        """All images, the rows of each split, the names of the classes, and facts of the files."""
         if not folder.is_dir():
             raise DataError(f"there is no folder {folder}: set paths.data, and task.dataset to a folder in it")
         files = {
@@ -236,8 +300,12 @@ class ImageFolder(ImageTask):
             raise DataError(f"{folder} needs train and val or test, as folders of classes or parquet files")
         if self.classes is not None and len(names) != self.classes:
             raise DataError(f"{folder} has {len(names)} classes, task.classes={self.classes}")
-        sets = {split: LazyImages(*parts, transform, skipped) for split, parts in found.items()}
-        return sets, names, {"source": "paths.data"} | facts
+        openers, labels, called = (list(chain(*parts)) for parts in zip(*found.values(), strict=True))
+        unreadable = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+        catalogue = Catalogue(openers, np.array(labels, np.int64), called, unreadable)
+        starts = np.cumsum([0, *(len(members) for members, _, _ in found.values())])
+        rows = {split: np.arange(*place) for split, place in zip(found, pairwise(starts), strict=True)}
+        return catalogue, rows, names, {"source": "paths.data"} | facts
 
 
 Parts = tuple[list[Callable[[], Image.Image]], np.ndarray, list[str]]
@@ -301,5 +369,6 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
+def _threads(process: int) -> ThreadPoolExecutor:
+    # A process that is forked has its parent's pool, but not the pool's threads.
     return ThreadPoolExecutor(max_workers=min(32, os.cpu_count() or 1))

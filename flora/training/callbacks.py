@@ -80,6 +80,15 @@ class StepMeter(TrainerCallback):
             self._started = None
 
 
+class TellEpoch(TrainerCallback):
+    """Tells data that is augmented as it is read which epoch of which seed begins."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        """Before the first batch of an epoch, and of the rest of one."""
+        if hasattr(train_dataloader.dataset, "begin_epoch"):
+            train_dataloader.dataset.begin_epoch(args.seed, int(state.epoch))
+
+
 class StopOnDivergence(TrainerCallback):
     """Raises TrainingDiverged at the first logged loss or gradient that is not finite, at the latest at the end."""
 

@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from flora.adapters.methods import in_head
 from flora.errors import ConfigError
 from flora.tasks.base import Forward, cross_entropy
-from flora.training.callbacks import EpochLines, ProgressBar, StepMeter, StopOnDivergence
+from flora.training.callbacks import EpochLines, ProgressBar, StepMeter, StopOnDivergence, TellEpoch
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once
 from flora.training.ema import Ema
 from flora.training.progress import Fit
@@ -136,6 +136,7 @@ class Trainer(transformers.Trainer):
             callbacks=[
                 self.meter,
                 StopOnDivergence(),
+                TellEpoch(),
                 *([self.ema] if self.ema else []),
                 *([KeepBest(model, metric_name)] if keep_best else []),
                 *extra_callbacks,

@@ -1,14 +1,20 @@
 """Folders of images: what is read and held out, what is done to training images, bad images, top-5, the picture."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import flora.models
+from flora.adapters.methods import Full
 from flora.errors import ConfigError, DataError
 from flora.tasks import ImageFolder
 from flora.tasks.metrics import TopFive
 from flora.tasks.mix import boxes, erase, mix
+from flora.training import Experiment, Protocol, TrainerSettings
+from tests.training.test_experiment import ToyModel
 
 from .conftest import png
 
@@ -68,17 +74,117 @@ def test_training_images_are_cropped_and_evaluated_ones_are_not(tmp_path):
     write_tree(tmp_path)
     for path in tmp_path.rglob("*.png"):
         side = np.tile(np.arange(16, dtype=np.uint8) * 16, (16, 1))
-        from PIL import Image
-
         Image.fromarray(np.stack([side] * 3, -1)).save(path)
     splits = load(tmp_path)
     plain = splits.test.__getitems__([0, 1])["pixel_values"]
     assert torch.equal(plain[0], plain[1])
     assert plain.dtype == torch.uint8
-    several = splits.train.__getitems__([0] * 8)["pixel_values"]
-    assert len({image.numpy().tobytes() for image in several}) > 1
+    assert len({crops(splits.train, 0, epoch)[0].numpy().tobytes() for epoch in range(8)}) > 1
     whole = load(tmp_path, augment="none").train.__getitems__([0])["pixel_values"]
     assert torch.equal(whole[0], plain[0])
+
+
+def crops(split, seed, epoch, indices=(0,)):
+    split.begin_epoch(seed, epoch)
+    return split.__getitems__(list(indices))["pixel_values"]
+
+
+def photographs(folder, each=6):
+    """Images in which a crop, a flip or a shade can be seen."""
+    chance = np.random.RandomState(0)
+    for place in [folder / split / name for split in ("train", "val") for name in ("ant", "bee")]:
+        place.mkdir(parents=True)
+        for number in range(each):
+            Image.fromarray(chance.randint(0, 256, (24, 32, 3), np.uint8)).save(place / f"{number}.png")
+
+
+POLICIES = [{}, {"auto_augment": "rand-m9-mstd0.5-inc1"}, {"auto_augment": "augmix-m3"}, {"color_jitter": 0.4}]
+
+
+@pytest.mark.parametrize("options", POLICIES)
+def test_what_is_done_to_an_image_depends_on_the_seed_the_epoch_and_the_image_alone(tmp_path, options):
+    photographs(tmp_path)
+    train = load(tmp_path, **options).train
+    every = list(range(len(train)))
+    once = crops(train, 3, 1, every)
+    np.random.seed(77)
+    assert torch.equal(crops(train, 3, 1, every), once), "whatever the threads did"
+    assert torch.equal(crops(load(tmp_path, **options).train, 3, 1, every[::-1]), once.flip(0)), "in any order"
+    assert torch.equal(torch.cat([crops(train, 3, 1, [i]) for i in every]), once), "in any batch"
+    whole = train.subset(4)
+    kept = [int(np.flatnonzero(train.rows == row)[0]) for row in whole.rows]
+    assert torch.equal(crops(whole, 3, 1, range(4)), once[kept]), "in any subset"
+    for seed, epoch in ((3, 2), (4, 1)):
+        other = crops(train, seed, epoch, every)
+        assert sum(torch.equal(a, b) for a, b in zip(once, other, strict=True)) <= 1
+
+
+def test_augmentation_leaves_the_random_numbers_of_the_process_alone(tmp_path):
+    photographs(tmp_path)
+    train = load(tmp_path, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=None).train
+    drawn = []
+    for read in (True, False):
+        torch.manual_seed(5)
+        np.random.seed(5)
+        random.seed(5)
+        if read:
+            crops(train, 0, 0, range(len(train)))
+        drawn.append((torch.rand(2).tolist(), np.random.rand(), random.random()))
+    assert drawn[0] == drawn[1]
+
+
+class Network(ToyModel):
+    """Takes images of the size that they have here."""
+
+    image_size, interpolation = 16, "bilinear"
+
+
+def trained(folder, data, workers, **settings):
+    one = task(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.2)
+    settings = TrainerSettings(epochs=2, lr=1e-2, batch_size=4, num_workers=workers, log_every=1, **settings)
+    protocol = Protocol("holdout", "last", "train")
+    splits = one.load_for(Network(), data)
+    return Experiment(one, Network(), Full("full", 1e-2, 1e-2), settings, protocol, splits, 0, folder)
+
+
+def weights(outcome):
+    return {name: tensor.numpy().tobytes() for name, tensor in outcome.adapted.model.state_dict().items()}
+
+
+def test_runs_are_bit_equal_whoever_reads_the_images_and_wherever_they_were_resumed(tmp_path):
+    photographs(tmp_path / "data")
+    run = trained(tmp_path / "0", tmp_path / "data", 0)
+    calm = run.train()
+    assert run.splits.train.moment == (0, 1), "seed, and last epoch"
+    assert weights(trained(tmp_path / "1", tmp_path / "data", 0).train()) == weights(calm)
+    assert weights(trained(tmp_path / "2", tmp_path / "data", 2).train()) == weights(calm)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(callback, args, state, control, **kwargs):
+        if state.global_step == 5:  # within the second epoch
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flora.training.callbacks.StepMeter.on_step_end", kill, raising=False)
+        with pytest.raises(Killed):
+            trained(tmp_path / "3", tmp_path / "data", 0, checkpoint_every=1).train()
+    resumed = trained(tmp_path / "3", tmp_path / "data", 2, checkpoint_every=1).train()
+    assert resumed.trainer.resumed_at == [4]
+    assert weights(resumed) == weights(calm)
+
+
+def test_images_that_worker_processes_skip_are_counted(tmp_path):
+    photographs(tmp_path / "data")
+    broken = tmp_path / "data" / "val" / "ant" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:90])
+    run = trained(tmp_path / "run", tmp_path / "data", 2)
+    run.task = task(unreadable="skip")
+    run.splits = run.task.load_for(Network(), tmp_path / "data")
+    (tmp_path / "run").mkdir()
+    run.train()
+    assert run.splits.facts["unreadable"] == {"policy": "skip", "skipped": 1, "first": [str(broken)]}
 
 
 def test_unreadable_images_are_an_error_or_counted(tmp_path):
