@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python scripts/make_tables.py demo --results outputs/demo --output outputs/demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 check: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

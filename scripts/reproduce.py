@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flora.config import main
-from flora.errors import AlreadyRunning
+from flora.errors import AlreadyRunning, ConfigError
 from flora.results.experiments import Cell, Table, load
 from flora.results.store import Contents, Store
 from flora.worker import Pool, pool
@@ -27,6 +27,7 @@ def reproduce() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", help="name of a file in experiments/, without .yaml")
     parser.add_argument("--scale", default="mini", help="mini (data and weights that need no hub) or paper")
+    parser.add_argument("--only", action="append", default=[], metavar="KEY=VALUE,...", help="leave out other cells")
     parser.add_argument("--results", type=Path, default=Path("results/measured"), help="folder of the records")
     parser.add_argument("--jobs", type=int, default=1, help="cells to run side by side, over the visible GPUs in turn")
     parser.add_argument("--status", action="store_true", help="say how each cell stands, and run nothing")
@@ -39,7 +40,7 @@ def reproduce() -> None:
 
     table, store = load(arguments.table, arguments.scale), Store(arguments.results)
     contents = store.read_all()
-    states = {cell: state(cell, contents) for cell in table.cells}
+    states = {cell: state(cell, contents) for cell in selected(table, arguments.only)}
     overview(table, states, contents, arguments.jobs)
     if arguments.status:
         for cell, word in states.items():
@@ -61,6 +62,24 @@ def reproduce() -> None:
         sys.exit(1)
 
 
+def selected(table: Table, only: list[str]) -> list[Cell]:
+    """The cells whose settings are among those of each ``KEY=VALUE,...``; a cell that does not set KEY stays.
+
+    Raises:
+        ConfigError: no cell of the table has such a setting.
+    """
+    cells = table.cells
+    for words in only:
+        key, _, values = words.partition("=")
+        there = dict.fromkeys(cell.settings[key] for cell in table.cells if key in cell.settings)
+        for value in values.split(","):
+            if value not in there:
+                known = f"choose among {', '.join(there)}" if there else "no cell sets it"
+                raise ConfigError(f"--only {words}: {table.name} has no {key}={value}: {known}")
+        cells = [cell for cell in cells if key not in cell.settings or cell.settings[key] in values.split(",")]
+    return cells
+
+
 def state(cell: Cell, contents: Contents) -> str:
     """How a cell stands: one of STATES."""
     return "not runnable yet" if cell.not_runnable_yet else contents.state(cell.run_id, cell.older)
@@ -72,7 +91,7 @@ def overview(table: Table, states: dict[Cell, str], contents: Contents, jobs: in
     parts = [f"{counted[word]} {word}" for word in STATES if counted[word] and word != "finished"]
     left = seconds_left(states, contents, jobs)
     estimate = f"; about {timedelta(seconds=round(left))} left" if left else ""
-    done = f"{table.name}: {counted['finished']} of {len(table.cells)} cells finished"
+    done = f"{table.name}: {counted['finished']} of {len(states)} cells finished"
     print(", ".join([done, *parts]) + estimate, file=sys.stderr)
     for problem in contents.problems:
         print(f"left out: {problem}", file=sys.stderr)

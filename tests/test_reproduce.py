@@ -70,6 +70,26 @@ def test_a_dry_run_prints_the_commands_of_what_is_left(store, call, tmp_path):
     assert all(line.endswith(f"paths.results={tmp_path} paths.data=d") for line in lines)
 
 
+def test_only_some_cells_can_be_asked_for(store, call):
+    _, out, err, _ = call("eurosat", "--status", "--only", "adapter=flora,lora", "--only", "seed=1")
+    assert all("adapter=flora" in line or "adapter=lora" in line for line in out.splitlines())
+    assert all("seed=1" in line for line in out.splitlines())
+    assert len(out.splitlines()) == 4  # two models
+    assert "of 4 cells finished" in err
+    code, _, err, ran = call("eurosat", "--only", "adapter=lorra")
+    assert (code, ran) == (2, [])
+    assert "error: --only adapter=lorra: eurosat has no adapter=lorra: choose among flora, lora" in err
+    _, _, err, _ = call("eurosat", "--only", "adaptr=lora")
+    assert "eurosat has no adaptr=lora: no cell sets it" in err
+
+
+def test_a_cell_that_does_not_set_the_key_stays(call):
+    _, out, _, _ = call(
+        "table3_glue", "--status", "--only", "adapter=full,lora", "--only", "adapter.r=8", "--only", "seed=0"
+    )
+    assert [line.count("adapter.r=8") for line in out.splitlines()] == [0, 0, 0, 0, 1, 1, 1, 1, 0, 1]
+
+
 def test_what_is_left_is_run_and_failed_cells_on_request(store, call):
     code, _, err, ran = call("eurosat")
     assert len(ran) == 20

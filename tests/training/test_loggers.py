@@ -76,6 +76,12 @@ def test_without_tensorboard_the_error_says_what_to_install(monkeypatch):
         TensorBoard()
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch):
+    """A W&B service takes long to start where all cores are busy with other tests."""
+    monkeypatch.setattr("flora.training.loggers.SECONDS", 200.0)
+
+
 def messages(content):
     """What a .wandb file holds: LevelDB's log format after a header of 7 bytes; records may span 32 KiB blocks."""
     at, whole = 7, b""
