@@ -230,7 +230,7 @@ class ImageFolder(ImageTask):
         catalogue, found, names, facts = self._open(folder)
         draws, skip = self._augment != "none", self.unreadable == "skip"
         plain = partial(LazyImages, catalogue, transform=self._transform(image_size, interpolation, False), skip=skip)
-        train, test = found["train"], found.get("test", found.get("validation"))
+        train, test = found["train"], found["test" if "test" in found else "validation"]
         if "test" in found and "validation" in found:
             validation = found["validation"]
             rule = "as in the files"
