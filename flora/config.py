@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flora import preemption, sweep
-from flora.errors import ConfigError, FloraError
+from flora.errors import ConfigError, FloraError, Interrupted
 
 # A ``_target_`` runs code, so a config may only name classes of ours, and the functions that make our models.
 ALLOWED_TARGETS = ("flora.",)
@@ -151,10 +151,17 @@ def _pruned(node: Any) -> Any:
 def quietly() -> Iterator[None]:
     """Around a Hydra job: keep bad input from Hydra, which would print more than the one line; ``main`` raises it.
 
-    In a multirun Hydra needs the exception, to mark the job as failed and go on to the next.
+    In a multirun Hydra needs the exception, to mark the job as failed and go on to the next. A signal ends only jobs
+    where a launcher's processes run them.
     """
     try:
+        preemption.check()
         yield
+    except preemption.Preempted as end:
+        if not preemption.adopted():
+            raise
+        preemption.hand_on()
+        raise Interrupted(str(end)) from None
     except FloraError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             print(f"error: {one_line(error)}", file=sys.stderr)
@@ -175,13 +182,17 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
     try:
         try:
             entry()
-        except Exception:
+        except Exception as error:
+            if lost := sweep.lost(error):
+                preemption.check()
+                sweep.summary()
+                raise lost from error
             if not sweep.unfinished():
                 raise
         if _kept:
             raise _kept.pop()
-        if sweep.summary():
-            sys.exit(1)
+        if code := sweep.summary():
+            sys.exit(code)
     except KeyboardInterrupt as end:
         sweep.summary()
         if isinstance(end, preemption.Preempted):

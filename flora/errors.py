@@ -41,6 +41,18 @@ class FailedBefore(FloraError):
     exit_code = 1
 
 
+class Interrupted(FloraError):
+    """A scheduler wants the machine back: this cell of a sweep goes on when the sweep is started again."""
+
+    exit_code = 75
+
+
+class WorkerLost(FloraError):
+    """A process that ran cells of a sweep was killed; the sweep ended with it."""
+
+    exit_code = 1
+
+
 class AlreadyRunning(FloraError):
     """Another process is doing this run; a sweep goes on to its next cell."""
 

@@ -1,9 +1,14 @@
 """SIGTERM and SIGUSR1: a scheduler wants the machine back; training first writes a checkpoint, all else ends."""
 
 import contextlib
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
+
+import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -14,15 +19,48 @@ class Preempted(KeyboardInterrupt):
     exit_code = 75  # sysexits.h: temporary failure, try again later
 
 
-_wanted = _held = False
+_wanted = _held = _forwards = _adopted = False
+_owner: int | None = None  # the process that these settings are of
+_theirs: dict[int, Any] = {}  # handlers of a launcher, that were there before
+_came: list[int] = []
 
 
 def install() -> None:
     """Take the signals from now on, in the main thread."""
-    global _wanted
-    _wanted = False
+    global _wanted, _forwards, _owner
+    _wanted, _forwards, _owner = False, False, os.getpid()
     for number in SIGNALS:
         signal.signal(number, _take)
+
+
+def adopt() -> None:
+    """Take the signals in a process that a sweep's launcher started; that of a requeue is then handed on to it."""
+    global _adopted
+    if _owner == os.getpid() or threading.current_thread() is not threading.main_thread():
+        return
+    _theirs.update({n: h for n in (signal.SIGUSR1, signal.SIGUSR2) if callable(h := signal.getsignal(n))})
+    install()
+    for number in _theirs:
+        signal.signal(number, _take)
+    _adopted = True
+
+
+def adopted() -> bool:
+    """Whether a launcher started this process."""
+    return _adopted
+
+
+def hand_on() -> None:
+    """Call the handler of the launcher that a signal was for, which may end the process."""
+    for number in _came:
+        if number in _theirs:
+            _theirs[number](number, None)
+
+
+def forward() -> None:
+    """From now on tell the processes that this one starts, and wait for them, instead of ending."""
+    global _forwards
+    _forwards = True
 
 
 def wanted() -> bool:
@@ -50,5 +88,12 @@ def held() -> Iterator[None]:
 def _take(number: int, frame: FrameType | None) -> None:
     global _wanted
     first, _wanted = not _wanted, True
-    if first and not _held:  # a second signal must not disturb what the first one has begun to tidy up
+    _came.append(number)
+    if not first or _held:  # a second signal must not disturb what the first one has begun to tidy up
+        return
+    children = psutil.Process().children() if _forwards else []
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+    if not children:
         check()

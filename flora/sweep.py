@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,27 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from flora.errors import AlreadyRunning
+from flora import preemption
+from flora.errors import AlreadyRunning, Interrupted, WorkerLost
 from flora.files import write_json
 
 _folder: Path | None = None  # of the sweep that this process started
+_OUTCOMES = {"finished": None, "failed": None, "running elsewhere": AlreadyRunning, "interrupted": Interrupted}
 
 
 class Outcomes(Callback):
     """Hydra callback of configs/train.yaml: outcomes go to ``SWEEP_DIR/cells/NUMBER.json``, from any process."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember where this process's sweep keeps its outcomes."""
+        """Remember where this process's sweep keeps its outcomes; signals go on to processes of a launcher here."""
         global _folder
         _folder = _cells(config)
+        if config.hydra.launcher._target_.endswith(("JoblibLauncher", "LocalLauncher")):
+            preemption.forward()
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Take signals in the process of a launcher too."""
+        preemption.adopt()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Write what became of a job of a sweep."""
@@ -32,7 +41,7 @@ class Outcomes(Callback):
         outcome, message = "finished", ""
         if job_return.status != JobStatus.COMPLETED:
             error = job_return._return_value
-            outcome = "running elsewhere" if isinstance(error, AlreadyRunning) else "failed"
+            outcome = next((name for name, kind in _OUTCOMES.items() if kind and isinstance(error, kind)), "failed")
             message = " ".join(str(error).split()) or type(error).__name__
         overrides = list(job_return.overrides or [])
         cell = {"overrides": overrides, "outcome": outcome, "message": message}
@@ -70,18 +79,25 @@ def unfinished() -> bool:
     return any(cell["outcome"] != "finished" for cell in _outcomes())
 
 
-def summary() -> bool:
-    """Say on stderr how the sweep went, if this process started one; whether a job failed."""
+def lost(error: Exception) -> WorkerLost | None:
+    """What to tell where an error says that a launcher's process was killed."""
+    if not isinstance(error, BrokenExecutor) and type(error).__name__ != "UncompletedJobError":  # joblib's, submitit's
+        return None
+    return WorkerLost("a process of the sweep was killed: start the same command again, it does what is missing")
+
+
+def summary() -> int:
+    """Say on stderr how the sweep went, if this process started one; its exit code."""
     cells = _outcomes()
     if not cells:
-        return False
+        return 0
     kinds = [cell["outcome"] for cell in cells]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("finished", "failed", "running elsewhere"))
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in _OUTCOMES if kind != "interrupted" or kind in kinds)
     print(f"sweep: {len(cells)} cells: {counts}", file=sys.stderr)
     failed = failures()
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
-    return bool(failed)
+    return Interrupted.exit_code if "interrupted" in kinds else int(bool(failed))
 
 
 def _cells(config: DictConfig) -> Path:

@@ -1,7 +1,9 @@
 """`python train.py -m`: every cell is tried, whoever launches it, and the sweep's end says what failed."""
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,18 @@ TINY = (
     *("task=digits", "model=timm", "model.timm_name=resnet10t", "model.pretrained=false", "trainer.max_steps=2"),
     *("trainer.max_eval_examples=16", "trainer.batch_size=8", "adapter=linear_probe", "logger=none"),
 )
+
+
+LAUNCHERS = {
+    "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "gpu_pool": ["launcher=gpu_pool", "workers=2"],
+    "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
+}
+
+
+def needs(launcher):
+    if launcher == "submitit":
+        pytest.importorskip("submitit", reason="pip install flora[slurm]")
 
 
 def sweep(folder, *overrides, **options):
@@ -41,22 +55,47 @@ def test_a_failing_cell_does_not_stop_the_others_and_the_sweep_says_so(tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-        ["launcher=gpu_pool", "workers=2"],
-        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
-    ],
-    ids=["joblib", "gpu_pool", "submitit"],
-)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_other_launchers_do_the_same_in_processes_of_their_own(tmp_path, launcher):
-    if "submitit" in launcher[0]:
-        pytest.importorskip("submitit", reason="pip install flora[slurm]")
-    ended = sweep(tmp_path, "trainer.label_smoothing=0,2,0.1", *launcher)
+    needs(launcher)
+    ended = sweep(tmp_path, "trainer.label_smoothing=0,2,0.1", *LAUNCHERS[launcher])
     assert ended.returncode == 1, ended.stderr
     assert "sweep: 3 cells: 2 finished, 1 failed, 0 running elsewhere" in ended.stderr
     assert len(records(tmp_path)) == 2
+
+
+LONG = ("trainer.epochs=2000", "trainer.max_steps=40000", "trainer.checkpoint_every=50", "model.image_size=32")
+
+
+def sweeping(folder, log, *overrides):
+    command = [sys.executable, "train.py", "-m", *TINY, *overrides]
+    places = [f"paths.output={folder}/outputs", f"paths.results={folder}/results"]
+    return subprocess.Popen([*command, *places], stdout=subprocess.DEVNULL, stderr=log.open("w"))
+
+
+def wait_for(what, process):
+    while not what():
+        assert process.poll() is None, "it ended too early"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_signal_to_the_sweep_reaches_the_processes_of_its_launcher(tmp_path, launcher):
+    needs(launcher)
+    log = tmp_path / "log"
+    running = sweeping(tmp_path, log, *LONG, "seed=0,1,2", *LAUNCHERS[launcher])
+    begun = 3 if launcher == "submitit" else 2
+    wait_for(lambda: len({p.parent for p in tmp_path.glob("outputs/*/checkpoints/[0-9]*")}) == begun, running)
+    running.terminate()
+    assert running.wait(timeout=120) == 75, log.read_text()
+    said = log.read_text()
+    assert "sweep: 3 cells: 0 finished, 0 failed, 0 running elsewhere, 3 interrupted" in said
+    assert "Traceback" not in said
+    assert [record["status"] for record in records(tmp_path)] == ["interrupted"] * begun
+    newest = {path.parent: path for path in sorted(tmp_path.glob("outputs/*/checkpoints/[0-9]*"))}
+    steps = [json.loads((path / "trainer_state.json").read_text())["global_step"] for path in newest.values()]
+    assert any(step % 50 for step in steps), "written at the signal, not by the count"
 
 
 CELLS = range(24)
@@ -74,6 +113,23 @@ def start(folder, log, seeds):
     ]
     seeds = f"seed={','.join(map(str, seeds))}"
     return subprocess.Popen([*command, seeds], stdout=subprocess.DEVNULL, stderr=log.open("w"))
+
+
+@pytest.mark.slow
+def test_a_signal_that_asks_submitit_for_a_requeue_gets_it_after_a_checkpoint(tmp_path):
+    needs("submitit")
+    log = tmp_path / "log"
+    short = ("trainer.epochs=2000", "trainer.max_steps=400", "trainer.checkpoint_every=10", "model.image_size=32")
+    running = sweeping(tmp_path, log, *short, "seed=0", *LAUNCHERS["submitit"])
+    wait_for(lambda: list(tmp_path.glob("outputs/*/checkpoints/[0-9]*")), running)
+    (lock,) = tmp_path.glob("results/.locks/*.lock")
+    worker = json.loads(lock.read_text())["pid"]
+    os.kill(worker, signal.SIGUSR2)  # what submitit asks Slurm to send before the time is up
+    assert running.wait(timeout=120) == 0, log.read_text()
+    assert "sweep: 1 cells: 1 finished" in log.read_text()
+    (record,) = records(tmp_path)
+    assert record["status"] == "finished"
+    assert len(record["execution"]["resumed_at_steps"]) == 1, "the requeued job went on"
 
 
 def numbers(folder):
