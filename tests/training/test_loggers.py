@@ -91,6 +91,8 @@ def messages(content):
             at += left
             continue
         length, kind = struct.unpack_from("<HB", content, at + 4)
+        if at + 7 + length > len(content):
+            return  # still being written
         whole += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
@@ -100,12 +102,23 @@ def messages(content):
             whole = b""
 
 
+def whole(path):
+    """The records of a .wandb file once its run's exit is among them: ``finish`` may return before that is written."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        found = list(messages(path.read_bytes()))
+        if any(one.HasField("exit") for one in found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{path} was never finished")
+
+
 def wandb_files(folder):
     """What W&B wrote, per offline run: its facts, config, numbers by name and raw bytes."""
     found = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns):
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):  # the names begin with the time
         facts, config, numbers = None, {}, {}
-        for one in messages(path.read_bytes()):
+        for one in whole(path):
             if one.HasField("run"):
                 facts = facts or one.run
                 config |= {item.key: json.loads(item.value_json) for item in one.run.config.update}
