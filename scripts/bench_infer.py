@@ -34,6 +34,10 @@ def bench_infer() -> None:
     options = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
     try:
         net = network(arguments.model, arguments.batch, DTYPES[dtype], **options)
+        if net.kind == "image_text":
+            raise ConfigError(
+                f"--model {arguments.model}: PEFT cannot merge beside a trained projector; choose another"
+            )
         methods = Methods(net, Ranks(arguments.r, arguments.kernel_rank))
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -65,8 +65,8 @@ def bench_step() -> None:
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help=f"a name of timm, {', '.join(TRANSFORMERS)}")
-    parser.add_argument("--batch", type=int, help="examples per step; default: 32, 4 for a causal language model")
+    parser.add_argument("--model", required=True, help=f"a name of timm, llava_mini, {', '.join(TRANSFORMERS)}")
+    parser.add_argument("--batch", type=int, help="examples per step; default: 32, or as fits the model")
     told = "\n".join(f"{name}: {what};" for name, what in METHODS.items())
     parser.add_argument("--methods", default="floor,floor_cast,full,lora,flora", help=f"comma-separated. {told}")
     parser.add_argument(
@@ -79,7 +79,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--kernel-rank", type=int, default=2)
     parser.add_argument("--match", action="store_true", help="FLoRA trains as many parameters as LoRA of rank r")
     parser.add_argument("--size", type=int, help="side of the images in pixels")
-    parser.add_argument("--tokens", type=int, help="per text; default: 128, 1024 for a causal language model")
+    parser.add_argument("--tokens", type=int, help="per text; default: 128, or as fits the model")
     parser.add_argument("--dtype", choices=DTYPES, help="of the arithmetic; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--channels-last", action="store_true")

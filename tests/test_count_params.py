@@ -83,6 +83,8 @@ TOTALS = {
     "llama_7b": (6738415616, 0),
     "llama3_8b": (8030261248, 0),
     "llava_1_5_7b": (7063427072, 20979712),
+    # EfficientNet-Lite0 without its classifier, SmolLM2, and a layer norm with two linear layers between them.
+    "llava_mini": (138958784, 2 * 1280 + 1281 * 576 + 577 * 576),
     "minilm_l6": (22713216 + 385 * 2, 385 * 2),
 }
 

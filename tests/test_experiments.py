@@ -10,12 +10,14 @@ from hydra import compose, initialize_config_dir
 
 import train
 from flora.config import main
+from tests.tasks.chats import architecture, vicuna_tokenizer
 from tests.tasks.conftest import png
 from tests.tasks.texts import SPECIAL, WORDS, word_tokenizer, write_rows
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
-EVALUATED = ("glue_minilm", "commonsense_llama_7b", "cifar10_convnext")  # one of each family, to save seconds
+# One of each family, to save seconds.
+EVALUATED = ("glue_minilm", "commonsense_llama_7b", "cifar10_convnext", "llava_1_5_7b")
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 STAND_INS = {"flora.models.minilm_l6": "bert_large", "flora.models.smollm2_135m": "llama_7b"}
 
@@ -27,6 +29,12 @@ def composed(name):
 
 def tiny(model, folder):
     """Overrides that make a model small and random."""
+    if "llava" in model.get("name", model._target_):
+        vicuna_tokenizer().save_pretrained(folder / "tokenizer")
+        parts = {key: sizes for key, sizes in architecture(grid=False).items() if key.endswith("_config")}
+        changed = [f"++model.architecture.{p}.{k}={v}" for p, sizes in parts.items() for k, v in sizes.items()]
+        changed += ["++model.architecture.image_token_index=4", f"model.tokenizer={folder / 'tokenizer'}"]
+        return ["model=llava_1_5_7b", "model.pretrained=false", *changed]
     if "hidden_size" not in model.get("architecture", {}) and model._target_ not in STAND_INS:
         return ["model=timm", "model.timm_name=test_convnext", "model.image_size=32", "model.pretrained=false"]
     sizes = SIZES | {"vocab_size": len(SPECIAL + WORDS)}
@@ -64,6 +72,13 @@ def write_data(task, folder):
         mix = [{"instruction": instruction, "answer": ("true", "false")[i % 2]} for i in range(140)]
         (folder / "commonsense_170k.json").write_text(json.dumps(mix))
 
+    if task.name == "instruct":
+        cells = [{"bytes": png(i % 10), "path": None} for i in range(40)]
+        asked = {"image": cells, "question": ["what color is it?"] * 40, "answer": ["red", "yes"] * 20}
+        stated = {"image": cells, "sentence": ["it is red"] * 40, "label": labels}
+        for split in ("train", "test"):
+            write_rows(folder / task.dataset / f"{split}.parquet", stated if task.dataset == "nlvr" else asked)
+
 
 def record_of(out):
     return json.loads(Path(out.strip().splitlines()[-1].removeprefix("record: ")).read_text())
@@ -78,6 +93,8 @@ def test_an_experiment_runs_two_steps_and_leaves_its_record(name, tmp_path, monk
     small = ["trainer.max_steps=2", "trainer.batch_size=4", "trainer.max_eval_examples=8", "trainer.device=cpu"]
     if cfg.task.name == "commonsense":
         small += ["task.validation_size=4"]
+    if cfg.task.name == "instruct":
+        small += ["task.validation_size=4", "task.max_length=null", "trainer.gradient_accumulation=2"]
     if cfg.task.name == "imagefolder":
         small += ["task.classes=null", "trainer.gradient_accumulation=1", "task.held_out=0.2"]
     places = ["paths.data=data", "paths.output=outputs", "paths.results=results", "logger=none"]

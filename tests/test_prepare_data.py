@@ -149,7 +149,7 @@ def test_every_dataset_is_listed_with_its_official_rows(call):
     code, out, _ = call("--list")
     assert code == 0
     lines = {line[18:].split()[0]: line for line in out.splitlines()}
-    assert len(lines) == len(catalogue()) == 9 + 8 + 17 + 4
+    assert len(lines) == len(catalogue()) == 9 + 8 + 17 + 4 + 2
     assert "officially train 392702, validation_matched 9815, validation_mismatched 9832" in lines["glue/mnli"]
     assert lines["eurosat"].startswith("absent")
 

@@ -16,10 +16,9 @@ from flora.models import TimmModel, TransformersModel, get
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "deberta": ("deberta_v3_base", {}),
     "llama": ("llama_7b", {"num_hidden_layers": 8}),
-    "llava_mini": ("llava_mini", {}),
 }
-TOKENS = {"sequence_classification": 128, "causal_lm": 1024}
-BATCH = {"sequence_classification": 32, "causal_lm": 4}
+TOKENS = {"sequence_classification": 128, "causal_lm": 1024, "image_text": 64}
+BATCH = {"sequence_classification": 32, "causal_lm": 4, "image_text": 16}
 IMAGE_BATCH = 32
 IMAGE_CLASSES = 1000
 
@@ -33,7 +32,7 @@ class Network:
         batch: examples per step.
         dtype: of the arithmetic. A causal language model holds its weights in it, as is usual at that size; every other
             network keeps fp32 weights, and autocast computes in it.
-        tokens: per text.
+        tokens: per text, without those of its image.
         channels_last: images and the weights of 2-d convolutions in channels-last order.
     """
 
@@ -61,7 +60,8 @@ class Network:
                 nn.init.ones_(parameter)  # the last scale of a residual branch; zeros there would zero its gradients
         if self.kind == "causal_lm":
             model = model.to(self.dtype)
-            model.config.use_cache = False  # made for generation; it only copies keys and values here
+        if self.kind in ("causal_lm", "image_text"):
+            model.config.get_text_config().use_cache = False  # made for generation; it only copies keys and values here
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)
         return model.cpu().train()
@@ -73,12 +73,25 @@ class Network:
             if self.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             return {"images": images, "labels": torch.randint(IMAGE_CLASSES, (self.batch,), device=device)}
-        vocabulary = self.spec.architecture["vocab_size"]
+        vocabulary = self.spec.config().get_text_config().vocab_size
         texts = torch.randint(vocabulary, (self.batch, int(self.tokens or 0)), device=device)
+        if self.kind == "image_text":
+            return self._shown(texts)
         if self.kind == "causal_lm":
             return {"input_ids": texts, "labels": texts}
         labels = torch.randint(2, (self.batch,), device=device)
         return {"input_ids": texts, "attention_mask": torch.ones_like(texts), "labels": labels}
+
+    def _shown(self, texts: Tensor) -> dict[str, Tensor]:
+        """Texts after an image each; the loss is on the text."""
+        texts = torch.where(texts == self.spec.image_id, texts + 1, texts)
+        places = texts.new_full((self.batch, self.spec.image_tokens), self.spec.image_id)
+        size = self.spec.image_size
+        return {
+            "input_ids": torch.cat([places, texts], 1),
+            "pixel_values": torch.randn(self.batch, 3, size, size, device=texts.device),
+            "labels": torch.cat([torch.full_like(places, -100), texts], 1),
+        }
 
     def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """The training loss of a batch."""
@@ -114,10 +127,10 @@ def network(
 
     Args:
         name: which.
-        batch: examples; None: 32 images or texts, 4 for a causal language model.
+        batch: examples; None: 32 images or texts, 4 for a causal language model, 16 for a vision-language model.
         dtype: of the arithmetic.
         size: side of the images in pixels; None: that of the model's weights.
-        tokens: per text; None: 128 for a classifier, 1024 for a causal language model.
+        tokens: per text; None: 128 for a classifier, 1024 for a causal language model, 64 beside an image.
         channels_last: for images.
 
     Raises:
@@ -134,10 +147,8 @@ def network(
         if size is not None:
             spec.image_size = size
         return Network(spec, batch or IMAGE_BATCH, dtype, channels_last=channels_last)
-    if spec.kind not in TOKENS:
-        raise ConfigError(f"--model {name}: no benchmark feeds {spec.kind} models yet; choose another")
     if size is not None or channels_last:
-        raise ConfigError(f"--size, --channels-last: {name} reads text; leave them out")
+        raise ConfigError(f"--size, --channels-last: {name} reads text, or images of one size; leave them out")
     found = Network(spec, batch or BATCH[spec.kind], dtype, tokens or TOKENS[spec.kind])
     if found.tokens and found.tokens > spec.max_length:
         raise ConfigError(f"--tokens: {name} reads at most {spec.max_length}, got {found.tokens}")

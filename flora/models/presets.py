@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from flora.errors import ConfigError
+from flora.models.llava import Llava
 from flora.models.text import TransformersModel
 from flora.models.vision import TimmModel
 from flora.models.weights import Source, Weights
@@ -66,6 +67,9 @@ def efficientnet_lite0(
         adapter_targets=adapter_targets,
     )
 
+
+# What LLaVA adapts: all seven linear layers of each block of its language model.
+LLAVA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 # What every BERT adapts: the projections of attention, its output, and both layers of the MLP.
 BERT_TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -151,11 +155,60 @@ def smollm2_135m(
     )
 
 
+def llava_mini(
+    vision_weights: Weights | None = None,
+    language_weights: Weights | None = None,
+    image_size: int | None = None,
+    system: str | None = None,
+    projector: str | None = None,
+    adapter_targets: str | Sequence[str] = LLAVA_TARGETS,
+    tokenizer: str | None = None,
+) -> Llava:
+    """EfficientNet-Lite0, a projector and SmolLM2-135M-Instruct, put together as LLaVA is: 139M parameters.
+
+    A 32 x 32 piece of the image becomes one token, 16 at 128 px. The projector is fresh: no package has one.
+
+    Args:
+        vision_weights, language_weights: files of the same networks instead of the packages.
+        image_size: pixels, a multiple of 32; None: 128.
+        system, projector, adapter_targets, tokenizer: see ``Llava``.
+    """
+    vision, language = efficientnet_lite0(vision_weights, image_size), smollm2_135m(language_weights)
+    return Llava(
+        name="llava_mini",
+        architecture={
+            "model_type": "llava_grid",
+            "image_token_index": 4,  # <reponame>, which conversations have no use for
+            "text_config": language.architecture,
+            "vision_config": {
+                "model_type": "timm_wrapper",
+                "architecture": vision.timm_name,
+                "do_pooling": False,
+                "hidden_size": 1280,
+            },
+            "tie_word_embeddings": True,
+        },
+        chat="chatml",
+        system=system,
+        image_size=vision.image_size,
+        patch_size=32,
+        mean=vision.mean,
+        std=vision.std,
+        interpolation=vision.interpolation,
+        aspect="squash",
+        parts=(vision, language),
+        projector=projector,
+        adapter_targets=adapter_targets,
+        tokenizer=tokenizer,
+    )
+
+
 PRESETS: dict[str, Callable[[], TimmModel | TransformersModel]] = {
     "convnext": convnext,
     "efficientnet_lite0": efficientnet_lite0,
     "minilm_l6": minilm_l6,
     "smollm2_135m": smollm2_135m,
+    "llava_mini": llava_mini,
 }
 
 

@@ -49,6 +49,8 @@ class TransformersModel:
         ConfigError: an unknown kind or model type, or pretrained without weights.
     """
 
+    parts: Any = None  # whose weights are put together, where a network has several (flora.models.llava)
+
     def __init__(
         self,
         name: str,
@@ -73,7 +75,7 @@ class TransformersModel:
         self.tokenizer_place = tokenizer
         self.head_dropout = head_dropout
         self.config()
-        if pretrained and self.weights is None:
+        if pretrained and self.weights is None and self.parts is None:
             raise ConfigError(f"model.weights: name a place for the weights of {name}, or set model.pretrained=false")
 
     @property
@@ -162,9 +164,8 @@ class TransformersModel:
         config = self.config(num_classes)
         if not self.pretrained:
             return KINDS[self.kind].from_config(config)
-        source = self._source()
-        state = _read(source)
-        fresh = self.classifier if self.kind == "sequence_classification" else []
+        state, source = self._state()
+        fresh = self._fresh()
         state = {name: tensor for name, tensor in state.items() if not in_head(name, fresh)}
         try:
             with quietly():
@@ -172,14 +173,23 @@ class TransformersModel:
                     None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32
                 )
         except RuntimeError as error:
-            raise WeightsError(f"{source.name} is not of {self.name}: {str(error).splitlines()[0]}") from error
+            raise WeightsError(f"{source} is not of {self.name}: {str(error).splitlines()[0]}") from error
         missing = sorted(name for name in report["missing_keys"] if not in_head(name, fresh))
         if missing:
             raise WeightsError(
-                f"{source.name} is not of {self.name}: {len(missing)} tensors are missing, first {missing[0]}; "
+                f"{source} is not of {self.name}: {len(missing)} tensors are missing, first {missing[0]}; "
                 "name weights of this architecture"
             )
         return model.train()
+
+    def _fresh(self) -> list[str]:
+        """Names of the modules that pretraining left out."""
+        return self.classifier if self.kind == "sequence_classification" else []
+
+    def _state(self) -> tuple[dict[str, Tensor], str]:
+        """All pretrained tensors, and what to call their file."""
+        source = self._source()
+        return _read(source), source.name
 
     def _source(self) -> Source:
         assert self.weights is not None

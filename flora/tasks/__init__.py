@@ -5,6 +5,18 @@ from flora.tasks.commonsense import Commonsense
 from flora.tasks.digits import Digits
 from flora.tasks.glue import Glue
 from flora.tasks.imagefolder import ImageFolder
+from flora.tasks.vqa import Instruct
 from flora.tasks.vtab import Vtab
 
-__all__ = ["Commonsense", "Digits", "Glue", "ImageDataset", "ImageFolder", "ImageTask", "Splits", "Task", "Vtab"]
+__all__ = [
+    "Commonsense",
+    "Digits",
+    "Glue",
+    "ImageDataset",
+    "ImageFolder",
+    "ImageTask",
+    "Instruct",
+    "Splits",
+    "Task",
+    "Vtab",
+]

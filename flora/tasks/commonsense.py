@@ -28,7 +28,7 @@ from flora.tasks.base import Batch, Forward, Splits, check_dataset, check_split_
 from flora.tasks.images import one_line
 from flora.tasks.metrics import Classification
 from flora.tasks.questions import DATASETS, MIX, PROMPT, RESPONSE, Entry, Question, adapters_row, ask_all, with_passage
-from flora.tasks.text import TextDataset, TextTask, as_tensor, fingerprint, starts_of, tokenise
+from flora.tasks.text import TextDataset, TextTask, as_tensor, fingerprint, pad_or_end, starts_of, tokenise
 
 _IMPOSSIBLE = -1e9
 
@@ -252,10 +252,11 @@ class Commonsense(TextTask):
         return ask_all([path], adapters_row)
 
 
-def answer_logits(module: nn.Module, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+def answer_logits(module: nn.Module, batch: Batch, targets: Tensor, **images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits ``[B, K, V]`` for the last K tokens, which hold every target, and those targets ``[B, K]``.
 
-    Sequences end where the answers end (they are padded on the left), so that the rest needs no logits.
+    Sequences end where the answers end (they are padded on the left), so that the rest needs no logits. ``images`` is
+    what the network takes beside them.
     """
     kept = targets.shape[1] - int((targets != -100).any(0).nonzero()[0])
     mask = batch["attention_mask"]
@@ -265,6 +266,7 @@ def answer_logits(module: nn.Module, batch: Batch, targets: Tensor) -> tuple[Ten
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
         logits_to_keep=kept + 1,
         use_cache=False,
+        **images,
     ).logits
     return logits[:, :-1], targets[:, -kept:]
 
@@ -284,14 +286,15 @@ def generated(module: nn.Module, batch: Batch, tokenizer: Any) -> Tensor:
     asked = batch["places"] % most == 0  # the first sequence of each question
     is_prompt = batch["attention_mask"].bool() & (targets == -100)
     prompts = [ids[inside] for ids, inside in zip(batch["input_ids"][asked], is_prompt[asked], strict=True)]
-    padded = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left", padding_value=_pad(tokenizer))
+    pad = pad_or_end(tokenizer)
+    padded = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left", padding_value=pad)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
     written = getattr(module, "module", module).generate(  # type: ignore[operator]
         input_ids=padded,
         attention_mask=mask,
         max_new_tokens=int((targets != -100).sum(1).max()),
         do_sample=False,
-        pad_token_id=_pad(tokenizer),
+        pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,
     )
     texts = tokenizer.batch_decode(written[:, padded.shape[1] :], skip_special_tokens=True)
@@ -348,7 +351,7 @@ class _Coder:
                 targets.extend([-100] * len(prompt[-room:]) + answer)
                 lengths.append(len(prompt[-room:]) + len(answer))
         fields = {"input_ids": as_tensor(ids), "labels": as_tensor(targets)}
-        padding = {"input_ids": _pad(self.tokenizer), "labels": -100}
+        padding = {"input_ids": pad_or_end(self.tokenizer), "labels": -100}
         return TextDataset(fields, starts_of(lengths), {}, padding, left=True)
 
     def _answer(self, answer: str) -> list[int]:
@@ -357,8 +360,3 @@ class _Coder:
             found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             self._answers[answer] = [*found, self.tokenizer.eos_token_id]
         return self._answers[answer]
-
-
-def _pad(tokenizer: Any) -> int:
-    """The pad token, or the end token where there is none; masks hide it."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from flora.errors import ConfigError, DataError
 from flora.tasks import manifest, parquet
 from flora.tasks.base import Batch, Forward, ImageTask, Splits, draw
-from flora.tasks.images import one_line
+from flora.tasks.images import as_rgb
 from flora.tasks.metrics import TopFive
 from flora.tasks.mix import erase, mix
 
@@ -122,14 +122,10 @@ class LazyImages(Dataset[Batch]):
 
     def _decode(self, row: int) -> np.ndarray | None:
         try:
-            with self.catalogue.openers[row]() as image:
-                rgb = image.convert("RGB")
-        except Exception as error:  # Pillow's decoders raise almost any type on broken bytes
+            rgb = as_rgb(self.catalogue.openers[row], self.catalogue.names[row])
+        except DataError:
             if not self.skip:
-                raise DataError(
-                    f"{self.catalogue.names[row]}: image cannot be decoded ({one_line(error)}); "
-                    "mend it or set task.unreadable=skip"
-                ) from error
+                raise
             self.catalogue.unreadable[row] = True
             return None
         if not self.draws:

@@ -49,12 +49,31 @@ def interpolation_mode(name: str) -> Image.Resampling:
     return INTERPOLATIONS[name]
 
 
-def as_square(image: Image.Image, size: int, interpolation: str, how: str = "squash") -> np.ndarray:
+def as_rgb(open_image: Callable[[], Image.Image], name: str) -> Image.Image:
+    """A decoded image; DataError with its name where it cannot be decoded."""
+    try:
+        with open_image() as image:
+            return image.convert("RGB")
+    # Pillow's decoders raise almost any type on broken bytes: OSError, SyntaxError, struct.error, zlib.error, ...
+    except Exception as error:
+        raise DataError(
+            f"{name}: image cannot be decoded ({one_line(error)}); mend it or set task.unreadable=skip"
+        ) from error
+
+
+def as_square(
+    image: Image.Image, size: int, interpolation: str, how: str = "squash", fill: tuple[int, ...] = (0, 0, 0)
+) -> np.ndarray:
     """An image as a square: uint8 ``[size, size, bands]``.
 
     ``squash`` gives the aspect ratio up, as VTAB does; ``crop`` keeps it and cuts the middle out of 8/7 of the size, as
-    ImageNet's evaluation does.
+    ImageNet's evaluation does; ``pad`` keeps the whole image in the middle of the colour ``fill``, as LLaVA does.
     """
+    if how == "pad":
+        side = max(image.size)
+        square = Image.new(image.mode, (side, side), fill)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
     if how == "crop":
         scale = size * 8 / 7 / min(image.size)
         image = image.resize(
@@ -93,17 +112,13 @@ def decode(
     pixels = images.numpy()
 
     def decode_one(position: int, open_image: Callable[[], Image.Image]) -> str | None:
+        place = pool.where(int(rows[position]))
         try:
-            with open_image() as image:
-                rgb = image.convert("RGB")
-        # Pillow's decoders raise almost any type on broken bytes: OSError, SyntaxError, struct.error, zlib.error, ...
-        except Exception as error:
-            place = pool.where(int(rows[position]))
+            rgb = as_rgb(open_image, place)
+        except DataError:
             if unreadable == "skip":
                 return place
-            raise DataError(
-                f"{place}: image cannot be decoded ({one_line(error)}); mend it or set task.unreadable=skip"
-            ) from error
+            raise
         pixels[position] = as_square(rgb, image_size, interpolation, resize).transpose(2, 0, 1)
         return None
 

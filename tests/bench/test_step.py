@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import flora.models
 from flora.adapters.layer import FloraLayer
 from flora.bench import networks
 from flora.bench.dense import DenseLayer, make_dense
@@ -18,6 +19,7 @@ from flora.bench.methods import METHODS, Methods, Ranks
 from flora.bench.networks import network
 from flora.bench.timing import Captured, Plan, Step, measure, spread
 from scripts.bench_step import bench_step
+from tests.tasks.chats import tiny_llava
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -186,6 +188,24 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, run):
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
     assert said in err
+
+
+def test_a_vision_language_model_takes_an_image_and_a_text(run, tmp_path, monkeypatch):
+    targets = flora.models.presets.LLAVA_TARGETS
+    monkeypatch.setattr(networks, "get", lambda name: tiny_llava(tmp_path, adapter_targets=targets))
+    file = tmp_path / "step.json"
+    tokens = ("--batch", 2, "--tokens", 6, "--device", "cpu", "--rounds", 1, "--steps", 1, "--warmup", 0, "--r", 2)
+    methods = ("--methods", "floor,full,lora,flora")
+    code, _, err = run(bench_step, "--model", "llava_mini", *tokens, *methods, "--json", file)
+    assert code == 0, err
+    floor, full, lora, flora_ = json.loads(file.read_text())["rows"]
+    assert all("error" not in row for row in (floor, full, lora, flora_))
+    assert lora["layers"] == flora_["layers"] == 2 * 7
+    assert flora_["trainable_params"] == lora["trainable_params"] + 2 * 7 * 2 * 2
+    inputs = network("llava_mini", batch=2, tokens=6).inputs(CPU)
+    assert (inputs["input_ids"] == 4).sum(1).tolist() == [4, 4]
+    assert inputs["pixel_values"].shape == (2, 3, 64, 64)
+    assert torch.equal(inputs["labels"] == -100, inputs["input_ids"] == 4)
 
 
 @pytest.mark.slow
