@@ -43,7 +43,8 @@ class Shown(Dataset[Batch]):
         images: of each, indices into ``pictures``.
         pictures: every image of the task.
         pixels: from an RGB image to uint8 ``[H, W, 3]``.
-        skipped: collects the names of images that cannot be decoded; None: they are an error.
+        unreadable: bool ``[all images]``, takes note of those that cannot be decoded, in memory that worker processes
+            share; None: they are an error.
     """
 
     def __init__(
@@ -52,10 +53,10 @@ class Shown(Dataset[Batch]):
         images: Sequence[tuple[int, ...]],
         pictures: Pictures,
         pixels: Callable[[Any], np.ndarray],
-        skipped: set[str] | None = None,
+        unreadable: Tensor | None = None,
     ):
         self.rows, self.images, self.pictures = rows, images, pictures
-        self.pixels, self.skipped = pixels, skipped
+        self.pixels, self.unreadable = pixels, unreadable
         self.lengths = rows.lengths
 
     def __len__(self) -> int:
@@ -94,15 +95,15 @@ class Shown(Dataset[Batch]):
         return self._with(self.rows.take(chosen), [self.images[i] for i in chosen])
 
     def _with(self, rows: TextDataset, images: Sequence[tuple[int, ...]]) -> Shown:
-        return Shown(rows, images, self.pictures, self.pixels, self.skipped)
+        return Shown(rows, images, self.pictures, self.pixels, self.unreadable)
 
     def _decode(self, index: int) -> np.ndarray | None:
         try:
             return self.pixels(as_rgb(self.pictures.openers[index], self.pictures.names[index]))
         except DataError:
-            if self.skipped is None:
+            if self.unreadable is None:
                 raise
-            self.skipped.add(self.pictures.names[index])
+            self.unreadable[index] = True
             return None
 
 
@@ -177,11 +178,12 @@ class Instruct(Task):
             rule = f"validation {len(held_out)} drawn by image from train, seed {self.split_seed}"
             found = {"test": found.get("validation", held_out)} | found | {"train": rest, "validation": held_out}
         self._coder = coder = Coder(model, self.max_length, self.max_new_tokens)
-        skipped: set[str] | None = set() if self.unreadable == "skip" else None
+        unreadable = torch.zeros(len(pictures.openers), dtype=torch.bool).share_memory_()
         fill = tuple(int(255 * value) for value in model.mean)
         pixels = partial(
             as_square, size=model.image_size, interpolation=model.interpolation, how=model.aspect, fill=fill
         )
+        skips = unreadable if self.unreadable == "skip" else None
         self._asked = found["validation"] + found["test"]
         rows = {
             "train": coder.answered("train", found["train"]),
@@ -189,7 +191,7 @@ class Instruct(Task):
             "test": coder.asked("test", found["test"], len(found["validation"])),
         }
         sets: dict[str, Any] = {
-            split: Shown(part, [dialogue.images for dialogue in found[split]], pictures, pixels, skipped)
+            split: Shown(part, [dialogue.images for dialogue in found[split]], pictures, pixels, skips)
             for split, part in rows.items()
         }
         facts = {
@@ -246,11 +248,13 @@ class Instruct(Task):
 
     def report(self, metric: Any, splits: Splits, folder: Path) -> None:
         """Write ``predictions.png``, a sheet of test images with questions and answers; count what was skipped."""
-        skipped = sorted(splits.test.skipped or ())
+        test = splits.test
+        noted = () if test.unreadable is None else test.unreadable.nonzero().flatten().tolist()
+        skipped = sorted(test.pictures.names[index] for index in noted)
         splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10]}
         chosen = [list(metric.texts)[i] for i in draw(len(metric.texts), 0)[: _SHEET[0] * _SHEET[1]]]
         shown = [(self._asked[index], metric.texts[index]) for index in chosen]
-        draw_sheet(shown, splits.test.pictures, folder / "predictions.png")
+        draw_sheet(shown, test.pictures, folder / "predictions.png")
 
     def _read(self, folder: Path, pictures: Pictures) -> tuple[dict[str, list[Dialogue]], dict[str, Any]]:
         """The splits that a folder has, train at least, and facts of the files."""
