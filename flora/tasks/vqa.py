@@ -7,10 +7,12 @@ from that projector (model.projector=DIR).
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import textwrap
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from flora.errors import ConfigError, DataError
+from flora.models.chat import Place
 from flora.tasks import dialogues, manifest
 from flora.tasks.answers import Written
 from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed, cross_entropy, draw
@@ -30,8 +33,9 @@ from flora.tasks.dialogues import IMAGE, Asked, Dialogue, Pictures, Row
 from flora.tasks.images import as_rgb, as_square
 from flora.tasks.text import TextDataset, as_tensor, fingerprint, pad_or_end, starts_of
 
-_LABELS = {"easy_vqa": dialogues.easy_vqa, "nlvr": dialogues.nlvr}  # others read as dialogues.plain
+_ASK = {"easy_vqa": dialogues.easy_vqa, "nlvr": dialogues.nlvr}  # others read as dialogues.plain
 _NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+_CHUNK = 1000  # conversations tokenised at a time
 _SHEET = (4, 6)  # rows and columns of the contact sheet
 
 
@@ -279,7 +283,7 @@ class Instruct(Task):
         return found, facts
 
     def _ask(self, row: Row) -> Asked:
-        asked = _LABELS.get(self.dataset, dialogues.plain)(row)
+        asked = _ASK.get(self.dataset, dialogues.plain)(row)
         return Asked(f"{asked.question}\n{self.suffix}", asked.answers, asked.kind) if self.suffix else asked
 
 
@@ -315,7 +319,7 @@ class _Encoded:
     Attributes:
         ids: all tokens.
         targets: the same where the loss is, else -100.
-        turns: per turn where its question's end, its answer and what follows begin.
+        turns: per turn the tokens up to the end of its question, to the beginning of its answer, and to its end.
     """
 
     ids: list[int]
@@ -361,7 +365,7 @@ class Coder:
     def answer(self, dialogue: Dialogue) -> list[int]:
         """The tokens of the last answer and its end."""
         turns = [(question.replace(IMAGE, ""), answer) for question, answer in dialogue.turns[-1:]]
-        encoded = self._encode([turns], [0], [dialogue.where])[0]
+        (encoded,) = self._encode([turns], [0], [dialogue.where])
         return [target for target in encoded.targets if target != -100]
 
     def decode(self, tokens: np.ndarray) -> str:
@@ -383,42 +387,34 @@ class Coder:
         fields = {"input_ids": as_tensor(ids), "labels": as_tensor(targets)}
         return TextDataset(fields, starts_of(lengths), {}, {"input_ids": self.pad, "labels": -100}, left=True)
 
-    def _encode(self, turns: Sequence[Any], images: Sequence[int], where: Sequence[str]) -> list[_Encoded]:
-        written = [
-            self.chat.write([(question.replace(IMAGE, self._image), answer) for question, answer in some])
-            for some in turns
-        ]
+    def _encode(self, turns: Sequence[Any], images: Sequence[int], where: Sequence[str]) -> Iterator[_Encoded]:
         options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
-        tokens = self.tokenizer([text for text, _ in written], **options)
-        found = []
-        for (_, places), row, offsets, count, place in zip(
-            written, tokens["input_ids"], tokens["offset_mapping"], images, where, strict=True
-        ):
-            if row.count(self.image_id) != count:
-                raise DataError(f"{place}: its text contains {self._image}, which stands for an image; take it out")
-            found.append(self._expanded(row, offsets, places))
-        return found
+        for start in range(0, len(turns), _CHUNK):
+            written = [
+                self.chat.write([(question.replace(IMAGE, self._image), answer) for question, answer in some])
+                for some in turns[start : start + _CHUNK]
+            ]
+            tokens = self.tokenizer([text for text, _ in written], **options)
+            rows = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+            for number, (row, offsets) in enumerate(rows):
+                if row.count(self.image_id) != images[start + number]:
+                    raise DataError(
+                        f"{where[start + number]}: its text contains {self._image}, which stands for an image; "
+                        "take it out"
+                    )
+                yield self._expanded(row, [end for _, end in offsets], written[number][1])
 
-    def _expanded(self, row: Sequence[int], offsets: Sequence[tuple[int, int]], places: Sequence[Any]) -> _Encoded:
-        """Tokens with their targets; a token belongs to an answer if it ends inside."""
-        ids: list[int] = []
-        targets: list[int] = []
+    def _expanded(self, row: Sequence[int], ends: Sequence[int], places: Sequence[Place]) -> _Encoded:
+        """Tokens that end at these characters, each image as many as it takes; what ends in an answer is a target."""
+        sizes = [self.image_tokens if token == self.image_id else 1 for token in row]
+        begins = [0, *itertools.accumulate(sizes)]
+        ids = [token for token, size in zip(row, sizes, strict=True) for _ in range(size)]
+        targets = [-100] * len(ids)
         turns = []
-        marks = [[0, 0, 0] for _ in places]
-        turn = 0
-        for token, (_, end) in zip(row, offsets, strict=True):
-            while turn < len(places) - 1 and end > places[turn].end:
-                turn += 1
-            place = places[turn]
-            repeated = [token] * (self.image_tokens if token == self.image_id else 1)
-            ids += repeated
-            targets += [token if place.answer < end <= place.end else -100] * len(repeated)
-            for i, limit in enumerate((place.header, place.answer, place.end)):
-                if end <= limit:
-                    marks[turn][i] = len(ids)
-        for number, mark in enumerate(marks):
-            begin = marks[number - 1][2] if number else 0
-            turns.append((max(mark[0], begin), max(mark[1], begin), max(mark[2], begin)))
+        for place in places:
+            question, answer, end = (begins[bisect.bisect_right(ends, limit)] for limit in place)
+            targets[answer:end] = ids[answer:end]
+            turns.append((question, answer, end))
         return _Encoded(ids, targets, turns)
 
     def _fitted(self, encoded: _Encoded, room: int, where: str) -> _Encoded:

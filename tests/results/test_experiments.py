@@ -68,6 +68,13 @@ def test_the_measured_runs_of_eurosat_keep_their_ids():
     assert ids <= {path.stem for path in (ROOT / "results" / "measured").glob("*.json")}
 
 
+def test_stage_2_of_llava_mini_starts_from_the_projector_of_stage_1():
+    first, *others = load("table4_llava").cells
+    assert first.method == "linear_probe"
+    assert len(others) == 3 * 3
+    assert {cell.settings["model.projector"] for cell in others} == {f"outputs/{first.run_id}"}
+
+
 def test_a_new_version_of_the_method_changes_ids_and_knows_the_old_ones(monkeypatch):
     overrides = ("task=digits", "adapter=lora")
     before = Cell(overrides).run_id
