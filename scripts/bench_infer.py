@@ -34,10 +34,6 @@ def bench_infer() -> None:
     options = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
     try:
         net = network(arguments.model, arguments.batch, DTYPES[dtype], **options)
-        if net.kind == "image_text":
-            raise ConfigError(
-                f"--model {arguments.model}: PEFT cannot merge beside a trained projector; choose another"
-            )
         methods = Methods(net, Ranks(arguments.r, arguments.kernel_rank))
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -70,12 +66,12 @@ def bench_infer() -> None:
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help=f"a name of timm, {', '.join(TRANSFORMERS)}")
-    parser.add_argument("--batch", type=int, help="examples; default: 32, 4 for a causal language model")
+    parser.add_argument("--model", required=True, help=f"a name of timm, llava_mini, {', '.join(TRANSFORMERS)}")
+    parser.add_argument("--batch", type=int, help="examples; default: 32, or as fits the model")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--kernel-rank", type=int, default=2)
     parser.add_argument("--size", type=int, help="side of the images in pixels")
-    parser.add_argument("--tokens", type=int, help="per text; default: 128, 1024 for a causal language model")
+    parser.add_argument("--tokens", type=int, help="per text; default: 128, or as fits the model")
     parser.add_argument("--dtype", choices=DTYPES, help="of the arithmetic; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--channels-last", action="store_true")

@@ -181,6 +181,7 @@ class Instruct(Task):
             rest, held_out = hold_out(found["train"], self.validation_size, self.split_seed)
             rule = f"validation {len(held_out)} drawn by image from train, seed {self.split_seed}"
             found = {"test": found.get("validation", held_out)} | found | {"train": rest, "validation": held_out}
+        self._check_metric(found["validation"] + found["test"])
         self._coder = coder = Coder(model, self.max_length, self.max_new_tokens)
         unreadable = torch.zeros(len(pictures.openers), dtype=torch.bool).share_memory_()
         fill = tuple(int(255 * value) for value in model.mean)
@@ -281,6 +282,13 @@ class Instruct(Task):
         if "train" not in found or len(found) == 1:
             raise DataError(f"{folder} needs train and validation or test, as *.parquet or *.json")
         return found, facts
+
+    def _check_metric(self, asked: Sequence[Dialogue]) -> None:
+        lonely = next((dialogue.where for dialogue in asked if len(dialogue.answers) < 2), None)
+        if self.metric == "vqa_accuracy" and lonely:
+            raise DataError(
+                f"{lonely}: task.metric=vqa_accuracy compares with the answers of several people, here is one"
+            )
 
     def _ask(self, row: Row) -> Asked:
         asked = _ASK.get(self.dataset, dialogues.plain)(row)

@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 
+import flora.models
 from flora.adapters.layer import FloraLayer
+from flora.bench import networks
 from flora.bench.methods import Methods, Ranks
 from flora.bench.networks import network, unlabelled
 from scripts.bench_infer import bench_infer, difference, exported, made, rows
+from tests.tasks.chats import tiny_llava
 
 CPU = torch.device("cpu")
 
@@ -58,8 +61,20 @@ def test_ratios_are_taken_within_a_round():
     assert rows(spent)[1] == {"method": "merged", "ms": 4.0, "ms_spread": 3.0, "ratio": 2.0, "ratio_spread": 0.0}
 
 
-@pytest.mark.parametrize("arguments", ["--model nosuch", "--model resnet18 --rounds 0", "--model llava_mini"])
+@pytest.mark.parametrize("arguments", ["--model nosuch", "--model resnet18 --rounds 0", "--model llava_mini --size 64"])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, run):
     code, out, err = run(bench_infer, *arguments.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
+
+
+def test_a_vision_language_model_is_merged_beside_its_projector(run, tmp_path, monkeypatch):
+    targets = flora.models.presets.LLAVA_TARGETS
+    monkeypatch.setattr(networks, "get", lambda name: tiny_llava(tmp_path, adapter_targets=targets))
+    file = tmp_path / "infer.json"
+    few = ("--batch", 2, "--tokens", 6, "--device", "cpu", "--rounds", 1, "--steps", 1, "--r", 2, "--no-export")
+    code, _, err = run(bench_infer, "--model", "llava_mini", *few, "--json", file)
+    assert code == 0, err
+    result = json.loads(file.read_text())
+    assert [row["method"] for row in result["rows"]] == ["base", "merged", "adapted"]
+    assert result["difference"] < 1e-4

@@ -365,6 +365,16 @@ def test_several_answers_of_people_are_kept_the_most_frequent_first(tmp_path):
     )
 
 
+def test_vqa_accuracy_needs_the_answers_of_several_people(pets, tmp_path):
+    with pytest.raises(DataError, match=r"row \d: task\.metric=vqa_accuracy compares .* here is one"):
+        task(metric="vqa_accuracy").load_for(tiny_llava(tmp_path), pets)
+    for split in ("train", "test"):
+        write_questions(pets / "pets", split, answer=[["red", "red", "blue"]] * 8)
+    mine = task(metric="vqa_accuracy")
+    mine.load_for(tiny_llava(tmp_path), pets)
+    assert set(mine.metrics().compute(predictions=[[2]], references=[0])) == {"exact_match", "vqa_accuracy"}
+
+
 def test_images_keep_their_shape_on_a_square_of_their_mean_colour(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (20, 10), (250, 0, 0)).save(buffer, "PNG")
