@@ -15,14 +15,13 @@ import hydra
 from omegaconf import DictConfig
 
 from flora.config import METHOD_VERSION, check_shape, instantiate, main, quietly, run_id, semantic_config
-from flora.errors import CheckpointError, ConfigError, DataError, WeightsError
+from flora.errors import CheckpointError, ConfigError, DataError, WeightsError, WorkerLost
 from flora.results import Record, Store
 from flora.results.record import command, device_name, now
 from flora.training import Experiment
-from flora.training.checkpoint import check_same_model, digest, save_facts, saved_facts, saved_run
-from flora.training.experiment import CHECKPOINTS
+from flora.training.checkpoint import check_same_model, complete, digest, saved_facts, saved_run
+from flora.training.experiment import CHECKPOINTS, data_workers
 from flora.training.loggers import about
-from flora.training.model_card import write_card
 
 
 def run(cfg: DictConfig) -> Path:
@@ -92,7 +91,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
         deterministic=settings.deterministic,
     )
     try:
-        with logger.run(about(record, label, cfg.table, cfg.cell), folder) as experiment.log:
+        with logger.run(about(record, label, cfg.table, cfg.cell), folder) as experiment.log, data_workers():
             if checkpoint is not None:
                 check_same_model(checkpoint, model.name)
                 outcome = experiment.evaluate(checkpoint)
@@ -100,34 +99,17 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
             else:
                 outcome = experiment.train()
             experiment.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
-    except (ConfigError, DataError, WeightsError):
+        record = complete(record, experiment, outcome)
+    except (ConfigError, WeightsError):
         raise  # bad input: nothing was run that a record should keep
-    except (KeyboardInterrupt, CheckpointError) as error:  # the same command goes on from the last checkpoint
-        with contextlib.suppress(OSError):
+    except (KeyboardInterrupt, CheckpointError, DataError, WorkerLost, OSError) as error:
+        with contextlib.suppress(OSError):  # the same command goes on from the last checkpoint
             store.write(dataclasses.replace(record, status="interrupted", error=repr(error), finished=now()))
         raise
     except Exception as error:
         path = store.write(dataclasses.replace(record, status="failed", error=repr(error), finished=now()))
         say(f"failed: {error} (record: {path})")
         raise
-    for name, count in experiment.counts(outcome.adapted).items():
-        setattr(record, name, count)
-    meter = outcome.trainer.meter
-    if checkpoint is None:
-        record.train_seconds = round(meter.train_seconds, 3)
-        record.examples_per_second = round(meter.steps * settings.batch_size / meter.train_seconds, 1)
-        record.gpu_busy_share, record.execution = meter.gpu_busy_share, outcome.trainer.execution
-        record.peak_memory_bytes = meter.peak_memory_bytes
-        record.history = outcome.trainer.state.log_history
-        record.adapter_path = str(folder / "adapter")
-        method.save(outcome.adapted.model, folder / "adapter")
-    record.lr, record.selection = outcome.lr, outcome.selection
-    record.skipped_layers, record.ranks = outcome.adapted.skipped, outcome.adapted.ranks
-    record.metrics, record.value = outcome.metrics, outcome.metrics[task.metric]
-    record.status, record.finished = "finished", now()
-    if checkpoint is None:
-        save_facts(record, splits.num_classes, folder / "adapter")
-        write_card(record, splits.num_classes, folder / "adapter")
     say(f"{label}: test {record.metric} {record.value:.4f} ({record.trainable_params:,} trainable parameters)")
     return record
 

@@ -6,6 +6,10 @@ class FloraError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str = "") -> None:
+        # torch hands on an error of a data-loading process as the text of its whole trace
+        super().__init__(message.rpartition(f"\n{type(self).__module__}.{type(self).__qualname__}: ")[2].strip())
+
 
 class ConfigError(FloraError):
     """A setting that cannot be used: an unknown name, a value out of range, settings that contradict each other."""
@@ -18,7 +22,7 @@ class TrainingDiverged(FloraError):
 
 
 class CheckpointError(FloraError):
-    """A checkpoint cannot be written, as on a full disk; the one before is intact and the run can be resumed."""
+    """A checkpoint or an adapter cannot be written, as on a full disk; what was there is intact, the run can go on."""
 
 
 class CaptureFailed(FloraError):
@@ -48,7 +52,7 @@ class Interrupted(FloraError):
 
 
 class WorkerLost(FloraError):
-    """A process that ran cells of a sweep was killed; the sweep ended with it."""
+    """A process that loaded data or ran cells of a sweep was killed; the run or the sweep ended with it."""
 
     exit_code = 1
 

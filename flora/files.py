@@ -1,10 +1,17 @@
 """Files that are whole or not there."""
 
+import contextlib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from flora.errors import CheckpointError
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -22,3 +29,24 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary neighbour to fill, which takes the place of ``path`` when all is written.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} cannot be written ({reason}): make room and start the run again") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,13 +1,17 @@
 """What a finished run left to be tested again: where it lies, what it says of itself, what identifies it."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from flora.errors import ConfigError
-from flora.files import write_json
+from flora.files import whole_folder, write_json
 from flora.results import Record
+from flora.results.record import now
+from flora.training.experiment import Experiment, Outcome
+from flora.training.model_card import write_card
 
 
 def saved_run(checkpoint: str | None) -> Path:
@@ -18,6 +22,34 @@ def saved_run(checkpoint: str | None) -> Path:
         if (folder / "adapter_model.safetensors").exists() or (folder / "model.safetensors").exists():
             return folder
     raise ConfigError(f"checkpoint={checkpoint}: no adapter_model.safetensors or model.safetensors there")
+
+
+def complete(record: Record, experiment: Experiment, outcome: Outcome) -> Record:
+    """The finished record of a run; what it trained is saved, with what ``saved_facts`` reads and a model card.
+
+    Raises:
+        CheckpointError: the adapter cannot be written; then nothing of it is.
+    """
+    record = dataclasses.replace(record)
+    for name, count in experiment.counts(outcome.adapted).items():
+        setattr(record, name, count)
+    record.lr, record.selection = outcome.lr, outcome.selection
+    record.skipped_layers, record.ranks = outcome.adapted.skipped, outcome.adapted.ranks
+    record.metrics, record.value = outcome.metrics, outcome.metrics[experiment.task.metric]
+    if record.mode == "train":
+        meter, folder, classes = outcome.trainer.meter, experiment.folder / "adapter", experiment.splits.num_classes
+        record.train_seconds = round(meter.train_seconds, 3)
+        record.examples_per_second = round(meter.steps * experiment.settings.batch_size / meter.train_seconds, 1)
+        record.gpu_busy_share, record.execution = meter.gpu_busy_share, outcome.trainer.execution
+        record.peak_memory_bytes = meter.peak_memory_bytes
+        record.history = outcome.trainer.state.log_history
+        record.adapter_path = str(folder)
+        with whole_folder(folder) as place:
+            experiment.method.save(outcome.adapted.model, place)
+            save_facts(record, classes, place)
+            write_card(record, classes, place)
+    record.status, record.finished = "finished", now()
+    return record
 
 
 def save_facts(record: Record, num_classes: int, folder: Path) -> None:

@@ -1,9 +1,11 @@
 """One run: build, choose the learning rate, train, test once."""
 
+import contextlib
 import gc
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +18,7 @@ from torch.utils.data import Dataset
 from flora import preemption
 from flora.adapters.heads import trained
 from flora.adapters.methods import Adapted, effective_ranks, load
-from flora.errors import ConfigError, TrainingDiverged
+from flora.errors import ConfigError, TrainingDiverged, WorkerLost
 from flora.training.loggers import Log
 from flora.training.norms import DeltaNorms
 from flora.training.progress import Progress
@@ -224,6 +226,20 @@ class Experiment:
     def _test_on(self, trainer: Trainer, test: Any) -> dict[str, float]:
         test = _limited(test, self.settings.max_eval_examples)
         return _metrics(trainer.evaluate(test, metric_key_prefix="test"))
+
+
+@contextlib.contextmanager
+def data_workers() -> Iterator[None]:
+    """Around training: WorkerLost where torch says that a data-loading process was killed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise WorkerLost(
+            f"a data-loading process was killed ({str(error).splitlines()[0].rstrip('. ')}): "
+            "start the run again to go on, with more memory or a smaller trainer.num_workers"
+        ) from error
 
 
 def evaluate(

@@ -23,10 +23,12 @@ def write_card(record: Record, num_classes: int, folder: Path) -> None:
     Args:
         record: the run's record, with its result.
         num_classes: classes of the head.
-        folder: the adapter folder, as saved by the method.
+        folder: where the method has saved the adapter, on its way to ``record.adapter_path``.
     """
     is_peft = (folder / "adapter_config.json").exists()
-    code = (_PEFT if is_peft else _PLAIN).format(model=record.model, num_classes=num_classes, folder=folder)
+    code = (_PEFT if is_peft else _PLAIN).format(
+        model=record.model, num_classes=num_classes, folder=record.adapter_path
+    )
     source = record.data.get("source", "unknown")
     lines = [
         "---",
