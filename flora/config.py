@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flora import preemption, sweep
 from flora.errors import ConfigError, FloraError, Interrupted
+from flora.results.secrets import without_secrets
 
 # A ``_target_`` runs code, so a config may only name classes of ours, and the functions that make our models.
 ALLOWED_TARGETS = ("flora.",)
@@ -212,8 +213,8 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks, with the cause that Hydra and OmegaConf keep in later lines."""
+    """An error's message without line breaks or secrets, with the cause that Hydra and OmegaConf put in later lines."""
     parts = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error.__cause__, OmegaConfBaseException):
         parts.append(str(error.__cause__).splitlines()[0].strip())
-    return "; ".join(dict.fromkeys(parts)) or type(error).__name__
+    return without_secrets("; ".join(dict.fromkeys(parts))) or type(error).__name__

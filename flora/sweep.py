@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from flora import preemption
 from flora.errors import AlreadyRunning, Interrupted, WorkerLost
 from flora.files import write_json
+from flora.results.secrets import without_secrets
 
 _folder: Path | None = None  # of the sweep that this process started
 _OUTCOMES = {"finished": None, "failed": None, "running elsewhere": AlreadyRunning, "interrupted": Interrupted}
@@ -45,7 +46,7 @@ class Outcomes(Callback):
             message = " ".join(str(error).split()) or type(error).__name__
         overrides = list(job_return.overrides or [])
         cell = {"overrides": overrides, "outcome": outcome, "message": message}
-        write_json(_cells(config) / f"{config.hydra.job.num}.json", cell)
+        write_json(_cells(config) / f"{config.hydra.job.num}.json", without_secrets(cell))
 
 
 class OneGpu(Callback):

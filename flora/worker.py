@@ -60,7 +60,8 @@ class Worker:
         except BrokenPipeError:
             answer = ""
         code = int(answer) if answer else self.process.wait() or 1
-        return code, self._said.read().decode(errors="replace")
+        said = self._said.read().decode(errors="replace")
+        return code, said if code >= 0 else f"{said}\nkilled by signal {-code}: started again the cell goes on"
 
     def stop(self, at_once: bool) -> None:
         """End the process when its cell is done, or ``at_once``, after a checkpoint at the next step."""

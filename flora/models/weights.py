@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from flora.errors import ConfigError, WeightsError
 
 BUNDLED = Path(__file__).parent / "bundled"
 PROBE_SECONDS = 3
+_PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Source:
             raise ConfigError("model.weights names no place: give path, bundled, package or hub, or set it to null")
         if (self.package or self.hub) and not self.file:
             raise ConfigError("model.weights needs file, the path of the weights inside the package or hub repository")
-        if self.package and self.package.count("==") != 1:
+        if self.package and not _PACKAGE.fullmatch(self.package):  # it becomes a folder's name and an argument of pip
             raise ConfigError(f"model.weights.package must be NAME==VERSION, got {self.package!r}")
 
     @property

@@ -90,15 +90,19 @@ class TellEpoch(TrainerCallback):
 
 
 class StopOnDivergence(TrainerCallback):
-    """Raises TrainingDiverged at the first logged loss or gradient that is not finite, at the latest at the end."""
+    """Raises TrainingDiverged at the first logged loss or gradient that is not finite, at the latest at the end.
+
+    So does a loss above ``LIMIT``: no classifier comes back from there.
+    """
 
     NAMES = {"loss": "training loss", "grad_norm": "norm of the gradients", "train_loss": "mean training loss"}
+    LIMIT = 1e6
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Check what is logged."""
         for key, name in self.NAMES.items():
             value = (logs or {}).get(key, 0.0)
-            if not math.isfinite(value):
+            if not math.isfinite(value) or (key != "grad_norm" and value > self.LIMIT):
                 raise TrainingDiverged(f"the {name} was {value} at step {state.global_step}: lower trainer.lr")
 
 

@@ -189,3 +189,9 @@ def test_an_unwritable_cache_is_named(own_cache, monkeypatch):
 def test_sources_that_cannot_work_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         Source(**fields)
+
+
+@pytest.mark.parametrize("package", ["../../escape==1", "--index-url=http://x==1", "a==b==1", "a", "a b==1", "a==../1"])
+def test_a_package_is_a_name_and_a_version_and_nothing_else(package):
+    with pytest.raises(ConfigError, match="must be NAME==VERSION"):
+        Source(package=package, file="weights.safetensors")

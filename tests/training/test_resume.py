@@ -312,3 +312,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
 def test_settings_are_checked(change):
     with pytest.raises(ConfigError, match=f"trainer.{next(iter(change))}"):
         TrainerSettings(epochs=1, lr=1, **change)
+
+
+def test_a_loss_that_explodes_ends_the_run_before_it_is_infinite(tmp_path, monkeypatch):
+    loss = ToyTask.loss
+    monkeypatch.setattr(ToyTask, "loss", lambda *arguments: loss(*arguments) * 1e9)
+    with pytest.raises(TrainingDiverged, match=r"training loss was \d.*at step 4: lower trainer.lr"):
+        experiment(tmp_path, checkpoint_every=None).train()
