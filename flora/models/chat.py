@@ -23,7 +23,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Chat:
-    """The words around the turns of a conversation.
+    """The words around the turns of a conversation; what a tokenizer puts before every text (``<s>``) is not of them.
 
     Attributes:
         opening: what comes first, ``{system}`` in it stands for the system message.
@@ -74,7 +74,7 @@ CHATS = {
     ),
     # conv_vicuna_v1 of LLaVA's llava/conversation.py, in which LLaVA-1.5 was trained.
     "vicuna": Chat(
-        opening="<s>{system} ",
+        opening="{system} ",
         system="A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
         question="USER: ",

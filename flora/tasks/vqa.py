@@ -183,12 +183,12 @@ class Instruct(Task):
             found = {"test": found.get("validation", held_out)} | found | {"train": rest, "validation": held_out}
         self._check_metric(found["validation"] + found["test"])
         self._coder = coder = Coder(model, self.max_length, self.max_new_tokens)
-        unreadable = torch.zeros(len(pictures.openers), dtype=torch.bool).share_memory_()
         fill = tuple(int(255 * value) for value in model.mean)
         pixels = partial(
             as_square, size=model.image_size, interpolation=model.interpolation, how=model.aspect, fill=fill
         )
-        skips = unreadable if self.unreadable == "skip" else None
+        noted = torch.zeros(len(pictures.openers), dtype=torch.bool).share_memory_()
+        skips = noted if self.unreadable == "skip" else None
         self._asked = found["validation"] + found["test"]
         rows = {
             "train": coder.answered("train", found["train"]),
@@ -396,7 +396,7 @@ class Coder:
         return TextDataset(fields, starts_of(lengths), {}, {"input_ids": self.pad, "labels": -100}, left=True)
 
     def _encode(self, turns: Sequence[Any], images: Sequence[int], where: Sequence[str]) -> Iterator[_Encoded]:
-        options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        options = {"return_offsets_mapping": True, "verbose": False}
         for start in range(0, len(turns), _CHUNK):
             written = [
                 self.chat.write([(question.replace(IMAGE, self._image), answer) for question, answer in some])

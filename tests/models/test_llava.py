@@ -43,7 +43,7 @@ def test_chatml_is_what_the_template_of_smollm2_writes():
 def test_vicuna_is_what_llava_was_trained_on():
     text, places = CHATS["vicuna"].write([("<image>\nWhat is it?", "A dog."), ("What color?", "Red.")])
     assert text == (
-        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. "
         "USER: <image>\nWhat is it? ASSISTANT: A dog.</s>USER: What color? ASSISTANT: Red.</s>"
     )
