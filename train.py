@@ -91,7 +91,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
         deterministic=settings.deterministic,
     )
     try:
-        with logger.run(about(record, label, cfg.table, cfg.cell), folder) as experiment.log, data_workers():
+        with logger.run(about(record, label, cfg.table, cfg.cell, cfg.force), folder) as experiment.log, data_workers():
             if checkpoint is not None:
                 check_same_model(checkpoint, model.name)
                 outcome = experiment.evaluate(checkpoint)

@@ -119,6 +119,8 @@ class Experiment:
             label, fitted = _label(lr), None
             if label not in done:
                 fitted = self._fit(lr, self.splits.train, self.splits.validation, label, reuse)
+            elif reuse and self.log is not None:
+                self.log.fit(label).repeat(done[label].state["log_history"])
             history = [entry[name] for entry in done[label].state["log_history"] if name in entry]
             value = max(history) if self.protocol.select == "best" else history[-1]
             values[f"{lr:g}"] = value
@@ -133,7 +135,7 @@ class Experiment:
             del fitted
             _free()
         if reuse and kept is None:  # an earlier process did it
-            kept = self._fit(best[1], self.splits.train, self.splits.validation, _label(best[1]))
+            kept = self._fit(best[1], self.splits.train, self.splits.validation, _label(best[1]), False)
         selection = {
             "split": "validation",
             "metric": self.task.metric,

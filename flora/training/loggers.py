@@ -4,10 +4,12 @@ import csv
 import json
 import os
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ class About:
         group, cell: the table and the cell that it belongs to; runs of a cell differ in the seed.
         tags: words to find it by.
         config: what was run, and where.
+        anew: the run is done again although it was finished, so that numbers of before are another run's.
     """
 
     run_id: str
@@ -41,9 +44,10 @@ class About:
     cell: str
     tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    anew: bool = False
 
 
-def about(record: Record, name: str, table: str | None = None, cell: str | None = None) -> About:
+def about(record: Record, name: str, table: str | None = None, cell: str | None = None, anew: bool = False) -> About:
     """What loggers are told of the run of a record; outside a table its group is the data set."""
     words = [record.task, record.dataset, record.model, record.adapter, record.protocol, record.mode]
     return About(
@@ -53,20 +57,21 @@ def about(record: Record, name: str, table: str | None = None, cell: str | None 
         cell or f"{record.dataset} {record.model} {record.adapter}",
         words + ([table] if table else []),
         record.config | {key: getattr(record, key) for key in _FACTS},
+        anew,
     )
 
 
 class Log(TrainerCallback):
     """Takes a run's numbers as they come, and hands them to ``write``; at its first failure it says so and stops.
 
+    A resumed run hands over its history first: all processes of a run hand over the same rows, counted from the start.
+
     Args:
         write: ``(numbers by name, optimiser step, epoch) -> None``.
-        replay: hand over the history of a resumed run too, since the logger starts anew.
     """
 
-    def __init__(self, write: Callable[[dict[str, float], int, float], None], replay: bool = True) -> None:
+    def __init__(self, write: Callable[[dict[str, float], int, float], None]) -> None:
         self._write = write
-        self._replay = replay
         self._fit = ""
 
     def fit(self, label: str) -> "Log":
@@ -76,8 +81,13 @@ class Log(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Repeat what was logged before a run was resumed."""
-        for entry in state.log_history if self._replay and state.is_world_process_zero else []:
-            self.write(self._named(entry), entry.get("step", 0), entry.get("epoch", 0.0))
+        if state.is_world_process_zero:
+            self.repeat(state.log_history)
+
+    def repeat(self, history: list[dict[str, float]]) -> None:
+        """Log the history of what an earlier process did."""
+        for entry in history:
+            self.write(self._named(entry), int(entry.get("step", 0)), entry.get("epoch", 0.0))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Log what the trainer logs."""
@@ -91,6 +101,8 @@ class Log(TrainerCallback):
 
     def write(self, numbers: dict[str, float], step: int, epoch: float = 0.0) -> None:
         """Log numbers at an optimiser step."""
+        if not numbers:
+            return
         try:
             self._write(numbers, step, epoch)
         except Exception as error:
@@ -165,6 +177,9 @@ class TensorBoard:
 class Wandb:
     """Weights & Biases: one run per run id, in the group of its table; repeated and resumed runs continue it.
 
+    A row's number is its W&B step. A server leaves out rows that it has; offline, rows that lie in files of earlier
+    processes are not written again. So a resumed run shows each row once, also those that a killed process lost.
+
     Args:
         project: W&B project.
         mode: ``offline``, ``online`` or ``disabled``; the environment's WANDB_MODE wins.
@@ -181,13 +196,11 @@ class Wandb:
     @contextmanager
     def run(self, about: About, folder: Path) -> Iterator[Log]:
         """Open a run around a job and always finish it, so that the next job of a sweep gets its own."""
+        before = _rows(folder)
         run, failed = self._open(about, folder), True
-
-        def write(numbers: dict[str, float], step: int, epoch: float) -> None:
-            run.log(numbers | {"step": step, "epoch": epoch})
-
+        write = _nowhere if run is None else _rows_to(run, before, about.anew)
         try:
-            yield Log(_nowhere if run is None else write, replay=False)
+            yield Log(write)
             failed = False
         finally:
             try:
@@ -232,6 +245,48 @@ class Wandb:
         )
         run.define_metric("*", step_metric="step")
         return run
+
+
+def _rows_to(run: Any, before: int, anew: bool) -> Callable[[dict[str, float], int, float], None]:
+    """Writes rows to a W&B run; ``before`` of them lie in files of earlier processes."""
+    first = (before if run.offline else run.starting_step) if anew else 0
+    skipped = before if run.offline and not anew else 0
+    numbers_of_rows = count()
+
+    def write(numbers: dict[str, float], step: int, epoch: float) -> None:
+        row = next(numbers_of_rows)
+        if row >= skipped:
+            run.log(numbers | {"step": step, "epoch": epoch}, step=first + row)
+
+    return write
+
+
+def _rows(folder: Path) -> int:
+    """How many rows the W&B files of a run's earlier processes hold."""
+    try:
+        return sum(_rows_in(path.read_bytes()) for path in folder.glob("wandb/*run-*/*.wandb"))
+    except Exception as error:  # W&B does not promise the format
+        warn(f"rows may show twice ({error})")
+        return 0
+
+
+def _rows_in(content: bytes) -> int:
+    # LevelDB's log format after a header of 7 bytes: parts with checksum, length and kind, none across 32 KiB blocks.
+    from wandb.proto import wandb_internal_pb2
+
+    messages: Any = wandb_internal_pb2
+    at, whole, found = 7, b"", 0
+    while at + 7 <= len(content):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4) and at <= len(content):  # a whole record, or the last part of one
+            found += messages.Record.FromString(whole).HasField("history")
+            whole = b""
+    return found
 
 
 def warn(text: str) -> None:

@@ -22,10 +22,10 @@ from tests.training.test_experiment import experiment
 SECRET = "c0ffee" * 7
 
 
-def trained(logger, folder, run_id="0123456789ab", **protocol):
+def trained(logger, folder, run_id="0123456789ab", anew=False, **settings):
     """A toy run under a logger: its outcome."""
-    one = experiment(folder, epochs=1, log_every=2, **protocol)
-    with logger.run(About(run_id, "toy", "group", "cell"), folder) as one.log:
+    one = experiment(folder, **{"epochs": 1, "log_every": 2} | settings)
+    with logger.run(About(run_id, "toy", "group", "cell", anew=anew), folder) as one.log:
         outcome = one.train()
         one.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
     return outcome
@@ -163,13 +163,49 @@ def test_train_py_groups_and_tags_the_run_and_tells_no_secret(run, monkeypatch):
 def test_a_repeated_wandb_run_continues_the_one_of_its_id(tmp_path):
     outcomes = [trained(Wandb(), tmp_path, "repeated")]
     time.sleep(1)  # W&B names the folder of a run by the second
-    outcomes.append(trained(Wandb(), tmp_path, "repeated"))
+    outcomes.append(trained(Wandb(), tmp_path, "repeated", anew=True))
     files = wandb_files(tmp_path)
     assert [facts.run_id for facts, _, _, _ in files] == ["repeated", "repeated"]
     for (facts, _, numbers, _), outcome in zip(files, outcomes, strict=True):
         assert (facts.run_group, facts.job_type) == ("group", "cell")
         assert dict(zip(numbers["step"], numbers["train/loss"], strict=False)) == losses(outcome)
     assert wandb.run is None, "the next job of a sweep gets its own"
+    steps = [step for _, _, numbers, _ in files for step in numbers["_step"]]
+    assert steps == list(range(len(steps)))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("grid", "deaths"), [(None, (5, 4)), ([1e-3, 1e-2], (17, 4))])
+def test_a_resumed_run_shows_each_row_once_in_wandb(tmp_path, monkeypatch, grid, deaths):
+    protocol = Protocol("holdout", "last", "train", grid)
+    options = {"epochs": 2, "log_every": 1, "checkpoint_every": 3, "protocol": protocol}
+    trained(Wandb(), tmp_path / "calm", "calm", **options)
+    ((_, _, calm, _),) = wandb_files(tmp_path / "calm")
+    for steps in deaths:  # of 12 a fit; some of them after the checkpoint
+        left = iter(range(steps))
+
+        def kill(callback, args, state, control, left=left, **kwargs):
+            if next(left, None) is None:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr("flora.training.loggers.Log.on_step_end", kill, raising=False)
+            with pytest.raises(Killed):
+                trained(Wandb(), tmp_path / "killed", "killed", **options)
+        time.sleep(1)  # W&B names the folder of a run by the second
+    trained(Wandb(), tmp_path / "killed", "killed", **options)
+    whole = {}
+    for _, _, numbers, _ in wandb_files(tmp_path / "killed"):
+        for name, values in numbers.items():
+            whole.setdefault(name, []).extend(values)
+    timings = ("runtime", "per_second", "_timestamp", "preparation_time")
+    kept = [name for name in calm if not name.endswith(timings)]
+    assert {name: whole[name] for name in kept} == {name: calm[name] for name in kept}
+    assert whole["_step"] == list(range(len(whole["_step"])))
 
 
 def test_an_unreachable_server_is_one_warning_and_the_run_is_logged_offline(tmp_path, monkeypatch, capsys):
@@ -189,6 +225,8 @@ def test_an_unreachable_server_is_one_warning_and_the_run_is_logged_offline(tmp_
 class StubRun:
     """A W&B run that keeps what it is told; the part that ``breaks`` fails."""
 
+    offline = True
+
     def __init__(self, breaks=None):
         self.breaks, self.logged, self.exit_codes = breaks, [], []
 
@@ -203,7 +241,7 @@ class StubRun:
     def define_metric(self, *args, **kwargs):
         pass
 
-    def log(self, numbers):
+    def log(self, numbers, step):
         self.call("log")
         self.logged.append(numbers)
 
