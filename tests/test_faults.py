@@ -301,7 +301,8 @@ def diverged(place):
 def worker_killed(place, launcher):
     needs(launcher)
     log = place.folder / "log"
-    running = sweeping(place.folder, log, *LONG, "seed=0,1", *LAUNCHERS[launcher])
+    seeds = "seed=0" if launcher == "submitit" else "seed=0,1"  # submitit waits for one job after the other
+    running = sweeping(place.folder, log, *LONG, seeds, *LAUNCHERS[launcher])
     wait_for(place.checkpoints, running)
     os.kill(json.loads(next(place.results.glob(".locks/*.lock")).read_text())["pid"], signal.SIGKILL)
     code = running.wait(timeout=120)
