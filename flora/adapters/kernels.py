@@ -1,66 +1,183 @@
-"""A GPU kernel that adds the updates of a stack of layers to their frozen weights in one launch."""
+"""One GPU kernel for many small matrix products: all layers of a model in a launch, whatever their shapes."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, for tests
+_FIELDS = tl.constexpr(18)
+_OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Walk(NamedTuple):
+    """How an index moves through a buffer: ``i`` to ``(i // split) * outer + (i % split) * inner``."""
+
+    outer: int
+    inner: int = 0
+    split: int = 1
+
+
+@dataclass(frozen=True)
+class Product:
+    """c = scale * a @ b, with a [m, k], b [k, n] and c [m, n] anywhere in three flat buffers.
+
+    Attributes:
+        m, n, k: sizes.
+        a, b, c: where each begins, in elements of its buffer.
+        a_m, a_k, b_k, c_m: how these indices move; those of m, and those of k, split alike if both split.
+        b_n, c_n: strides.
+        scale: factor of the product.
+    """
+
+    m: int
+    n: int
+    k: int
+    a: int
+    a_m: Walk
+    a_k: Walk
+    b: int
+    b_k: Walk
+    b_n: int
+    c: int
+    c_m: Walk
+    c_n: int
+    scale: float = 1.0
+
+    def numbers(self) -> tuple[int, ...]:
+        """What the kernel reads, in the order in which it reads it."""
+        m_split, k_split = max(self.a_m.split, self.c_m.split), max(self.a_k.split, self.b_k.split)
+        walks = [*_walk(self.a_m, m_split), *_walk(self.c_m, m_split), *_walk(self.a_k, k_split)]
+        walks += _walk(self.b_k, k_split)
+        return self.m, self.n, self.k, self.a, self.b, self.c, m_split, k_split, *walks, self.b_n, self.c_n
+
+
+def _walk(walk: Walk, split: int) -> tuple[int, int]:
+    """Strides of an index split at ``split``, which a walk that does not split crosses evenly."""
+    return (walk.outer, walk.inner) if walk.split == split else (walk.outer * split, walk.outer)
+
 
 @triton.jit
-def _add_products(
-    base, offsets, left, right, out, rows, columns, rank: tl.constexpr, scale, padded: tl.constexpr,
-    aligned: tl.constexpr, tile_rows: tl.constexpr, tile_columns: tl.constexpr,
+def _offset(index, outer, inner, split, splits: tl.constexpr, unit: tl.constexpr):
+    if splits:
+        return (index // split) * outer + (index % split) * inner
+    return index if unit else index * outer
+
+
+@triton.jit
+def _products(
+    a, b, c, base, bases, table, scales, tiles, tile_m: tl.constexpr, tile_n: tl.constexpr, tile_k: tl.constexpr,
+    m_splits: tl.constexpr, k_splits: tl.constexpr, am_unit: tl.constexpr, cm_unit: tl.constexpr,
+    ak_unit: tl.constexpr, bk_unit: tl.constexpr, bn_unit: tl.constexpr, cn_unit: tl.constexpr,
+    aligned: tl.constexpr, adds: tl.constexpr, operand: tl.constexpr,
 ):  # fmt: skip
-    layer = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * tile_rows + tl.arange(0, tile_rows)
-    j = tl.program_id(2) * tile_columns + tl.arange(0, tile_columns)
-    k = tl.arange(0, padded)
-    a = tl.load(left + layer * rows * rank + i[:, None] * rank + k, mask=(i[:, None] < rows) & (k < rank), other=0.0)
-    b = tl.load(
-        right + layer * rank * columns + k[:, None] * columns + j,
-        mask=(k[:, None] < rank) & (j < columns),
-        other=0.0,
-    )
-    product = tl.dot(a, b, input_precision="ieee")
-    start = tl.load(offsets + layer)
-    if aligned:
-        start = tl.multiple_of(start, 16)
-    inside = (i[:, None] < rows) & (j < columns)
-    place = i[:, None].to(tl.int64) * columns + j
-    total = tl.load(base + start + place, mask=inside, other=0.0).to(tl.float32) + scale * product
-    tl.store(out + layer * rows * columns + place, total.to(out.dtype.element_ty), mask=inside)
+    tile = tiles + 3 * tl.program_id(0).to(tl.int64)
+    number = tl.load(tile).to(tl.int64)
+    row = table + number * _FIELDS
+    m, n, k = tl.load(row).to(tl.int32), tl.load(row + 1).to(tl.int32), tl.load(row + 2).to(tl.int32)
+    a_start, b_start, c_start = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    m_split, k_split = tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
+    am_outer, am_inner = tl.load(row + 8).to(tl.int32), tl.load(row + 9).to(tl.int32)
+    cm_outer, cm_inner = tl.load(row + 10).to(tl.int32), tl.load(row + 11).to(tl.int32)
+    ak_outer, ak_inner = tl.load(row + 12).to(tl.int32), tl.load(row + 13).to(tl.int32)
+    bk_outer, bk_inner = tl.load(row + 14).to(tl.int32), tl.load(row + 15).to(tl.int32)
+    b_n, c_n = tl.load(row + 16).to(tl.int32), tl.load(row + 17).to(tl.int32)
+    base_start = tl.load(bases + number) if adds else c_start
+    if aligned:  # so that several elements are moved at once
+        a_start, b_start = tl.multiple_of(a_start, 16), tl.multiple_of(b_start, 16)
+        c_start, base_start = tl.multiple_of(c_start, 16), tl.multiple_of(base_start, 16)
+        am_outer, cm_outer = tl.multiple_of(am_outer, 16), tl.multiple_of(cm_outer, 16)
+        ak_outer, bk_outer = tl.multiple_of(ak_outer, 16), tl.multiple_of(bk_outer, 16)
+        b_n, c_n = tl.multiple_of(b_n, 16), tl.multiple_of(c_n, 16)
+    i = tl.load(tile + 1) * tile_m + tl.arange(0, tile_m)
+    j = tl.load(tile + 2) * tile_n + tl.arange(0, tile_n)
+    a_rows = _offset(i, am_outer, am_inner, m_split, m_splits, am_unit)[:, None]
+    b_columns = (j if bn_unit else j * b_n)[None, :]
+    inside_m, inside_n = (i < m)[:, None], (j < n)[None, :]
+    total = tl.zeros((tile_m, tile_n), tl.float32)
+    for start in range(0, k, tile_k):
+        p = start + tl.arange(0, tile_k)
+        from_a = a + a_start + a_rows + _offset(p, ak_outer, ak_inner, k_split, k_splits, ak_unit)[None, :]
+        from_b = b + b_start + b_columns + _offset(p, bk_outer, bk_inner, k_split, k_splits, bk_unit)[:, None]
+        left = tl.load(from_a, mask=inside_m & (p < k)[None, :], other=0.0).to(operand)
+        right = tl.load(from_b, mask=inside_n & (p < k)[:, None], other=0.0).to(operand)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    total *= tl.load(scales + number)
+    rows = _offset(i, cm_outer, cm_inner, m_split, m_splits, cm_unit)[:, None]
+    place = rows + (j if cn_unit else j * c_n)[None, :]
+    inside = inside_m & inside_n
+    if adds:
+        total += tl.load(base + base_start + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(c + c_start + place, total.to(c.dtype.element_ty), mask=inside)
 
 
-def add_products(bases: list[Tensor], left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``bases[i] + scale * left[i] @ right[i]`` for all i, computed in fp32 and rounded once.
+class _Launch:
+    """Products whose layouts the kernel is compiled for alike."""
+
+    def __init__(self, products: Sequence[Product], pattern: tuple[bool, ...], tile: tuple[int, int, int]) -> None:
+        counts = [(triton.cdiv(one.m, tile[0]), triton.cdiv(one.n, tile[1])) for one in products]
+        tiles = [
+            torch.cartesian_prod(torch.tensor([number]), torch.arange(down), torch.arange(across))
+            for number, (down, across) in enumerate(counts)
+        ]
+        self.tiles = torch.cat(tiles).int()
+        self.table = torch.tensor([product.numbers() for product in products])
+        self.scales = torch.tensor([product.scale for product in products], dtype=torch.float32)
+        self.tile, self.pattern = tile, pattern
+
+
+class Products:
+    """Products that are computed together, in as few launches as their layouts allow.
 
     Args:
-        bases: n tensors of rows x columns numbers each, dense, of one dtype on one device; read in memory order.
-        left: fp32 [n, rows, r], contiguous.
-        right: fp32 [n, r, columns], contiguous.
-        scale: factor of the products.
-        dtype: of the result.
-
-    Returns:
-        [n, rows, columns].
+        products: what is computed.
+        tile: rows, columns and depth of a block of them; powers of two, 16 or more.
+        device: of the buffers.
     """
-    n, rows, rank = left.shape
-    columns = right.shape[2]
-    first, itemsize = bases[0].data_ptr(), bases[0].element_size()
-    # One pointer and offsets from it reach tensors of separate allocations.
-    starts = tuple((base.data_ptr() - first) // itemsize for base in bases)
-    out = torch.empty(n, rows, columns, dtype=dtype, device=left.device)
-    tile_rows, tile_columns = (32, 128) if columns > 64 else (128, 32 if columns <= 32 else 64)
-    padded = max(16, triton.next_power_of_2(rank))
-    grid = (n, triton.cdiv(rows, tile_rows), triton.cdiv(columns, tile_columns))
-    aligned = columns % 16 == 0 and all(start % 16 == 0 for start in starts)
-    _add_products[grid](
-        bases[0], _on(left.device, starts), left, right, out, rows, columns, rank, scale, padded, aligned, tile_rows,
-        tile_columns,
-    )  # fmt: skip
-    return out
+
+    def __init__(self, products: Sequence[Product], tile: tuple[int, int, int], device: torch.device) -> None:
+        groups: dict[tuple[bool, ...], list[int]] = {}
+        for i, product in enumerate(products):
+            groups.setdefault(_pattern(product.numbers()), []).append(i)
+        self._groups = []
+        for pattern, members in groups.items():
+            launch = _Launch([products[i] for i in members], pattern, tile)
+            launch.tiles, launch.table = launch.tiles.to(device), launch.table.to(device)
+            launch.scales = launch.scales.to(device)
+            self._groups.append((launch, members))
+
+    def __call__(self, a: Tensor, b: Tensor, c: Tensor, bases: Sequence[Tensor] | None = None) -> None:
+        """Compute ``c``.
+
+        Args:
+            a, b, c: flat buffers. Products are taken in the lower precision of ``a`` and ``b`` and summed up in fp32.
+            bases: one tensor per product, of one dtype, laid out in memory as the product's part of ``c``: added to it.
+        """
+        operand = _OPERANDS[min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)]
+        for launch, members in self._groups:
+            base, starts, aligned = c, launch.table, launch.pattern[-1]
+            if bases is not None:
+                base, first = bases[members[0]], bases[members[0]].data_ptr()
+                # One pointer and offsets from it reach tensors of separate allocations.
+                offsets = tuple((bases[i].data_ptr() - first) // base.element_size() for i in members)
+                starts, aligned = _on(c.device, offsets), aligned and not any(offset % 16 for offset in offsets)
+            _products[len(launch.tiles),](
+                a, b, c, base, starts, launch.table, launch.scales, launch.tiles, *launch.tile, *launch.pattern[:-1],
+                aligned, bases is not None, operand,
+            )  # fmt: skip
+
+
+def _pattern(numbers: tuple[int, ...]) -> tuple[bool, ...]:
+    """What the kernel is compiled for: whether m and k split, which strides are 1, whether all else divides by 16."""
+    outer = numbers[8], numbers[10], numbers[12], numbers[14], numbers[16], numbers[17]
+    m_splits, k_splits = numbers[6] > 1, numbers[7] > 1
+    even = all(start % 16 == 0 for start in numbers[3:6]) and all(s == 1 or s % 16 == 0 for s in outer)
+    return m_splits, k_splits, *(stride == 1 for stride in outer), even and not m_splits and not k_splits
 
 
 @lru_cache(maxsize=4096)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import flora
+from flora.adapters import stackwise
 from flora.adapters.batched import BatchedWeights, plans
 
 
@@ -66,12 +67,10 @@ def layer_by_layer(model: peft.PeftModel) -> peft.PeftModel:
 
 def count_builds(monkeypatch) -> list[int]:
     """Counts, per call, how many layers' weights a stack built."""
-    from flora.adapters import batched as module
-
     built: list[int] = []
-    add = module.Stack.add
+    add = stackwise._add
     monkeypatch.setattr(
-        module.Stack, "add", lambda self, *products: built.append(len(self.layers)) or add(self, *products)
+        stackwise, "_add", lambda stack, *products: built.append(len(stack.layers)) or add(stack, *products)
     )
     return built
 

@@ -1,53 +1,83 @@
-"""The GPU kernel against float64; without a GPU it runs in Triton's interpreter."""
-
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The GPU kernel against float64; without a GPU test_grouped.py runs these tests in Triton's interpreter."""
 
 import pytest
 import torch
 
-KERNELS = Path(__file__).parents[2] / "flora" / "adapters" / "kernels.py"
-# layers, rows, rank, columns, dtype of the weights, dtype of the result
-CASES = [
-    (3, 50, 4, 49, torch.float32, torch.bfloat16),  # depthwise 7 x 7: nothing divides anything
-    (2, 64, 16, 304, torch.float32, torch.float32),
-    (2, 40, 17, 128, torch.bfloat16, torch.bfloat16),
-    (1, 33, 1, 1, torch.float32, torch.float16),
-]
+from tests.adapters.test_grouped import DEVICE, ready
+
+pytestmark = ready
+TILE = (16, 32, 16)
 
 
-def check(device: str) -> None:
-    """Each case against the same sum in float64, rounded once; not nearer than the dtype can be told apart."""
-    spec = importlib.util.spec_from_file_location("kernels", KERNELS)
-    kernels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kernels)
-    torch.manual_seed(0)
-    for layers, rows, rank, columns, stored, result in CASES:
-        bases = [torch.randn(rows, columns, device=device).to(stored) for _ in range(layers)]
-        left, right = (torch.randn(layers, *s, device=device) for s in ((rows, rank), (rank, columns)))
-        expected = torch.stack(bases).double() + 0.5 * left.double() @ right.double()
-        found = kernels.add_products(bases, left, right, 0.5, result)
-        assert found.dtype == result
-        assert found.shape == expected.shape
-        torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(result).eps, atol=1e-5)
+@pytest.fixture(autouse=True)
+def kernels():
+    return pytest.importorskip("flora.adapters.kernels", reason="Triton comes with torch for CUDA and ROCm only")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_products_are_added_on_the_gpu():
-    check("cuda")
+def buffer(*shape):
+    return torch.randn(*shape, device=DEVICE)
 
 
-def test_products_are_added_in_tritons_interpreter():
-    pytest.importorskip("triton", reason="Triton comes with torch for CUDA and ROCm only")
-    # The interpreter is chosen when Triton is imported, so by a process of its own.
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def same(found, expected):
+    rtol = 4 * torch.finfo(found.dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol * expected.abs().max().item())
 
 
-if __name__ == "__main__":
-    check("cpu")
+def test_products_of_many_shapes_and_layouts_in_one_buffer_and_sums_with_tensors_elsewhere(kernels):
+    # m, n, k, which nothing divides; whether a and b lie transposed
+    shapes = [(70, 49, 4, 0, 0), (64, 304, 16, 1, 0), (40, 128, 17, 0, 1), (1, 1, 1, 1, 1), (16, 16, 200, 0, 0)]
+    a, b, c = buffer(20_000), buffer(20_000), buffer(40_000)
+    products, expected, places, at = [], [], [], [0, 0, 0]
+    for scale, (m, n, k, a_turned, b_turned) in enumerate(shapes, start=1):
+        left, right = a[at[0] :][: m * k], b[at[1] :][: k * n]
+        left = left.view(k, m).T if a_turned else left.view(m, k)
+        right = right.view(n, k).T if b_turned else right.view(k, n)
+        a_m, a_k, b_k = (kernels.Walk(step) for step in (*left.stride(), right.stride(0)))
+        one = kernels.Product(
+            m, n, k, at[0], a_m, a_k, at[1], b_k, right.stride(1), at[2], kernels.Walk(n), 1, scale / 2
+        )
+        products.append(one)
+        expected.append(scale / 2 * left.double() @ right.double())
+        places.append((slice(at[2], at[2] + m * n), (m, n)))
+        at = [at[0] + m * k, at[1] + k * n, at[2] + m * n]
+
+    kernels.Products(products, TILE, c.device)(a, b, c)
+    for (place, shape), wanted in zip(places, expected, strict=True):
+        same(c[place].view(shape), wanted)
+
+    bases = [buffer(*shape).bfloat16() for _, shape in places]
+    c = torch.empty(40_000, device=DEVICE, dtype=torch.bfloat16)
+    kernels.Products(products, (64, 64, 32), c.device)(a, b, c, bases)
+    for (place, shape), wanted, base in zip(places, expected, bases, strict=True):
+        same(c[place].view(shape), wanted + base.double())
+
+
+def test_several_elements_are_moved_at_once_where_all_is_aligned_and_half_precision_is_that_of_the_operands(kernels):
+    a, b, c = buffer(2, 64, 32), buffer(2, 32, 128).half(), buffer(2, 64, 128)
+    short, long, one = kernels.Walk(32), kernels.Walk(128), kernels.Walk(1)
+    products = [
+        kernels.Product(64, 128, 32, i * 64 * 32, short, one, i * 32 * 128, long, 1, i * 64 * 128, long, 1)
+        for i in range(2)
+    ]
+    together = kernels.Products(products, (64, 64, 32), c.device)
+    assert [launch.pattern[-1] for launch, _ in together._groups] == [True]
+    together(a, b, c)
+    torch.testing.assert_close(c.double(), a.half().double() @ b.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_rows_and_depth_may_be_pairs_of_indices_as_in_a_convolutions_weight(kernels):
+    rank, wide, small, inside = 5, 33, 9, 3
+    core, factor, columns = buffer(rank, inside, small), buffer(wide, inside), buffer(rank, wide, small)
+    of_core = kernels.Walk(inside * small, 1, small)  # a rank and a small position
+    of_columns = kernels.Walk(wide * small, 1, small)
+    one, step = kernels.Walk(1), kernels.Walk(small)
+    there = kernels.Product(rank * small, wide, inside, 0, of_core, step, 0, one, inside, 0, of_columns, small)
+    kernels.Products([there], TILE, columns.device)(core, factor, columns)
+    same(columns, torch.einsum("ris,wi->rws", core.double(), factor.double()))
+
+    back = torch.empty_like(factor)
+    again = kernels.Product(
+        wide, inside, rank * small, 0, step, of_columns, 0, of_core, small, 0, kernels.Walk(inside), 1
+    )
+    kernels.Products([again], TILE, back.device)(columns, core, back)
+    same(back, torch.einsum("rws,ris->wi", columns.double(), core.double()))

@@ -1,0 +1,256 @@
+"""Layers whose weights are built together, and the order in which their adapters lie in one flat buffer."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from flora.adapters.layer import FloraLayer, compute_dtype
+from flora.adapters.tucker import factor_modes, to_tensor
+from flora.adapters.weights import AdaptedWeight
+
+_SMALL = 1024  # most positions of the small modes: their Kronecker product is built
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Layers whose weights have one shape, one set of ranks and one scale, and are built together.
+
+    The weight of a layer is seen as rows (its first mode in memory), a wide mode (the larger of the second and the
+    last) and small modes (kernel positions).
+
+    Attributes:
+        layers: n layers, each with one adapted weight called ``weight``.
+        adapter: the active adapter of all of them.
+        described: their weight.
+        ranks: its rank per mode.
+        scale: factor of the update.
+        dtype: of the weights that are built.
+        modes: modes that carry a factor, in the order in which the weights lie in memory.
+        dense: whether the base weights lie in memory without gaps.
+    """
+
+    layers: tuple[FloraLayer, ...]
+    adapter: str
+    described: AdaptedWeight
+    ranks: tuple[int, ...]
+    scale: float
+    dtype: torch.dtype
+    modes: tuple[int, ...]
+    dense: bool
+
+    @cached_property
+    def wide(self) -> int | None:
+        """The wide mode; None for a weight of one mode."""
+        ends = {self.modes[1], self.modes[-1]} if len(self.modes) > 1 else {}
+        return max(sorted(ends), key=lambda mode: self.described.shape[mode], default=None)
+
+    @cached_property
+    def small(self) -> tuple[int, ...]:
+        """The small modes."""
+        return tuple(mode for mode in self.modes[1:] if mode != self.wide)
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """All modes in memory order, those without a factor last."""
+        return (*self.modes, *(mode for mode in range(len(self.ranks)) if mode not in self.modes))
+
+    @cached_property
+    def outer(self) -> tuple[int, ...]:
+        """The rows and, if there is one, the wide mode."""
+        return self.modes[:1] if self.wide is None else (self.modes[0], self.wide)
+
+    @cached_property
+    def core_order(self) -> tuple[int, ...]:
+        """All modes as the contractions take the core: outer, small, and those without a factor."""
+        named = (*self.outer, *self.small)
+        return (*named, *(mode for mode in range(len(self.ranks)) if mode not in named))
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether memory order is that of the stored weight."""
+        return list(self.modes) == sorted(self.modes)
+
+    @cached_property
+    def family(self) -> tuple[Any, ...]:
+        """What stacks share whose cores are contracted with the factors of their small modes together."""
+        sizes = tuple(self.described.shape[mode] for mode in self.small)
+        return sizes, self.ranks, self.modes[0], self.wide, self.small, self.scale
+
+    def sizes(self, modes: Iterable[int]) -> list[int]:
+        """Sizes of some modes."""
+        return [self.described.shape[mode] for mode in modes]
+
+    def unstack(self, weights: Tensor) -> Sequence[Tensor]:
+        """The weights of the layers, in their stored shape, as views of [n, d...] in memory order."""
+        if self.in_order:
+            return weights.view(-1, *self.described.weight_shape).unbind(0)
+        places = (1 + self.order.index(mode) for mode in range(len(self.order)))
+        return weights.view(-1, *self.sizes(self.order)).permute(0, *places).unbind(0)
+
+
+class Block(NamedTuple):
+    """Same-shaped parameters that lie one after the other in a plan's flat buffer: a core, or factors of one mode."""
+
+    stacks: tuple[Stack, ...]
+    mode: int | None
+    shape: tuple[int, ...]
+
+    def held(self) -> list[tuple[dict[str, Any], str]]:
+        """Where the parameters are found, layer by layer."""
+        layers = [(layer, stack.adapter) for stack in self.stacks for layer in stack.layers]
+        if self.mode is None:
+            return [(layer.tucker_core[adapter]._parameters, "weight") for layer, adapter in layers]
+        return [(layer.tucker_factors[adapter]._parameters, f"weight_{self.mode}") for layer, adapter in layers]
+
+
+class Plan:
+    """Stacks on one device whose adapters have one dtype, and the order of their parameters in a flat buffer.
+
+    Attributes:
+        families: stacks whose cores are contracted with the factors of their small modes together.
+        stacks: all of them, family by family.
+        blocks: same-shaped parameters, in the order of the flat buffer.
+        index: of the block of a stack's core (mode None) or factor; what a family shares is that of its first stack.
+        columns: per stack, the size of what its rows are multiplied with.
+    """
+
+    def __init__(self, stacks: Sequence[Stack]) -> None:
+        families: dict[tuple[Any, ...], list[Stack]] = {}
+        for stack in stacks:
+            families.setdefault(stack.family, []).append(stack)
+        self.families = [tuple(members) for members in families.values()]
+        self.stacks = [stack for members in self.families for stack in members]
+        self.blocks: list[Block] = []
+        for members in self.families:
+            one = members[0]
+            self.blocks.append(Block(members, None, one.ranks))
+            for mode in one.small:
+                self.blocks.append(Block(members, mode, (one.described.shape[mode], one.ranks[mode])))
+        for stack in self.stacks:
+            for mode in stack.outer:
+                self.blocks.append(Block((stack,), mode, (stack.described.shape[mode], stack.ranks[mode])))
+        self.blocks.sort(key=lambda block: math.prod(block.shape) % 16 > 0)  # what follows an odd size is not aligned
+        self._held = [place for block in self.blocks for place in block.held()]
+        counts = [sum(len(stack.layers) for stack in block.stacks) for block in self.blocks]
+        self._views = [(count, *block.shape) for count, block in zip(counts, self.blocks, strict=True)]
+        self._sizes = [math.prod(view) for view in self._views]
+        self.columns = [len(s.layers) * s.ranks[s.modes[0]] * math.prod(s.sizes(s.modes[1:])) for s in self.stacks]
+        self.index = {(block.stacks[0], block.mode): i for i, block in enumerate(self.blocks)}
+
+    def parameters(self) -> list[Tensor]:
+        """What the adapters hold today, in the order of the blocks."""
+        return [held[key] for held, key in self._held]
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """The blocks of a flat buffer: cores as [n, r...], factors as [n, d, r]."""
+        return [part.view(view) for part, view in zip(flat.split_with_sizes(self._sizes), self._views, strict=True)]
+
+    def small_products(self, blocks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """Per family, cores as [n, r_1 * r_wide, r_small], Kronecker products of small factors [n, small, r_small]."""
+        found = []
+        for members in self.families:
+            one, core = members[0], blocks[self.index[members[0], None]]
+            core = core.permute(0, *(1 + mode for mode in one.core_order))
+            small = math.prod(one.ranks[mode] for mode in one.small)
+            core = core.reshape(len(core), -1, small)
+            kronecker = None
+            for mode in one.small:
+                factor = blocks[self.index[one, mode]]
+                if kronecker is None:
+                    kronecker = factor
+                else:
+                    product = kronecker[:, :, None, :, None] * factor[:, None, :, None, :]
+                    kronecker = product.flatten(3).flatten(1, 2)
+            found.append((core, kronecker))
+        return found
+
+    def build(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The weights of the layers, stack by stack, in the dtype that they compute in; differentiable."""
+        raise NotImplementedError
+
+    def cores_back(self, one: Stack, gradient: Tensor) -> Tensor:
+        """The inverse of the rearrangement of cores in ``small_products``."""
+        seen = gradient.reshape(len(gradient), *(one.ranks[mode] for mode in one.core_order))
+        return seen.permute(0, *(1 + one.core_order.index(mode) for mode in range(len(one.ranks))))
+
+    def factors_back(self, members: tuple[Stack, ...], blocks: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+        """Gradients of the small factors from that of their Kronecker product."""
+        one = members[0]
+        factors = [blocks[self.index[one, mode]] for mode in one.small]
+        if len(factors) == 1:
+            return [gradient]
+        seen = gradient.view(len(gradient), *one.sizes(one.small), *(one.ranks[mode] for mode in one.small))
+        letters = "abcde"[: len(factors)], "vwxyz"[: len(factors)]
+        found = []
+        for i in range(len(factors)):
+            others = [f"n{d}{r}" for k, (d, r) in enumerate(zip(*letters, strict=True)) if k != i]
+            equation = ",".join([f"n{letters[0]}{letters[1]}", *others])
+            rest = [factor for k, factor in enumerate(factors) if k != i]
+            found.append(torch.einsum(f"{equation}->n{letters[0][i]}{letters[1][i]}", seen, *rest))
+        return found
+
+    def differentiable_gradients(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Gradients of the parameters from those of the weights, recorded so that they can be differentiated again."""
+        blocks = self.split(torch._C._nn.flatten_dense_tensors(list(parameters)))
+        built: list[Tensor] = []
+        for members in self.families:
+            start = 0
+            for stack in members:
+                n, one = len(stack.layers), members[0]
+                core = blocks[self.index[one, None]][start : start + n].permute(0, *(1 + mode for mode in stack.order))
+                factors: list[Tensor] = []
+                for mode in stack.modes:
+                    shared = mode in stack.small
+                    block = blocks[self.index[one if shared else stack, mode]]
+                    factors.append(block[start : start + n] if shared else block)
+                core = core.reshape(n, *(stack.ranks[mode] for mode in stack.modes))
+                updates = stack.unstack((to_tensor(core, factors) * stack.scale).contiguous())
+                bases = (layer.base_weight("weight") for layer in stack.layers)
+                built += [(base + update).to(stack.dtype) for base, update in zip(bases, updates, strict=True)]
+                start += n
+        return torch.autograd.grad(built, list(parameters), list(gradients), create_graph=True)
+
+
+def stacks(layers: Sequence[FloraLayer]) -> list[Stack]:
+    """Which of the layers are built together, as they stand now; some may be in no stack."""
+    found: dict[tuple[Any, ...], list[FloraLayer]] = {}
+    for layer in layers:
+        adapters = layer._present(layer.active_adapters)
+        if layer.disable_adapters or layer.merged or len(adapters) != 1 or adapters[0] in layer.tucker_magnitude:
+            continue
+        (adapter,) = adapters
+        described, ranks = layer.weights[adapter]["weight"], layer.effective_ranks[adapter]["weight"]
+        weight = layer.base_layer._parameters.get("weight")
+        if weight is None or not _at_hand(weight, described) or layer.adds(adapters):
+            continue
+        modes = factor_modes(described.shape, ranks)
+        if not modes:
+            continue
+        channels_last = _channels_last(weight) and not described.folded
+        if channels_last:
+            modes = (*(m for m in modes if m != 1), *(m for m in modes if m == 1))
+        dense = channels_last or weight.is_contiguous()
+        key = (adapter, described, ranks, layer.scaling[adapter], compute_dtype(weight), modes, dense)
+        core = layer.core(adapter)
+        found.setdefault((*key, weight.device, core.device, core.dtype), []).append(layer)
+    made = [Stack(tuple(members), *key[:-3]) for key, members in found.items()]
+    return [stack for stack in made if math.prod(stack.sizes(stack.small)) <= _SMALL]
+
+
+def _at_hand(weight: Tensor, described: AdaptedWeight) -> bool:
+    """Whether the weight is frozen and here as a whole: not sharded, partitioned, quantised, or on the meta device."""
+    whole = weight.shape == described.weight_shape and not isinstance(weight, DTensor) and not weight.is_meta
+    return whole and weight.is_floating_point() and not weight.requires_grad
+
+
+def _channels_last(weight: Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if weight.dim() not in formats or weight.is_contiguous():
+        return False
+    return weight.is_contiguous(memory_format=formats[weight.dim()])
