@@ -159,7 +159,7 @@ def _small(stack: Stack) -> int:
 
 def _odd(stack: Stack) -> bool:
     (rows, _), _, (rank, rest) = _factors(stack)
-    return bool(rank * rest % 16 or rows * rest % 16)
+    return bool(rank * rest % 8 or rows * rest % 8)
 
 
 def _tile(step: str, products: Sequence[Product]) -> tuple[int, int, int]:

@@ -89,11 +89,12 @@ def _products(
     b_n, c_n = tl.load(row + 16).to(tl.int32), tl.load(row + 17).to(tl.int32)
     base_start = tl.load(bases + number) if adds else c_start
     if aligned:  # so that several elements are moved at once
-        a_start, b_start = tl.multiple_of(a_start, 16), tl.multiple_of(b_start, 16)
-        c_start, base_start = tl.multiple_of(c_start, 16), tl.multiple_of(base_start, 16)
-        am_outer, cm_outer = tl.multiple_of(am_outer, 16), tl.multiple_of(cm_outer, 16)
-        ak_outer, bk_outer = tl.multiple_of(ak_outer, 16), tl.multiple_of(bk_outer, 16)
-        b_n, c_n = tl.multiple_of(b_n, 16), tl.multiple_of(c_n, 16)
+        m, n, k = tl.multiple_of(m, 8), tl.multiple_of(n, 8), tl.multiple_of(k, 8)
+        a_start, b_start = tl.multiple_of(a_start, 8), tl.multiple_of(b_start, 8)
+        c_start, base_start = tl.multiple_of(c_start, 8), tl.multiple_of(base_start, 8)
+        am_outer, cm_outer = tl.multiple_of(am_outer, 8), tl.multiple_of(cm_outer, 8)
+        ak_outer, bk_outer = tl.multiple_of(ak_outer, 8), tl.multiple_of(bk_outer, 8)
+        b_n, c_n = tl.multiple_of(b_n, 8), tl.multiple_of(c_n, 8)
     i = tl.load(tile + 1) * tile_m + tl.arange(0, tile_m)
     j = tl.load(tile + 2) * tile_n + tl.arange(0, tile_n)
     a_rows = _offset(i, am_outer, am_inner, m_split, m_splits, am_unit)[:, None]
@@ -165,7 +166,7 @@ class Products:
                 base, first = bases[members[0]], bases[members[0]].data_ptr()
                 # One pointer and offsets from it reach tensors of separate allocations.
                 offsets = tuple((bases[i].data_ptr() - first) // base.element_size() for i in members)
-                starts, aligned = _on(c.device, offsets), aligned and not any(offset % 16 for offset in offsets)
+                starts, aligned = _on(c.device, offsets), aligned and not any(offset % 8 for offset in offsets)
             _products[len(launch.tiles),](
                 a, b, c, base, starts, launch.table, launch.scales, launch.tiles, *launch.tile, *launch.pattern[:-1],
                 aligned, bases is not None, operand,
@@ -173,10 +174,10 @@ class Products:
 
 
 def _pattern(numbers: tuple[int, ...]) -> tuple[bool, ...]:
-    """What the kernel is compiled for: whether m and k split, which strides are 1, whether all else divides by 16."""
+    """What the kernel is compiled for: whether m and k split, which strides are 1, whether all else divides by 8."""
     outer = numbers[8], numbers[10], numbers[12], numbers[14], numbers[16], numbers[17]
     m_splits, k_splits = numbers[6] > 1, numbers[7] > 1
-    even = all(start % 16 == 0 for start in numbers[3:6]) and all(s == 1 or s % 16 == 0 for s in outer)
+    even = not any(number % 8 for number in numbers[:6]) and all(s == 1 or s % 8 == 0 for s in outer)
     return m_splits, k_splits, *(stride == 1 for stride in outer), even and not m_splits and not k_splits
 
 

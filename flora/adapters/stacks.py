@@ -135,7 +135,7 @@ class Plan:
         for stack in self.stacks:
             for mode in stack.outer:
                 self.blocks.append(Block((stack,), mode, (stack.described.shape[mode], stack.ranks[mode])))
-        self.blocks.sort(key=lambda block: math.prod(block.shape) % 16 > 0)  # what follows an odd size is not aligned
+        self.blocks.sort(key=lambda block: math.prod(block.shape) % 8 > 0)  # what follows an odd size is not aligned
         self._held = [place for block in self.blocks for place in block.held()]
         counts = [sum(len(stack.layers) for stack in block.stacks) for block in self.blocks]
         self._views = [(count, *block.shape) for count, block in zip(counts, self.blocks, strict=True)]
