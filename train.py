@@ -1,7 +1,6 @@
 """Fine-tune a pretrained model with FLoRA or a rival, and leave one record. `python train.py --help` shows how."""
 
 import contextlib
-import dataclasses
 import os
 import shutil
 import sys
@@ -14,11 +13,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hydra
 from omegaconf import DictConfig
 
+from flora import ranks
 from flora.config import METHOD_VERSION, check_shape, instantiate, main, quietly, run_id, semantic_config
-from flora.errors import CheckpointError, ConfigError, DataError, WeightsError, WorkerLost
+from flora.errors import CheckpointError, ConfigError, DataError, ProcessLost, WeightsError, WorkerLost
 from flora.results import Record, Store
 from flora.results.record import command, device_name, now
-from flora.training import Experiment
+from flora.training import Experiment, NoLogger
 from flora.training.checkpoint import check_same_model, complete, digest, saved_facts, saved_run
 from flora.training.experiment import CHECKPOINTS, data_workers
 from flora.training.loggers import about
@@ -27,29 +27,27 @@ from flora.training.loggers import about
 def run(cfg: DictConfig) -> Path:
     """Run what the config says, unless a finished record of the same run exists; returns the record's path."""
     check_shape(cfg)
-    if cfg.mode not in ("train", "eval"):
-        raise ConfigError(f"mode must be train or eval, got {cfg.mode!r}")
-    if not isinstance(cfg.seed, int) or cfg.seed < 0:
-        raise ConfigError(f"seed must be a whole number from 0, got {cfg.seed!r}")
     checkpoint = saved_run(cfg.checkpoint) if cfg.mode == "eval" else None
     task = instantiate(cfg.task)
     cfg.task.dataset = task.dataset  # an alias and the name it stands for are one run
+    ranks.start(cfg.trainer.get("device") == "cpu")
     identity = run_id(cfg, digest(checkpoint) if checkpoint else None)
     paths = instantiate(cfg.paths)
     store = Store(paths.results)
-    if done := store.settled(identity, cfg.retry, cfg.force):
+    if done := ranks.once(lambda: store.settled(identity, cfg.retry, cfg.force)):
         return found(store, done, Path(paths.output) / identity)
-    folder = paths.prepare(identity)
-    with store.lock(identity) as lock:
-        if done := store.settled(identity, cfg.retry, cfg.force):  # by another process, since we looked
+    folder = ranks.once(lambda: paths.prepare(identity))
+    with store.lock(identity) if ranks.first() else contextlib.nullcontext() as lock:
+        if done := ranks.once(lambda: store.settled(identity, cfg.retry, cfg.force)):  # by another, since we looked
             return found(store, done, folder)
-        if cfg.force:
+        if cfg.force and ranks.first():
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         record = execute(cfg, identity, task, checkpoint, folder, store)
-        lock.check()
-        path = store.write(record)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        return path
+        if lock is not None:
+            lock.check()
+            store.write(record)
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        return store.path(identity)
 
 
 def found(store: Store, done: dict[str, Any], folder: Path) -> Path:
@@ -64,6 +62,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
     """Train or evaluate; returns the finished record, or writes one of the failure."""
     model, method = instantiate(cfg.model), instantiate(cfg.adapter)
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
+    logger = logger if ranks.first() else NoLogger()
     label = f"{task.name}/{task.dataset} {model.name} {method.name} seed {cfg.seed}"
     say(f"{label}: run {identity}")
     splits = task.load_for(model, Path(cfg.paths.data))
@@ -91,7 +90,8 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
         deterministic=settings.deterministic,
     )
     try:
-        with logger.run(about(record, label, cfg.table, cfg.cell, cfg.force), folder) as experiment.log, data_workers():
+        log = logger.run(about(record, label, cfg.table, cfg.cell, cfg.force), folder)
+        with ranks.together(), log as experiment.log, data_workers():
             if checkpoint is not None:
                 check_same_model(checkpoint, model.name)
                 outcome = experiment.evaluate(checkpoint)
@@ -99,18 +99,19 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
             else:
                 outcome = experiment.train()
             experiment.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
-        record = complete(record, experiment, outcome)
+            record = complete(record, experiment, outcome)
     except (ConfigError, WeightsError):
         raise  # bad input: nothing was run that a record should keep
-    except (KeyboardInterrupt, CheckpointError, DataError, WorkerLost, OSError) as error:
+    except (KeyboardInterrupt, CheckpointError, DataError, ProcessLost, WorkerLost, OSError) as error:
         with contextlib.suppress(OSError):  # the same command goes on from the last checkpoint
-            store.write(dataclasses.replace(record, status="interrupted", error=repr(error), finished=now()))
+            store.end(record, "interrupted", error)
         raise
     except Exception as error:
-        path = store.write(dataclasses.replace(record, status="failed", error=repr(error), finished=now()))
-        say(f"failed: {error} (record: {path})")
+        if path := store.end(record, "failed", error):
+            say(f"failed: {error} (record: {path})")
         raise
-    say(f"{label}: test {record.metric} {record.value:.4f} ({record.trainable_params:,} trainable parameters)")
+    if ranks.first():
+        say(f"{label}: test {record.metric} {record.value:.4f} ({record.trainable_params:,} trainable parameters)")
     return record
 
 

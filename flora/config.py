@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flora import preemption, sweep
+from flora import preemption, ranks, sweep
 from flora.errors import ConfigError, FloraError, Interrupted
 from flora.results.secrets import without_secrets
 
@@ -34,7 +34,7 @@ _GROUPS = ("task", "model", "adapter", "trainer", "protocol", "logger", "paths",
 _NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
     "trainer": (
         *("num_workers", "device", "log_every", "cuda_graph", "compile", "cache_on_device"),
-        *("resume", "checkpoint_every"),
+        *("resume", "checkpoint_every", "distributed"),
     ),
     "adapter": ("lr", "head_lr", "explain"),  # the first two are only defaults of trainer.lr and trainer.head_lr
 }
@@ -48,12 +48,17 @@ def check_shape(cfg: DictConfig) -> None:
     """Refuse what no setting of a run may be, before anything reads it.
 
     Raises:
-        ConfigError: a group that is no mapping or is missing, a number that is not finite, a text with a null byte.
+        ConfigError: a group that is no mapping or is missing, a number that is not finite, a text with a null byte, an
+            unknown mode, a seed that is none.
     """
     for group in _GROUPS:
         if not isinstance(cfg.get(group), DictConfig):
             raise ConfigError(f"{group} must be a group of settings, got {cfg.get(group)!r}")
     _check_values(OmegaConf.to_container(cfg, resolve=True), "")
+    if cfg.mode not in ("train", "eval"):
+        raise ConfigError(f"mode must be train or eval, got {cfg.mode!r}")
+    if not isinstance(cfg.seed, int) or cfg.seed < 0:
+        raise ConfigError(f"seed must be a whole number from 0, got {cfg.seed!r}")
 
 
 def _check_values(node: Any, name: str) -> None:
@@ -180,7 +185,10 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
     one place decides what the user sees.
     """
     preemption.install()
+    ranks.hush()
     try:
+        if ranks.launched() and {"-m", "--multirun"} & set(sys.argv):
+            raise ConfigError("a sweep cannot be shared out by torchrun: start it once for each run")
         try:
             entry()
         except Exception as error:
@@ -194,22 +202,29 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
             raise _kept.pop()
         if code := sweep.summary():
             sys.exit(code)
+        ranks.finish()
     except KeyboardInterrupt as end:
         sweep.summary()
         if isinstance(end, preemption.Preempted):
-            print(f"interrupted: {end}; start the same command again to go on", file=sys.stderr)
+            _tell(f"interrupted: {end}; start the same command again to go on")
             sys.exit(end.exit_code)
         sys.exit(130)
     except (FloraError, HydraException, OmegaConfBaseException) as error:
-        if trace():
-            traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        _tell(f"error: {one_line(error)}", trace())
         sys.exit(error.exit_code if isinstance(error, FloraError) else 2)
     except OSError as error:
-        if trace():
-            traceback.print_exc()
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        _tell(f"error: {error.filename or ''}: {error.strerror or error}", trace())
         sys.exit(2 if error.filename else 1)
+    except Exception:
+        ranks.tells()  # Python prints the trace, where it is heard
+        raise
+
+
+def _tell(line: str, trace: bool = False) -> None:
+    if ranks.tells():
+        if trace:
+            traceback.print_exc()
+        print(line, file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:

@@ -57,6 +57,12 @@ class WorkerLost(FloraError):
     exit_code = 1
 
 
+class ProcessLost(FloraError):
+    """Another of the processes that do this run together has ended; the run can be resumed."""
+
+    exit_code = 1
+
+
 class AlreadyRunning(FloraError):
     """Another process is doing this run; a sweep goes on to its next cell."""
 

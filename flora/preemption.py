@@ -68,9 +68,9 @@ def wanted() -> bool:
     return _wanted
 
 
-def check() -> None:
-    """Raise Preempted if a signal has come."""
-    if _wanted:
+def check(elsewhere: bool = False) -> None:
+    """Raise Preempted if a signal has come, here or to another process of the run."""
+    if _wanted or elsewhere:
         raise Preempted("the scheduler asked for the machine")
 
 

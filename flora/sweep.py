@@ -12,7 +12,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from flora import preemption
+from flora import preemption, ranks
 from flora.errors import AlreadyRunning, Interrupted, WorkerLost
 from flora.files import write_json
 from flora.results.secrets import without_secrets
@@ -37,7 +37,7 @@ class Outcomes(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Write what became of a job of a sweep."""
-        if config.hydra.mode is None or config.hydra.mode.name != "MULTIRUN":
+        if config.hydra.mode is None or config.hydra.mode.name != "MULTIRUN" or not ranks.first():
             return
         outcome, message = "finished", ""
         if job_return.status != JobStatus.COMPLETED:

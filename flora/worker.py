@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from flora import config, preemption
+from flora import config, preemption, ranks
 from flora.results.experiments import ROOT, composed
 from flora.sweep import visible_gpus
 
@@ -38,7 +38,8 @@ class Worker:
 
     def __init__(self, gpu: str | None, folder: Path) -> None:
         places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+        inherited = {name: value for name, value in os.environ.items() if name not in ranks.ENVIRONMENT}
+        self.environment = {**inherited, "PYTHONPATH": os.pathsep.join(places)}
         if gpu is not None:
             self.environment["CUDA_VISIBLE_DEVICES"] = gpu
         handle, name = tempfile.mkstemp(dir=folder, suffix=".log")

@@ -39,9 +39,9 @@ class Record:
         examples_per_second: training throughput of the reported run.
         gpu_busy_share: share of the training time in which the GPU ran kernels, of any process, as NVML says;
             None on a CPU or where NVML says nothing.
-        execution: how the steps were run: captured as CUDA graphs, compiled, with the data kept on the GPU, and from
-            which steps the reported fit was resumed.
-        peak_memory_bytes: peak while training (GPU allocator, or resident memory on a CPU).
+        execution: how the steps were run: captured as CUDA graphs, compiled, with the data kept on the GPU, from which
+            steps the reported fit was resumed, and by how many processes, in which way.
+        peak_memory_bytes: peak while training (GPU allocator, or resident memory on a CPU), of the first process.
         data: facts of the splits: sources, counts, checksums.
         weights: facts of the pretrained weights: source and sha256.
         lock: sha256 of requirements.lock, where the source has one.

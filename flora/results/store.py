@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flora import ranks
 from flora.errors import FailedBefore
 from flora.results.lock import HEARTBEAT, STALE_AFTER, Lock, Owner, owners
-from flora.results.record import SCHEMA_VERSION, STATUSES, Record
+from flora.results.record import SCHEMA_VERSION, STATUSES, Record, now
 
 _REQUIRED = ("schema_version", "run_id", "status", "task", "dataset", "model", "adapter", "seed")
 _HEAVY = ("history", "analysis", "ranks", "config", "data")  # left out of summaries: most of a record's bytes
@@ -111,6 +112,12 @@ class Store:
         if record.status == "finished" or self.finished(record.run_id) is None:
             record.write(path)
         return path
+
+    def end(self, record: Record, status: str, error: BaseException) -> Path | None:
+        """Write the record of a run that has ended early; None where another of its processes does."""
+        if not ranks.tells():
+            return None
+        return self.write(replace(record, status=status, error=repr(error), finished=now()))
 
     def read_all(self) -> Contents:
         """Everything in the folder; files that have not changed since the last look come from a parquet cache."""

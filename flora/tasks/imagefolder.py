@@ -82,6 +82,11 @@ class LazyImages(Dataset[Batch]):
         """Class indices ``[N]``."""
         return self.catalogue.labels[self.rows]
 
+    @property
+    def unreadable(self) -> Tensor:
+        """Of all images of the catalogue, which were met and could not be decoded."""
+        return self.catalogue.unreadable
+
     def begin_epoch(self, seed: int, epoch: int) -> None:
         """Say what the random numbers of a transform depend on, beside the image."""
         self.moment = (seed, epoch)

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flora import ranks
 from flora.errors import ConfigError
 from flora.files import whole_folder, write_json
 from flora.results import Record
 from flora.results.record import now
 from flora.training.experiment import Experiment, Outcome
 from flora.training.model_card import write_card
+from flora.training.sharding import gathered
 
 
 def saved_run(checkpoint: str | None) -> Path:
@@ -27,9 +29,16 @@ def saved_run(checkpoint: str | None) -> Path:
 def complete(record: Record, experiment: Experiment, outcome: Outcome) -> Record:
     """The finished record of a run; what it trained is saved, with what ``saved_facts`` reads and a model card.
 
+    All processes must ask; the first one gets it and saves, the others keep the record as it was.
+
     Raises:
         CheckpointError: the adapter cannot be written; then nothing of it is.
     """
+    with gathered(outcome.adapted.model):
+        return _complete(record, experiment, outcome) if ranks.first() else record
+
+
+def _complete(record: Record, experiment: Experiment, outcome: Outcome) -> Record:
     record = dataclasses.replace(record)
     for name, count in experiment.counts(outcome.adapted).items():
         setattr(record, name, count)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from flora.training.sharding import like, local, whole
+
 
 class Ema(TrainerCallback):
     """Averages over optimiser steps: ``average = decay * average + (1 - decay) * weight``.
@@ -32,7 +34,8 @@ class Ema(TrainerCallback):
         """Take the step's weights in."""
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         with torch.no_grad():
-            torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
+            averages, weights = ([local(one.detach()) for one in ones] for ones in (self.averages, self.parameters))
+            torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Keep the averages."""
@@ -41,12 +44,13 @@ class Ema(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"averages": self.averages}
+        return {"averages": [whole(average) for average in self.averages]}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """From a checkpoint."""
         with torch.no_grad():
-            torch._foreach_copy_(self.averages, saved["averages"])
+            for average, before in zip(self.averages, saved["averages"], strict=True):
+                average.copy_(like(before, average))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from torch.utils.data import Dataset
 
-from flora import preemption
+from flora import preemption, ranks
 from flora.adapters.heads import trained
 from flora.adapters.methods import Adapted, effective_ranks, load
 from flora.errors import ConfigError, TrainingDiverged, WorkerLost
@@ -165,6 +165,8 @@ class Experiment:
         if log is not None:
             trainer.add_callback(log)
         if self.analysis is not None:
+            if self.settings.distributed == "fsdp":
+                raise ConfigError("analysis.every_n_steps looks at whole weights: leave it null with trainer=fsdp")
             trainer.add_callback(DeltaNorms(trainer, self.model.classifier, **self.analysis))
         keeper = Keeper(trainer, self.progress, label)
         trainer.add_callback(keeper)
@@ -175,9 +177,10 @@ class Experiment:
                 good = self.progress.newest
                 raise TrainingDiverged(f"{error} (last good checkpoint: {good})" if good else str(error)) from error
             self.progress.done[label] = finished(trainer, reported)
-            if trainer.is_world_process_zero() and (preemption.wanted() or self.progress.due()):
+            stop, due = ranks.anywhere(preemption.wanted(), ranks.first() and self.progress.due())
+            if stop or due:
                 self.progress.write(None, facts(trainer.state))
-            preemption.check()
+            preemption.check(stop)
         return adapted, trainer
 
     def _base(self) -> nn.Module:
@@ -220,7 +223,11 @@ class Experiment:
 
     def _test(self, trainer: Trainer) -> dict[str, float]:
         found = self._test_on(trainer, self.splits.test)
-        self.task.report(trainer.metric, self.splits, self.folder)
+        for split in (self.splits.train, self.splits.validation, self.splits.test):
+            if (unreadable := getattr(split, "unreadable", None)) is not None:
+                ranks.unite(unreadable)
+        if ranks.first():
+            self.task.report(trainer.metric, self.splits, self.folder)
         for name, more in self.splits.further_tests.items():
             found |= {f"{name}_{metric}": value for metric, value in self._test_on(trainer, more).items()}
         return found

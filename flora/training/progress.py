@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
+from flora import ranks
 from flora.errors import CheckpointError
 
 KEPT = 2  # checkpoints: the newest, and one to fall back on
@@ -176,7 +177,8 @@ class Progress:
         self._began = self._last = time.monotonic()
         self._cost = 0.0
         if not self.resume:
-            self.checkpoints.remove()
+            if ranks.first():
+                self.checkpoints.remove()
         elif (found := self.checkpoints.newest()) is not None:
             self.newest, state = found
             self._began -= state["seconds"]
@@ -202,15 +204,17 @@ class Progress:
             return step is None or step % self.every == 0
         return time.monotonic() - self._last >= max(SECONDS, self._cost / SHARE)
 
-    def write(self, fit: dict[str, Any] | None, trainer_state: str) -> Path:
-        """Write a checkpoint of all that is done, and of the fit that the run is in."""
+    def write(self, fit: dict[str, Any] | None, trainer_state: str) -> Path | None:
+        """Write a checkpoint of all that is done, and of the fit that the run is in; all processes must ask."""
         started = time.monotonic()
         done = {
             label: (json.dumps(one.state), one.meters, None if one.weights is None else one.weights())
             for label, one in self.done.items()
         }
         state = {"seconds": self.seconds, "notes": self.notes, "done": done, "fit": fit}
-        self.newest, self.unfinished = self.checkpoints.write(state, trainer_state), None
+        if ranks.first():
+            self.newest = self.checkpoints.write(state, trainer_state)
+        self.unfinished = None
         self._last = time.monotonic()
         self._cost = self._last - started
         return self.newest

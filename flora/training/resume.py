@@ -14,14 +14,18 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from flora import preemption
+from flora import preemption, ranks
 from flora.errors import ConfigError, TrainingDiverged
 from flora.training.progress import Fit, Progress
+from flora.training.sharding import like, local, reshard, whole
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies, on the CPU, of what training changes: trained parameters and the buffers of the state dict."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _changing(model).items()}
+    """Copies, on the CPU, of what training changes: trained parameters and the buffers of the state dict.
+
+    Of a model in shards they are whole; all processes must ask.
+    """
+    return {name: whole(tensor.detach()).to("cpu", copy=True) for name, tensor in _changing(model).items()}
 
 
 def load_weights(model: nn.Module, saved: dict[str, Tensor]) -> None:
@@ -29,12 +33,27 @@ def load_weights(model: nn.Module, saved: dict[str, Tensor]) -> None:
     try:
         with torch.no_grad():
             for name, tensor in _changing(model).items():
-                tensor.copy_(saved[name])
+                tensor.copy_(like(saved[name], tensor))
     except (KeyError, RuntimeError) as error:
         raise ConfigError(f"the checkpoint is of another model ({error}): trainer.resume=false starts over") from error
 
 
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state dict, whole where parameters are in shards; all processes must ask."""
+    state = optimizer.state_dict()
+    found = {i: {name: whole(value) for name, value in one.items()} for i, one in state["state"].items()}
+    return state | {"state": found}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Put back what ``optimizer_state`` gave."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = {i: {name: like(value, parameters[i]) for name, value in one.items()} for i, one in saved["state"].items()}
+    optimizer.load_state_dict(saved | {"state": found})
+
+
 def _changing(model: nn.Module) -> dict[str, Tensor]:
+    reshard(model)
     kept = model.state_dict().keys()
     found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return found | {name: buffer for name, buffer in model.named_buffers() if name in kept}
@@ -47,18 +66,18 @@ def rng_state(cuda: bool) -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": numpy | {"state": numpy["state"] | {"key": torch.from_numpy(numpy["state"]["key"].astype(np.int64))}},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if cuda else [],
+        "cuda": torch.cuda.get_rng_state() if cuda else None,
     }
 
 
 def set_rng_state(saved: dict[str, Any], cuda: bool) -> None:
-    """Put back what ``rng_state`` gave; other devices than those of before keep their seed."""
+    """Put back what ``rng_state`` gave; a GPU that has taken over from a CPU keeps its seed."""
     random.setstate(saved["python"])
     state = saved["numpy"]["state"]
     np.random.set_state(saved["numpy"] | {"state": state | {"key": state["key"].numpy().astype(np.uint32)}})
     torch.set_rng_state(saved["torch"])
-    if cuda and len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(saved["cuda"])
+    if cuda and saved["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["cuda"])
 
 
 class KeepBest(TrainerCallback):
@@ -148,15 +167,16 @@ class Keeper(TrainerCallback):
 
     def _maybe_write(self, state: Any) -> None:
         new = state.global_step > (self.trainer.resumed_at or [0])[-1]
-        if state.is_world_process_zero and new and (preemption.wanted() or self.progress.due(state.global_step)):
+        stop, due = ranks.anywhere(preemption.wanted(), ranks.first() and self.progress.due(state.global_step))
+        if new and (stop or due):
             with self.trainer.meter.pause():
                 self._check_finite(state)
                 self.progress.write(self._state(), facts(state))
-        preemption.check()
+        preemption.check(stop)
 
     def _check_finite(self, state: Any) -> None:
-        sound = [torch.isfinite(p).all() for p in [self.trainer._tr_loss, *self.trainer.trained]]
-        if not all(bool(one) for one in sound):
+        sound = [torch.isfinite(local(p)).all() for p in [self.trainer._tr_loss, *self.trainer.trained]]
+        if any(ranks.anywhere(*(not bool(one) for one in sound))):
             raise TrainingDiverged(f"the loss or a weight was not finite at step {state.global_step}: lower trainer.lr")
 
     def _state(self) -> dict[str, Any]:
@@ -164,13 +184,13 @@ class Keeper(TrainerCallback):
         return {
             "label": self.label,
             "weights": weights(trainer.model),
-            "optimizer": trainer.optimizer.state_dict(),
+            "optimizer": optimizer_state(trainer.optimizer),
             "scheduler": trainer.lr_scheduler.state_dict(),
-            "rng": rng_state(trainer.on_gpu),
+            "rng": ranks.collected(rng_state(trainer.on_gpu)),
             "order": self._order,
             "callbacks": [callback.state_dict() for callback in self._stateful()],
             "loss": {
-                "since_log": trainer._tr_loss.item(),
+                "since_log": trainer.accelerator.reduce(trainer._tr_loss, "mean").item(),
                 "before": trainer._total_loss_scalar,
                 "last_logged": trainer._globalstep_last_logged,
             },

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import SchedulerType
 
+from flora import ranks
 from flora.errors import ConfigError
 
 _DTYPES = ("fp32", "bf16")
@@ -17,7 +18,8 @@ class TrainerSettings:
 
     Attributes:
         epochs: passes over the training split; ``max_steps`` (optimiser steps) wins when given.
-        batch_size: examples per optimiser step and process, split over ``gradient_accumulation`` forward passes.
+        batch_size: examples per optimiser step, split over ``gradient_accumulation`` forward passes and all processes.
+        eval_batch_size: examples per forward pass of an evaluation, in each process.
         lr, head_lr: peak learning rates of the adapter (or backbone) and of the head; null: the head takes ``lr``.
         warmup_ratio: share of the steps with rising learning rate; then ``schedule`` (a transformers scheduler name).
         warmup_steps: their number, wins over ``warmup_ratio`` when given.
@@ -27,6 +29,7 @@ class TrainerSettings:
         ema_decay: of the moving average of the trained weights that is evaluated and saved; 0: none.
         eval_steps: steps between two looks at validation; null: once an epoch.
         dtype: ``fp32``, or ``bf16`` for autocast over fp32 weights.
+        frozen_dtype: ``bf16`` keeps frozen weights in bf16, with ``dtype=bf16``; what is trained stays in fp32.
         device: ``auto`` (a GPU when there is one) or ``cpu``.
         max_eval_examples: at most so many validation and test examples, a fixed draw; null for all.
         deterministic: bit-equal repeats on the same machine, where torch has deterministic kernels.
@@ -34,6 +37,8 @@ class TrainerSettings:
         cuda_graph: replay the step as CUDA graphs, which pays where launches take longer than arithmetic; batches must
             be of one size. Equal to the eager step up to rounding.
         compile: train through torch.compile.
+        distributed: how several processes share the work: ``ddp`` (each has the whole model; null means this too) or
+            ``fsdp`` (each has a shard of every parameter).
         resume: ``auto`` goes on from a checkpoint of an interrupted run; false starts over.
         checkpoint_every: optimiser steps between two checkpoints; null: by the clock, at most one a minute and 2 % of
             the time.
@@ -55,6 +60,7 @@ class TrainerSettings:
     label_smoothing: float = 0.0
     drop_path: float = 0.0
     dtype: str = "fp32"
+    frozen_dtype: str | None = None
     device: str = "auto"
     max_eval_examples: int | None = None
     deterministic: bool = False
@@ -64,6 +70,7 @@ class TrainerSettings:
     eval_steps: int | None = None
     cuda_graph: bool = False
     compile: bool = False
+    distributed: str | None = None
     cache_on_device: str | bool = "auto"
     gradient_checkpointing: bool = False
     layer_decay: float = 0.0
@@ -107,6 +114,26 @@ class TrainerSettings:
             raise ConfigError(f"trainer.cache_on_device must be auto, true or false, got {self.cache_on_device!r}")
         if self.batch_size % self.gradient_accumulation:
             raise ConfigError("trainer.batch_size must be a multiple of trainer.gradient_accumulation")
+        if self.frozen_dtype not in (None, "bf16") or (self.frozen_dtype and self.dtype != "bf16"):
+            raise ConfigError(f"trainer.frozen_dtype must be null, or bf16 with dtype=bf16, got {self.frozen_dtype!r}")
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        if self.distributed not in (None, "ddp", "fsdp"):
+            raise ConfigError(f"trainer.distributed must be ddp, fsdp or null, got {self.distributed!r}")
+        if self.distributed and not ranks.launched():
+            raise ConfigError(
+                f"trainer.distributed={self.distributed} is for several processes: "
+                "start them with torchrun --nproc-per-node 2 train.py ..., or leave it null"
+            )
+        parts = self.gradient_accumulation * ranks.count()
+        if self.batch_size % parts:
+            raise ConfigError(
+                f"trainer.batch_size={self.batch_size} cannot be divided over {ranks.count()} processes and "
+                f"gradient_accumulation={self.gradient_accumulation}: make it a multiple of {parts}"
+            )
+        if self.cuda_graph and ranks.count() > 1:
+            raise ConfigError("trainer.cuda_graph is for one process: set it to false under torchrun")
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,23 @@ from typing import Any, cast
 
 import torch
 import transformers
+from accelerate.utils import broadcast
 from timm.models import group_parameters
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from flora import ranks
 from flora.adapters.methods import in_head
 from flora.errors import ConfigError
 from flora.tasks.base import Forward, cross_entropy
+from flora.training import parts, sharding
 from flora.training.callbacks import EpochLines, ProgressBar, StepMeter, StopOnDivergence, TellEpoch
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once
 from flora.training.ema import Ema
 from flora.training.progress import Fit
-from flora.training.resume import KeepBest, load_weights, set_rng_state
+from flora.training.resume import KeepBest, load_optimizer, load_weights, set_rng_state
 from flora.training.settings import TrainerSettings
 
 CACHED_SHARE = 0.1  # of the free GPU memory, that a dataset may take by itself
@@ -83,12 +86,18 @@ class Trainer(transformers.Trainer):
         self._in_training_mode = False
         self._placed: dict[Any, Any] = {}  # datasets on the device, by the ones they copy
         self.on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        # Where their parameters are frozen, their statistics stay frozen too: otherwise an adapter's base model would
+        # drift, and the saved adapter could not reproduce the run.
+        self._frozen_norms = [norm for norm in norms if not any(p.requires_grad for p in norm.parameters())]
+        self._statistics_move = len(norms) > len(self._frozen_norms)
         every = "steps" if settings.eval_steps else "epoch"
         keep_best = select == "best" and validation is not None and train is not None
         arguments = TrainingArguments(
             output_dir=str(folder),
             num_train_epochs=settings.epochs,
             max_steps=settings.max_steps or -1,
+            # Every process draws the whole batch and takes its part (flora.training.parts).
             per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation,
             per_device_eval_batch_size=settings.eval_batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation,
@@ -99,6 +108,7 @@ class Trainer(transformers.Trainer):
             max_grad_norm=settings.max_grad_norm,
             **(_CHECKPOINTING if settings.gradient_checkpointing else {}),
             bf16=settings.dtype == "bf16",
+            ddp_find_unused_parameters=False,
             use_cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
             seed=seed,
             data_seed=seed,
@@ -119,6 +129,15 @@ class Trainer(transformers.Trainer):
             disable_tqdm=True,
             log_level="error",
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several would mean nn.DataParallel
+        if ranks.count() == 1 and self.on_gpu and (gpus := torch.cuda.device_count()) > 1:
+            say_once(f"one of {gpus} GPUs is used: torchrun --nproc-per-node {gpus} train.py ... uses all")
+        if settings.frozen_dtype == "bf16":
+            for parameter in model.parameters():
+                if not parameter.requires_grad and parameter.is_floating_point():
+                    parameter.data = parameter.data.bfloat16()
+        if settings.distributed == "fsdp":
+            sharding.shard(model, arguments.device)
         self.meter = StepMeter()
         self.ema = Ema(model, settings.ema_decay) if settings.ema_decay else None
         self._order: torch.Generator | None = None
@@ -142,23 +161,39 @@ class Trainer(transformers.Trainer):
                 *extra_callbacks,
             ],
         )
+        if settings.distributed == "fsdp":  # accelerate need not wrap it
+            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+            cast(Any, model)._is_accelerate_prepared = True
+        if ranks.count() > 1:
+            self.gather_function = lambda found: found  # `prediction_step` has gathered them
         self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each of the accumulated batches
         self.remove_callback(PrinterCallback)
         self.add_callback(ProgressBar(progress) if sys.stderr.isatty() else EpochLines(progress))
-        self._frozen_norms = _frozen_norms(model)
 
     @property
     def _module(self) -> nn.Module:
         return cast(nn.Module, self.model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The task's loss and the method's penalty."""
+        """The task's loss and the method's penalty; of several processes, their mean is that of the whole batch."""
         training = self._module.training
+        share = parts.share(inputs) if training and ranks.count() > 1 else None
         outputs = self.forward(model, inputs, training)
         loss = self.loss(outputs, inputs["labels"], self.settings.label_smoothing if training else 0.0)
+        if share is not None:
+            loss = loss * share.to(loss.dtype)
         if self.penalty is not None and training:
             loss = loss + self.penalty(self.accelerator.unwrap_model(self._module))
         return (loss, {"logits": outputs}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """Loss, outputs and labels of a batch; of several processes, those of all of theirs."""
+        counts = inputs.pop(parts.COUNTS, None)
+        found: Any = super().prediction_step(model, inputs, *args, **kwargs)
+        if counts is None:
+            return found
+        loss, outputs, labels = found
+        return parts.joined(counts, [loss.repeat(len(labels)), outputs, labels])
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward of a micro-batch, replayed as a CUDA graph where that is asked for and possible."""
@@ -182,6 +217,8 @@ class Trainer(transformers.Trainer):
         self._in_training_mode = False
         self._running = torch.compile(model) if self.settings.compile else model
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not ranks.first():  # what is drawn for other examples is drawn otherwise
+            transformers.set_seed(self.args.seed + ranks.rank())
         # Module.zero_grad walks all modules, and transformers calls it at every step.
         model.zero_grad = partial(_zero_grad, self.trained)
         if isinstance(self._adamw, CapturedAdamW):
@@ -208,14 +245,15 @@ class Trainer(transformers.Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if self._saved is not None:
-            self._adamw.load_state_dict(self._saved["optimizer"])
+            load_optimizer(self._adamw, self._saved["optimizer"])
             cast(Any, self.lr_scheduler).load_state_dict(self._saved["scheduler"])
             if self._order is not None:
                 self._order.set_state(self._saved["order"])
 
     def _load_rng_state(self, checkpoint):
         if self._saved is not None:
-            set_rng_state(self._saved["rng"], self.on_gpu)
+            for saved in self._saved["rng"][ranks.rank() :][:1]:  # there may have been fewer processes before
+                set_rng_state(saved, self.on_gpu)
             self._saved = None
 
     @property
@@ -229,34 +267,37 @@ class Trainer(transformers.Trainer):
         return self.seconds_before + time.perf_counter() - self._began
 
     def _finalize_training(self, trial, num_train_samples, start_time):
+        self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
         return super()._finalize_training(trial, num_train_samples, start_time - self.seconds_before)
 
     def _clip_grad_norm(self, model):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._clip_grad_norm(model)
         return self._clipped(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        if grad_norm is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._get_grad_norm(model, grad_norm)
-        return self._clipped(float("inf"))
+        return self._clipped(float("inf")) if grad_norm is None else grad_norm
+
+    def get_total_train_batch_size(self, args):
+        """Examples of an optimiser step."""
+        return self.settings.batch_size
 
     def _clipped(self, limit: float) -> torch.Tensor:
         """The norm of the gradients before they are clipped."""
         if self.captured is None or not self.captured.captured:
-            return nn.utils.clip_grad_norm_(self.trained, limit)
+            return sharding.whole(nn.utils.clip_grad_norm_(self.trained, limit))
         if self._clip is None:
             self._clip = self.captured.recorder.capture(lambda: nn.utils.clip_grad_norm_(self.trained, limit))
         return self._clip()
 
     @property
     def execution(self) -> dict[str, Any]:
-        """How the steps were run, for the record: captured, compiled, with the data on the GPU; where resumed."""
+        """How the steps were run, for the record: captured, compiled, data on the GPU, where resumed, by how many."""
+        several = ranks.count() > 1
         return self._ran or {
             "cuda_graph": self.captured is not None and self.captured.captured,
             "compile": self.settings.compile,
             "cached_on_device": any(placed is not dataset for dataset, placed in self._placed.items()),
             **({"resumed_at_steps": self.resumed_at} if self.resumed_at else {}),
+            **({"processes": ranks.count(), "distributed": self.settings.distributed or "ddp"} if several else {}),
         }
 
     def stand_for(self, fit: Fit) -> None:
@@ -271,11 +312,17 @@ class Trainer(transformers.Trainer):
         """Not counted: transformers would walk the model at every step."""
         return 0
 
-    def _get_dataloader(self, dataset, *args, **kwargs):
+    def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
         placed = self._place(dataset)
         self.args.dataloader_pin_memory = self.on_gpu and placed is dataset
         self.args.dataloader_num_workers = self.settings.num_workers if placed is dataset else 0
-        return super()._get_dataloader(placed, *args, **kwargs)
+        if ranks.count() == 1:
+            return super()._get_dataloader(placed, description, batch_size, *args, **kwargs)
+        if kwargs.get("is_training"):
+            part = parts.Part(placed)
+        else:
+            part, batch_size = parts.Part(placed, each=batch_size), batch_size * ranks.count()
+        return parts.undivided(super()._get_dataloader(part, description, batch_size, *args, **kwargs))
 
     def _place(self, dataset: Any) -> Any:
         """The dataset on the GPU if the settings want it there and it can move, else the dataset."""
@@ -329,19 +376,18 @@ class Trainer(transformers.Trainer):
     def _get_eval_sampler(self, eval_dataset):
         """Longest first where the examples have ``lengths``: little padding, and memory runs out at once or never."""
         lengths = getattr(eval_dataset, "lengths", None)
-        if lengths is None or self.args.world_size > 1:
+        if lengths is None:
             return super()._get_eval_sampler(eval_dataset)
         return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Drop accelerate's wrapper where all it does is look for a package on the disk at every step."""
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            self.optimizer = self._adamw
+        self.optimizer = self._adamw
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _captures(self) -> bool:
-        if self.settings.cuda_graph and not (self.on_gpu and self.args.world_size == self.args.n_gpu == 1):
-            say_once("trainer.cuda_graph needs one GPU and one process: this run is not captured")
+        if self.settings.cuda_graph and not self.on_gpu:
+            say_once("trainer.cuda_graph needs a GPU: this run is not captured")
             return False
         return self.settings.cuda_graph
 
@@ -349,7 +395,13 @@ class Trainer(transformers.Trainer):
         """Evaluate, with the time kept out of the training throughput."""
         with self.meter.pause(), self._averaged():
             self._in_training_mode = False
-            return super().evaluate(*args, **kwargs)
+            if ranks.count() > 1 and self._statistics_move:
+                for buffer in self._module.buffers():
+                    broadcast(buffer)
+            try:
+                return super().evaluate(*args, **kwargs)
+            finally:
+                sharding.reshard(self._module)  # what was gathered may be averages, which are now put away
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return self.ema.applied() if self.ema is not None and self.ema.averages else contextlib.nullcontext()
@@ -380,15 +432,3 @@ def _zero_grad(parameters: list[nn.Parameter], set_to_none: bool = True) -> None
 def _as_is(batch: Any) -> Any:
     # Datasets gather whole batches in __getitems__, so there is nothing left to collate.
     return batch
-
-
-def _frozen_norms(model: nn.Module) -> list[nn.Module]:
-    """Normalisation layers with running statistics whose parameters are frozen: their statistics stay frozen too.
-
-    Otherwise an adapter's base model would drift, and the saved adapter could not reproduce the run.
-    """
-    return [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters())
-    ]

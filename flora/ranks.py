@@ -1,0 +1,172 @@
+"""The processes that train one model together, as torchrun, accelerate launch or Slurm through submitit start them.
+
+The first of them writes and speaks, and the others are silent. Alone, a process is the first of one.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from flora.errors import ConfigError, ProcessLost
+
+# What tells a process its place. A process that a process of ours starts for work of its own must not inherit it.
+ENVIRONMENT = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SUBMITIT_EXECUTOR"),
+    *("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),  # accelerate counts processes by these
+)
+_TOLD = "flora/told"  # in the store that the processes share
+_GRACE, _GLANCE = 3.0, 0.2  # seconds that the first process has to tell of an error, and between two looks
+
+T = TypeVar("T")
+_tells: bool | None = None
+
+
+def launched() -> bool:
+    """Whether a launcher gave this process a place among others, or in a group of one."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+
+def count() -> int:
+    """How many processes there are."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def rank() -> int:
+    """Which of them this one is, from 0."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def first() -> bool:
+    """Whether this is the process that writes."""
+    return rank() == 0
+
+
+def start(cpu: bool) -> None:
+    """Meet the other processes, if there are any.
+
+    Args:
+        cpu: compute on the CPU although there are GPUs.
+
+    Raises:
+        ConfigError: more processes than GPUs, or an engine that accelerate's own settings ask for.
+    """
+    if not launched() and _tasks_of_submitit() > 1:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    if not launched():
+        return
+    from accelerate import PartialState  # here, as scripts without a model import this module too
+
+    hush()
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "false").lower() == "true":
+            raise ConfigError(f"accelerate's {name} is set: leave it out, and choose trainer=ddp or trainer=fsdp")
+    cpu = cpu or not torch.accelerator.is_available()
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if not cpu and here > gpus > 0:
+        raise ConfigError(f"{here} processes share {gpus} GPUs here: start one for each, or set trainer.device=cpu")
+    # What the processes tell each other of signals and errors goes by gloo, which needs no GPU to wait for.
+    PartialState(cpu=cpu, backend="cpu:gloo,cuda:nccl" if gpus and not cpu else None)
+
+
+def _tasks_of_submitit() -> int:
+    # Slurm's own variables say nothing by themselves: a batch script with many tasks may start workers of any kind.
+    inside = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+    return int(os.environ.get("SLURM_NTASKS", 1)) if inside else 1
+
+
+def hush() -> None:
+    """Let only the first process be heard from now on."""
+    if not first() and sys.stderr is sys.__stderr__:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def finish() -> None:
+    """Part, after a run that went well."""
+    if count() > 1 and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def once(function: Callable[[], T]) -> T:
+    """What a function gives in the first process, in all of them; an error there ends the others, silently."""
+    if count() == 1:
+        return function()
+    found: list[Any] = [None, None]
+    if first():
+        try:
+            found[0] = function()
+        except Exception as error:
+            distributed.broadcast_object_list([None, getattr(error, "exit_code", 1)])
+            raise
+    distributed.broadcast_object_list(found)
+    if found[1] is not None:
+        sys.exit(found[1])
+    return found[0]
+
+
+def collected(value: T) -> list[T]:
+    """Everybody's value, by rank."""
+    found = [value] * count()
+    if count() > 1:
+        distributed.all_gather_object(found, value)
+    return found
+
+
+def anywhere(*flags: bool) -> tuple[bool, ...]:
+    """For each flag whether it is set in some process."""
+    if count() == 1:
+        return flags
+    totals = torch.tensor(flags, dtype=torch.int64)
+    distributed.all_reduce(totals)
+    return tuple(total > 0 for total in totals.tolist())
+
+
+def unite(flags: torch.Tensor) -> None:
+    """Set each of these flags, bool on the CPU, that is set in some process."""
+    if count() > 1:
+        found = flags.to(torch.uint8)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        flags.copy_(found)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Inside, the end of another process is a ProcessLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if count() > 1 and (isinstance(error, distributed.DistError) or "/gloo/" in str(error)):
+            raise ProcessLost("another process of this run ended; start the same command again to go on") from error
+        raise
+
+
+def tells() -> bool:
+    """Whether this process is to tell how the run failed: one does, the first process where all of them failed."""
+    global _tells
+    if count() > 1 and _tells is None:
+        _tells = first()
+        if distributed.is_initialized():
+            with contextlib.suppress(RuntimeError):  # the process that kept the store is gone
+                _tells = _claimed(distributed.distributed_c10d._get_default_store())
+        if _tells:
+            sys.stderr = sys.__stderr__
+    return _tells is not False
+
+
+def _claimed(store: Any) -> bool:
+    """Whether nobody has told before; where all have met an error at once, the others leave it to the first process."""
+    patience = 0.0 if first() else _GRACE
+    while patience > 0 and store.add(_TOLD, 0) == 0:
+        time.sleep(_GLANCE)
+        patience -= _GLANCE
+    ours = store.add(_TOLD, 1) == 1
+    if first():
+        time.sleep(2 * _GLANCE)  # it may keep the store, at which the others look
+    return ours

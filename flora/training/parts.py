@@ -1,0 +1,76 @@
+"""Batches in parts, one for each process, so that several processes see what one process would see.
+
+All draw the same batches. Of a training batch each takes a slice, whose loss counts by the share of the batch's targets
+in it. In an evaluation a draw is a batch for each, and what they found is gathered in the order of the examples.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather, pad_across_processes
+from torch import Tensor, distributed
+from torch.utils.data import Dataset
+
+from flora import ranks
+
+COUNTS = "counts"  # whether a part counts: there may be fewer examples than processes, and none may stand by
+
+
+class Part(Dataset[dict[str, Tensor]]):
+    """This process's part of everything that is drawn from a dataset that gathers whole batches.
+
+    Args:
+        dataset: which.
+        each: examples in a part, the last ones may have fewer; None: as equal as can be.
+    """
+
+    def __init__(self, dataset: Any, each: int | None = None) -> None:
+        self.dataset = dataset
+        self.each = each
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The part of these examples; where it is empty, one of them that does not count."""
+        if self.each is None:
+            start, stop = (len(indices) * rank // ranks.count() for rank in (ranks.rank(), ranks.rank() + 1))
+        else:
+            start, stop = (self.each * rank for rank in (ranks.rank(), ranks.rank() + 1))
+        own = indices[start:stop]
+        return self.dataset.__getitems__(own or indices[:1]) | {COUNTS: torch.tensor(bool(own))}
+
+
+def undivided(loader: Any) -> Any:
+    """Accelerate's loader, whose batches it was about to deal out, with every batch for every process."""
+    dealer = loader.batch_sampler
+    dealer.num_processes, dealer.process_index, dealer.even_batches = 1, 0, False
+    return loader
+
+
+def share(batch: dict[str, Tensor]) -> Tensor:
+    """What the mean loss of a part counts: its share of the batch's targets, times the number of processes.
+
+    Gradients and logged losses are averaged over the processes. A target of -100 is none, as losses have it.
+    """
+    own = (batch["labels"] != -100).sum() * batch.pop(COUNTS)
+    total = own.clone()
+    distributed.all_reduce(total)
+    return own.double() * ranks.count() / total
+
+
+def joined(counts: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Parts put together, by rank, without those that do not count; rows are filled up with -100 to one length."""
+    sizes = ranks.collected(len(tensors[0]) if counts else 0)
+    found = []
+    for tensor in tensors:
+        padded = pad_across_processes(pad_across_processes(tensor, dim=1, pad_index=-100), dim=0)
+        parts = gather(padded).split(len(padded))
+        found.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
+    return tuple(found)
