@@ -3,7 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import cast
+from typing import Any
 
 import peft
 import torch
@@ -69,7 +69,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, the first process has the whole model, on the CPU, as what saves an adapter expects; all must ask."""
     reshard(model)
     own = [(module._parameters, name) for module in model.modules() for name in module._parameters]
-    places = [(held, name, shard) for held, name in own if isinstance(shard := held[name], DTensor)]
+    places: list[tuple[Any, str, Any]] = [(h, n, p) for h, n in own if isinstance(p := h[n], DTensor)]
     for held, name, parameter in places:
         gathered_one = whole(parameter)
         if ranks.first():
@@ -78,4 +78,4 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for held, name, parameter in places:
-            held[name] = cast(nn.Parameter, parameter)
+            held[name] = parameter

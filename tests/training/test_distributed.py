@@ -143,9 +143,11 @@ def same_as_one(folder, name, tolerance=1e-9, **options):
     return both, one
 
 
-@pytest.mark.parametrize(
-    "name", ["convnext", "bert", pytest.param("minilm", marks=pytest.mark.slow), pytest.param("llama")]
-)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["convnext", "bert", slow("minilm"), slow("llama")])
 def test_two_processes_train_as_one(tmp_path, name):
     same_as_one(tmp_path, name)
 
@@ -307,8 +309,8 @@ def test_a_run_of_two_processes_is_one_run(tmp_path):
     ("overrides", "message"),
     [
         (["trainer.batch_size=9"], "trainer.batch_size=9 cannot be divided over 2 processes"),
-        (["adapter.r=0"], "r: must be a positive"),
-        (["trainer.cuda_graph=true"], "trainer.cuda_graph is for one process"),
+        slow(["adapter.r=0"], "r: must be a positive"),
+        slow(["trainer.cuda_graph=true"], "trainer.cuda_graph is for one process"),
         (["-m", "seed=0,1"], "torchrun"),
     ],
 )
@@ -321,7 +323,7 @@ def test_bad_input_is_one_line_of_all_processes(tmp_path, overrides, message):
     assert not any("Traceback" in line for line in said)
 
 
-@pytest.mark.parametrize("signalled", [0, 1])
+@pytest.mark.parametrize("signalled", [slow(0), 1])
 def test_a_signal_to_one_process_preempts_all(tmp_path, signalled):
     codes, said, (record,) = ended(tmp_path, signalled=signalled)
     assert codes == [75, 75], said
@@ -333,7 +335,7 @@ def test_a_signal_to_one_process_preempts_all(tmp_path, signalled):
     assert (record["status"], record["execution"]["resumed_at_steps"]) == ("finished", [1])
 
 
-@pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("broken", [slow(0), 1])
 def test_an_error_in_one_process_ends_all_and_is_told_once(tmp_path, broken):
     codes, said, (record,) = ended(tmp_path, broken=broken)
     assert codes == [1, 1], said
