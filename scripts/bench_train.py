@@ -4,6 +4,11 @@ python scripts/bench_train.py --model convnext --batch 1024 --size 64 --dtype bf
 
 Trains on noise images in memory through the same task, dataset and trainer as train.py. The bare step is forward,
 backward and AdamW on one fixed batch in a plain loop. Both take turns in random order; first steps are not counted.
+
+torchrun --nproc-per-node 2 scripts/bench_train.py --model convnextv2_large --batch 128 --augment none --json NAME.json
+
+measures training on two GPUs alone, at the same batch in all: its rate over that of the same command without torchrun
+is the speed-up, and the losses must agree.
 """
 
 import argparse
@@ -19,6 +24,7 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
+from flora import ranks
 from flora.adapters.methods import Adapted
 from flora.bench.methods import Methods, Ranks
 from flora.bench.networks import IMAGE_CLASSES, network
@@ -37,8 +43,8 @@ class Noise(ImageTask):
 
     safe_augmentation = "crop_flip"
 
-    def __init__(self, examples: int, batch: int) -> None:
-        super().__init__(name="noise", dataset="noise", epochs=1)
+    def __init__(self, examples: int, batch: int, augment: str = "auto") -> None:
+        super().__init__(name="noise", dataset="noise", epochs=1, augment=augment)
         self.sizes = (examples, batch, batch)
 
     def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
@@ -89,6 +95,7 @@ def bench_train() -> None:
     names = arguments.methods.split(",")
     if unknown := [name for name in names if name not in METHODS]:
         raise ConfigError(f"--methods: choose of {','.join(METHODS)}; got {unknown[0]!r}")
+    ranks.start(cpu=arguments.device == "cpu")
     device = device_of(arguments.device)
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
     try:
@@ -100,15 +107,16 @@ def bench_train() -> None:
         raise ConfigError(f"--model {arguments.model}: reads text; choose an image model")
     settings = trainer_settings(arguments, device, dtype)
     torch.manual_seed(arguments.seed)
-    task = Noise(7 * arguments.batch, arguments.batch)
+    task = Noise(7 * arguments.batch, arguments.batch, arguments.augment)
     splits = task.load_for(net.spec, None)
     order = random.Random(arguments.seed)
     rates: dict[tuple[str, str], list[float]] = {}
+    losses: dict[str, float] = {}
     for number in range(arguments.rounds):
-        turns = [(name, what) for name in names for what in ("train", "bare")]
+        turns = [(name, what) for name in names for what in ("train", "bare")[: 1 if ranks.launched() else 2]]
         for name, what in order.sample(turns, len(turns)):
             if what == "train":
-                seconds = train_seconds(task, splits, methods, name, settings, arguments)
+                seconds, losses[name] = train_seconds(task, splits, methods, name, settings, arguments)
             else:
                 seconds = bare_seconds(methods, name, device, arguments)
             rate = arguments.steps * arguments.batch / seconds
@@ -120,16 +128,20 @@ def bench_train() -> None:
         "batch": net.batch,
         "size": net.spec.image_size,
         "dtype": dtype,
+        "processes": ranks.count(),
+        "augment": arguments.augment,
         "r": arguments.r,
         "kernel_rank": arguments.kernel_rank,
         "trainer": given(arguments.trainer),
         "rounds": arguments.rounds,
         "steps": arguments.steps,
         "spread": SPREAD,
-        "rows": [row(name, rates[name, "train"], rates[name, "bare"]) for name in names],
+        "rows": [row(name, losses[name], rates[name, "train"], rates.get((name, "bare"))) for name in names],
     }
     print(shown(result))
-    write(arguments.json, result)
+    if ranks.first():
+        write(arguments.json, result)
+    ranks.finish()
 
 
 def parsed() -> argparse.Namespace:
@@ -147,6 +159,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40, help="counted per round")
     parser.add_argument("--warmup", type=int, default=16, help="steps before them; an epoch is 8")
+    parser.add_argument("--augment", choices=("auto", "none"), default="auto", help="auto: crops and flips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the results")
     return parser.parse_args()
@@ -173,15 +186,16 @@ def trainer_settings(arguments: argparse.Namespace, device: torch.device, dtype:
 
 def train_seconds(
     task: Noise, splits: Splits, methods: Methods, name: str, settings: TrainerSettings, arguments: argparse.Namespace
-) -> float:
-    """Seconds that the counted steps of a run take, as train.py runs them."""
+) -> tuple[float, float]:
+    """Seconds that the counted steps of a run take, as train.py runs them, and the mean training loss of all."""
     clock = StepClock(arguments.warmup, arguments.warmup + arguments.steps)
     method = Clocked(methods.tuning(name), clock)
     protocol = Protocol("noise", "last", "train+validation")
     with tempfile.TemporaryDirectory() as folder:
         spec = methods.network.spec
-        Experiment(task, spec, method, settings, protocol, splits, arguments.seed, Path(folder)).train()
-    return clock.seconds
+        done = Experiment(task, spec, method, settings, protocol, splits, arguments.seed, Path(folder)).train()
+    (loss,) = (entry["train_loss"] for entry in done.trainer.state.log_history if "train_loss" in entry)
+    return clock.seconds, loss
 
 
 def bare_seconds(methods: Methods, name: str, device: torch.device, arguments: argparse.Namespace) -> float:
@@ -200,12 +214,13 @@ def bare_seconds(methods: Methods, name: str, device: torch.device, arguments: a
     return sum(timed(run, arguments.steps, device)) / 1000
 
 
-def row(name: str, train: list[float], bare: list[float]) -> dict[str, Any]:
-    """A method's rates in examples per second, and the share of the bare step's that training reaches."""
-    return {
-        "method": name,
-        "train": round(statistics.median(train), 1),
-        "train_spread": round(spread(train), 1),
+def row(name: str, loss: float, train: list[float], bare: list[float] | None) -> dict[str, Any]:
+    """A method's loss, rates in examples per second, and the share of the bare step's that training reaches."""
+    found = {"method": name, "loss": loss, "train": round(statistics.median(train), 1)}
+    found["train_spread"] = round(spread(train), 1)
+    if bare is None:
+        return found | {"bare": None, "bare_spread": None, "share": None}
+    return found | {
         "bare": round(statistics.median(bare), 1),
         "bare_spread": round(spread(bare), 1),
         "share": round(statistics.median(train) / statistics.median(bare), 4),
@@ -216,9 +231,11 @@ def shown(result: dict[str, Any]) -> str:
     """The result as a table for a terminal."""
     lines = [["method", "train.py", "spread", "bare step", "spread", "share"]]
     for found in result["rows"]:
-        rates = [f"{found[key]:,.1f}" for key in ("train", "train_spread", "bare", "bare_spread")]
-        lines.append([found["method"], *rates, f"{found['share']:.3f}"])
+        rates = [found[key] for key in ("train", "train_spread", "bare", "bare_spread")]
+        share = "-" if found["share"] is None else f"{found['share']:.3f}"
+        lines.append([found["method"], *("-" if rate is None else f"{rate:,.1f}" for rate in rates), share])
     head = f"{result['model']}, batch {result['batch']}, {result['size']} px, {result['dtype']}; {result['device']}"
+    head += f", {result['processes']} processes" if result["processes"] > 1 else ""
     return f"{head}\n{table(lines)}\nexamples per second, medians; spread: {result['spread']}"
 
 

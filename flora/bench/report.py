@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flora import ranks
 from flora.errors import ConfigError, FloraError
 from flora.files import write_json
 from flora.results.record import commit, device_name, versions
@@ -20,7 +21,8 @@ def main(entry: Callable[[], None]) -> None:
     try:
         entry()
     except FloraError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if ranks.tells():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -141,8 +141,11 @@ def _infer_cells(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _train_cells(result: dict[str, Any]) -> list[list[str]]:
-    keys = ("train", "train_spread", "bare", "bare_spread")
-    return [[row["method"], *(f"{row[key]:,.0f}" for key in keys), f"{row['share']:.3f}"] for row in result["rows"]]
+    forms = {"train": ",.0f", "train_spread": ",.0f", "bare": ",.0f", "bare_spread": ",.0f", "share": ".3f"}
+    return [
+        [row["method"], *(DASH if row[key] is None else format(row[key], form) for key, form in forms.items())]
+        for row in result["rows"]
+    ]
 
 
 def _source(result: dict[str, Any]) -> list[str]:
@@ -155,7 +158,8 @@ def _source(result: dict[str, Any]) -> list[str]:
             base = "" if export["passed"] else f"; the base model {'passes' if export['base_passed'] else 'fails too'}"
             lines.append(f"- torch.export of the merged model: {ends}{base}")
     dirty = ", with uncommitted changes" if result["dirty"] else ""
-    where = f"{result['device']}, torch {result['torch']}, commit {str(result['commit'])[:12]}{dirty}"
+    several = f"{result['processes']} processes, " if result.get("processes", 1) > 1 else ""
+    where = f"{several}{result['device']}, torch {result['torch']}, commit {str(result['commit'])[:12]}{dirty}"
     return [*lines, f"- {where}", f"- `{result['command']}`"]
 
 

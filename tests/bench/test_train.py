@@ -23,6 +23,8 @@ def test_train_py_and_the_bare_step_are_compared(run, tmp_path):
     assert code == 0
     assert row["method"] == "flora"
     assert row["train"] > 0
+    assert 0 < row["loss"] < 100
+    assert result["processes"] == 1
     assert row["share"] == pytest.approx(row["train"] / row["bare"], rel=0.05)
     assert result["trainer"] == {"weight_decay": 0.01}
     assert "train.py" in out
