@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flora.adapters.layer import FloraLayer, in_transform
-from flora.adapters.stacks import Plan, Stack, stacks
+from flora.adapters.stacks import Plan, stacks
 from flora.adapters.stackwise import StackByStack
+from flora.adapters.thin import Thin, thin_stacks
 
 try:
     from flora.adapters.grouped import Grouped
@@ -27,9 +28,10 @@ except ImportError:  # Triton comes with torch for CUDA and ROCm only
 class BatchedWeights:
     """Builds the merged weights of a model's layers when its forward pass begins, and hands them out.
 
-    Layers that it leaves out build their own: those that run factored, have several active adapters or a magnitude, and
-    all layers where weights are sharded or offloaded (FSDP, DeepSpeed, accelerate), inside torch.compile (which fuses
-    the layers' own contractions), under functorch transforms and in the replicas of nn.DataParallel.
+    Layers that run factored are handed their two thin matrices. Layers that it leaves out build their own: those with
+    several active adapters or a magnitude, folded ones that run factored, and all layers where weights are sharded or
+    offloaded (FSDP, DeepSpeed, accelerate), inside torch.compile (which fuses the layers' own contractions), under
+    functorch transforms and in the replicas of nn.DataParallel.
 
     Under gradient checkpointing, the recomputation in the backward pass finds the same weights again.
     """
@@ -41,8 +43,8 @@ class BatchedWeights:
     def _forget(self) -> None:
         self._planned_for: tuple[Any, Any] | None = None
         self._devices: set[str] = set()
-        self._plans: list[Plan] = []
-        self._built: dict[int, Tensor] = {}
+        self._plans: list[Plan | Thin] = []
+        self._built: dict[int, Tensor | tuple[Tensor, Tensor]] = {}
         self._depth = 0
         self._with_gradient = False
 
@@ -69,8 +71,8 @@ class BatchedWeights:
                 del hooks[key]
         self._forget()
 
-    def weight_of(self, layer: FloraLayer) -> Tensor | None:
-        """What was built for the layer in the running forward pass, or None."""
+    def built_for(self, layer: FloraLayer) -> Tensor | tuple[Tensor, Tensor] | None:
+        """The layer's weight, or the thin matrices of its update, built in the running forward pass; None: neither."""
         if torch.compiler.is_compiling() or not self._built:
             return None
         if self._depth == 0 and torch._C._current_graph_task_id() == -1:
@@ -99,8 +101,8 @@ class BatchedWeights:
         for plan in self._plans:
             parameters = plan.parameters()
             if not any(isinstance(p, DTensor) or p.numel() == 0 for p in parameters):
-                weights = plan.build(parameters)
-                self._built.update(zip((id(layer) for s in plan.stacks for layer in s.layers), weights, strict=True))
+                built = plan.build(parameters)
+                self._built.update(zip((id(layer) for s in plan.stacks for layer in s.layers), built, strict=True))
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -110,9 +112,9 @@ class BatchedWeights:
             self._built = {}
 
 
-def plans(layers: Sequence[FloraLayer]) -> list[Plan]:
+def plans(layers: Sequence[FloraLayer]) -> list[Plan | Thin]:
     """How the layers' weights are built, as the layers stand now: a plan for each device and each dtype involved."""
-    places: dict[Any, list[Stack]] = {}
+    places: dict[Any, list[Any]] = {}
     for stack in stacks(layers):
         layer = stack.layers[0]
         core, weight = layer.core(stack.adapter), layer.base_weight("weight")
@@ -121,6 +123,9 @@ def plans(layers: Sequence[FloraLayer]) -> list[Plan]:
         if fast and stack.dense and stack.wide is not None:
             key = (Grouped, core.device, weight.device, weight.dtype, stack.dtype)
         places.setdefault(key, []).append(stack)
+    for thin in thin_stacks(layers):
+        core = thin.layers[0].core(thin.adapter)
+        places.setdefault((Thin, core.device, core.dtype), []).append(thin)
     return [key[0](members) for key, members in places.items()]
 
 

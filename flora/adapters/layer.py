@@ -215,7 +215,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         In the base weight's dtype; where it was built together with those of other layers, in the dtype in which the
         layer computes.
         """
-        if self.batched is not None and (built := self.batched.weight_of(self)) is not None:
+        if self.batched is not None and isinstance(built := self.batched.built_for(self), Tensor):
             return built
         base = self.base_weight(name)
         weight = base
@@ -291,8 +291,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer with its adapted weights."""
-        if self.batched is not None and (built := self.batched.weight_of(self)) is not None:
-            return self.run_base({"weight": built}, *args, **kwargs)
+        if self.batched is not None and (built := self.batched.built_for(self)) is not None:
+            return self.run_built(built, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self._present(self.active_adapters)
@@ -302,6 +302,14 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             return self.run_additive(adapters, *args, **kwargs)
         names = dict.fromkeys(name for adapter in adapters for name in self.weights[adapter])
         return self.run_base({name: self.adapted_weight(name, adapters) for name in names}, *args, **kwargs)
+
+    def run_built(self, built: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run with what was built for the layer together with others."""
+        return self.run_base({"weight": built}, *args, **kwargs)
+
+    def thin_side(self, adapter_name: str) -> str | None:
+        """Where the layer's two thin matrices can be built together with others, the side that takes the core."""
+        return None
 
     def run_additive(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
         """The base layer's output plus those of the updates."""

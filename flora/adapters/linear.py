@@ -153,16 +153,38 @@ class Linear(_Matrix):
 
     @override
     def run_additive(self, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        base, plain_input = self.base_layer, len(args) == 1 and not kwargs
-        dropped = isinstance(self.tucker_dropout[adapters[0]], nn.Dropout) and self.training
-        simple = len(adapters) == 1 and plain_input and not dropped and runs_plain_op(base, nn.Linear)
-        if not simple or self._weight_is_elsewhere() or type(base.weight) is not nn.Parameter or in_transform():
-            return super().run_additive(adapters, *args, **kwargs)
-        if base.weight.requires_grad or args[0].dim() < 2:
+        plain_input = len(args) == 1 and not kwargs and args[0].dim() >= 2
+        if len(adapters) > 1 or not plain_input or not self._runs_fused(adapters[0]) or in_transform():
             return super().run_additive(adapters, *args, **kwargs)
         thin = self.matrix_factors(adapters[0], self.core_side(adapters[0]))
         assert thin is not None
-        return _LinearPlusThin.apply(args[0], base.weight, base.bias, *thin, compute_dtype(base.weight))
+        left, right = thin
+        return self._fused(args[0], left, right, compute_dtype(self.base_layer.weight))
+
+    @override
+    def thin_side(self, adapter_name: str) -> str | None:
+        described, held = self.weights[adapter_name]["weight"], self.tucker_factors[adapter_name]
+        alike = not described.folded and len(held) == len(described.shape) == 2
+        return self.core_side(adapter_name) if alike and self._runs_fused(adapter_name) else None
+
+    @override
+    def run_built(self, built: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(built, Tensor):
+            return super().run_built(built, *args, **kwargs)
+        left, right = built
+        if len(args) == 1 and not kwargs and args[0].dim() >= 2:
+            return self._fused(args[0], left, right, left.dtype)
+        return self.run_additive(self._present(self.active_adapters), *args, **kwargs)
+
+    def _runs_fused(self, adapter: str) -> bool:
+        """Whether base layer and update can run in one op: a frozen nn.Linear at hand, and no dropout."""
+        base, dropped = self.base_layer, isinstance(self.tucker_dropout[adapter], nn.Dropout) and self.training
+        if dropped or not runs_plain_op(base, nn.Linear) or self._weight_is_elsewhere():
+            return False
+        return type(base.weight) is nn.Parameter and not base.weight.requires_grad
+
+    def _fused(self, input: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        return _LinearPlusThin.apply(input, self.base_layer.weight, self.base_layer.bias, left, right, dtype)
 
     @override
     def delta_output(self, adapter_name: str, input: Tensor) -> Tensor:

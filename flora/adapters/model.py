@@ -21,6 +21,7 @@ from flora.adapters.conv import ConvNd, ConvTransposeNd
 from flora.adapters.layer import FloraLayer
 from flora.adapters.linear import Embedding, Linear
 from flora.adapters.stacks import stacks
+from flora.adapters.thin import thin_stacks
 from flora.adapters.weights import matching_pattern
 
 LAYERS: tuple[tuple[tuple[type[nn.Module], ...], type[FloraLayer]], ...] = (
@@ -217,7 +218,8 @@ class FloraModel(BaseTuner):
             adapter_name: which adapter; the first active one by default.
         """
         adapter_name = adapter_name or self.active_adapters[0]
-        together = {layer: len(stack.layers) for stack in stacks(self.batched.layers) for layer in stack.layers}
+        found = [*stacks(self.batched.layers), *thin_stacks(self.batched.layers)]
+        together = {layer: len(stack.layers) for stack in found for layer in stack.layers}
         lines: dict[tuple[Any, ...], list[str]] = {}
         for name, layer, weight in self._adapted_weights(adapter_name):
             form = "factored" if layer.adds([adapter_name]) else "merged"

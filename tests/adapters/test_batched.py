@@ -230,7 +230,7 @@ def test_several_disabled_merged_and_renewed_adapters(x):
     [
         {"use_dora": True},
         {"flora_dropout": 0.5, "target_modules": r"fc\.\d"},
-        {"forward": "factored", "target_modules": r"fc\.\d"},
+        {"forward": "factored", "target_modules": r"(conv|pointwise)\.\d"},
     ],
 )
 def test_layers_that_cannot_share_build_their_own(x, setting, monkeypatch):
@@ -300,4 +300,4 @@ def test_explain_says_which_form_each_shape_runs_in():
         "merged [5, 5] ranks [3, 3]: 1 weight (fc.2.weight)",
     ]
     thin = adapt(Net(), target_modules=r"fc\.\d", forward="factored")
-    assert thin.base_model.explain() == ["factored [5, 5] ranks [3, 3]: 3 weights (fc.0.weight, ...)"]
+    assert thin.base_model.explain() == ["factored [5, 5] ranks [3, 3]: 3 weights, 3 built together (fc.0.weight, ...)"]

@@ -1,0 +1,133 @@
+"""The two thin matrices of factored linear layers: same-shaped layers fold their cores in one product."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora.adapters.layer import FloraLayer, compute_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class ThinStack:
+    """Linear layers of one shape, one set of ranks and one scale.
+
+    Attributes:
+        layers: n layers.
+        adapter: the active adapter of all of them.
+        core_side: ``rows`` or ``columns``, the matrix that takes the core.
+        scale: factor of the update.
+        dtype: of the matrices.
+    """
+
+    layers: tuple[FloraLayer, ...]
+    adapter: str
+    core_side: str
+    scale: float
+    dtype: torch.dtype
+
+    def parameters(self) -> list[Tensor]:
+        """Cores, factors of the rows, and factors of the columns."""
+        cores = [layer.tucker_core[self.adapter]._parameters["weight"] for layer in self.layers]
+        factors = [layer.tucker_factors[self.adapter]._parameters for layer in self.layers]
+        return [*cores, *(held["weight_0"] for held in factors), *(held["weight_1"] for held in factors)]
+
+    def matrices(self, core: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """L [n, d_out, k] and R [n, k, d_in] with L R = update, from stacked cores and factors."""
+        if self.core_side == "rows":
+            return self.scale * (rows @ core), columns.mT
+        return rows, self.scale * (core @ columns.mT)
+
+    def gradients(self, core: Tensor, rows: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> list[Tensor]:
+        """Gradients of cores and factors from those of L and R."""
+        if self.core_side == "rows":
+            left = self.scale * left
+            return [rows.mT @ left, left @ core.mT, right.mT]
+        right = self.scale * right
+        return [right @ columns, left, right.mT @ core]
+
+
+class Thin:
+    """Stacks on one device whose adapters have one dtype."""
+
+    def __init__(self, stacks: Sequence[ThinStack]) -> None:
+        self.stacks = list(stacks)
+
+    def parameters(self) -> list[Tensor]:
+        """What the adapters hold today, stack by stack."""
+        return [parameter for stack in self.stacks for parameter in stack.parameters()]
+
+    def split(self, parameters: Sequence[Tensor], flat: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per stack, cores [n, r_out, r_in] and factors [n, d, r], views of a flat buffer."""
+        found, start, place = [], 0, 0
+        for stack in self.stacks:
+            n, blocks = len(stack.layers), []
+            for part in range(3):
+                shape = parameters[place + part * n].shape
+                size = n * shape.numel()
+                blocks.append(flat[start : start + size].view(n, *shape))
+                start += size
+            found.append((blocks[0], blocks[1], blocks[2]))
+            place += 3 * n
+        return found
+
+    def build(self, parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """L and R of each layer, stack by stack; differentiable."""
+        built, found = iter(_Build.apply(self, *parameters)), []
+        for stack in self.stacks:
+            lefts = [next(built) for _ in stack.layers]
+            found += [(left, next(built)) for left in lefts]
+        return found
+
+
+class _Build(torch.autograd.Function):
+    """Per stack all L, then all R."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Thin, *parameters: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(parameters[0].device.type, enabled=False):
+            flat = torch._C._nn.flatten_dense_tensors(list(parameters))
+            built: list[Tensor] = []
+            for stack, blocks in zip(plan.stacks, plan.split(parameters, flat), strict=True):
+                for matrices in stack.matrices(*blocks):
+                    built += matrices.to(stack.dtype).unbind(0)
+            ctx.plan, ctx.flat = plan, flat
+            ctx.save_for_backward(*parameters)
+            return tuple(built)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        plan, parameters = ctx.plan, ctx.saved_tensors
+        twice = torch.is_grad_enabled()  # a gradient of this gradient is wanted
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            flat = torch._C._nn.flatten_dense_tensors(list(parameters)) if twice else ctx.flat
+            found, place = [], 0
+            for stack, blocks in zip(plan.stacks, plan.split(parameters, flat), strict=True):
+                n = len(stack.layers)
+                left, right = (
+                    torch.stack(gradients[place : place + n]),
+                    torch.stack(gradients[place + n : place + 2 * n]),
+                )
+                found += stack.gradients(*blocks, left.to(flat.dtype), right.to(flat.dtype))
+                place += 2 * n
+            together = torch._C._nn.flatten_dense_tensors(found)
+            return None, *torch._C._nn.unflatten_dense_tensors(together, parameters)
+
+
+def thin_stacks(layers: Sequence[FloraLayer]) -> list[ThinStack]:
+    """Which of the layers have their thin matrices built together, as they stand now."""
+    found: dict[tuple[Any, ...], list[FloraLayer]] = {}
+    for layer in layers:
+        adapters = layer._present(layer.active_adapters)
+        if layer.disable_adapters or layer.merged or len(adapters) != 1 or not layer.adds(adapters):
+            continue
+        side = layer.thin_side(adapters[0])
+        if side is None:
+            continue
+        core, weight = layer.core(adapters[0]), layer.base_weight("weight")
+        key = (adapters[0], side, layer.scaling[adapters[0]], compute_dtype(weight))
+        places = (weight.shape, core.shape, weight.device, core.device, core.dtype)
+        found.setdefault((key, *places), []).append(layer)
+    return [ThinStack(tuple(members), *key[0]) for key, members in found.items()]
