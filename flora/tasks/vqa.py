@@ -11,7 +11,7 @@ import bisect
 import itertools
 import textwrap
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -315,9 +315,20 @@ def hold_out(found: Sequence[Dialogue], size: int, seed: int) -> tuple[list[Dial
 
 
 def majority(train: Sequence[Dialogue], test: Sequence[Dialogue]) -> dict[str, Any]:
-    """The most frequent answer of train, and the share of test questions that it answers."""
-    (answer, _), *_ = Counter(dialogue.answers[0] for dialogue in train).most_common(1)
-    return {"answer": answer, "test": sum(dialogue.answers[0] == answer for dialogue in test) / len(test)}
+    """What is right without looking: the most frequent answer of train, and that to the same words.
+
+    Returns:
+        the ``answer``, the share of ``test`` questions that it answers, and the share that is answered ``by_question``:
+        with the most frequent answer to each question's words in train, or that of all where they are new.
+    """
+    words: dict[str, Counter[str]] = defaultdict(Counter)
+    for dialogue in train:
+        words[dialogue.turns[-1][0]][dialogue.answers[0]] += 1
+    ((answer, _),) = sum(words.values(), Counter[str]()).most_common(1)
+    guessed = [words[q].most_common(1)[0][0] if q in words else answer for q in (d.turns[-1][0] for d in test)]
+    right = np.array([dialogue.answers[0] for dialogue in test])
+    shares = {"test": float(np.mean(right == answer)), "by_question": float(np.mean(right == np.array(guessed)))}
+    return {"answer": answer} | shares
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from PIL import Image
 import flora.models
 from flora.errors import ConfigError, DataError
 from flora.tasks import Instruct
-from flora.tasks.dialogues import Pictures, easy_vqa, plain, read_json, read_parquet
+from flora.tasks.dialogues import Dialogue, Pictures, easy_vqa, plain, read_json, read_parquet
 from flora.tasks.prepare import find, prepare
-from flora.tasks.vqa import Coder
+from flora.tasks.vqa import Coder, majority
 from tests.tasks.chats import tiny_llava
 from tests.tasks.conftest import png
 from tests.tasks.texts import write_rows
@@ -64,7 +64,7 @@ def pets(tmp_path):
 
 def words_and_targets(spec, turns, images=1):
     """Every token of a conversation in words, and whether the loss is on it."""
-    dialogue = flora.tasks.dialogues.Dialogue(tuple(turns), (0,) * images, (turns[-1][1],), "other", "here")
+    dialogue = Dialogue(tuple(turns), (0,) * images, (turns[-1][1],), "other", "here")
     rows = Coder(spec, None, 4).answered("train", [dialogue])
     tokenizer, example = spec.tokenizer(), rows[0]
     assert all(t in (i, NOT) for i, t in zip(example["input_ids"].tolist(), example["labels"].tolist(), strict=True))
@@ -209,9 +209,19 @@ def test_held_out_questions_share_no_image_with_those_of_training(tmp_path):
     assert not shown[0] & shown[1]
     assert len(splits.validation) == 8, "two images, four questions each"
     assert splits.facts["counts"] == {"train": 32, "validation": 8, "test": 8}
-    assert splits.facts["majority"] == {"answer": "red", "test": 0.5}
+    assert splits.facts["majority"] == {"answer": "red", "test": 0.5, "by_question": 0.5}
     with pytest.raises(DataError, match="40 conversations to train on, 40 to hold out"):
         task(validation_size=40).load_for(tiny_llava(tmp_path), tmp_path)
+
+
+def test_what_is_right_without_looking_is_told():
+    def asked(question, answer):
+        return Dialogue(((question, answer),), (0,), (answer,), "other", "here")
+
+    train = [asked(q, a) for q, a in ["ay", "ay", "an", "bn", "bn", "bn", "cy"]]
+    test = [asked(q, a) for q, a in ["ay", "bn", "bn", "cn", "zn", "zy"]]
+    assert majority(train, test) == {"answer": "n", "test": 4 / 6, "by_question": 4 / 6}
+    assert majority(train, test[:3]) == {"answer": "n", "test": 2 / 3, "by_question": 1.0}
 
 
 def test_long_texts_lose_words_never_images_or_the_answer(pets, tmp_path):
@@ -464,4 +474,5 @@ def test_llavas_json_may_lie_in_several_files(tmp_path):
 def test_nlvr_has_its_statements(data_folder, tmp_path):
     splits = task("nlvr").load_for(tiny_llava(tmp_path), data_folder)
     assert splits.facts["counts"] == {"train": 2967, "validation": 990, "test": 981}
-    assert splits.facts["majority"] == {"answer": "true", "test": pytest.approx(0.556, abs=1e-3)}
+    assert splits.facts["majority"]["answer"] == "true"
+    assert splits.facts["majority"]["test"] == pytest.approx(0.556, abs=1e-3)
