@@ -218,7 +218,7 @@ class FloraModel(BaseTuner):
             adapter_name: which adapter; the first active one by default.
         """
         adapter_name = adapter_name or self.active_adapters[0]
-        found = [*stacks(self.batched.layers), *thin_stacks(self.batched.layers)]
+        found: list[Any] = [*stacks(self.batched.layers), *thin_stacks(self.batched.layers)]
         together = {layer: len(stack.layers) for stack in found for layer in stack.layers}
         lines: dict[tuple[Any, ...], list[str]] = {}
         for name, layer, weight in self._adapted_weights(adapter_name):
