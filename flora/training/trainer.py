@@ -108,7 +108,8 @@ class Trainer(transformers.Trainer):
             max_grad_norm=settings.max_grad_norm,
             **(_CHECKPOINTING if settings.gradient_checkpointing else {}),
             bf16=settings.dtype == "bf16",
-            ddp_find_unused_parameters=False,
+            # Every trained parameter is used in every step, but for a projector where a batch shows no image.
+            ddp_find_unused_parameters=hasattr(getattr(model, "config", None), "vision_config"),
             use_cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
             seed=seed,
             data_seed=seed,
