@@ -9,7 +9,6 @@ import argparse
 import copy
 import random
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from flora.bench.methods import Methods, Ranks
-from flora.bench.networks import TRANSFORMERS, Network, network, unlabelled
-from flora.bench.report import DTYPES, device_of, facts, main, positive, table, write
+from flora.bench.networks import Network, add_options, network, unlabelled
+from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
 from flora.bench.timing import one_line, spread, timed
 from flora.errors import ConfigError
 
@@ -65,21 +64,11 @@ def bench_infer() -> None:
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help=f"a name of timm, llava_mini, {', '.join(TRANSFORMERS)}")
-    parser.add_argument("--batch", type=int, help="examples; default: 32, or as fits the model")
-    parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--kernel-rank", type=int, default=2)
-    parser.add_argument("--size", type=int, help="side of the images in pixels")
-    parser.add_argument("--tokens", type=int, help="per text; default: 128, or as fits the model")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the arithmetic; default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--channels-last", action="store_true")
+    parser = options(__doc__)
+    add_options(parser)
     parser.add_argument("--rounds", type=int, default=20, help="each runs every model, in random order")
     parser.add_argument("--steps", type=int, default=5, help="forward passes of a model per round; the median counts")
     parser.add_argument("--no-export", action="store_true", help="leave torch.export out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where to write the results")
     return parser.parse_args()
 
 

@@ -9,12 +9,11 @@ alone on the device.
 import argparse
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 from flora.bench.methods import METHODS, Methods, Ranks
-from flora.bench.networks import TRANSFORMERS, network
-from flora.bench.report import DTYPES, device_of, facts, main, positive, table, write
+from flora.bench.networks import add_options, network
+from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
 from flora.bench.timing import SPREAD, Measured, Plan, measure, spread
 from flora.errors import ConfigError
 
@@ -32,10 +31,10 @@ def bench_step() -> None:
         raise ConfigError("--capture: only a GPU replays CUDA graphs; leave it out")
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
     ranks = Ranks(arguments.r, arguments.kernel_rank, arguments.match)
-    options = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
+    shape = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
     plan = Plan(arguments.rounds, arguments.steps, arguments.warmup, arguments.capture, arguments.seed)
     try:
-        net = network(arguments.model, arguments.batch, DTYPES[dtype], **options)
+        net = network(arguments.model, arguments.batch, DTYPES[dtype], **shape)
         methods = Methods(net, ranks, arguments.layers)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -64,9 +63,8 @@ def bench_step() -> None:
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help=f"a name of timm, llava_mini, {', '.join(TRANSFORMERS)}")
-    parser.add_argument("--batch", type=int, help="examples per step; default: 32, or as fits the model")
+    parser = options(__doc__)
+    add_options(parser)
     told = "\n".join(f"{name}: {what};" for name, what in METHODS.items())
     parser.add_argument("--methods", default="floor,floor_cast,full,lora,flora", help=f"comma-separated. {told}")
     parser.add_argument(
@@ -75,20 +73,11 @@ def parsed() -> argparse.Namespace:
         default="all",
         help="all that the model's config adapts (LoRA leaves depthwise ones out), or those that LoRA can adapt",
     )
-    parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--kernel-rank", type=int, default=2)
     parser.add_argument("--match", action="store_true", help="FLoRA trains as many parameters as LoRA of rank r")
-    parser.add_argument("--size", type=int, help="side of the images in pixels")
-    parser.add_argument("--tokens", type=int, help="per text; default: 128, or as fits the model")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the arithmetic; default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--capture", action="store_true", help="replay forward and backward as one CUDA graph")
     parser.add_argument("--rounds", type=int, default=3, help="each runs every method once, in random order")
     parser.add_argument("--steps", type=int, default=10, help="timed steps per round")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where to write the results")
     return parser.parse_args()
 
 

@@ -28,7 +28,7 @@ from flora import ranks
 from flora.adapters.methods import Adapted
 from flora.bench.methods import Methods, Ranks
 from flora.bench.networks import IMAGE_CLASSES, network
-from flora.bench.report import DTYPES, device_of, facts, main, positive, table, write
+from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
 from flora.bench.timing import Step, spread, timed
 from flora.errors import ConfigError
 from flora.tasks import ImageDataset, ImageTask, Splits
@@ -146,22 +146,15 @@ def bench_train() -> None:
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--model", default="convnext", help="an image model: a preset or a name of timm")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--size", type=int, help="side of the images in pixels")
     parser.add_argument("--methods", default="flora", help=f"comma-separated, of {','.join(METHODS)}")
-    parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--kernel-rank", type=int, default=2)
-    parser.add_argument("--dtype", choices=DTYPES, help="of the arithmetic; default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--trainer", action="append", default=[], metavar="KEY=VALUE", help="a setting, as trainer.KEY")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40, help="counted per round")
     parser.add_argument("--warmup", type=int, default=16, help="steps before them; an epoch is 8")
     parser.add_argument("--augment", choices=("auto", "none"), default="auto", help="auto: crops and flips")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where to write the results")
     return parser.parse_args()
 
 

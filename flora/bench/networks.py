@@ -1,5 +1,6 @@
 """The networks that benchmarks run: by name, with random weights, and a batch of random inputs for each."""
 
+import argparse
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +114,14 @@ class Network:
 def unlabelled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """A batch without its labels."""
     return {name: tensor for name, tensor in inputs.items() if name != "labels"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose a network and its batch."""
+    parser.add_argument("--model", required=True, help=f"a name of timm, llava_mini, {', '.join(TRANSFORMERS)}")
+    parser.add_argument("--batch", type=int, help="examples; default: 32, or as fits the model")
+    parser.add_argument("--tokens", type=int, help="per text; default: 128, or as fits the model")
+    parser.add_argument("--channels-last", action="store_true")
 
 
 def network(

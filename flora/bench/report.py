@@ -1,5 +1,6 @@
-"""What every benchmark script shares: where it ran, its JSON file, and one line for bad input."""
+"""What every benchmark script shares: its options, where it ran, its JSON file, and one line for bad input."""
 
+import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,19 @@ def main(entry: Callable[[], None]) -> None:
         if ranks.tells():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A parser of the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--kernel-rank", type=int, default=2)
+    parser.add_argument("--size", type=int, help="side of the images in pixels")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the arithmetic; default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    return parser
 
 
 def device_of(name: str | None) -> torch.device:
