@@ -30,9 +30,9 @@ def bench_infer() -> None:
     positive(r=arguments.r, kernel_rank=arguments.kernel_rank, rounds=arguments.rounds, steps=arguments.steps)
     device = device_of(arguments.device)
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    options = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
+    shape = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
     try:
-        net = network(arguments.model, arguments.batch, DTYPES[dtype], **options)
+        net = network(arguments.model, arguments.batch, DTYPES[dtype], **shape)
         methods = Methods(net, Ranks(arguments.r, arguments.kernel_rank))
     except ValueError as error:
         raise ConfigError(str(error)) from error
