@@ -5,6 +5,7 @@ import gc
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -239,16 +240,29 @@ class Experiment:
 
 @contextlib.contextmanager
 def data_workers() -> Iterator[None]:
-    """Around training: WorkerLost where torch says that a data-loading process was killed."""
+    """Around training: WorkerLost where a data-loading process was killed."""
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, OSError, EOFError) as error:
+        # A line to the process may break before torch is told of its end.
+        killed = str(error) if isinstance(error, RuntimeError) else _killed_worker()
+        if not killed.startswith("DataLoader worker"):
             raise
         raise WorkerLost(
-            f"a data-loading process was killed ({str(error).splitlines()[0].rstrip('. ')}): "
+            f"a data-loading process was killed ({killed.splitlines()[0].rstrip('. ')}): "
             "start the run again to go on, with more memory or a smaller trainer.num_workers"
         ) from error
+
+
+def _killed_worker() -> str:
+    """What torch says of a data-loading process that has ended by a signal, if one does within a second."""
+    try:
+        for _ in range(10):
+            torch._C._error_if_any_worker_fails()
+            time.sleep(0.1)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def evaluate(
