@@ -280,7 +280,7 @@ def parquet_lost(place):
     return place.run(*options, at=3, do=lambda: shutil.rmtree(place.folder / "data")), None
 
 
-@fault("data-loading process killed")
+@fault("data-loading process killed", slow=True)
 def loader_killed(place):
     photographs(place.folder / "data", each=40)
     options = (*FOLDER, f"paths.data={place.folder}/data", "trainer.num_workers=2", "trainer.max_steps=30")
