@@ -100,7 +100,8 @@ class BatchedWeights:
         self._with_gradient = torch.is_grad_enabled()
         for plan in self._plans:
             parameters = plan.parameters()
-            if not any(isinstance(p, DTensor) or p.numel() == 0 for p in parameters):
+            sharded = any(issubclass(kind, DTensor) for kind in {type(p) for p in parameters})
+            if not sharded and 0 not in {p.numel() for p in parameters}:
                 built = plan.build(parameters)
                 self._built.update(zip((id(layer) for s in plan.stacks for layer in s.layers), built, strict=True))
 

@@ -104,7 +104,8 @@ class ConvNd(_Conv):
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
         if runs_plain_op(base, _PLAIN[len(base.kernel_size)]):
-            return base._conv_forward(*args, **kwargs, weight=weights["weight"], bias=base.bias)
+            weight = weights["weight"]
+            return base._conv_forward(*args, **kwargs, weight=weight, bias=self.bias_in(weight.dtype))
         return super().run_base(weights, *args, **kwargs)
 
 

@@ -22,7 +22,7 @@ class Rates:
     Attributes:
         half, single: matrix arithmetic in 16 and in more bits, floating-point operations per second.
         bandwidth: memory traffic, bytes per second.
-        launch: seconds per small kernel.
+        launch: seconds per small kernel, with the Python and the dispatch around it, which a host may not hide.
     """
 
     half: float
@@ -31,7 +31,7 @@ class Rates:
     launch: float
 
 
-DEVICES = {"cuda": Rates(4e14, 1e14, 2e12, 5e-6), "cpu": Rates(1e11, 1e11, 1e10, 2e-5)}
+DEVICES = {"cuda": Rates(4e14, 1e14, 2e12, 2e-5), "cpu": Rates(1e11, 1e11, 1e10, 2e-5)}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from flora.adapters.kernels import Product, Products, Walk
+from flora.adapters.kernels import Operand, Product, Products, Walk, scattered
 from flora.adapters.stacks import Plan, Stack
 
 # Rows, columns and depth of a tile, at most; a step of smaller products has smaller ones.
@@ -29,79 +29,124 @@ _TILES = {
 
 
 class Grouped(Plan):
-    """A plan whose stacks are built together on a GPU: fp32 adapters, dense base weights with a wide mode."""
+    """A plan whose stacks are built together on a GPU: fp32 adapters, dense base weights with a wide mode.
+
+    The kernel reads parameters, base weights and their gradients where they lie. Only cores and factors of small modes
+    are copied together first.
+    """
 
     def __init__(self, stacks: Sequence[Stack]) -> None:
         super().__init__(sorted(stacks, key=_odd))  # what follows an odd size is not aligned
         self.dtype = stacks[0].dtype
         self.layers = [layer for stack in self.stacks for layer in stack.layers]
-        self.places = list(self._places())
-        self.weights = sum(math.prod(shape) for shape, _, _ in self.places)
-        self._inner = [self._inner_size(members) for members in self.families]
+        self.weights = [len(stack.layers) * math.prod(stack.described.shape) for stack in self.stacks]
+        self.folded = [members for members in self.families if members[0].small]
+        self._inner = [self._inner_size(members) for members in self.folded]
         self.inner = sum(self._inner)
         self.room = self.inner + sum(self.columns)
+        self._number()
         found: dict[str, list[Product]] = {}
         for name, product in self._products():
             found.setdefault(name, []).append(product)
         device = self.layers[0].base_layer._parameters["weight"].device
+        starts = self._weight_starts()
+        self._in_one_buffer = torch.tensor(starts).to(device), not any(start % 8 for start in starts)
         self._steps = {name: Products(products, _tile(name, products), device) for name, products in found.items()}
 
-    def _places(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
-        """Shape, strides and start of the layers' weights in the buffer that holds them."""
-        start = 0
-        for stack in self.stacks:
-            modes = range(len(stack.ranks))
-            shape = tuple(stack.described.weight_shape if stack.in_order else stack.sizes(modes))
-            strides, step = [0] * len(shape), 1
-            for mode in reversed(range(len(shape)) if stack.in_order else stack.order):
-                strides[mode], step = step, step * shape[mode]
-            for _ in stack.layers:
-                yield shape, tuple(strides), start
-                start += step
+    def _number(self) -> None:
+        """Note where in the list of parameters each operand of the steps is found, and what is copied together."""
+        first = list(accumulate((view[0] for view in self.views), initial=0))
+        self.operands: dict[str, list[int]] = {"rows": [], "wide": [], "wide_small": [], "cores": []}
+        self.packed: dict[int, range] = {}
+        for members in self.families:
+            one, where, before = members[0], "_small" if members[0].small else "", 0
+            for mode in (None, *one.small) if one.small else ():
+                block = self.index[one, mode]
+                self.packed[block] = range(first[block], first[block + 1])
+            for stack in members:
+                n = len(stack.layers)
+                for name, mode in zip(("rows", "wide" + where), stack.outer, strict=True):
+                    start = first[self.index[stack, mode]]
+                    self.operands[name] += range(start, start + n)
+                if not one.small:
+                    start = first[self.index[one, None]] + before
+                    self.operands["cores"] += range(start, start + n)
+                before += n
+
+    def _weight_starts(self) -> list[int]:
+        """Where the layers' weights begin in the buffer that holds them."""
+        sizes = (math.prod(stack.described.shape) for stack in self.stacks for _ in stack.layers)
+        return list(accumulate(sizes, initial=0))[:-1]
 
     def _inner_size(self, members: tuple[Stack, ...]) -> int:
-        """Size of a family's cores with small factors multiplied in; without such, the cores are that already."""
-        one = members[0]
-        ranks = math.prod(one.ranks[mode] for mode in one.outer)
-        return sum(len(stack.layers) for stack in members) * ranks * _small(one) if one.small else 0
+        """Size of a family's cores with small factors multiplied in."""
+        ranks = math.prod(members[0].ranks[mode] for mode in members[0].outer)
+        return sum(len(stack.layers) for stack in members) * ranks * _small(members[0])
 
     def _products(self) -> Iterator[tuple[str, Product]]:
         """The products of all steps, layer by layer."""
-        blocks = list(accumulate(self._sizes, initial=0))
+        blocks = list(accumulate(self.sizes, initial=0))
         inners, columns = accumulate(self._inner, initial=0), accumulate(self.columns, initial=self.inner)
-        weights = (start for _, _, start in self.places)
-        for members, start in zip(self.families, inners, strict=False):
+        weights = iter(self._weight_starts())
+        for members in self.families:
             one = members[0]
-            inner = start if one.small else blocks[self.index[one, None]]
+            inner = next(inners) if one.small else blocks[self.index[one, None]]
             size = math.prod(one.ranks[mode] for mode in one.outer) * _small(one)
             for stack, column in zip(members, columns, strict=False):
                 rows, wide = (blocks[self.index[stack, mode]] for mode in stack.outer)
                 for i, weight in zip(range(len(stack.layers)), weights, strict=False):
                     left, right, row = (math.prod(shape) for shape in _factors(stack))
-                    starts = rows + i * left, wide + i * right, inner, column + i * row, weight
-                    yield from _steps(stack, *starts)
+                    yield from _steps(stack, rows + i * left, wide + i * right, inner, column + i * row, weight)
                     inner += size
 
     @override
     def build(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return _Build.apply(self, *parameters)
 
-    def run(self, step: str, a: Tensor, b: Tensor, c: Tensor, bases: Sequence[Tensor] | None = None) -> None:
-        """Compute a step of the contraction for all layers that have it."""
-        if step in self._steps:
-            self._steps[step](a, b, c, bases)
+    def run(
+        self, step: str, a: Tensor | Operand | None, b: Tensor | Operand | None, c: Tensor, base: Operand | None = None
+    ) -> None:
+        """Compute a step of the contraction for all layers that have it; None stands for an operand without layers."""
+        if a is not None and b is not None and step in self._steps:
+            self._steps[step](a, b, c, base)
+
+    def where_they_lie(self, parameters: Sequence[Tensor]) -> dict[str, Operand | None]:
+        """The operands that parameters are."""
+        found: dict[str, Operand | None] = {}
+        for name, numbers in self.operands.items():
+            tensors = [parameters[i] for i in numbers]
+            tensors = [one if one.is_contiguous() else one.contiguous() for one in tensors]
+            found[name] = scattered(tensors) if tensors else None
+        return found
+
+    def pack(self, parameters: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Cores and factors of small modes, block by block."""
+        chosen = [parameters[i] for block in self.packed.values() for i in block]
+        if not chosen:
+            return {}
+        flat = torch._C._nn.flatten_dense_tensors(chosen)
+        parts = flat.split_with_sizes([self.sizes[block] for block in self.packed])
+        return {block: part.view(self.views[block]) for block, part in zip(self.packed, parts, strict=True)}
+
+    def given(self, gradients: Sequence[Tensor]) -> Operand:
+        """The operand that the gradients of the weights, in memory order, are."""
+        if not (gradients[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            return scattered(gradients)
+        # Their addresses are not known before the capture, during which nothing can be copied to the device.
+        return Operand(torch.cat([one.flatten() for one in gradients]), *self._in_one_buffer)
 
     def split_inner(self, room: Tensor, products: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-        """Per family [n, r_1 * r_wide, small], views of ``room``; empty without small modes."""
+        """Per family with small modes [n, r_1 * r_wide, small], views of ``room``."""
         parts = room[: self.inner].split_with_sizes(self._inner)
         return [part.view(*core.shape[:2], -1) for part, (core, _) in zip(parts, products, strict=True)]
 
     def in_memory_order(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of the weights, each flat."""
+        """The gradients of the weights, each dense and laid out as its weight."""
         found, given = [], iter(gradients)
         for stack in self.stacks:
-            some = islice(given, len(stack.layers))
-            found += [(one if stack.in_order else one.permute(stack.order)).reshape(-1) for one in some]
+            for one in islice(given, len(stack.layers)):
+                seen = one if stack.in_order else one.permute(stack.order)
+                found.append(seen if seen.is_contiguous() else seen.contiguous())
         return found
 
 
@@ -110,8 +155,9 @@ def _steps(stack: Stack, a: int, c: int, inner: int, columns: int, weight: int) 
 
     Args:
         stack: of the layer.
-        a, c: where its factors of the rows and of the wide mode begin.
-        inner, columns, weight: where the intermediate results and its weight do.
+        a, c: where the gradients of its factors of the rows and of the wide mode begin.
+        inner, columns, weight: where the intermediate results (without small modes, the core's gradient) and its weight
+            do.
     """
     (rows, rank), (wide, wide_rank), (_, rest) = _factors(stack)
     small, scale = _small(stack), stack.scale
@@ -121,29 +167,25 @@ def _steps(stack: Stack, a: int, c: int, inner: int, columns: int, weight: int) 
     of_inner = Walk(wide_rank * small, 1, small) if small > 1 else Walk(wide_rank)
     of_columns = Walk(rest, 1, small) if step > 1 else Walk(wide)
     where = "_small" if stack.small else ""
+    core = inner if stack.small else 0  # a core is a tensor of its own, as factors, weights and their gradients are
+    one = Walk(1)
     yield (
         "columns" + where,
-        Product(pairs, wide, wide_rank, inner, of_inner, Walk(small), c, Walk(1), wide_rank, columns, of_columns, step),
+        Product(pairs, wide, wide_rank, core, of_inner, Walk(small), 0, one, wide_rank, columns, of_columns, step),
     )
     yield (
         "weights",
-        Product(rows, rest, rank, a, Walk(rank), Walk(1), columns, Walk(rest), 1, weight, Walk(rest), 1, scale),
+        Product(rows, rest, rank, 0, Walk(rank), one, columns, Walk(rest), 1, weight, Walk(rest), 1, scale),
     )
-    yield (
-        "to_left",
-        Product(rows, rank, rest, weight, Walk(rest), Walk(1), columns, Walk(1), rest, a, Walk(rank), 1, scale),
-    )
-    yield (
-        "to_columns",
-        Product(rank, rest, rows, a, Walk(1), Walk(rank), weight, Walk(rest), 1, columns, Walk(rest), 1, scale),
-    )
+    yield "to_left", Product(rows, rank, rest, 0, Walk(rest), one, columns, one, rest, a, Walk(rank), 1, scale)
+    yield "to_columns", Product(rank, rest, rows, 0, one, Walk(rank), 0, Walk(rest), 1, columns, Walk(rest), 1, scale)
     yield (
         "to_inner" + where,
-        Product(pairs, wide_rank, wide, columns, of_columns, Walk(step), c, Walk(wide_rank), 1, inner, of_inner, small),
+        Product(pairs, wide_rank, wide, columns, of_columns, Walk(step), 0, Walk(wide_rank), 1, inner, of_inner, small),
     )
     yield (
         "to_wide" + where,
-        Product(wide, wide_rank, pairs, columns, Walk(step), of_columns, inner, of_inner, small, c, Walk(wide_rank), 1),
+        Product(wide, wide_rank, pairs, columns, Walk(step), of_columns, core, of_inner, small, c, Walk(wide_rank), 1),
     )
 
 
@@ -176,43 +218,44 @@ class _Build(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Grouped, *parameters: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(parameters[0].device.type, enabled=False):
-            flat = torch._C._nn.flatten_dense_tensors(list(parameters))
-            room = flat.new_empty(plan.room)
-            products = plan.small_products(plan.split(flat))
+        one = parameters[0]
+        with torch.cuda.device_of(one), torch.autocast(one.device.type, enabled=False):
+            room, blocks = one.new_empty(plan.room), plan.pack(parameters)
+            products = plan.small_products(blocks, plan.folded)
             for (core, kronecker), inner in zip(products, plan.split_inner(room, products), strict=True):
-                if kronecker is not None:
-                    torch.bmm(core, kronecker.mT, out=inner)
-            plan.run("columns", flat, flat, room)
-            plan.run("columns_small", room, flat, room)
-            weights = flat.new_empty(plan.weights, dtype=plan.dtype)
-            plan.run("weights", flat, room, weights, [layer.base_layer._parameters["weight"] for layer in plan.layers])
-            ctx.plan, ctx.flat, ctx.room, ctx.products = plan, flat, room, products
+                torch.bmm(core, kronecker.mT, out=inner)  # type: ignore[union-attr]
+            held = plan.where_they_lie(parameters)
+            plan.run("columns", held["cores"], held["wide"], room)
+            plan.run("columns_small", room, held["wide_small"], room)
+            weights = one.new_empty(sum(plan.weights), dtype=plan.dtype)
+            base = scattered([layer.base_layer._parameters["weight"] for layer in plan.layers])
+            plan.run("weights", held["rows"], room, weights, base)
+            ctx.plan, ctx.room, ctx.blocks, ctx.products = plan, room, blocks, products
             ctx.save_for_backward(*parameters)
-            return tuple(weights.as_strided(*place) for place in plan.places)
+            parts = zip(plan.stacks, weights.split_with_sizes(plan.weights), strict=True)
+            return tuple([weight for stack, part in parts for weight in stack.unstack(part)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         plan: Grouped = ctx.plan
+        parameters = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted, which the fast path below does not record
-            return None, *plan.differentiable_gradients(ctx.saved_tensors, gradients)
+            return None, *plan.differentiable_gradients(parameters, gradients)
         with torch.autocast(gradients[0].device.type, enabled=False):
-            flat, before, given = ctx.flat, ctx.room, torch.cat(plan.in_memory_order(gradients))
-            found, room = torch.empty_like(flat), torch.empty_like(before)
+            before, dense = ctx.room, plan.in_memory_order(gradients)
+            held, given = plan.where_they_lie(parameters), plan.given(dense)
+            found, room = before.new_empty(sum(plan.sizes)), torch.empty_like(before)
             plan.run("to_left", given, before, found)
-            plan.run("to_columns", flat, given, room)
-            plan.run("to_inner", room, flat, found)
-            plan.run("to_inner_small", room, flat, room)
-            plan.run("to_wide", room, flat, found)
+            plan.run("to_columns", held["rows"], given, room)
+            plan.run("to_inner", room, held["wide"], found)
+            plan.run("to_inner_small", room, held["wide_small"], room)
+            plan.run("to_wide", room, held["cores"], found)
             plan.run("to_wide_small", room, before, found)
-            blocks, places = plan.split(flat), plan.split(found)
-            inners = plan.split_inner(room, ctx.products)
-            for members, (core, kronecker), inner in zip(plan.families, ctx.products, inners, strict=True):
-                if kronecker is None:
-                    continue
+            inners, places = plan.split_inner(room, ctx.products), plan.split(found)
+            for members, (core, kronecker), inner in zip(plan.folded, ctx.products, inners, strict=True):
                 one = members[0]
-                factors = plan.factors_back(members, blocks, inner.mT @ core)
+                factors = plan.factors_back(members, ctx.blocks, inner.mT @ core)
                 for mode, factor in zip(one.small, factors, strict=True):
                     places[plan.index[one, mode]].copy_(factor)
                 places[plan.index[one, None]].copy_(plan.cores_back(one, inner @ kronecker))
-            return None, *torch._C._nn.unflatten_dense_tensors(found, ctx.saved_tensors)
+            return None, *[gradient for place in places for gradient in place.unbind(0)]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, for tests
-_FIELDS = tl.constexpr(18)
+_FIELDS = tl.constexpr(16)
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -25,11 +25,11 @@ class Walk(NamedTuple):
 
 @dataclass(frozen=True)
 class Product:
-    """c = scale * a @ b, with a [m, k], b [k, n] and c [m, n] anywhere in three flat buffers.
+    """c = scale * a @ b, with a [m, k], b [k, n] and c [m, n].
 
     Attributes:
         m, n, k: sizes.
-        a, b, c: where each begins, in elements of its buffer.
+        a, b, c: where each begins, in elements of the flat buffer that holds it; 0 for a tensor of its own.
         a_m, a_k, b_k, c_m: how these indices move; those of m, and those of k, split alike if both split.
         b_n, c_n: strides.
         scale: factor of the product.
@@ -54,7 +54,7 @@ class Product:
         m_split, k_split = max(self.a_m.split, self.c_m.split), max(self.a_k.split, self.b_k.split)
         walks = [*_walk(self.a_m, m_split), *_walk(self.c_m, m_split), *_walk(self.a_k, k_split)]
         walks += _walk(self.b_k, k_split)
-        return self.m, self.n, self.k, self.a, self.b, self.c, m_split, k_split, *walks, self.b_n, self.c_n
+        return self.m, self.n, self.k, self.c, m_split, k_split, *walks, self.b_n, self.c_n
 
 
 def _walk(walk: Walk, split: int) -> tuple[int, int]:
@@ -71,7 +71,8 @@ def _offset(index, outer, inner, split, splits: tl.constexpr, unit: tl.constexpr
 
 @triton.jit
 def _products(
-    a, b, c, base, bases, table, scales, tiles, tile_m: tl.constexpr, tile_n: tl.constexpr, tile_k: tl.constexpr,
+    a, b, c, base, a_starts, b_starts, bases, table, scales, tiles,
+    tile_m: tl.constexpr, tile_n: tl.constexpr, tile_k: tl.constexpr,
     m_splits: tl.constexpr, k_splits: tl.constexpr, am_unit: tl.constexpr, cm_unit: tl.constexpr,
     ak_unit: tl.constexpr, bk_unit: tl.constexpr, bn_unit: tl.constexpr, cn_unit: tl.constexpr,
     aligned: tl.constexpr, adds: tl.constexpr, operand: tl.constexpr,
@@ -80,13 +81,13 @@ def _products(
     number = tl.load(tile).to(tl.int64)
     row = table + number * _FIELDS
     m, n, k = tl.load(row).to(tl.int32), tl.load(row + 1).to(tl.int32), tl.load(row + 2).to(tl.int32)
-    a_start, b_start, c_start = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
-    m_split, k_split = tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
-    am_outer, am_inner = tl.load(row + 8).to(tl.int32), tl.load(row + 9).to(tl.int32)
-    cm_outer, cm_inner = tl.load(row + 10).to(tl.int32), tl.load(row + 11).to(tl.int32)
-    ak_outer, ak_inner = tl.load(row + 12).to(tl.int32), tl.load(row + 13).to(tl.int32)
-    bk_outer, bk_inner = tl.load(row + 14).to(tl.int32), tl.load(row + 15).to(tl.int32)
-    b_n, c_n = tl.load(row + 16).to(tl.int32), tl.load(row + 17).to(tl.int32)
+    a_start, b_start, c_start = tl.load(a_starts + number), tl.load(b_starts + number), tl.load(row + 3)
+    m_split, k_split = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32)
+    am_outer, am_inner = tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
+    cm_outer, cm_inner = tl.load(row + 8).to(tl.int32), tl.load(row + 9).to(tl.int32)
+    ak_outer, ak_inner = tl.load(row + 10).to(tl.int32), tl.load(row + 11).to(tl.int32)
+    bk_outer, bk_inner = tl.load(row + 12).to(tl.int32), tl.load(row + 13).to(tl.int32)
+    b_n, c_n = tl.load(row + 14).to(tl.int32), tl.load(row + 15).to(tl.int32)
     base_start = tl.load(bases + number) if adds else c_start
     if aligned:  # so that several elements are moved at once
         m, n, k = tl.multiple_of(m, 8), tl.multiple_of(n, 8), tl.multiple_of(k, 8)
@@ -117,19 +118,60 @@ def _products(
     tl.store(c + c_start + place, total.to(c.dtype.element_ty), mask=inside)
 
 
-class _Launch:
-    """Products whose layouts the kernel is compiled for alike."""
+class Operand(NamedTuple):
+    """What products read: a flat buffer, or tensors of their own, of one dtype and device.
 
-    def __init__(self, products: Sequence[Product], pattern: tuple[bool, ...], tile: tuple[int, int, int]) -> None:
-        counts = [(triton.cdiv(one.m, tile[0]), triton.cdiv(one.n, tile[1])) for one in products]
+    Attributes:
+        first: the buffer, or the first of the tensors.
+        starts: per product, where its part begins, in elements from the first one.
+        even: whether all starts divide by 8, and the first element's address by 16.
+    """
+
+    first: Tensor
+    starts: Tensor
+    even: bool
+
+
+def scattered(tensors: Sequence[Tensor]) -> Operand:
+    """An operand of one tensor per product: one pointer, and offsets from it, reach separate allocations."""
+    addresses = tuple(tensor.data_ptr() for tensor in tensors)
+    return Operand(tensors[0], *_starts(tensors[0].device, addresses, tensors[0].element_size()))
+
+
+@lru_cache(maxsize=4096)
+def _starts(device: torch.device, addresses: tuple[int, ...], size: int) -> tuple[Tensor, bool]:
+    # Kept, so that only the first step copies them to the device, which a CUDA graph could not capture.
+    offsets = [(address - addresses[0]) // size for address in addresses]
+    return _on(device, offsets), addresses[0] % 16 == 0 and not any(offset % 8 for offset in offsets)
+
+
+def _on(device: torch.device, numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers).to(device, non_blocking=True)  # so few that the device need not be waited for
+
+
+class _Launch:
+    """Products whose layouts the kernel is compiled for alike: ``pattern``, the last of it whether all is aligned."""
+
+    def __init__(
+        self, products: dict[int, Product], pattern: tuple[bool, ...], tile: tuple[int, int, int], device: torch.device
+    ) -> None:
+        counts = {i: (triton.cdiv(one.m, tile[0]), triton.cdiv(one.n, tile[1])) for i, one in products.items()}
         tiles = [
             torch.cartesian_prod(torch.tensor([number]), torch.arange(down), torch.arange(across))
-            for number, (down, across) in enumerate(counts)
+            for number, (down, across) in counts.items()
         ]
-        self.tiles = torch.cat(tiles).int()
-        self.table = torch.tensor([product.numbers() for product in products])
-        self.scales = torch.tensor([product.scale for product in products], dtype=torch.float32)
-        self.tile, self.pattern = tile, pattern
+        self.tiles = torch.cat(tiles).int().to(device)
+        self.grid = (len(self.tiles), 1, 1)
+        self.pattern = pattern
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, kind: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
+        """Launch the kernel; ``kind`` is what it is compiled for besides the layouts."""
+        known = self.compiled.get(kind)
+        if known is None:
+            self.compiled[kind] = _products[self.grid](*arguments)
+        else:  # past the look-up of the compiled kernel, which takes longer than the launch
+            known[self.grid](*arguments)
 
 
 class Products:
@@ -142,46 +184,48 @@ class Products:
     """
 
     def __init__(self, products: Sequence[Product], tile: tuple[int, int, int], device: torch.device) -> None:
-        groups: dict[tuple[bool, ...], list[int]] = {}
+        groups: dict[tuple[bool, ...], dict[int, Product]] = {}
         for i, product in enumerate(products):
-            groups.setdefault(_pattern(product.numbers()), []).append(i)
-        self._groups = []
-        for pattern, members in groups.items():
-            launch = _Launch([products[i] for i in members], pattern, tile)
-            launch.tiles, launch.table = launch.tiles.to(device), launch.table.to(device)
-            launch.scales = launch.scales.to(device)
-            self._groups.append((launch, members))
+            groups.setdefault(_pattern(product), {})[i] = product
+        self.launches = [_Launch(members, pattern, tile, device) for pattern, members in groups.items()]
+        self._tile = tile
+        self._table = _on(device, [number for product in products for number in product.numbers()])
+        self._scales = torch.tensor([product.scale for product in products], dtype=torch.float32).to(device)
+        in_flat = [one.a for one in products], [one.b for one in products]
+        self._in_flat = [(_on(device, starts), not any(start % 8 for start in starts)) for starts in in_flat]
 
-    def __call__(self, a: Tensor, b: Tensor, c: Tensor, bases: Sequence[Tensor] | None = None) -> None:
+    def __call__(self, a: Tensor | Operand, b: Tensor | Operand, c: Tensor, base: Operand | None = None) -> None:
         """Compute ``c``.
 
         Args:
-            a, b, c: flat buffers. Products are taken in the lower precision of ``a`` and ``b`` and summed up in fp32.
-            bases: one tensor per product, of one dtype, laid out in memory as the product's part of ``c``: added to it.
+            a, b: operands; a flat buffer holds each product's where the product says. Products are taken in the lower
+                precision of the two and summed up in fp32.
+            c: flat buffer.
+            base: laid out in memory as the products' parts of ``c``: added to them.
         """
-        operand = _OPERANDS[min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)]
-        for launch, members in self._groups:
-            base, starts, aligned = c, launch.table, launch.pattern[-1]
-            if bases is not None:
-                base, first = bases[members[0]], bases[members[0]].data_ptr()
-                # One pointer and offsets from it reach tensors of separate allocations.
-                offsets = tuple((bases[i].data_ptr() - first) // base.element_size() for i in members)
-                starts, aligned = _on(c.device, offsets), aligned and not any(offset % 8 for offset in offsets)
-            _products[len(launch.tiles),](
-                a, b, c, base, starts, launch.table, launch.scales, launch.tiles, *launch.tile, *launch.pattern[:-1],
-                aligned, bases is not None, operand,
+        a, b = (
+            one if isinstance(one, Operand) else Operand(one, *starts)
+            for one, starts in zip((a, b), self._in_flat, strict=True)
+        )
+        lower = _OPERANDS[min(a.first.dtype, b.first.dtype, key=lambda dtype: dtype.itemsize)]
+        even, added = a.even and b.even and (base is None or base.even), base or a
+        first = a.first, b.first, c, c if base is None else base.first
+        kind = (even, base is None, *((tensor.dtype, tensor.data_ptr() % 16) for tensor in first))
+        for launch in self.launches:
+            *layouts, aligned = launch.pattern
+            launch(
+                kind,
+                (
+                    *first, a.starts, b.starts, added.starts, self._table, self._scales, launch.tiles, *self._tile,
+                    *layouts, aligned and even, base is not None, lower,
+                ),
             )  # fmt: skip
 
 
-def _pattern(numbers: tuple[int, ...]) -> tuple[bool, ...]:
+def _pattern(product: Product) -> tuple[bool, ...]:
     """What the kernel is compiled for: whether m and k split, which strides are 1, whether all else divides by 8."""
-    outer = numbers[8], numbers[10], numbers[12], numbers[14], numbers[16], numbers[17]
-    m_splits, k_splits = numbers[6] > 1, numbers[7] > 1
-    even = not any(number % 8 for number in numbers[:6]) and all(s == 1 or s % 8 == 0 for s in outer)
+    numbers = product.numbers()
+    outer = numbers[6], numbers[8], numbers[10], numbers[12], numbers[14], numbers[15]
+    m_splits, k_splits = numbers[4] > 1, numbers[5] > 1
+    even = not any(number % 8 for number in numbers[:4]) and all(s == 1 or s % 8 == 0 for s in outer)
     return m_splits, k_splits, *(stride == 1 for stride in outer), even and not m_splits and not k_splits
-
-
-@lru_cache(maxsize=4096)
-def _on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
-    # Kept, so that only the first step copies them to the device, which a CUDA graph could not capture.
-    return torch.tensor(numbers, device=device)

@@ -38,6 +38,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     )
     supports_dora = True
     stackable = False  # whether its only weight can be built together with those of other layers
+    _cast_bias: tuple[Any, Tensor, Tensor] | None = None
     batched: Any = None  # flora.adapters.batched.BatchedWeights of the model, if any
     base_layer: Any
     tucker_core: Any  # ModuleDict: adapter -> ParameterDict: weight -> core
@@ -75,6 +76,19 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, with the given weights (by name) in place of its own."""
         return torch.func.functional_call(self.base_layer, weights, args, kwargs)
+
+    def bias_in(self, dtype: torch.dtype) -> Any:
+        """The base layer's bias in ``dtype``; a frozen one is converted once and kept."""
+        bias = self.base_layer.bias
+        if bias is None or bias.dtype == dtype or bias.requires_grad or bias.is_inference() or in_transform():
+            return bias
+        source = bias.data_ptr(), bias._version, dtype
+        if self._cast_bias is None or self._cast_bias[0] != source:
+            cast = bias.detach().to(dtype)
+            if bias.is_cuda and torch.cuda.is_current_stream_capturing():
+                return cast  # of the graph's memory, which holds it only once the graph has been replayed
+            self._cast_bias = source, cast, bias.detach()  # held, so that no other tensor gets its address
+        return self._cast_bias[1]
 
     def can_add(self, adapter_name: str) -> bool:
         """Whether the update's output can be computed apart from the base layer's and added to it."""

@@ -132,7 +132,8 @@ class Linear(_Matrix):
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
         if runs_plain_op(base, nn.Linear):
-            return F.linear(args[0] if args else kwargs["input"], weights["weight"], base.bias)
+            weight = weights["weight"]
+            return F.linear(args[0] if args else kwargs["input"], weight, self.bias_in(weight.dtype))
         return super().run_base(weights, *args, **kwargs)
 
     @override

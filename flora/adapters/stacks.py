@@ -1,7 +1,7 @@
 """Layers whose weights are built together, and the order in which their adapters lie in one flat buffer."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -117,6 +117,7 @@ class Plan:
         stacks: all of them, family by family.
         blocks: same-shaped parameters, in the order of the flat buffer.
         index: of the block of a stack's core (mode None) or factor; what a family shares is that of its first stack.
+        views, sizes: of the blocks, [n, r...] or [n, d, r].
         columns: per stack, the size of what its rows are multiplied with.
     """
 
@@ -138,8 +139,8 @@ class Plan:
         self.blocks.sort(key=lambda block: math.prod(block.shape) % 8 > 0)  # what follows an odd size is not aligned
         self._held = [place for block in self.blocks for place in block.held()]
         counts = [sum(len(stack.layers) for stack in block.stacks) for block in self.blocks]
-        self._views = [(count, *block.shape) for count, block in zip(counts, self.blocks, strict=True)]
-        self._sizes = [math.prod(view) for view in self._views]
+        self.views = [(count, *block.shape) for count, block in zip(counts, self.blocks, strict=True)]
+        self.sizes = [math.prod(view) for view in self.views]
         self.columns = [len(s.layers) * s.ranks[s.modes[0]] * math.prod(s.sizes(s.modes[1:])) for s in self.stacks]
         self.index = {(block.stacks[0], block.mode): i for i, block in enumerate(self.blocks)}
 
@@ -149,12 +150,14 @@ class Plan:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """The blocks of a flat buffer: cores as [n, r...], factors as [n, d, r]."""
-        return [part.view(view) for part, view in zip(flat.split_with_sizes(self._sizes), self._views, strict=True)]
+        return [part.view(view) for part, view in zip(flat.split_with_sizes(self.sizes), self.views, strict=True)]
 
-    def small_products(self, blocks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    def small_products(
+        self, blocks: Mapping[int, Tensor] | Sequence[Tensor], families: Sequence[tuple[Stack, ...]]
+    ) -> list[tuple[Tensor, Tensor | None]]:
         """Per family, cores as [n, r_1 * r_wide, r_small], Kronecker products of small factors [n, small, r_small]."""
         found = []
-        for members in self.families:
+        for members in families:
             one, core = members[0], blocks[self.index[members[0], None]]
             core = core.permute(0, *(1 + mode for mode in one.core_order))
             small = math.prod(one.ranks[mode] for mode in one.small)
@@ -179,7 +182,9 @@ class Plan:
         seen = gradient.reshape(len(gradient), *(one.ranks[mode] for mode in one.core_order))
         return seen.permute(0, *(1 + one.core_order.index(mode) for mode in range(len(one.ranks))))
 
-    def factors_back(self, members: tuple[Stack, ...], blocks: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+    def factors_back(
+        self, members: tuple[Stack, ...], blocks: Mapping[int, Tensor] | Sequence[Tensor], gradient: Tensor
+    ) -> list[Tensor]:
         """Gradients of the small factors from that of their Kronecker product."""
         one = members[0]
         factors = [blocks[self.index[one, mode]] for mode in one.small]

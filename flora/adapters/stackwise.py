@@ -27,7 +27,7 @@ class _Build(torch.autograd.Function):
         with torch.autocast(parameters[0].device.type, enabled=False):
             flat = torch._C._nn.flatten_dense_tensors(list(parameters))
             blocks = plan.split(flat)
-            products, turned = plan.small_products(blocks), []
+            products, turned = plan.small_products(blocks, plan.families), []
             weights: list[Tensor] = []
             columns = flat.new_empty(sum(plan.columns))  # what the rows are multiplied with, of all stacks
             right = iter(_split_columns(plan, columns))

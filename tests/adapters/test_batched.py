@@ -1,6 +1,7 @@
 """Weights built together for same-shaped layers: the same numbers as layer by layer, and off where they cannot be."""
 
 import copy
+import itertools
 from typing import Any
 
 import peft
@@ -301,3 +302,23 @@ def test_explain_says_which_form_each_shape_runs_in():
     ]
     thin = adapt(Net(), target_modules=r"fc\.\d", forward="factored")
     assert thin.base_model.explain() == ["factored [5, 5] ranks [3, 3]: 3 weights, 3 built together (fc.0.weight, ...)"]
+
+
+def test_a_frozen_bias_is_converted_once_and_a_change_of_it_is_seen():
+    torch.manual_seed(0)
+    config = flora.FloraConfig(target_modules=["0", "1"], r=2, forward="merged")
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).float()
+    model = peft.get_peft_model(copy.deepcopy(base), config).float()  # the update is zero
+    layer, x = model.base_model.model[1], torch.randn(5, 4).float()
+    kept = []
+    for change in (0, 1, 2):
+        for bias in (base[1].bias, layer.base_layer.bias):
+            with torch.no_grad():
+                bias.add_(change)
+            if change == 2:
+                bias.data = bias.data * 3
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                torch.testing.assert_close(model(x), base(x))
+            kept.append(layer._cast_bias[1])
+    assert [one is other for one, other in itertools.pairwise(kept)] == [True, False, True, False, True]

@@ -24,6 +24,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 
 
+@pytest.fixture(autouse=True)
+def _exact_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def adapted(memory_format=torch.contiguous_format, **settings) -> peft.PeftModel:
     torch.manual_seed(1)
     base = Net().to(DEVICE, memory_format=memory_format)

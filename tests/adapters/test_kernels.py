@@ -47,7 +47,7 @@ def test_products_of_many_shapes_and_layouts_in_one_buffer_and_sums_with_tensors
 
     bases = [buffer(*shape).bfloat16() for _, shape in places]
     c = torch.empty(40_000, device=DEVICE, dtype=torch.bfloat16)
-    kernels.Products(products, (64, 64, 32), c.device)(a, b, c, bases)
+    kernels.Products(products, (64, 64, 32), c.device)(a, b, c, kernels.scattered(bases))
     for (place, shape), wanted, base in zip(places, expected, bases, strict=True):
         same(c[place].view(shape), wanted + base.double())
 
@@ -60,7 +60,7 @@ def test_several_elements_are_moved_at_once_where_all_is_aligned_and_half_precis
         for i in range(2)
     ]
     together = kernels.Products(products, (64, 64, 32), c.device)
-    assert [launch.pattern[-1] for launch, _ in together._groups] == [True]
+    assert [launch.pattern[-1] for launch in together.launches] == [True]
     together(a, b, c)
     torch.testing.assert_close(c.double(), a.half().double() @ b.double(), rtol=1e-5, atol=1e-4)
 
