@@ -49,8 +49,6 @@ class Grouped(Plan):
         for name, product in self._products():
             found.setdefault(name, []).append(product)
         device = self.layers[0].base_layer._parameters["weight"].device
-        starts = self._weight_starts()
-        self._in_one_buffer = torch.tensor(starts).to(device), not any(start % 8 for start in starts)
         self._steps = {name: Products(products, _tile(name, products), device) for name, products in found.items()}
 
     def _number(self) -> None:
@@ -73,11 +71,6 @@ class Grouped(Plan):
                     self.operands["cores"] += range(start, start + n)
                 before += n
 
-    def _weight_starts(self) -> list[int]:
-        """Where the layers' weights begin in the buffer that holds them."""
-        sizes = (math.prod(stack.described.shape) for stack in self.stacks for _ in stack.layers)
-        return list(accumulate(sizes, initial=0))[:-1]
-
     def _inner_size(self, members: tuple[Stack, ...]) -> int:
         """Size of a family's cores with small factors multiplied in."""
         ranks = math.prod(members[0].ranks[mode] for mode in members[0].outer)
@@ -87,7 +80,8 @@ class Grouped(Plan):
         """The products of all steps, layer by layer."""
         blocks = list(accumulate(self.sizes, initial=0))
         inners, columns = accumulate(self._inner, initial=0), accumulate(self.columns, initial=self.inner)
-        weights = iter(self._weight_starts())
+        sizes = (math.prod(stack.described.shape) for stack in self.stacks for _ in stack.layers)
+        weights = accumulate(sizes, initial=0)
         for members in self.families:
             one = members[0]
             inner = next(inners) if one.small else blocks[self.index[one, None]]
@@ -127,13 +121,6 @@ class Grouped(Plan):
         flat = torch._C._nn.flatten_dense_tensors(chosen)
         parts = flat.split_with_sizes([self.sizes[block] for block in self.packed])
         return {block: part.view(self.views[block]) for block, part in zip(self.packed, parts, strict=True)}
-
-    def given(self, gradients: Sequence[Tensor]) -> Operand:
-        """The operand that the gradients of the weights, in memory order, are."""
-        if not (gradients[0].is_cuda and torch.cuda.is_current_stream_capturing()):
-            return scattered(gradients)
-        # Their addresses are not known before the capture, during which nothing can be copied to the device.
-        return Operand(torch.cat([one.flatten() for one in gradients]), *self._in_one_buffer)
 
     def split_inner(self, room: Tensor, products: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         """Per family with small modes [n, r_1 * r_wide, small], views of ``room``."""
@@ -243,7 +230,7 @@ class _Build(torch.autograd.Function):
             return None, *plan.differentiable_gradients(parameters, gradients)
         with torch.autocast(gradients[0].device.type, enabled=False):
             before, dense = ctx.room, plan.in_memory_order(gradients)
-            held, given = plan.where_they_lie(parameters), plan.given(dense)
+            held, given = plan.where_they_lie(parameters), scattered(dense)
             found, room = before.new_empty(sum(plan.sizes)), torch.empty_like(before)
             plan.run("to_left", given, before, found)
             plan.run("to_columns", held["rows"], given, room)

@@ -134,15 +134,28 @@ class Operand(NamedTuple):
 
 def scattered(tensors: Sequence[Tensor]) -> Operand:
     """An operand of one tensor per product: one pointer, and offsets from it, reach separate allocations."""
-    addresses = tuple(tensor.data_ptr() for tensor in tensors)
-    return Operand(tensors[0], *_starts(tensors[0].device, addresses, tensors[0].element_size()))
+    first, addresses = tensors[0], tuple(tensor.data_ptr() for tensor in tensors)
+    if not (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return Operand(first, *_starts(first.device, addresses, first.element_size()))
+    # Nothing can be copied from the host in a capture, and what a graph reads must stay: the offsets become arguments
+    # of kernels of the graph.
+    offsets, even = _offsets(addresses, first.element_size())
+    starts = torch.zeros(len(offsets), dtype=torch.int64, device=first.device)
+    torch._foreach_add_(list(starts.unbind(0)), offsets)
+    return Operand(first, starts, even)
 
 
 @lru_cache(maxsize=4096)
 def _starts(device: torch.device, addresses: tuple[int, ...], size: int) -> tuple[Tensor, bool]:
-    # Kept, so that only the first step copies them to the device, which a CUDA graph could not capture.
+    # Kept: a training step finds most of its tensors where those of the step before were.
+    offsets, even = _offsets(addresses, size)
+    return _on(device, offsets), even
+
+
+def _offsets(addresses: tuple[int, ...], size: int) -> tuple[list[int], bool]:
+    """In elements of ``size`` bytes, and whether all are as even as ``Operand`` says."""
     offsets = [(address - addresses[0]) // size for address in addresses]
-    return _on(device, offsets), addresses[0] % 16 == 0 and not any(offset % 8 for offset in offsets)
+    return offsets, addresses[0] % 16 == 0 and not any(offset % 8 for offset in offsets)
 
 
 def _on(device: torch.device, numbers: Sequence[int]) -> Tensor:

@@ -79,16 +79,17 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def bias_in(self, dtype: torch.dtype) -> Any:
         """The base layer's bias in ``dtype``; a frozen one is converted once and kept."""
-        bias = self.base_layer.bias
-        if bias is None or bias.dtype == dtype or bias.requires_grad or bias.is_inference() or in_transform():
+        bias, kept = self.base_layer.bias, self._cast_bias
+        if bias is None or bias.dtype == dtype or bias.requires_grad:
             return bias
-        source = bias.data_ptr(), bias._version, dtype
-        if self._cast_bias is None or self._cast_bias[0] != source:
-            cast = bias.detach().to(dtype)
-            if bias.is_cuda and torch.cuda.is_current_stream_capturing():
-                return cast  # of the graph's memory, which holds it only once the graph has been replayed
-            self._cast_bias = source, cast, bias.detach()  # held, so that no other tensor gets its address
-        return self._cast_bias[1]
+        if kept is not None and kept[0] == (bias.data_ptr(), bias._version, dtype):
+            return kept[1]
+        cast = bias.to(dtype)
+        capturing = bias.is_cuda and torch.cuda.is_current_stream_capturing()  # into memory that only replays fill
+        if not (capturing or bias.is_inference() or torch.is_inference_mode_enabled() or in_transform()):
+            # The bias is kept too, so that no other tensor gets its address.
+            self._cast_bias = (bias.data_ptr(), bias._version, dtype), cast, bias.detach()
+        return cast
 
     def can_add(self, adapter_name: str) -> bool:
         """Whether the update's output can be computed apart from the base layer's and added to it."""
