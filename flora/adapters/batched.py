@@ -120,9 +120,10 @@ def plans(layers: Sequence[FloraLayer]) -> list[Plan | Thin]:
         layer = stack.layers[0]
         core, weight = layer.core(stack.adapter), layer.base_weight("weight")
         fast = Grouped is not None and (core.is_cuda or INTERPRETED) and core.dtype == torch.float32
+        fast = fast and core.device == weight.device
         key: tuple[Any, ...] = (StackByStack, core.device, weight.device, core.dtype)
         if fast and stack.dense and stack.wide is not None:
-            key = (Grouped, core.device, weight.device, weight.dtype, stack.dtype)
+            key = (Grouped, core.device, weight.dtype, stack.dtype)
         places.setdefault(key, []).append(stack)
     for thin in thin_stacks(layers):
         core = thin.layers[0].core(thin.adapter)

@@ -122,12 +122,12 @@ class Operand(NamedTuple):
     """What products read: a flat buffer, or tensors of their own, of one dtype and device.
 
     Attributes:
-        first: the buffer, or the first of the tensors.
-        starts: per product, where its part begins, in elements from the first one.
-        even: whether all starts divide by 8, and the first element's address by 16.
+        tensors: the buffer, or one tensor per product; held until the products are launched.
+        starts: per product, where its part begins, in elements from the first one of the first tensor.
+        even: whether all starts divide by 8, and the first tensor's address by 16.
     """
 
-    first: Tensor
+    tensors: Sequence[Tensor]
     starts: Tensor
     even: bool
 
@@ -136,13 +136,13 @@ def scattered(tensors: Sequence[Tensor]) -> Operand:
     """An operand of one tensor per product: one pointer, and offsets from it, reach separate allocations."""
     first, addresses = tensors[0], tuple(tensor.data_ptr() for tensor in tensors)
     if not (first.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return Operand(first, *_starts(first.device, addresses, first.element_size()))
+        return Operand(tensors, *_starts(first.device, addresses, first.element_size()))
     # Nothing can be copied from the host in a capture, and what a graph reads must stay: the offsets become arguments
     # of kernels of the graph.
     offsets, even = _offsets(addresses, first.element_size())
     starts = torch.zeros(len(offsets), dtype=torch.int64, device=first.device)
     torch._foreach_add_(list(starts.unbind(0)), offsets)
-    return Operand(first, starts, even)
+    return Operand(tensors, starts, even)
 
 
 @lru_cache(maxsize=4096)
@@ -217,12 +217,12 @@ class Products:
             base: laid out in memory as the products' parts of ``c``: added to them.
         """
         a, b = (
-            one if isinstance(one, Operand) else Operand(one, *starts)
+            one if isinstance(one, Operand) else Operand([one], *starts)
             for one, starts in zip((a, b), self._in_flat, strict=True)
         )
-        lower = _OPERANDS[min(a.first.dtype, b.first.dtype, key=lambda dtype: dtype.itemsize)]
+        first = a.tensors[0], b.tensors[0], c, c if base is None else base.tensors[0]
+        lower = _OPERANDS[min(first[0].dtype, first[1].dtype, key=lambda dtype: dtype.itemsize)]
         even, added = a.even and b.even and (base is None or base.even), base or a
-        first = a.first, b.first, c, c if base is None else base.first
         kind = (even, base is None, *((tensor.dtype, tensor.data_ptr() % 16) for tensor in first))
         for launch in self.launches:
             *layouts, aligned = launch.pattern
