@@ -19,7 +19,7 @@ from flora.tasks.dialogues import Dialogue
 _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
 _NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 _ARTICLES = ("a", "an", "the")
-_PUNCTUATION = ";:/'[]\"()=+\\_><@`,?"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
 he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
 not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
@@ -137,8 +137,8 @@ class Written(evaluate.Metric):
         return evaluate.MetricInfo(description=self.__class__.__doc__, citation="", features=features)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
-        """Score tokens ``[N, T]`` as answers to the questions of these indices ``[N]``."""
+        """Score tokens ``[N, T]`` as answers to the questions of these indices ``[N]``, each question once."""
         indices = [int(index) for index in references]
         texts = [self.decode(np.asarray(row)) for row in predictions]
         self.texts = dict(zip(indices, texts, strict=True))
-        return scores(texts, [self.asked[index] for index in indices])
+        return scores(list(self.texts.values()), [self.asked[index] for index in self.texts])
