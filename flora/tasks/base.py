@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -179,6 +180,15 @@ class Task(ABC):
             folder: the run's.
         """
         return None
+
+
+def stand_in(index: int, count: int, can_be_read: Callable[[int], bool]) -> list[int]:
+    """The next of ``count`` examples that can be read, for a batch that would be empty without it.
+
+    Images may be skipped, and a batch may be of one. A hundred are tried, then the list is empty.
+    """
+    tried = (following % count for following in range(index + 1, index + 101))
+    return list(itertools.islice(filter(can_be_read, tried), 1))
 
 
 def check_dataset(dataset: str, known: Collection[str], aliases: Collection[str] = ()) -> None:

@@ -23,12 +23,12 @@ from torch.utils.data import Dataset
 
 from flora.errors import ConfigError, DataError
 from flora.tasks import manifest, parquet
-from flora.tasks.base import Batch, Forward, ImageTask, Splits, draw
+from flora.tasks.base import Batch, Forward, ImageTask, Splits, draw, stand_in
 from flora.tasks.images import as_rgb
 from flora.tasks.metrics import TopFive
 from flora.tasks.mix import erase, mix
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+_IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 _NAMED_CLASSES = 40  # more do not fit beside a picture
 
@@ -99,14 +99,20 @@ class LazyImages(Dataset[Batch]):
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """``pixel_values`` uint8 ``[B, 3, H, W]`` and ``labels`` int64 ``[B]``, without images that are skipped."""
+        """``pixel_values`` uint8 ``[B, 3, H, W]`` and ``labels`` int64 ``[B]``, without images that are skipped.
+
+        Where all are skipped, the next image that can be decoded stands in.
+        """
         rows = self.rows[list(indices)]
         with _generators_kept() if self.draws else contextlib.nullcontext():
             found = list(_threads(os.getpid()).map(self._decode, rows))
         kept = [(pixels, row) for pixels, row in zip(found, rows, strict=True) if pixels is not None]
         if not kept:
+            instead = stand_in(indices[-1], len(self), lambda index: self._decode(self.rows[index]) is not None)
+            if instead:
+                return self.__getitems__(instead)
             name = self.catalogue.names[rows[0]]
-            raise DataError(f"{name} and {len(rows) - 1} more: a whole batch cannot be decoded")
+            raise DataError(f"{name}, {len(rows) - 1} more of its batch and those after it: none can be decoded")
         pixels, whole = zip(*kept, strict=True)
         return {
             "pixel_values": torch.from_numpy(np.stack(pixels)),
@@ -301,6 +307,8 @@ class ImageFolder(ImageTask):
             raise DataError(f"{folder} needs train and val or test, as folders of classes or parquet files")
         if self.classes is not None and len(names) != self.classes:
             raise DataError(f"{folder} has {len(names)} classes, task.classes={self.classes}")
+        if len(names) < 2:
+            raise DataError(f"{folder} has one class, {names[0]}: there is nothing to tell apart")
         openers, labels, called = (list(chain(*parts)) for parts in zip(*found.values(), strict=True))
         unreadable = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
         catalogue = Catalogue(openers, np.array(labels, np.int64), called, unreadable)
@@ -315,7 +323,10 @@ Parts = tuple[list[Callable[[], Image.Image]], np.ndarray, list[str]]
 def _tree(folder: Path, classes: int | None) -> tuple[dict[str, Parts], list[str], dict[str, Any]]:
     """Splits that are folders of class folders."""
     places = {split: place for split, names in _NAMES.items() for name in names if (place := folder / name).is_dir()}
-    classes_of = {split: sorted(p.name for p in place.iterdir() if p.is_dir()) for split, place in places.items()}
+    classes_of = {
+        split: sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+        for split, place in places.items()
+    }
     names = classes_of.get("train", [])
     found = {}
     for split, place in places.items():
@@ -330,7 +341,8 @@ def _tree(folder: Path, classes: int | None) -> tuple[dict[str, Parts], list[str
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _IMAGES) if folder.is_dir() else []
+    files = folder.rglob("*") if folder.is_dir() else ()
+    return sorted(file for file in files if file.suffix.lower() in _IMAGES and file.is_file())
 
 
 def _parquet(
@@ -361,8 +373,9 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= _NAMED_CLASSES:
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
+        shown = [name.replace("$", r"\$") for name in names]
+        axes.set_xticks(range(len(names)), shown, rotation=90)
+        axes.set_yticks(range(len(names)), shown)
     axes.set_xlabel("called")
     axes.set_ylabel("is")
     figure.colorbar(picture, label="share of the class")

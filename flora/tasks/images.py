@@ -53,12 +53,21 @@ def as_rgb(open_image: Callable[[], Image.Image], name: str) -> Image.Image:
     """A decoded image; DataError with its name where it cannot be decoded."""
     try:
         with open_image() as image:
-            return image.convert("RGB")
+            return _eight_bits(image).convert("RGB")
     # Pillow's decoders raise almost any type on broken bytes: OSError, SyntaxError, struct.error, zlib.error, ...
     except Exception as error:
         raise DataError(
             f"{name}: image cannot be decoded ({one_line(error)}); mend it or set task.unreadable=skip"
         ) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image whose pixels fit into 0..255: Pillow's conversion would show all above as white."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of Pillow's mode {image.mode} have no fixed range: save it with 8 or 16 bits")
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def as_square(

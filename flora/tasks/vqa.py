@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from flora.errors import ConfigError, DataError
 from flora.tasks import dialogues, manifest
 from flora.tasks.answers import Written
-from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed, cross_entropy, draw
+from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed, cross_entropy, draw, stand_in
 from flora.tasks.coder import Coder
 from flora.tasks.commonsense import answer_logits
 from flora.tasks.dialogues import IMAGE, Asked, Dialogue, Pictures, Row
@@ -68,13 +68,15 @@ class Shown(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Fields of TextDataset ``[B, L]`` or ``[B]``, and ``pixel_values`` uint8 ``[images, 3, H, W]`` if any.
 
-        Examples with an image that is skipped are left out.
+        Examples with an image that is skipped are left out; where that is all, the next that can be shown stands in.
         """
         decoded = {i: self._decode(i) for i in sorted({i for index in indices for i in self.images[index]})}
         kept = [index for index in indices if all(decoded[i] is not None for i in self.images[index])]
         if not kept:
+            if instead := stand_in(indices[-1], len(self), self._can_be_shown):
+                return self.__getitems__(instead)
             name = self.pictures.names[self.images[indices[0]][0]]
-            raise DataError(f"{name} and {len(indices) - 1} more: a whole batch cannot be decoded")
+            raise DataError(f"{name}, {len(indices) - 1} more of its batch and those after it: none can be decoded")
         batch = self.rows.__getitems__(kept)
         if shown := [decoded[i] for index in kept for i in self.images[index]]:
             batch["pixel_values"] = torch.from_numpy(np.stack(shown).transpose(0, 3, 1, 2))  # type: ignore[arg-type]
@@ -95,6 +97,9 @@ class Shown(Dataset[Batch]):
 
     def _with(self, rows: TextDataset, images: Sequence[tuple[int, ...]]) -> Shown:
         return Shown(rows, images, self.pictures, self.pixels, self.unreadable)
+
+    def _can_be_shown(self, index: int) -> bool:
+        return all(self._decode(i) is not None for i in self.images[index])
 
     def _decode(self, index: int) -> np.ndarray | None:
         try:

@@ -11,6 +11,8 @@ import flora.models
 from flora.adapters.methods import Full
 from flora.errors import ConfigError, DataError
 from flora.tasks import ImageFolder
+from flora.tasks.imagefolder import draw_confusion
+from flora.tasks.images import as_rgb
 from flora.tasks.metrics import TopFive
 from flora.tasks.mix import boxes, erase, mix
 from flora.training import Experiment, Protocol, TrainerSettings
@@ -196,10 +198,50 @@ def test_unreadable_images_are_an_error_or_counted(tmp_path):
     one = task(unreadable="skip")
     splits = one.load(image_size=16, data_dir=tmp_path)
     assert 23 not in numbers(splits.test)
+    assert splits.test[3]["pixel_values"][1, 0, 0] == 24  # no batch is empty
     metric = TopFive()
     metric.compute(predictions=np.eye(2)[[0, 1]], references=[0, 1])
     one.report(metric, splits, tmp_path)
     assert splits.facts["unreadable"] == {"policy": "skip", "skipped": 1, "first": [str(broken)]}
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
+def test_where_no_image_can_be_decoded_skipping_them_ends(tmp_path):
+    write_tree(tmp_path)
+    for path in tmp_path.rglob("val/*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"0020\.png, 1 more of its batch and those after it: none can be decoded"):
+        load(tmp_path, unreadable="skip").test.__getitems__([0, 1])
+
+
+def test_images_with_16_bits_keep_their_greys_and_those_without_a_range_are_refused(tmp_path):
+    write_tree(tmp_path)
+    grey = np.array([[0, 0x4000], [0x8000, 0xFFFF]], np.uint16)
+    place = tmp_path / "val" / "ant"
+    Image.fromarray(grey).save(place / "0000.png")
+    Image.fromarray(grey.astype(">u2")).save(place / "0001.tiff")
+    Image.fromarray(np.float32(grey)).save(place / "0002.tiff")
+    catalogue = load(tmp_path).test.catalogue
+    rows = {name.rpartition("/")[2]: row for row, name in enumerate(catalogue.names)}
+    for name in ("0000.png", "0001.tiff"):
+        found = np.asarray(as_rgb(catalogue.openers[rows[name]], name))
+        assert (found == np.array([[0, 64], [128, 255]])[..., None]).all()
+    with pytest.raises(DataError, match="mode F have no fixed range: save it with 8 or 16 bits"):
+        as_rgb(catalogue.openers[rows["0002.tiff"]], "0002.tiff")
+
+
+def test_only_what_is_seen_in_a_folder_counts(tmp_path):
+    """Jupyter leaves hidden folders behind, and a folder may be named like an image."""
+    write_tree(tmp_path)
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "ant" / "old.png").mkdir()
+    splits = load(tmp_path)
+    assert splits.class_names == ["ant", "bee"]
+    assert len(splits.train.catalogue.names) == 40
+
+
+def test_dollars_in_names_of_classes_are_no_formula(tmp_path):
+    draw_confusion(np.eye(2, dtype=int), ["$1_2_3$", r"$\bill$"], tmp_path / "confusion.png")
     assert (tmp_path / "confusion.png").stat().st_size > 1000
 
 
@@ -220,6 +262,9 @@ def test_folders_that_do_not_fit(tmp_path, change, options, message):
         load(tmp_path, **options)
     with pytest.raises(DataError, match="needs train and val or test"):
         load(tmp_path / "val")
+    write_tree(tmp_path / "one", classes=("ant",))
+    with pytest.raises(DataError, match="one has one class, ant: there is nothing to tell apart"):
+        load(tmp_path / "one")
 
 
 @pytest.mark.parametrize("option", [{"mixup": -1}, {"random_erasing": 2}, {"held_out": 1.5}, {"unreadable": "maybe"}])
