@@ -75,6 +75,13 @@ def test_what_changed_or_vanished_since_is_refused(call, source, tmp_path):
     assert "validation.parquet is gone" in call("glue/rte")[2]
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"files": ["train.parquet"]}', '{"files": {"train.parquet": 1}}'])
+def test_a_manifest_of_something_else_is_refused(source, content):
+    (source / "glue" / "rte" / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=r"manifest\.json is no manifest \(it lists no files\): delete it"):
+        prepare.prepare(find("glue/rte"), source)
+
+
 def test_bad_files_leave_nothing_behind_and_say_where_they_lie(call, source, tmp_path):
     write_rows(source / "glue" / "rte" / "train.parquet", {"sentence1": ["a"], "sentence2": ["b"], "label": [2]})
     code, _, err = call("glue/rte", "--from", str(source))

@@ -243,7 +243,8 @@ class Glue(TextTask):
 def _read_tsv(path: Path, entry: Entry) -> Rows:
     """An official TSV: no quoting, a header except in CoLA; rows of another width are left out and counted."""
     try:
-        lines = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line]
+        # MRPC's official files begin with a byte order mark.
+        lines = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").split("\n") if line]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
     header: list[Any] = [] if isinstance(entry.label, int) else (lines or [[]])[0]

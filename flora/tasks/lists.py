@@ -12,6 +12,7 @@ from PIL import Image
 
 from flora.errors import DataError
 from flora.models.weights import sha256_of
+from flora.tasks import manifest
 from flora.tasks.images import Pool
 
 FILES = {"train": "train800.txt", "validation": "val200.txt", "test": "test.txt"}
@@ -34,8 +35,9 @@ def open_folder(folder: Path, entry: Labelled) -> tuple[dict[str, Pool], list[st
     """Pools of the three lists, class names, and facts on the source.
 
     Raises:
-        DataError: a list is missing, empty, or holds a line that does not fit.
+        DataError: a list is missing, empty, has changed, or holds a line that does not fit.
     """
+    manifest.check(folder, [folder / name for name in FILES.values()])
     pools, files = {}, {}
     for split, name in FILES.items():
         path = folder / name

@@ -15,17 +15,21 @@ NAME = "manifest.json"
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What the folder's manifest says; empty without one."""
+    """What the folder's manifest says; without one, that there are no ``files``."""
     path = folder / NAME
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        found = json.loads(path.read_text()) if path.is_file() else {"files": {}}
+        files = found.get("files") if isinstance(found, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
+            raise ValueError("it lists no files")
+        return found
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}): delete it or prepare the dataset again") from error
+        raise DataError(f"{path} is no manifest ({error}): delete it or prepare the dataset again") from error
 
 
 def check(folder: Path, paths: Sequence[Path]) -> None:
     """Raise DataError where a file differs from what the folder's manifest says of it."""
-    files = read(folder).get("files", {})
+    files = read(folder)["files"]
     for path in paths:
         expected = files.get(str(path.relative_to(folder)), {}).get("sha256")
         if expected and path.is_file() and (found := sha256_of(path)) != expected:

@@ -75,7 +75,10 @@ def test_the_strict_protocol_holds_out_train_and_the_published_one_nothing(tmp_p
 OFFICIAL = {
     "cola": ("CoLA", ["gj04\t1\t\tthe cat sat", "gj04\t0\t*\ta dog ran"]),
     "sst2": ("SST-2", ["sentence\tlabel", "the cat sat\t1", "a dog ran\t0"]),
-    "mrpc": ("MRPC", ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", '1\t1\t2\tthe "cat\tsat', "0\t1\t2\ta\tdog"]),
+    "mrpc": (
+        "MRPC",
+        ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", '1\t1\t2\tthe "cat\tsat', "0\t1\t2\ta\tdog"],
+    ),
     "stsb": (
         "STS-B",
         [

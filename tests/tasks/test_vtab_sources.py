@@ -10,6 +10,7 @@ from flora.errors import ConfigError, DataError
 from flora.results import experiments
 from flora.tasks import Vtab, rules
 from flora.tasks.images import as_square
+from flora.tasks.prepare import find, prepare
 from flora.tasks.vtab import DATASETS
 
 from .conftest import numbers, png
@@ -55,6 +56,16 @@ def test_lists_that_do_not_fit_name_the_line(tmp_path):
         load(tmp_path)
     (tmp_path / "eurosat" / "val200.txt").unlink()
     with pytest.raises(DataError, match=r"no val200\.txt"):
+        load(tmp_path)
+
+
+def test_a_list_that_changed_since_it_was_prepared_is_refused(tmp_path):
+    write_lists(tmp_path / "eurosat")
+    prepare(find("eurosat"), tmp_path)
+    load(tmp_path)
+    path = tmp_path / "eurosat" / "val200.txt"
+    path.write_text(path.read_text().replace(" 0\n", " 1\n"))
+    with pytest.raises(DataError, match=r"val200\.txt has changed since it was prepared"):
         load(tmp_path)
 
 
