@@ -19,7 +19,7 @@ from flora.adapters.stackwise import StackByStack
 from flora.adapters.thin import Thin, thin_stacks
 
 try:
-    from flora.adapters.grouped import Grouped
+    from flora.adapters.grouped import Grouped, takes
     from flora.adapters.kernels import INTERPRETED
 except ImportError:  # Triton comes with torch for CUDA and ROCm only
     Grouped, INTERPRETED = None, False  # type: ignore[assignment,misc]
@@ -122,7 +122,7 @@ def plans(layers: Sequence[FloraLayer]) -> list[Plan | Thin]:
         fast = Grouped is not None and (core.is_cuda or INTERPRETED) and core.dtype == torch.float32
         fast = fast and core.device == weight.device
         key: tuple[Any, ...] = (StackByStack, core.device, weight.device, core.dtype)
-        if fast and stack.dense and stack.wide is not None:
+        if fast and takes(stack):
             key = (Grouped, core.device, weight.dtype, stack.dtype)
         places.setdefault(key, []).append(stack)
     for thin in thin_stacks(layers):

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, for tests
-_FIELDS = tl.constexpr(16)
+_FIELDS = tl.constexpr(18)
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -30,7 +30,7 @@ class Product:
     Attributes:
         m, n, k: sizes.
         a, b, c: where each begins, in elements of the flat buffer that holds it; 0 for a tensor of its own.
-        a_m, a_k, b_k, c_m: how these indices move; those of m, and those of k, split alike if both split.
+        a_m, a_k, b_k, c_m: how these indices move.
         b_n, c_n: strides.
         scale: factor of the product.
     """
@@ -51,21 +51,15 @@ class Product:
 
     def numbers(self) -> tuple[int, ...]:
         """What the kernel reads, in the order in which it reads it."""
-        m_split, k_split = max(self.a_m.split, self.c_m.split), max(self.a_k.split, self.b_k.split)
-        walks = [*_walk(self.a_m, m_split), *_walk(self.c_m, m_split), *_walk(self.a_k, k_split)]
-        walks += _walk(self.b_k, k_split)
-        return self.m, self.n, self.k, self.c, m_split, k_split, *walks, self.b_n, self.c_n
-
-
-def _walk(walk: Walk, split: int) -> tuple[int, int]:
-    """Strides of an index split at ``split``, which a walk that does not split crosses evenly."""
-    return (walk.outer, walk.inner) if walk.split == split else (walk.outer * split, walk.outer)
+        walks = [number for walk in (self.a_m, self.c_m, self.a_k, self.b_k) for number in walk]
+        return self.m, self.n, self.k, self.c, *walks, self.b_n, self.c_n
 
 
 @triton.jit
 def _offset(index, outer, inner, split, splits: tl.constexpr, unit: tl.constexpr):
     if splits:
-        return (index // split) * outer + (index % split) * inner
+        parts = split.to(tl.int32)
+        return (index // parts) * outer + (index % parts) * inner
     return index if unit else index * outer
 
 
@@ -82,12 +76,11 @@ def _products(
     row = table + number * _FIELDS
     m, n, k = tl.load(row).to(tl.int32), tl.load(row + 1).to(tl.int32), tl.load(row + 2).to(tl.int32)
     a_start, b_start, c_start = tl.load(a_starts + number), tl.load(b_starts + number), tl.load(row + 3)
-    m_split, k_split = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32)
-    am_outer, am_inner = tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
-    cm_outer, cm_inner = tl.load(row + 8).to(tl.int32), tl.load(row + 9).to(tl.int32)
-    ak_outer, ak_inner = tl.load(row + 10).to(tl.int32), tl.load(row + 11).to(tl.int32)
-    bk_outer, bk_inner = tl.load(row + 12).to(tl.int32), tl.load(row + 13).to(tl.int32)
-    b_n, c_n = tl.load(row + 14).to(tl.int32), tl.load(row + 15).to(tl.int32)
+    am_outer, am_inner, am_split = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32), tl.load(row + 6)
+    cm_outer, cm_inner, cm_split = tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32), tl.load(row + 9)
+    ak_outer, ak_inner, ak_split = tl.load(row + 10).to(tl.int32), tl.load(row + 11).to(tl.int32), tl.load(row + 12)
+    bk_outer, bk_inner, bk_split = tl.load(row + 13).to(tl.int32), tl.load(row + 14).to(tl.int32), tl.load(row + 15)
+    b_n, c_n = tl.load(row + 16).to(tl.int32), tl.load(row + 17).to(tl.int32)
     base_start = tl.load(bases + number) if adds else c_start
     if aligned:  # so that several elements are moved at once
         m, n, k = tl.multiple_of(m, 8), tl.multiple_of(n, 8), tl.multiple_of(k, 8)
@@ -98,19 +91,19 @@ def _products(
         b_n, c_n = tl.multiple_of(b_n, 8), tl.multiple_of(c_n, 8)
     i = tl.load(tile + 1) * tile_m + tl.arange(0, tile_m)
     j = tl.load(tile + 2) * tile_n + tl.arange(0, tile_n)
-    a_rows = _offset(i, am_outer, am_inner, m_split, m_splits, am_unit)[:, None]
+    a_rows = _offset(i, am_outer, am_inner, am_split, m_splits, am_unit)[:, None]
     b_columns = (j if bn_unit else j * b_n)[None, :]
     inside_m, inside_n = (i < m)[:, None], (j < n)[None, :]
     total = tl.zeros((tile_m, tile_n), tl.float32)
     for start in range(0, k, tile_k):
         p = start + tl.arange(0, tile_k)
-        from_a = a + a_start + a_rows + _offset(p, ak_outer, ak_inner, k_split, k_splits, ak_unit)[None, :]
-        from_b = b + b_start + b_columns + _offset(p, bk_outer, bk_inner, k_split, k_splits, bk_unit)[:, None]
+        from_a = a + a_start + a_rows + _offset(p, ak_outer, ak_inner, ak_split, k_splits, ak_unit)[None, :]
+        from_b = b + b_start + b_columns + _offset(p, bk_outer, bk_inner, bk_split, k_splits, bk_unit)[:, None]
         left = tl.load(from_a, mask=inside_m & (p < k)[None, :], other=0.0).to(operand)
         right = tl.load(from_b, mask=inside_n & (p < k)[:, None], other=0.0).to(operand)
         total = tl.dot(left, right, total, input_precision="ieee")
     total *= tl.load(scales + number)
-    rows = _offset(i, cm_outer, cm_inner, m_split, m_splits, cm_unit)[:, None]
+    rows = _offset(i, cm_outer, cm_inner, cm_split, m_splits, cm_unit)[:, None]
     place = rows + (j if cn_unit else j * c_n)[None, :]
     inside = inside_m & inside_n
     if adds:
@@ -237,8 +230,8 @@ class Products:
 
 def _pattern(product: Product) -> tuple[bool, ...]:
     """What the kernel is compiled for: whether m and k split, which strides are 1, whether all else divides by 8."""
-    numbers = product.numbers()
-    outer = numbers[6], numbers[8], numbers[10], numbers[12], numbers[14], numbers[15]
-    m_splits, k_splits = numbers[4] > 1, numbers[5] > 1
-    even = not any(number % 8 for number in numbers[:4]) and all(s == 1 or s % 8 == 0 for s in outer)
-    return m_splits, k_splits, *(stride == 1 for stride in outer), even and not m_splits and not k_splits
+    rows, columns = (product.a_m, product.c_m), (product.a_k, product.b_k)
+    m_splits, k_splits = (any(walk.split > 1 for walk in walks) for walks in (rows, columns))
+    steps = *(walk.outer for walk in (*rows, *columns)), product.b_n, product.c_n
+    even = not any(number % 8 for number in product.numbers()[:4]) and all(s == 1 or s % 8 == 0 for s in steps)
+    return m_splits, k_splits, *(step == 1 for step in steps), even and not m_splits and not k_splits

@@ -1,7 +1,7 @@
 """Layers whose weights are built together, and the order in which their adapters lie in one flat buffer."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -152,53 +152,9 @@ class Plan:
         """The blocks of a flat buffer: cores as [n, r...], factors as [n, d, r]."""
         return [part.view(view) for part, view in zip(flat.split_with_sizes(self.sizes), self.views, strict=True)]
 
-    def small_products(
-        self, blocks: Mapping[int, Tensor] | Sequence[Tensor], families: Sequence[tuple[Stack, ...]]
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """Per family, cores as [n, r_1 * r_wide, r_small], Kronecker products of small factors [n, small, r_small]."""
-        found = []
-        for members in families:
-            one, core = members[0], blocks[self.index[members[0], None]]
-            core = core.permute(0, *(1 + mode for mode in one.core_order))
-            small = math.prod(one.ranks[mode] for mode in one.small)
-            core = core.reshape(len(core), -1, small)
-            kronecker = None
-            for mode in one.small:
-                factor = blocks[self.index[one, mode]]
-                if kronecker is None:
-                    kronecker = factor
-                else:
-                    product = kronecker[:, :, None, :, None] * factor[:, None, :, None, :]
-                    kronecker = product.flatten(3).flatten(1, 2)
-            found.append((core, kronecker))
-        return found
-
     def build(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The weights of the layers, stack by stack, in the dtype that they compute in; differentiable."""
         raise NotImplementedError
-
-    def cores_back(self, one: Stack, gradient: Tensor) -> Tensor:
-        """The inverse of the rearrangement of cores in ``small_products``."""
-        seen = gradient.reshape(len(gradient), *(one.ranks[mode] for mode in one.core_order))
-        return seen.permute(0, *(1 + one.core_order.index(mode) for mode in range(len(one.ranks))))
-
-    def factors_back(
-        self, members: tuple[Stack, ...], blocks: Mapping[int, Tensor] | Sequence[Tensor], gradient: Tensor
-    ) -> list[Tensor]:
-        """Gradients of the small factors from that of their Kronecker product."""
-        one = members[0]
-        factors = [blocks[self.index[one, mode]] for mode in one.small]
-        if len(factors) == 1:
-            return [gradient]
-        seen = gradient.view(len(gradient), *one.sizes(one.small), *(one.ranks[mode] for mode in one.small))
-        letters = "abcde"[: len(factors)], "vwxyz"[: len(factors)]
-        found = []
-        for i in range(len(factors)):
-            others = [f"n{d}{r}" for k, (d, r) in enumerate(zip(*letters, strict=True)) if k != i]
-            equation = ",".join([f"n{letters[0]}{letters[1]}", *others])
-            rest = [factor for k, factor in enumerate(factors) if k != i]
-            found.append(torch.einsum(f"{equation}->n{letters[0][i]}{letters[1][i]}", seen, *rest))
-        return found
 
     def differentiable_gradients(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         """Gradients of the parameters from those of the weights, recorded so that they can be differentiated again."""

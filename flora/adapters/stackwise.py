@@ -1,5 +1,6 @@
 """Weights built stack by stack, in batched matrix products: on any device, in any dtype."""
 
+import math
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -18,6 +19,46 @@ class StackByStack(Plan):
     def build(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return _Build.apply(self, *parameters)
 
+    def small_products(self, blocks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """Per family, cores as [n, r_1 * r_wide, r_small], Kronecker products of small factors [n, small, r_small]."""
+        found = []
+        for members in self.families:
+            one, core = members[0], blocks[self.index[members[0], None]]
+            core = core.permute(0, *(1 + mode for mode in one.core_order))
+            small = math.prod(one.ranks[mode] for mode in one.small)
+            core = core.reshape(len(core), -1, small)
+            kronecker = None
+            for mode in one.small:
+                factor = blocks[self.index[one, mode]]
+                if kronecker is None:
+                    kronecker = factor
+                else:
+                    product = kronecker[:, :, None, :, None] * factor[:, None, :, None, :]
+                    kronecker = product.flatten(3).flatten(1, 2)
+            found.append((core, kronecker))
+        return found
+
+    def cores_back(self, one: Stack, gradient: Tensor) -> Tensor:
+        """The inverse of the rearrangement of cores in ``small_products``."""
+        seen = gradient.reshape(len(gradient), *(one.ranks[mode] for mode in one.core_order))
+        return seen.permute(0, *(1 + one.core_order.index(mode) for mode in range(len(one.ranks))))
+
+    def factors_back(self, members: tuple[Stack, ...], blocks: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+        """Gradients of the small factors from that of their Kronecker product."""
+        one = members[0]
+        factors = [blocks[self.index[one, mode]] for mode in one.small]
+        if len(factors) == 1:
+            return [gradient]
+        seen = gradient.view(len(gradient), *one.sizes(one.small), *(one.ranks[mode] for mode in one.small))
+        letters = "abcde"[: len(factors)], "vwxyz"[: len(factors)]
+        found = []
+        for i in range(len(factors)):
+            others = [f"n{d}{r}" for k, (d, r) in enumerate(zip(*letters, strict=True)) if k != i]
+            equation = ",".join([f"n{letters[0]}{letters[1]}", *others])
+            rest = [factor for k, factor in enumerate(factors) if k != i]
+            found.append(torch.einsum(f"{equation}->n{letters[0][i]}{letters[1][i]}", seen, *rest))
+        return found
+
 
 class _Build(torch.autograd.Function):
     """The weights of all layers of a plan from their cores and factors."""
@@ -27,7 +68,7 @@ class _Build(torch.autograd.Function):
         with torch.autocast(parameters[0].device.type, enabled=False):
             flat = torch._C._nn.flatten_dense_tensors(list(parameters))
             blocks = plan.split(flat)
-            products, turned = plan.small_products(blocks, plan.families), []
+            products, turned = plan.small_products(blocks), []
             weights: list[Tensor] = []
             columns = flat.new_empty(sum(plan.columns))  # what the rows are multiplied with, of all stacks
             right = iter(_split_columns(plan, columns))

@@ -132,6 +132,40 @@ def test_layers_that_it_cannot_take_are_built_stack_by_stack():
     assert kinds(model) == {"Grouped": 2, "StackByStack": 1}
 
 
+SHAPES = [
+    (nn.Conv2d(3, 8, 7), "Grouped"),  # a kernel wider than the input has channels
+    (nn.Conv2d(4, 8, (3, 5), groups=4), "Grouped"),
+    (nn.Conv1d(3, 6, 5), "Grouped"),
+    (nn.Conv3d(2, 4, (3, 5, 7)), "Grouped"),
+    (nn.ConvTranspose2d(6, 4, 3), "Grouped"),
+    (nn.Conv2d(6, 1, (3, 1)), ("Grouped", "StackByStack")),  # in channels-last order the rows come after the wide mode
+]
+
+
+@ready
+@FORMATS
+@pytest.mark.parametrize(("base", "kind"), SHAPES, ids=lambda value: str(value) if isinstance(value, nn.Module) else "")
+def test_weights_of_any_shape(memory_format, base, kind):
+    torch.manual_seed(0)
+    base = nn.Sequential(copy.deepcopy(base).to(DEVICE))
+    if base[0].weight.dim() == 4:
+        base = base.to(memory_format=memory_format)
+    config = flora.FloraConfig(
+        target_modules=["0"], r=2, kernel_rank=2, init_weights=False, forward="merged", scale=0.5
+    )
+    model = peft.get_peft_model(base, config)
+    twin = exact(model)
+    x = torch.randn(2, base[0].in_channels, *[8] * (base[0].weight.dim() - 2), device=DEVICE)
+    ours, theirs = model(x), twin(x.double())
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
+    found = []
+    for one, output in ((model, ours), (twin, theirs)):
+        output.sin().sum().backward()
+        found.append({name: p.grad.double() for name, p in one.named_parameters() if p.requires_grad})
+    assert_near(*found, 1e-4)
+    assert kinds(model) == {kind if isinstance(kind, str) else kind[memory_format == torch.channels_last]: 1}
+
+
 @pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the tests above have run")
 def test_the_tests_above_in_tritons_interpreter():
     if Grouped is None:
@@ -142,4 +176,4 @@ def test_the_tests_above_in_tritons_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "14 passed, 1 skipped" in done.stdout
+    assert "26 passed, 1 skipped" in done.stdout
