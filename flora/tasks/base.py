@@ -270,6 +270,10 @@ class ImageTask(Task):
 
     def load_for(self, model: Any, data_dir: Path | None) -> Splits:
         """See Task.load_for."""
+        if hasattr(model, "kind"):  # of transformers
+            raise ConfigError(
+                f"model={model.name} does not classify images: choose an image model for task={self.name}"
+            )
         interpolation = self.interpolation or model.interpolation
         return self.load(image_size=model.image_size, data_dir=data_dir, interpolation=interpolation)
 

@@ -148,6 +148,12 @@ class Glue(TextTask):
             return super().loss(outputs, labels, label_smoothing)
         return F.mse_loss(outputs.float().squeeze(-1), labels)
 
+    def load_for(self, model: Any, data_dir: Path | None) -> Splits:
+        """See Task.load_for."""
+        if getattr(model, "kind", "sequence_classification") != "sequence_classification":
+            raise ConfigError(f"model={model.name} writes text and has no classifier: choose e.g. model=minilm_l6")
+        return super().load_for(model, data_dir)
+
     def load(self, *, tokenizer: Any, max_length: int, data_dir: Path | None) -> Splits:
         """See TextTask.load; from ``data_dir/glue/DATASET/*.parquet``, the official TSVs there, or the hub."""
         found, source = self._read(data_dir)

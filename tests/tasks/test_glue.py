@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import flora.models
 from flora.errors import ConfigError, DataError
 from flora.tasks import Glue, manifest
 from flora.tasks.glue import DATASETS
@@ -223,11 +224,17 @@ def test_settings_that_cannot_work_are_refused(options, message):
         task(**{"dataset": "rte"} | options)
 
 
-def test_an_image_model_is_refused():
-    import flora.models
-
-    with pytest.raises(ConfigError, match="model=convnext reads images"):
-        task("rte").load_for(flora.models.get("convnext"), None)
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("convnext", "model=convnext reads images"),
+        ("smollm2_135m", "model=smollm2_135m writes text and has no classifier"),
+        ("llava_mini", "model=llava_mini writes text and has no classifier"),
+    ],
+)
+def test_models_of_another_kind_are_refused(model, message):
+    with pytest.raises(ConfigError, match=message):
+        task("rte").load_for(flora.models.get(model), None)
 
 
 @pytest.mark.data

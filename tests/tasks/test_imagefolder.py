@@ -267,6 +267,13 @@ def test_folders_that_do_not_fit(tmp_path, change, options, message):
         load(tmp_path / "one")
 
 
+@pytest.mark.parametrize("model", ["minilm_l6", "llava_mini"])
+def test_models_that_do_not_classify_images_are_refused(tmp_path, model):
+    write_tree(tmp_path)
+    with pytest.raises(ConfigError, match=f"model={model} does not classify images"):
+        task().load_for(flora.models.get(model), tmp_path)
+
+
 @pytest.mark.parametrize("option", [{"mixup": -1}, {"random_erasing": 2}, {"held_out": 1.5}, {"unreadable": "maybe"}])
 def test_settings_out_of_range_are_refused(option):
     with pytest.raises(ConfigError, match=f"task.{next(iter(option))}="):
