@@ -107,8 +107,8 @@ class Coder:
             for number, (row, offsets) in enumerate(rows):
                 if row.count(self.image_id) != images[start + number]:
                     raise DataError(
-                        f"{where[start + number]}: its text contains {self._image}, which stands for an image; "
-                        "take it out"
+                        f"{where[start + number]}: its text contains {IMAGE} or {self._image}, which stands for "
+                        "an image; take it out"
                     )
                 yield self._expanded(row, [end for _, end in offsets], written[number][1])
 

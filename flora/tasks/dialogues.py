@@ -124,7 +124,7 @@ def _answers(row: Row) -> tuple[str, ...]:
     given = value if isinstance(value, list) else [value]
     texts = [one["answer"] if isinstance(one, dict) else one for one in given]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"column {column} holds {value!r}: an empty answer teaches nothing")
+        raise ValueError(f"column {column} holds {value!r}; answers are texts, and an empty one teaches nothing")
     return tuple(text for text, count in Counter(map(str.strip, texts)).most_common() for _ in range(count))
 
 
@@ -192,10 +192,14 @@ def read_json(path: Path, images: Path, pictures: Pictures) -> list[Dialogue]:
     for number, entry in enumerate(entries):
         where = f"{path}, entry {number}"
         try:
+            if not isinstance(entry, dict):
+                raise ValueError(f"{type(entry).__name__} instead of a conversation")
             where += f" (id {entry['id']})" if entry.get("id") is not None else ""
             turns = _turns(entry["conversations"])
             found = entry.get("image") or []
-            files = [found] if isinstance(found, str) else list(found)
+            files = found if isinstance(found, list) else [found]
+            if not all(isinstance(file, str) for file in files):
+                raise ValueError(f"image {found!r} is neither a path nor a list of paths")
             holes = sum(question.count(IMAGE) for question, _ in turns)
             if holes != len(files):
                 raise ValueError(f"{IMAGE} occurs {holes} times, but there are {len(files)} images")
@@ -213,9 +217,10 @@ def _turns(conversation: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], 
     speakers = [one["from"] for one in conversation]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
         raise ValueError(f"turns must be human, gpt, human, gpt, ...; here they are {', '.join(speakers) or 'none'}")
-    texts = [one["value"].strip() for one in conversation]
+    values = [one["value"] for one in conversation]
+    texts = [value.strip() if isinstance(value, str) else "" for value in values]
     if not all(texts):
-        raise ValueError(f"turn {texts.index('')} is empty")
+        raise ValueError(f"turn {texts.index('')} is {values[texts.index('')]!r} instead of a text")
     if any(IMAGE in answer for answer in texts[1::2]):
         raise ValueError(f"an answer contains {IMAGE}")
     return tuple(zip(map(_image_first, texts[::2]), texts[1::2], strict=True))

@@ -277,16 +277,19 @@ def test_a_tokenizer_without_a_pad_token_pads_with_the_end_which_masks_hide(pets
     [
         ([entry("is it?")], r"entry 0 \(id 7\): turns must be human, gpt, human, gpt, .*here they are human;"),
         ([{"conversations": [{"from": "gpt", "value": "yes"}, {"from": "human", "value": "?"}]}], "are gpt, human"),
-        ([entry("is it?", "yes"), entry("is it?", " ")], "entry 1 .*turn 1 is empty"),
+        ([entry("is it?", "yes"), entry("is it?", " ")], "entry 1 .*turn 1 is ' ' instead of a text"),
         ([entry("<image>\nis it?", "yes")], "<image> occurs 1 times, but there are 0 images"),
         ([entry("is it?", "yes", image="0.png")], "<image> occurs 0 times, but there are 1 images"),
         ([entry("<image>\nis it?", "yes", image="../secret.png")], "leads out of"),
         ([entry("is it?", "<image>", image="0.png")], "an answer contains <image>"),
+        ([entry("is it?", None)], "turn 1 is None instead of a text"),
+        ([entry("is it?", "yes", image=7)], "image 7 is neither a path nor a list of paths"),
+        (["is it?"], "entry 0: str instead of a conversation"),
         ([{"id": 1}], "no key conversations"),
         ([{"id": 1, "conversations": [{"value": "?"}]}], "no key from"),
         ([], "not a list of conversations, or an empty one"),
         ({"id": 1}, "not a list of conversations"),
-        ([entry("what is a <reponame>?", "a dog")], "its text contains <reponame>, which stands for an image"),
+        ([entry("what is a <reponame>?", "a dog")], "its text contains <image> or <reponame>, which stands for an"),
     ],
 )
 def test_bad_conversations_are_named(tmp_path, entries, message):
@@ -302,7 +305,8 @@ def test_bad_conversations_are_named(tmp_path, entries, message):
     ("columns", "message"),
     [
         ({"question": ["?", None, "?", "?"]}, r"train\.parquet, row 1: column question holds None instead of a text"),
-        ({"answer": ["yes", "no", "", "no"]}, "row 2: column answer holds '': an empty answer teaches nothing"),
+        ({"answer": ["yes", "no", "", "no"]}, "row 2: column answer holds ''; .* an empty one teaches nothing"),
+        ({"answer": [3, 1, 0, 2]}, "row 0: column answer holds 3; answers are texts"),
         ({"answer": [["yes"], ["no"], [], ["no"]]}, r"row 2: column answer holds \[\]"),
         ({"image": [1, 2, 3, 4]}, "column image is int64; it must be a struct with the field bytes"),
         ({"image": None}, r"no column image \(it has question, answer\)"),
