@@ -130,7 +130,7 @@ class Linear(_Matrix):
 
     @override
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]  # past nn.Module's attribute lookup
         if runs_plain_op(base, nn.Linear):
             weight = weights["weight"]
             return F.linear(args[0] if args else kwargs["input"], weight, self.bias_in(weight.dtype))
