@@ -80,7 +80,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     def bias_in(self, dtype: torch.dtype) -> Any:
         """The base layer's bias in ``dtype``; a frozen one is converted once and kept."""
         base: Any = self._modules["base_layer"]  # past nn.Module's attribute lookup
-        kept, bias = self._cast_bias, base._parameters["bias"] if "bias" in base._parameters else base.bias
+        bias, kept = base.bias, self._cast_bias
         if bias is None or bias.dtype == dtype or bias.requires_grad:
             return bias
         if kept is not None and kept[0] == (bias.data_ptr(), bias._version, dtype):
