@@ -30,7 +30,7 @@ from flora.tasks.mix import erase, mix
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
-_NAMED_CLASSES = 40  # more do not fit beside a picture
+_NAMED_CLASSES, _LETTERS = 40, 30  # more do not fit beside a picture
 
 
 @dataclass(frozen=True)
@@ -373,13 +373,18 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= _NAMED_CLASSES:
-        shown = [name.replace("$", r"\$") for name in names]
+        shown = [_short(name) for name in names]
         axes.set_xticks(range(len(names)), shown, rotation=90)
         axes.set_yticks(range(len(names)), shown)
     axes.set_xlabel("called")
     axes.set_ylabel("is")
     figure.colorbar(picture, label="share of the class")
     figure.savefig(path)
+
+
+def _short(name: str) -> str:
+    """A name for beside a picture, where dollars would be a formula."""
+    return (name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…").replace("$", r"\$")
 
 
 @cache

@@ -51,7 +51,11 @@ def open_folder(folder: Path, entry: Labelled) -> tuple[dict[str, Pool], list[st
 
 def _pool(path: Path, classes: int) -> Pool:
     images, labels = [], []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
+    for number, line in enumerate(lines, 1):
         name, _, label = line.rpartition(" ")
         if not name or not label.isdecimal() or int(label) >= classes:
             raise DataError(f"{path}, line {number}: {line!r} is not PATH LABEL with a label in 0..{classes - 1}")

@@ -100,10 +100,10 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def _check_columns(path: Path, schema: pa.Schema, column: str) -> None:
-    missing = [name for name in ("image", column) if name not in schema.names]
+    missing = [name for name in ("image", column) if schema.names.count(name) != 1]
     if missing:
         raise DataError(
-            f"{path}: no column {' and '.join(missing)} (it has {', '.join(schema.names)}); "
+            f"{path}: no single column {' and '.join(missing)} (it has {', '.join(schema.names)}); "
             f"an image dataset needs the columns image{{bytes, path}} and {column}"
         )
     image, label = schema.field("image").type, schema.field(column).type

@@ -73,7 +73,7 @@ def _question(
 
 def _index(value: Any, count: int) -> int:
     number = int(value)
-    if not 0 <= number < count:
+    if not 0 <= number < count or number != float(value):
         raise ValueError(f"label {value} is outside 0..{count - 1}")
     return number
 

@@ -239,6 +239,7 @@ def test_the_json_of_llm_adapters_is_read_as_it_is(tmp_path):
     ("columns", "message"),
     [
         ({"question": ["a"] * 4, "label": [0, 1, 2, 0]}, r"row 2: label 2 is outside 0\.\.1"),
+        ({"question": ["a"] * 4, "label": [0, 0.5, 1, 0]}, r"row 1: label 0\.5 is outside 0\.\.1"),
         ({"question": ["a"] * 4}, "no column answer"),
         ({"question": ["a", None, "b", "c"], "label": [0] * 4}, "row 1: column question is empty"),
         ({"question": [], "label": []}, "no rows"),

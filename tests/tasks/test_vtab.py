@@ -214,10 +214,14 @@ class TestBadFiles:
         with pytest.raises(DataError, match=r"train.parquet"):
             load(tmp_path)
 
-    def test_a_missing_column(self, small_set, tmp_path):
+    def test_a_missing_column_or_two_of_one_name(self, small_set, tmp_path):
         path = small_set["test"]
-        pq.write_table(pq.read_table(path).rename_columns(["image", "target"]).replace_schema_metadata(None), path)
-        with pytest.raises(DataError, match=r"test.parquet: no column label \(it has image, target\)"):
+        rows = pq.read_table(path)
+        pq.write_table(rows.append_column("label", rows["label"]), path)
+        with pytest.raises(DataError, match=r"test.parquet: no single column label \(it has image, label, label\)"):
+            load(tmp_path)
+        pq.write_table(rows.rename_columns(["image", "target"]).replace_schema_metadata(None), path)
+        with pytest.raises(DataError, match=r"test.parquet: no single column label \(it has image, target\)"):
             load(tmp_path)
 
     def test_columns_of_the_wrong_type(self, small_set, tmp_path):

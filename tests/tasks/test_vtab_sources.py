@@ -54,6 +54,9 @@ def test_lists_that_do_not_fit_name_the_line(tmp_path):
     (tmp_path / "eurosat" / "val200.txt").write_text("a.png 1\nb.png 10\n")
     with pytest.raises(DataError, match=r"val200\.txt, line 2: 'b\.png 10' is not PATH LABEL .* 0\.\.9"):
         load(tmp_path)
+    (tmp_path / "eurosat" / "val200.txt").write_bytes(png(1))
+    with pytest.raises(DataError, match=r"val200\.txt cannot be read"):
+        load(tmp_path)
     (tmp_path / "eurosat" / "val200.txt").unlink()
     with pytest.raises(DataError, match=r"no val200\.txt"):
         load(tmp_path)
