@@ -111,7 +111,10 @@ class Peft:
         try:
             if self.budget is not None:
                 self.budget.solve(config, model, head, self.target_modules)
-            wrapped = peft.get_peft_model(model, config)
+            with warnings.catch_warnings():
+                # PEFT asks transformers 5 by the old name; a user can do nothing about it.
+                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+                wrapped = peft.get_peft_model(model, config)
         except NoMatchingPeftModuleError as error:
             raise ValueError(
                 f"target_modules: {self.target_modules!r} match no layer; layers are called {layers}, ..."
