@@ -114,6 +114,8 @@ def test_merging_changes_the_logits_by_less_than_1e_4(run):
     [
         (["task=vtab", "task.dataset=eurosta"], "eurosat"),
         (["task=vtab", "task.dataset=eurosat", "paths.data=/nowhere"], "/nowhere"),
+        (["task=glue", "task.dataset=rt"], "did you mean rte?"),
+        (["task=glue", "task.rates=best"], "task.rates=best must be scripts or paper"),
         (["adapter.r=0"], "r"),
         (["adapter.r=-3"], "r"),
         (["adapter.kernel_rank=0"], "kernel_rank"),

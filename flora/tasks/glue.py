@@ -117,6 +117,8 @@ class Glue(TextTask):
     ):
         check_dataset(dataset, DATASETS)
         check_split_seed(split_seed)
+        if rates not in ("scripts", "paper"):
+            raise ConfigError(f"task.rates={rates} must be scripts or paper")
         if max_length is not None and max_length < 1:
             raise ConfigError(f"task.max_length={max_length} must be at least 1")
         if not 0 <= held_out < 1:

@@ -35,7 +35,7 @@ def check(folder: Path, paths: Sequence[Path]) -> None:
         if expected and path.is_file() and (found := sha256_of(path)) != expected:
             raise DataError(
                 f"{path} has changed since it was prepared (sha256 {found}, {NAME} says {expected}): "
-                f"prepare it again, or delete {NAME} if the change is meant"
+                f"remove the folder and prepare it again, or delete {NAME} if the change is meant"
             )
 
 
