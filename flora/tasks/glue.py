@@ -258,11 +258,11 @@ def _read_tsv(path: Path, entry: Entry) -> Rows:
     header: list[Any] = [] if isinstance(entry.label, int) else (lines or [[]])[0]
     rows = lines[1:] if header else lines
     missing = [name for name in (*entry.tsv, entry.label) if header and name not in header]
-    if missing or not rows:
-        what = f"no column {' and '.join(map(str, missing))}" if missing else "no rows"
-        raise DataError(f"{path}: {what}; fetch the file again")
-    width = len(header or rows[0])
+    width = len(header or (rows or [[]])[0])
     whole = [row for row in rows if len(row) == width]
+    if missing or not whole:
+        what = f"no column {' and '.join(map(str, missing))}" if missing else f"no rows of {width} columns"
+        raise DataError(f"{path}: {what}; fetch the file again")
     places = [header.index(name) if header else int(name) for name in (*entry.tsv, entry.label)]
     *columns, labels = [[row[place] for row in whole] for place in places]
     numbers = [entry.classes.index(label) if label in entry.classes else label for label in labels]

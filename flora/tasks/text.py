@@ -148,7 +148,13 @@ def tokenise(
 
     Returns:
         Fields per token and ``starts`` as ``TextDataset`` takes them, and the number of examples cut.
+
+    Raises:
+        ConfigError: the length leaves no room for words.
     """
+    added = tokenizer.num_special_tokens_to_add(pair=len(texts[0]) > 1)
+    if max_length <= added:  # tokenizers would cut nothing then
+        raise ConfigError(f"task.max_length={max_length} must be above {added}, the tokens that mark where texts end")
     fields = [name for name in tokenizer.model_input_names if name != "attention_mask"]
     path = cache_dir() / "tokenised" / f"{_key(texts, fields, tokenizer, max_length)}.safetensors"
     try:

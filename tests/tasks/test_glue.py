@@ -159,6 +159,11 @@ def test_bad_files_are_named(tmp_path, write):
     (tmp_path / "glue" / "sst2" / "train.parquet").write_bytes(b"PAR1 half")
     with pytest.raises(DataError, match="no readable parquet"):
         load("sst2", tmp_path)
+    (tmp_path / "glue" / "RTE").mkdir()
+    (tmp_path / "glue" / "RTE" / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\n")
+    (tmp_path / "glue" / "RTE" / "dev.tsv").touch()
+    with pytest.raises(DataError, match=r"train\.tsv: no rows of 4 columns"):
+        load("rte", tmp_path)
 
 
 def test_a_file_that_changed_since_it_was_prepared_is_refused(tmp_path, write):

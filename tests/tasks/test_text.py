@@ -65,6 +65,13 @@ def test_long_texts_are_cut_and_counted():
     assert starts.tolist() == [0, 5, 8]
 
 
+@pytest.mark.parametrize(("texts", "marks"), [(("the cat sat",), 2), (("the cat", "sat"), 3)])
+def test_a_length_without_room_for_words_is_refused(texts, marks):
+    with pytest.raises(ConfigError, match=f"task.max_length={marks} must be above {marks}"):
+        tokenise([texts], word_tokenizer(), marks)
+    assert tokenise([texts], word_tokenizer(), marks + 1)[1].tolist() == [0, marks + 1]
+
+
 def test_the_cache_is_asked_before_the_tokenizer_and_survives_damage(cache, monkeypatch):
     texts, tokenizer = [("the cat",), ("a dog ran",)], word_tokenizer()
     first = tokenise(texts, tokenizer, 4)
