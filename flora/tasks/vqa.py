@@ -298,9 +298,20 @@ class Instruct(Task):
 def hold_out(found: Sequence[Dialogue], size: int, seed: int) -> tuple[list[Dialogue], list[Dialogue]]:
     """The rest, and at least ``size`` drawn dialogues with all others about the same images; DataError if none is left.
 
-    Those without an image stand for themselves.
+    Those without an image stand for themselves, and images that one dialogue shows together stay together.
     """
-    groups = [dialogue.images or (-1 - number,) for number, dialogue in enumerate(found)]
+    links: dict[int, int] = {}
+
+    def group_of(image: int) -> int:
+        while image in links:
+            image = links[image]
+        return image
+
+    for dialogue in found:
+        for image in dialogue.images[1:]:
+            if (own := group_of(image)) != (first := group_of(dialogue.images[0])):
+                links[own] = first
+    groups = [group_of(dialogue.images[0]) if dialogue.images else -1 - n for n, dialogue in enumerate(found)]
     names = list(dict.fromkeys(groups))
     sizes, chosen, total = Counter(groups), set(), 0
     for i in draw(len(names), seed):

@@ -15,7 +15,7 @@ from flora.tasks import Instruct
 from flora.tasks.coder import Coder
 from flora.tasks.dialogues import Dialogue, Pictures, easy_vqa, plain, read_json, read_parquet
 from flora.tasks.prepare import find, prepare
-from flora.tasks.vqa import majority
+from flora.tasks.vqa import hold_out, majority
 from tests.tasks.chats import tiny_llava
 from tests.tasks.conftest import png
 from tests.tasks.texts import write_rows
@@ -481,3 +481,15 @@ def test_nlvr_has_its_statements(data_folder, tmp_path):
     assert splits.facts["counts"] == {"train": 2967, "validation": 990, "test": 981}
     assert splits.facts["majority"]["answer"] == "true"
     assert splits.facts["majority"]["test"] == pytest.approx(0.556, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_image_is_in_what_is_held_out_and_in_the_rest(seed):
+    shown = [(0, 1), (0,), (1,), (2,), (3, 2), (4,), ()]
+    found = [Dialogue((("?", "yes"),), images, ("yes",), "other", "here") for images in shown]
+    rest, held_out = hold_out(found, 1, seed)
+    seen, kept = ({i for dialogue in part for i in dialogue.images} for part in (rest, held_out))
+    assert not seen & kept
+    assert len(rest) + len(held_out) == len(found)
+    assert rest
+    assert held_out
