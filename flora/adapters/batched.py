@@ -6,6 +6,7 @@ dtype that the layers compute in; each layer then runs once with its W + delta. 
 On a GPU, stacks of all shapes share their launches too. No second copy of the frozen weights outlives the step.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,13 +54,18 @@ class BatchedWeights:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.layers = state["layers"]
+        self._join_layers()
         self._forget()
+
+    def _join_layers(self) -> None:
+        # Weakly: a graph kept here leads to the layers, and a cycle through autograd's nodes would never be freed.
+        for layer in self.layers:
+            layer.batched = weakref.ref(self)
 
     def attach(self, model: nn.Module) -> None:
         """Build at the start of every forward pass of ``model``, for the adapted layers that it has now."""
         self.layers = [layer for layer in model.modules() if isinstance(layer, FloraLayer) and layer.stackable]
-        for layer in self.layers:
-            layer.batched = self
+        self._join_layers()
         self.detach(model)
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end, always_call=True)

@@ -39,7 +39,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     supports_dora = True
     stackable = False  # whether its only weight can be built together with those of other layers
     _cast_bias: tuple[Any, Tensor, Tensor] | None = None
-    batched: Any = None  # flora.adapters.batched.BatchedWeights of the model, if any
+    batched: Any = None  # a weak reference to the model's flora.adapters.batched.BatchedWeights, if any
     base_layer: Any
     tucker_core: Any  # ModuleDict: adapter -> ParameterDict: weight -> core
     tucker_factors: Any  # ModuleDict: adapter -> ParameterDict: weight_mode -> factor
@@ -231,7 +231,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         In the base weight's dtype; where it was built together with those of other layers, in the dtype in which the
         layer computes.
         """
-        if self.batched is not None and isinstance(built := self.batched.built_for(self), Tensor):
+        if isinstance(built := self._built_together(), Tensor):
             return built
         base = self.base_weight(name)
         weight = base
@@ -307,7 +307,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer with its adapted weights."""
-        if self.batched is not None and (built := self.batched.built_for(self)) is not None:
+        if (built := self._built_together()) is not None:
             return self.run_built(built, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -318,6 +318,14 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             return self.run_additive(adapters, *args, **kwargs)
         names = dict.fromkeys(name for adapter in adapters for name in self.weights[adapter])
         return self.run_base({name: self.adapted_weight(name, adapters) for name in names}, *args, **kwargs)
+
+    def _built_together(self) -> Any:
+        """What was built for the layer together with others, if anything."""
+        owner = None if self.batched is None else self.batched()
+        return None if owner is None else owner.built_for(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "batched"}  # set by who is copied with it
 
     def run_built(self, built: Any, *args: Any, **kwargs: Any) -> Any:
         """Run with what was built for the layer together with others."""

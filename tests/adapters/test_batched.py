@@ -1,7 +1,10 @@
 """Weights built together for same-shaped layers: the same numbers as layer by layer, and off where they cannot be."""
 
 import copy
+import gc
 import itertools
+import pickle
+import weakref
 from typing import Any
 
 import peft
@@ -322,3 +325,34 @@ def test_a_frozen_bias_is_converted_once_and_a_change_of_it_is_seen():
                 torch.testing.assert_close(model(x), base(x))
             kept.append(layer._cast_bias[1])
     assert [one is other for one, other in itertools.pairwise(kept)] == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("form", ["merged", "factored"])
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_deleted_model_is_freed(form, backward):
+    model = adapt(Net(), target_modules=r"(conv|fc)\.\d", forward=form)
+    kept = [
+        weakref.ref(part) for part in (batched(model), model.base_model.model.fc[0], model.base_model.model.stem.weight)
+    ]
+    output = model(torch.randn(2, 3, 6, 6)).sum()
+    if backward:
+        output.backward()
+    del model, net, output
+    gc.collect()
+    assert [one() for one in kept] == [None, None, None]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copied_and_a_pickled_model_build_their_own_weights(again):
+    model, x = adapt(Net()), torch.randn(2, 3, 6, 6)
+    twin = again(model)
+    built = {}
+    with torch.no_grad():
+        for layer in batched(twin).layers:
+            layer.core("default").mul_(2)
+            layer.register_forward_hook(
+                lambda one, args, output: built.update({one: batched(twin)._built.get(id(one))})
+            )
+    assert not torch.allclose(twin(x), model(x))
+    assert len(built) == len(batched(model).layers) > 0
+    assert all(isinstance(weight, Tensor) for weight in built.values())
