@@ -337,7 +337,7 @@ def test_a_deleted_model_is_freed(form, backward):
     output = model(torch.randn(2, 3, 6, 6)).sum()
     if backward:
         output.backward()
-    del model, net, output
+    del model, output
     gc.collect()
     assert [one() for one in kept] == [None, None, None]
 
