@@ -103,6 +103,8 @@ def claim_texts(output: Path, anew: bool, check: bool) -> dict[Path, str] | None
 
 def sections(arguments: argparse.Namespace, contents: Contents, store: Store) -> list[Section]:
     """The tables to render, with their lines and figures: the one asked for, or all of which a run is finished."""
+    if arguments.table and not arguments.results.is_dir():
+        raise DataError(f"no finished record: there is no folder {arguments.results}")
     if arguments.table:
         chosen = [load(arguments.table, arguments.scale)]
     else:

@@ -37,6 +37,8 @@ def reproduce() -> None:
         "overrides", nargs="*", help="further overrides that do not change results, e.g. paths.data=DIR"
     )
     arguments = parser.parse_intermixed_args()
+    if arguments.jobs < 1:
+        raise ConfigError(f"--jobs {arguments.jobs}: at least 1")
 
     table, store = load(arguments.table, arguments.scale), Store(arguments.results)
     contents = store.read_all()
@@ -102,9 +104,9 @@ def seconds_left(states: dict[Cell, str], contents: Contents, jobs: int) -> floa
     took: dict[tuple[str, ...], list[float]] = {}
     for cell in (c for c, word in states.items() if word == "finished"):
         record = contents.records[cell.run_id]
-        seconds = (datetime.fromisoformat(record["finished"]) - datetime.fromisoformat(record["started"])).seconds
+        took_it = datetime.fromisoformat(record["finished"]) - datetime.fromisoformat(record["started"])
         for key in _likeness(cell):
-            took.setdefault(key, []).append(seconds)
+            took.setdefault(key, []).append(took_it.total_seconds())
     left = [c for c, word in states.items() if word not in ("finished", "failed", "not runnable yet")]
     if not took or not left:
         return None

@@ -61,6 +61,15 @@ def test_a_running_cell_shows_as_running_and_jobs_divide_the_time_left(store, ca
     assert "about 0:16:40 left" in err
 
 
+def test_a_cell_of_more_than_a_day_counts_whole_and_jobs_below_one_are_refused(store, call):
+    for cell in load("eurosat").cells[:3]:
+        write(store, cell, 0.5, started="2026-01-01T00:00:00+00:00", finished="2026-01-02T06:00:00+00:00")
+    assert "about 25 days, 0:00:00 left" in call("eurosat", "--status")[2]  # 20 cells of 30 hours
+    code, _, err, ran = call("eurosat", "--jobs", "0")
+    assert (code, ran) == (2, [])
+    assert "error: --jobs 0" in err
+
+
 def test_a_dry_run_prints_the_commands_of_what_is_left(store, call, tmp_path):
     _, out, _, ran = call("eurosat", "--dry-run", "paths.data=d")
     assert ran == []

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import math
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,13 +14,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flora import ranks
-from flora.errors import FailedBefore
+from flora.errors import DataError, FailedBefore
 from flora.results.lock import HEARTBEAT, STALE_AFTER, Lock, Owner, owners
 from flora.results.record import SCHEMA_VERSION, STATUSES, Record, now
 
 _REQUIRED = ("schema_version", "run_id", "status", "task", "dataset", "model", "adapter", "seed")
 _HEAVY = ("history", "analysis", "ranks", "config", "data")  # left out of summaries: most of a record's bytes
-_CACHE_VERSION = b"1"  # bumped when summaries or the checks of `read` change
+_WORDS = ("run_id", "task", "dataset", "model", "adapter")
+_FINISHED = {  # what tables read of a finished record
+    **dict.fromkeys(("metric", "started", "finished"), str),
+    **dict.fromkeys(("trainable_params", "head_params", "total_params"), int),
+    **{"skipped_layers": list, "versions": dict},
+}
+_COSTS = ("lr", "train_seconds", "peak_memory_bytes")  # numbers, or None where nothing was measured
+_CACHE_VERSION = b"2"  # bumped when summaries or the checks of `read` change
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,13 @@ class Store:
         return self.write(replace(record, status=status, error=repr(error), finished=now()))
 
     def read_all(self) -> Contents:
-        """Everything in the folder; files that have not changed since the last look come from a parquet cache."""
+        """Everything in the folder; files that have not changed since the last look come from a parquet cache.
+
+        Raises:
+            DataError: the folder is a file.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise DataError(f"{self.folder} is not a folder of records")
         cache, known = self.folder / ".cache" / "records.parquet", dict[tuple[str, int, int], tuple[Any, Any]]()
         if self.folder.is_dir():
             known = _read_cache(cache)
@@ -157,7 +170,10 @@ def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | N
         return None, f"{path}: not readable as JSON ({error})"
     if not isinstance(record, dict) or any(key not in record for key in _REQUIRED):
         return None, f"{path}: not a record (needs {', '.join(_REQUIRED)})"
-    for key in ("metrics", "data", "config"):
+    for key in _WORDS:
+        if not isinstance(record[key], str):
+            return None, f"{path}: {key} is {record[key]!r:.40}, it must be a string"
+    for key in ("metrics", "data", "config", "execution"):
         if not isinstance(record.get(key) or {}, dict):
             return None, f"{path}: {key} is {record[key]!r:.40}, it must be an object"
     if record["schema_version"] != SCHEMA_VERSION:
@@ -168,10 +184,18 @@ def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | N
         return None, f"{path}: is a record of run {record['run_id']}, name it {record['run_id']}.json"
     if record["status"] == "finished":
         numbers = {"value": record.get("value"), **(record.get("metrics") or {})}
+        numbers |= {key: record[key] for key in _COSTS if record.get(key) is not None}
         for name, number in numbers.items():
-            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            if not _finite(number):
                 return None, f"{path}: finished without a finite {name}"
+        for key, kind in _FINISHED.items():
+            if not isinstance(record.get(key), kind):
+                return None, f"{path}: finished with {key} {record.get(key)!r:.40}, it must be of type {kind.__name__}"
     return record, None
+
+
+def _finite(number: Any) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flora.errors import FailedBefore
+from flora.errors import DataError, FailedBefore
 from flora.files import write_json
 from flora.results import Record, Store
 from flora.results.record import command
@@ -31,7 +31,8 @@ def record(run_id="abc", seed=0, value=0.5, status="finished", adapter="flora"):
         started="2026-01-01T00:00:00+00:00",
     )
     made.status, made.metric, made.value = status, "accuracy", value
-    made.lr, made.trainable_params, made.total_params = 1e-3, 50, 1000
+    made.lr, made.trainable_params, made.head_params, made.total_params = 1e-3, 50, 10, 1000
+    made.finished = "2026-01-01T00:01:40+00:00"
     made.train_seconds, made.examples_per_second, made.peak_memory_bytes = 2.0, 100.0, 10**6
     return made
 
@@ -74,6 +75,11 @@ def test_broken_records_are_reported_and_left_out(tmp_path):
     plant("nan", value=float("nan"))
     plant("metric", metrics={"accuracy": 0.5, "loss": float("inf")})
     plant("true", value=True)
+    plant("huge", value=10**400)
+    plant("seconds", train_seconds="a minute")
+    plant("params", trainable_params=None)
+    plant("dataset", dataset=["eurosat"])
+    plant("finished", finished=None)
     plant("status", status="done")
     plant("copy", run_id="good")  # the same run twice would count twice in a mean
     planted = {path.stem for path in tmp_path.glob("*.json")} - {"good"}
@@ -101,6 +107,12 @@ def test_a_changed_added_or_removed_file_is_seen_through_the_cache(tmp_path):
 
 def test_a_folder_that_does_not_exist_is_empty():
     assert Store("/nowhere/at/all").read_all().records == {}
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path):
+    (tmp_path / "records").write_text("")
+    with pytest.raises(DataError, match="records is not a folder"):
+        Store(tmp_path / "records").read_all()
 
 
 def test_a_finished_record_gives_way_to_another_finished_one_only(tmp_path):

@@ -232,9 +232,10 @@ def test_without_a_table_all_that_have_records_are_rendered(store, render):
 
 
 def test_no_record_is_an_error(render):
-    code, _, err = render()
-    assert code == 2
-    assert err.strip().splitlines()[-1].startswith("error: no finished record")
+    for arguments in ((), ("eurosat",)):
+        code, _, err = render(*arguments)
+        assert code == 2
+        assert err.strip().splitlines()[-1].startswith("error: no finished record")
 
 
 @pytest.mark.slow
