@@ -70,7 +70,7 @@ class DeltaNorms(TrainerCallback):
             yield self.start[name], weight - self.start[name]
         for layer in _adapted(self.trainer.model):
             before = layer.get_base_layer().weight
-            merged = copy.deepcopy(layer)
+            merged = copy.deepcopy(layer).float()  # a half-precision weight would swallow a small change
             merged.merge(adapter_names=list(layer.active_adapters))
             yield before, merged.get_base_layer().weight - before
 

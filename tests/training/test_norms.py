@@ -61,6 +61,17 @@ def test_the_change_of_an_adapter_is_merged_minus_base(config):
     assert measured == pytest.approx(np.mean(norms), rel=1e-4)
 
 
+def test_a_small_change_of_a_half_precision_weight_is_measured_whole():
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)).bfloat16(), peft.LoraConfig(r=2, target_modules=["0"]))
+    (layer,) = (m for m in model.modules() if hasattr(m, "get_delta_weight"))
+    with torch.no_grad():
+        layer.get_base_layer().weight.fill_(1.0)
+        layer.lora_B["default"].weight.normal_(std=1e-4)
+        delta = layer.get_delta_weight("default").float()
+    # 1 + 0.001 is 1 in bfloat16, whose next number is 1.0078
+    assert begun(model).measure()["delta_norm"] == pytest.approx(delta.norm().item(), rel=1e-2)
+
+
 def net_layers(model):
     return [m.get_base_layer() for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "merge")]
 
