@@ -6,6 +6,7 @@ A file gives a ``title`` and, per scale, one or several ``parts``: overrides in 
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -124,28 +125,46 @@ def names() -> list[str]:
 
 def scales(table: str) -> list[str]:
     """The scales that a table's file defines; none where it lists no cells of its own."""
-    return list(yaml.safe_load((ROOT / "experiments" / f"{table}.yaml").read_text()).get("scales", {}))
+    return list(_definition(table).get("scales", {}))
 
 
 def load(table: str, scale: str = "mini") -> Table:
     """A table at a scale.
 
     Raises:
-        ConfigError: no such table or scale; the message lists those that exist.
+        ConfigError: no such table or scale, the message lists those that exist; or its file defines no cells.
     """
     path = ROOT / "experiments" / f"{table}.yaml"
     if not path.exists():
         raise ConfigError(f"no table {table!r} in experiments/: choose one of {', '.join(names())}")
-    definition = yaml.safe_load(path.read_text())
+    definition = _definition(table)
     if scale not in scales(table):
         raise ConfigError(f"{table} has no scale {scale!r}: choose one of {', '.join(scales(table)) or 'none'}")
-    return Table(table, scale, definition, list(_cells(definition["scales"][scale])))
+    cells = list(_cells(table, definition["scales"][scale]))
+    for cell, times in Counter(cells).items():
+        if times > 1:
+            raise ConfigError(f"experiments/{table}.yaml lists the same cell twice: {' '.join(cell.overrides)}")
+    return Table(table, scale, definition, cells)
 
 
-def _cells(scale: dict[str, Any]) -> Iterator[Cell]:
+def _definition(table: str) -> dict[str, Any]:
+    path = ROOT / "experiments" / f"{table}.yaml"
+    try:
+        definition = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"experiments/{path.name} is not YAML: {config.one_line(error)}") from error
+    if not isinstance(definition, dict) or "title" not in definition:
+        raise ConfigError(f"experiments/{path.name} needs a title and scales")
+    return definition
+
+
+def _cells(table: str, scale: dict[str, Any]) -> Iterator[Cell]:
     for part in scale.get("parts", [scale]):
         common = [*scale.get("common", []), *(part.get("common", []) if part is not scale else [])]
-        axes = [[f"{key}={value}" for value in values] for key, values in part["grid"].items()]
+        grid = part.get("grid")
+        if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+            raise ConfigError(f"experiments/{table}.yaml: grid must give each key a list of values, got {grid}")
+        axes = [[f"{key}={value}" for value in values] for key, values in grid.items()]
         for combination in itertools.product(*axes):
             reason = part.get("not_runnable_yet", scale.get("not_runnable_yet"))
             yield Cell((*common, *combination), reason, part.get("published"))

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from flora.errors import ConfigError
 from flora.results.experiments import Table
 from flora.results.statistics import mean_std
 from flora.results.tables import Row, digest
@@ -96,9 +97,14 @@ def plots(table: Table, rows: list[Row], whole: Callable[[str], dict[str, Any] |
         table: the table.
         rows: its lines.
         whole: run id to the whole record, read only when a figure of it is drawn.
+
+    Raises:
+        ConfigError: the YAML asks for a figure that does not exist.
     """
     measured = [row for row in rows if row.records]
     for kind in table.definition.get("figures", ["pareto"]):
+        if kind not in _KINDS:
+            raise ConfigError(f"experiments/{table.name}.yaml: no figure {kind!r}: choose among {', '.join(_KINDS)}")
         per_model = kind == "radar"
         for key in dict.fromkeys(("", r.model) if per_model else (r.task, r.model) for r in measured):
             chosen = [row for row in measured if row.model == key[1] and key[0] in ("", row.task)]

@@ -106,3 +106,22 @@ def test_rows_gather_seeds_and_name_what_else_varies(tmp_path, monkeypatch):
     assert [cell.not_runnable_yet for cell in table.cells] == [None] * 6 + ["no such model"]
     with pytest.raises(ConfigError, match="no scale 'paper': choose one of mini"):
         load("t", "paper")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title: [", "is not YAML"),
+        ("scales: {mini: {grid: {seed: [0]}}}", "needs a title"),
+        ("{title: T, scales: {mini: {gird: {seed: [0]}}}}", "grid must give each key a list"),
+        ("{title: T, scales: {mini: {grid: {adapter: lora}}}}", "grid must give each key a list"),
+        ("{title: T, scales: {mini: {grid: {seed: []}}}}", "grid must give each key a list"),
+        ("{title: T, scales: {mini: {grid: {seed: [0, 0]}}}}", "the same cell twice: seed=0"),
+    ],
+)
+def test_a_table_with_a_slip_is_one_line(tmp_path, monkeypatch, text, message):
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "t.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"experiments/t\.yaml.*{message}"):
+        load("t")
