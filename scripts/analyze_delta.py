@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from flora.adapters.heads import in_head
 from flora.config import instantiate, main
 from flora.errors import ConfigError, DataError
 from flora.results.delta import Kept, energy_kept
@@ -30,6 +31,9 @@ def analyze_delta() -> None:
     parser.add_argument("--output", type=Path, default=Path("results"), help="tables/ and figures/ go in here")
     arguments = parser.parse_args()
 
+    for name, rank in (("--r", arguments.r), ("--kernel-rank", arguments.kernel_rank)):
+        if rank < 1:
+            raise ConfigError(f"{name} {rank}: at least 1")
     folder = saved_run(arguments.run)
     facts = saved_facts(folder)
     if facts.get("adapter") != "full":
@@ -38,14 +42,21 @@ def analyze_delta() -> None:
     record, problem = read(path)
     if record is None:
         raise DataError(problem or f"{path}: no record")
+    if record["weights"].get("pretrained") is False:
+        raise ConfigError(f"{arguments.run} started from random weights, which are not kept: choose a pretrained model")
     model = instantiate(OmegaConf.create(record["config"]["model"]))
     before = model.build(facts["num_classes"]).state_dict()
+    trained = load_file(folder / "model.safetensors")
+    if strange := sorted(trained.keys() - before.keys()):
+        raise DataError(f"{folder / 'model.safetensors'}: model {facts['model']} has no {strange[0]}")
     found = [
         energy_kept(name.removesuffix(".weight"), after - before[name], arguments.r, arguments.kernel_rank)
-        for name, after in load_file(folder / "model.safetensors").items()
-        if name.endswith(".weight") and after.ndim > 1 and not name.startswith(tuple(model.classifier))
+        for name, after in trained.items()
+        if name.endswith(".weight") and after.ndim > 1 and not in_head(name, model.classifier)
         if not torch.equal(after, before[name])
     ]
+    if not found:
+        raise DataError(f"{arguments.run}: no weight outside the head has changed")
     stem = f"delta_{facts['dataset']}_{facts['model']}_{facts['run_id']}"
     title = f"{facts['dataset']}, {facts['model']}, full fine-tuning ({facts['run_id']}), r = {arguments.r}"
     table = arguments.output / "tables" / f"{stem}.csv"

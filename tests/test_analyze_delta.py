@@ -1,0 +1,66 @@
+"""`python scripts/analyze_delta.py RUN`: what it compares, and what it cannot compare."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from flora.config import main
+from flora.results import Store
+from flora.results.experiments import load
+from scripts import analyze_delta
+from tests.results.records import write
+
+
+@pytest.fixture
+def analyze(tmp_path, monkeypatch, capsys):
+    """Analyze a made-up run of a small network: (exit code, stdout, stderr)."""
+    cell = next(cell for cell in load("eurosat").cells if cell.method == "full")
+    base = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3), "fc": nn.Linear(6, 2), "fc_norm": nn.Linear(6, 6)})
+    network = types.SimpleNamespace(build=lambda classes: base, classifier=["fc"])
+    monkeypatch.setattr(analyze_delta, "instantiate", lambda config: network)
+
+    def run(*arguments, moved=(), pretrained=True):
+        write(Store(tmp_path), cell, 0.9, config={"model": {}}, weights={"pretrained": pretrained})
+        after = base.state_dict() | {name: torch.randn(base.state_dict()[name].shape) for name in moved}
+        save_file(after, tmp_path / "model.safetensors")
+        facts = {"run_id": cell.run_id, "adapter": "full", "dataset": "eurosat", "model": "net", "num_classes": 2}
+        (tmp_path / "run.json").write_text(json.dumps(facts))
+        places = ["--results", str(tmp_path), "--output", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["analyze_delta.py", str(tmp_path), *places, *arguments])
+        try:
+            main(analyze_delta.analyze_delta, trace=lambda: False)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_head_is_left_out_and_nothing_that_only_begins_like_it(analyze, tmp_path):
+    code, out, _ = analyze(moved=["conv.weight", "fc.weight", "fc_norm.weight"])
+    assert code == 0
+    assert json.loads(out.splitlines()[0])["layers"] == 2
+    (table,) = tmp_path.rglob("delta_*.csv")
+    assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["layer", "conv", "fc_norm"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "made", "message"),
+    [
+        (["--r", "0"], {}, "--r 0: at least 1"),
+        (["--kernel-rank", "-1"], {}, "--kernel-rank -1: at least 1"),
+        ([], {"pretrained": False}, "started from random weights"),
+        ([], {"moved": ["fc.weight"]}, "no weight outside the head has changed"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(analyze, tmp_path, arguments, made, message):
+    code, _, err = analyze(*arguments, **{"moved": ["conv.weight"]} | made)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "out").exists()
