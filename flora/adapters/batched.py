@@ -138,7 +138,8 @@ def plans(layers: Sequence[FloraLayer]) -> list[Plan | Thin]:
 
 
 def _autocast(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    casts = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else None
 
 
 def _signature(layer: FloraLayer) -> tuple[Any, ...]:
@@ -154,6 +155,9 @@ def _signature(layer: FloraLayer) -> tuple[Any, ...]:
         active if isinstance(active, str) else tuple(active),
         *own["scaling"].values(),
     )
+    cores = own["_modules"]["tucker_core"]._modules
+    dtypes = [next(iter(held._parameters.values())).dtype for held in cores.values()]
     if weight is None:
-        return state
-    return (*state, type(weight), weight.dtype, weight.device, weight.requires_grad, weight.numel())
+        return (*state, *dtypes)
+    layout = weight.numel(), weight.stride()
+    return (*state, *dtypes, type(weight), weight.dtype, weight.device, weight.requires_grad, *layout)

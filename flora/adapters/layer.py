@@ -83,11 +83,13 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         bias, kept = base.bias, self._cast_bias
         if bias is None or bias.dtype == dtype or bias.requires_grad:
             return bias
+        if bias.is_inference():  # has no version
+            return bias.to(dtype)
         if kept is not None and kept[0] == (bias.data_ptr(), bias._version, dtype):
             return kept[1]
         cast = bias.to(dtype)
         capturing = bias.is_cuda and torch.cuda.is_current_stream_capturing()  # into memory that only replays fill
-        if not (capturing or bias.is_inference() or torch.is_inference_mode_enabled() or in_transform()):
+        if not (capturing or torch.is_inference_mode_enabled() or in_transform()):
             # The bias is kept too, so that no other tensor gets its address.
             self._cast_bias = (bias.data_ptr(), bias._version, dtype), cast, bias.detach()
         return cast
@@ -110,6 +112,13 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         """Create the parameters of a new adapter (or replace those of an old one)."""
         weights = {weight.name: fold(weight, config, name) for weight in self.describe_weights(config, name)}
         self._check_config(config, name)
+        for key in weights:
+            owner, _, attribute = key.rpartition(".")
+            if isinstance(vars(self.get_base_layer().get_submodule(owner)).get(attribute), Tensor):
+                raise ValueError(
+                    f"{name}: its {key} is computed anew by a hook (torch.nn.utils.weight_norm, spectral_norm), which "
+                    "an update would not survive; use torch.nn.utils.parametrizations"
+                )
         self.weights[adapter_name] = weights
         self.effective_ranks[adapter_name] = {key: ranks_of(weight, config, name) for key, weight in weights.items()}
         scales = {key: scaling_of(weight, config, name) for key, weight in weights.items()}
@@ -433,6 +442,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which a matrix product or convolution with this weight runs now."""
     device = weight.device.type
+    if device == "meta":
+        return weight.dtype
     casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
     return torch.get_autocast_dtype(device) if casts else weight.dtype
 

@@ -17,8 +17,9 @@ from flora.adapters.weights import AdaptedWeight, plain
 
 def runs_plain_op(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the layer is nothing but the op of ``kind``: no forward of its own, no hooks."""
-    own = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    return type(layer).forward is kind.forward and not own
+    own = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
+    watched = layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer).forward is kind.forward and not own and not watched
 
 
 class _Matrix(FloraLayer):
@@ -182,7 +183,7 @@ class Linear(_Matrix):
         base, dropped = self.base_layer, isinstance(self.tucker_dropout[adapter], nn.Dropout) and self.training
         if dropped or not runs_plain_op(base, nn.Linear) or self._weight_is_elsewhere():
             return False
-        return type(base.weight) is nn.Parameter and not base.weight.requires_grad
+        return type(base.weight) is nn.Parameter and not base.weight.requires_grad and not base.weight.is_meta
 
     def _fused(self, input: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         return _LinearPlusThin.apply(input, self.base_layer.weight, self.base_layer.bias, left, right, dtype)
@@ -213,9 +214,11 @@ class Embedding(_Matrix):
     @override
     def can_add(self, adapter_name: str) -> bool:
         base = self.get_base_layer()
-        # max_norm renormalises rows of the sum; scaled embeddings multiply it by a constant, which can be applied here.
+        # max_norm renormalises rows of the sum, scale_grad_by_freq divides gradients of its rows; scaled embeddings
+        # multiply it by a constant, which can be applied here.
         known = type(base).forward is nn.Embedding.forward or self._get_embed_scale() is not None
-        return known and base.max_norm is None and super().can_add(adapter_name)
+        additive = base.max_norm is None and not base.scale_grad_by_freq
+        return known and additive and super().can_add(adapter_name)
 
     @override
     def prefers_adding(self, adapter_name: str) -> bool:
@@ -228,7 +231,8 @@ class Embedding(_Matrix):
         thin = self.matrix_factors(adapter_name, side)
         assert thin is not None
         left, right = thin
-        rows = F.embedding(input, left, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
-        output = self.tucker_dropout[adapter_name](rows) @ right
+        output = self.tucker_dropout[adapter_name](F.embedding(input, left)) @ right
+        if base.padding_idx is not None:  # its row is not trained, nor by it what it shares with others
+            output = torch.where((input == base.padding_idx).unsqueeze(-1), output.detach(), output)
         scale = self._get_embed_scale()
         return output if scale is None else output * scale.to(output.dtype)

@@ -191,14 +191,14 @@ def stacks(layers: Sequence[FloraLayer]) -> list[Stack]:
         if weight is None or not _at_hand(weight, described) or layer.adds(adapters):
             continue
         modes = factor_modes(described.shape, ranks)
-        if not modes:
-            continue
+        core = layer.core(adapter)
+        if not modes or torch.promote_types(core.dtype, weight.dtype) != core.dtype:
+            continue  # in the adapter's dtype, the sum would round the base weight
         channels_last = _channels_last(weight) and not described.folded
         if channels_last:
             modes = (*(m for m in modes if m != 1), *(m for m in modes if m == 1))
         dense = channels_last or weight.is_contiguous()
         key = (adapter, described, ranks, layer.scaling[adapter], compute_dtype(weight), modes, dense)
-        core = layer.core(adapter)
         found.setdefault((*key, weight.device, core.device, core.dtype), []).append(layer)
     made = [Stack(tuple(members), *key[:-3]) for key, members in found.items()]
     return [stack for stack in made if math.prod(stack.sizes(stack.small)) <= _SMALL]

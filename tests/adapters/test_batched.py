@@ -256,6 +256,13 @@ def test_sharded_offloaded_and_trained_weights_are_left_out():
     assert not plans(batched(model.to("meta")).layers)
 
 
+@pytest.mark.parametrize("form", ["auto", "merged", "factored"])
+def test_shapes_are_found_on_the_meta_device(form, x):
+    model = adapt(Net(), forward=form)
+    expected = model(x).shape
+    assert model.to("meta")(x.to("meta")).shape == expected
+
+
 def test_compiled_models_build_within_their_layers(x):
     model = adapt(Net())
     torch._dynamo.reset()
@@ -356,3 +363,23 @@ def test_a_copied_and_a_pickled_model_build_their_own_weights(again):
     assert not torch.allclose(twin(x), model(x))
     assert len(built) == len(batched(model).layers) > 0
     assert all(isinstance(weight, Tensor) for weight in built.values())
+
+
+def test_a_sum_is_not_rounded_to_an_adapter_of_lower_precision():
+    base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).float()
+    model = adapt(base, target_modules=["0", "1"], init_weights=True)  # the update is zero
+    x = torch.randn(3, 6).float()
+    for name, parameter in model.named_parameters():
+        if "tucker" in name:
+            parameter.data = parameter.data.bfloat16()
+    torch.testing.assert_close(model(x), base(x))
+
+
+@pytest.mark.parametrize("form", ["merged", "factored"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_a_base_layer_are_called(form, kind):
+    model, seen = adapt(nn.Sequential(nn.Linear(4, 4)), target_modules=["0"], forward=form), []
+    base = model.base_model.model[0].base_layer
+    getattr(base, f"register_{kind}_hook")(lambda *args: seen.append(kind))
+    model(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert seen == [kind]

@@ -126,6 +126,26 @@ def test_embedding_drops_the_rows_it_looked_up():
     torch.testing.assert_close(actual - layer.base_layer(ids), expected)
 
 
+@pytest.mark.parametrize("kind", [{"padding_idx": 1}, {"scale_grad_by_freq": True}])
+def test_every_form_of_an_embedding_trains_by_the_rows_that_torch_trains(kind):
+    model, ids = adapt(Holder(nn.Embedding(5, 8, **kind))), torch.tensor([[0, 1], [4, 4], [1, 3]])
+    layer = adapter(model)
+    core, (rows, columns) = layer.core("default"), layer.factors("default")
+    weight = layer.base_layer.weight + torch.einsum("ab,ia,jb->ij", core, rows, columns)
+    expected = torch.autograd.grad(F.embedding(ids, weight, **kind).sin().sum(), [core, rows, columns])
+    for form in ("auto", "factored", "merged"):
+        layer.form["default"] = form
+        actual = torch.autograd.grad(model(ids).sin().sum(), [core, rows, columns])
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_a_hook_computes_is_refused(norm):
+    model = Holder(norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"^layer: its weight is computed anew by a hook .*parametrizations$"):
+        peft.get_peft_model(model, flora.FloraConfig(target_modules=["layer"]))
+
+
 class OwnForward(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight / self.weight.norm(), self.bias)

@@ -109,6 +109,24 @@ def test_gradients_add_up_and_new_parameters_and_base_weights_are_seen():
 
 
 @ready
+def test_another_memory_layout_and_dtype_of_adapters_are_seen():
+    model, x = adapted(), images()
+    model(x)
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x).double(), exact(model)(x.double()), rtol=0, atol=1e-5)
+    assert kinds(model) == {"Grouped": 11}
+    model.bfloat16()
+    for name, parameter in model.named_parameters():
+        if "tucker" in name:
+            parameter.data = parameter.data.float()  # as PEFT keeps the adapters of a half-precision model
+    model(x.bfloat16())
+    assert kinds(model) == {"Grouped": 11}
+    model.bfloat16()
+    torch.testing.assert_close(model(x.bfloat16()).double(), exact(model)(x.double()), rtol=0.1, atol=0.05)
+    assert kinds(model) == {"StackByStack": 11}
+
+
+@ready
 def test_a_gradient_can_be_differentiated_again():
     model, x = adapted(), images()
     twin, found = exact(model), []
@@ -176,4 +194,4 @@ def test_the_tests_above_in_tritons_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "26 passed, 1 skipped" in done.stdout
+    assert "27 passed, 1 skipped" in done.stdout
