@@ -114,7 +114,7 @@ class BatchedWeights:
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        self._depth -= 1
+        self._depth = max(self._depth - 1, 0)  # 0: a hook that ran before _begin has raised
         if self._depth == 0 and not self._with_gradient:
             self._built = {}
 

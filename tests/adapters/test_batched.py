@@ -314,6 +314,20 @@ def test_explain_says_which_form_each_shape_runs_in():
     assert thin.base_model.explain() == ["factored [5, 5] ranks [3, 3]: 3 weights, 3 built together (fc.0.weight, ...)"]
 
 
+def test_weights_are_handed_out_after_an_error_in_a_hook_or_a_layer(x):
+    model, handed = adapt(Net()), []
+    hook = model.base_model.model.register_forward_pre_hook(lambda *args: 1 / 0, prepend=True)
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    hook.remove()
+    with pytest.raises(RuntimeError, match="channels"):
+        model(x[:, :2])
+    layer = model.base_model.model.fc[0]
+    layer.register_forward_hook(lambda *args: handed.append(batched(model).built_for(layer)))
+    model(x)
+    assert isinstance(handed[0], Tensor)
+
+
 def test_a_frozen_bias_is_converted_once_and_a_change_of_it_is_seen():
     torch.manual_seed(0)
     config = flora.FloraConfig(target_modules=["0", "1"], r=2, forward="merged")
