@@ -156,7 +156,7 @@ def _signature(layer: FloraLayer) -> tuple[Any, ...]:
         *own["scaling"].values(),
     )
     cores = own["_modules"]["tucker_core"]._modules
-    dtypes = [next(iter(held._parameters.values())).dtype for held in cores.values()]
+    dtypes = [core.dtype for held in cores.values() for core in held._parameters.values() if core is not None]
     if weight is None:
         return (*state, *dtypes)
     layout = weight.numel(), weight.stride()
