@@ -104,8 +104,7 @@ class ConvNd(_Conv):
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self._modules["base_layer"]  # past nn.Module's attribute lookup
         if runs_plain_op(base, _PLAIN[len(base.kernel_size)]):
-            weight = weights["weight"]
-            return base._conv_forward(*args, **kwargs, weight=weight, bias=self.bias_in(weight.dtype))
+            return base._conv_forward(*args, **kwargs, weight=weights["weight"], bias=base.bias)
         return super().run_base(weights, *args, **kwargs)
 
 

@@ -38,7 +38,6 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     )
     supports_dora = True
     stackable = False  # whether its only weight can be built together with those of other layers
-    _cast_bias: tuple[Any, Tensor, Tensor] | None = None
     batched: Any = None  # a weak reference to the model's flora.adapters.batched.BatchedWeights, if any
     base_layer: Any
     tucker_core: Any  # ModuleDict: adapter -> ParameterDict: weight -> core
@@ -76,23 +75,6 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, with the given weights (by name) in place of its own."""
         return torch.func.functional_call(self.base_layer, weights, args, kwargs)
-
-    def bias_in(self, dtype: torch.dtype) -> Any:
-        """The base layer's bias in ``dtype``; a frozen one is converted once and kept."""
-        base: Any = self._modules["base_layer"]  # past nn.Module's attribute lookup
-        bias, kept = base.bias, self._cast_bias
-        if bias is None or bias.dtype == dtype or bias.requires_grad:
-            return bias
-        if bias.is_inference():  # has no version
-            return bias.to(dtype)
-        if kept is not None and kept[0] == (bias.data_ptr(), bias._version, dtype):
-            return kept[1]
-        cast = bias.to(dtype)
-        capturing = bias.is_cuda and torch.cuda.is_current_stream_capturing()  # into memory that only replays fill
-        if not (capturing or torch.is_inference_mode_enabled() or in_transform()):
-            # The bias is kept too, so that no other tensor gets its address.
-            self._cast_bias = (bias.data_ptr(), bias._version, dtype), cast, bias.detach()
-        return cast
 
     def can_add(self, adapter_name: str) -> bool:
         """Whether the update's output can be computed apart from the base layer's and added to it."""
