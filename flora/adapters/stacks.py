@@ -118,7 +118,6 @@ class Plan:
         blocks: same-shaped parameters, in the order of the flat buffer.
         index: of the block of a stack's core (mode None) or factor; what a family shares is that of its first stack.
         views, sizes: of the blocks, [n, r...] or [n, d, r].
-        columns: per stack, the size of what its rows are multiplied with.
     """
 
     def __init__(self, stacks: Sequence[Stack]) -> None:
@@ -141,7 +140,6 @@ class Plan:
         counts = [sum(len(stack.layers) for stack in block.stacks) for block in self.blocks]
         self.views = [(count, *block.shape) for count, block in zip(counts, self.blocks, strict=True)]
         self.sizes = [math.prod(view) for view in self.views]
-        self.columns = [len(s.layers) * s.ranks[s.modes[0]] * math.prod(s.sizes(s.modes[1:])) for s in self.stacks]
         self.index = {(block.stacks[0], block.mode): i for i, block in enumerate(self.blocks)}
 
     def parameters(self) -> list[Tensor]:

@@ -13,7 +13,15 @@ from flora.adapters.stacks import Plan, Stack
 
 
 class StackByStack(Plan):
-    """A plan whose stacks are built one after the other."""
+    """A plan whose stacks are built one after the other.
+
+    Attributes:
+        columns: per stack, the size of what its rows are multiplied with.
+    """
+
+    def __init__(self, stacks: Sequence[Stack]) -> None:
+        super().__init__(stacks)
+        self.columns = [len(s.layers) * s.ranks[s.modes[0]] * math.prod(s.sizes(s.modes[1:])) for s in self.stacks]
 
     @override
     def build(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -140,7 +148,7 @@ def _in_one_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return tensors
 
 
-def _split_columns(plan: Plan, flat: Tensor) -> list[Tensor]:
+def _split_columns(plan: StackByStack, flat: Tensor) -> list[Tensor]:
     """Per stack [n, r_1, rest], views of a flat buffer."""
     parts = zip(plan.stacks, flat.split_with_sizes(plan.columns), strict=True)
     return [part.view(len(stack.layers), stack.ranks[stack.modes[0]], -1) for stack, part in parts]

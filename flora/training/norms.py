@@ -70,7 +70,8 @@ class DeltaNorms(TrainerCallback):
             yield self.start[name], weight - self.start[name]
         for layer in _adapted(self.trainer.model):
             before = layer.get_base_layer().weight
-            merged = copy.deepcopy(layer).float()  # a half-precision weight would swallow a small change
+            # A half-precision weight would swallow a small change.
+            merged = copy.deepcopy(layer).to(torch.promote_types(before.dtype, torch.float32))
             merged.merge(adapter_names=list(layer.active_adapters))
             yield before, merged.get_base_layer().weight - before
 
