@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flora.adapters.layer import FloraLayer, in_transform
-from flora.adapters.stacks import Plan, stacks
+from flora.adapters.stacks import Plan, capturing, stacks
 from flora.adapters.stackwise import StackByStack
 from flora.adapters.thin import Thin, thin_stacks
 
@@ -39,6 +39,7 @@ class BatchedWeights:
 
     def __init__(self) -> None:
         self.layers: list[FloraLayer] = []
+        self._captured: list[Plan | Thin] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -53,7 +54,7 @@ class BatchedWeights:
         return {"layers": self.layers}  # what was built belongs to one forward pass of one model
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layers = state["layers"]
+        self.layers, self._captured = state["layers"], []
         self._join_layers()
         self._forget()
 
@@ -109,6 +110,8 @@ class BatchedWeights:
             sharded = any(issubclass(kind, DTensor) for kind in {type(p) for p in parameters})
             if not sharded and 0 not in {p.numel() for p in parameters}:
                 built = plan.build(parameters)
+                if capturing(parameters[0]):
+                    self._captured.append(plan)  # a replay reads its tables, whatever was planned since
                 self._built.update(zip((id(layer) for s in plan.stacks for layer in s.layers), built, strict=True))
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flora.adapters.stacks import capturing
+
 INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, for tests
 _FIELDS = tl.constexpr(18)
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -128,7 +130,7 @@ class Operand(NamedTuple):
 def scattered(tensors: Sequence[Tensor]) -> Operand:
     """An operand of one tensor per product: one pointer, and offsets from it, reach separate allocations."""
     first, addresses = tensors[0], tuple(tensor.data_ptr() for tensor in tensors)
-    if not (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not capturing(first):
         return Operand(tensors, *_starts(first.device, addresses, first.element_size()))
     # Nothing can be copied from the host in a capture, and what a graph reads must stay: the offsets become arguments
     # of kernels of the graph.

@@ -176,6 +176,11 @@ class Plan:
         return torch.autograd.grad(built, list(parameters), list(gradients), create_graph=True)
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether what is launched on the tensor's device now goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def stacks(layers: Sequence[FloraLayer]) -> list[Stack]:
     """Which of the layers are built together, as they stand now; some may be in no stack."""
     found: dict[tuple[Any, ...], list[FloraLayer]] = {}

@@ -202,6 +202,19 @@ def test_evaluation_leaves_nothing_behind(x):
     assert not batched(model)._built
 
 
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_plan_lives_on_for_the_cuda_graphs_that_read_its_tables(x, captured, monkeypatch):
+    model = adapt(Net())
+    monkeypatch.setattr("flora.adapters.batched.capturing", lambda tensor: captured)
+    model(x)
+    monkeypatch.undo()
+    plan = weakref.ref(batched(model)._plans[0])
+    model.eval()(x)  # as between two replays of a training step
+    gc.collect()
+    assert batched(model)._plans[0] is not plan()
+    assert (plan() is not None) == captured
+
+
 def test_several_disabled_merged_and_renewed_adapters(x):
     model = adapt(Net())
     model.add_adapter("second", flora.FloraConfig(target_modules=TARGETS, r=2, init_weights=False, forward="merged"))
