@@ -26,6 +26,9 @@ except ImportError:  # Triton comes with torch for CUDA and ROCm only
     Grouped, INTERPRETED = None, False  # type: ignore[assignment,misc]
 
 
+Built = dict[str, Tensor] | tuple[Tensor, Tensor]  # a weight, perhaps with its bias, or two thin matrices
+
+
 class BatchedWeights:
     """Builds the merged weights of a model's layers when its forward pass begins, and hands them out.
 
@@ -46,7 +49,7 @@ class BatchedWeights:
         self._planned_for: tuple[Any, Any] | None = None
         self._devices: set[str] = set()
         self._plans: list[Plan | Thin] = []
-        self._built: dict[int, Tensor | tuple[Tensor, Tensor]] = {}
+        self._built: dict[int, Built] = {}
         self._depth = 0
         self._with_gradient = False
 
@@ -78,8 +81,8 @@ class BatchedWeights:
                 del hooks[key]
         self._forget()
 
-    def built_for(self, layer: FloraLayer) -> Tensor | tuple[Tensor, Tensor] | None:
-        """The layer's weight, or the thin matrices of its update, built in the running forward pass; None: neither."""
+    def built_for(self, layer: FloraLayer) -> Built | None:
+        """What was built for the layer in the running forward pass, if anything."""
         if torch.compiler.is_compiling() or not self._built:
             return None
         if self._depth == 0 and torch._C._current_graph_task_id() == -1:

@@ -104,7 +104,8 @@ class ConvNd(_Conv):
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self._modules["base_layer"]  # past nn.Module's attribute lookup
         if runs_plain_op(base, _PLAIN[len(base.kernel_size)]):
-            return base._conv_forward(*args, **kwargs, weight=weights["weight"], bias=base.bias)
+            bias = weights.get("bias", base.bias)
+            return base._conv_forward(*args, **kwargs, weight=weights["weight"], bias=bias)
         return super().run_base(weights, *args, **kwargs)
 
 

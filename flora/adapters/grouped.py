@@ -82,7 +82,7 @@ class Grouped(Plan):
                 before += len(stack.layers)
 
     @override
-    def build(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def merge(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return _Build.apply(self, *parameters)
 
     def run(

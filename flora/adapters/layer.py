@@ -222,8 +222,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         In the base weight's dtype; where it was built together with those of other layers, in the dtype in which the
         layer computes.
         """
-        if isinstance(built := self._built_together(), Tensor):
-            return built
+        if isinstance(built := self._built_together(), dict):
+            return built["weight"]
         base = self.base_weight(name)
         weight = base
         for adapter in adapters:
@@ -320,7 +320,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def run_built(self, built: Any, *args: Any, **kwargs: Any) -> Any:
         """Run with what was built for the layer together with others."""
-        return self.run_base({"weight": built}, *args, **kwargs)
+        return self.run_base(built, *args, **kwargs)
 
     def thin_side(self, adapter_name: str) -> str | None:
         """Where the layer's two thin matrices can be built together with others, the side that takes the core."""

@@ -133,7 +133,7 @@ class Linear(_Matrix):
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self._modules["base_layer"]  # past nn.Module's attribute lookup
         if runs_plain_op(base, nn.Linear):
-            return F.linear(args[0] if args else kwargs["input"], weights["weight"], base.bias)
+            return F.linear(args[0] if args else kwargs["input"], weights["weight"], weights.get("bias", base.bias))
         return super().run_base(weights, *args, **kwargs)
 
     @override
@@ -170,7 +170,7 @@ class Linear(_Matrix):
 
     @override
     def run_built(self, built: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if isinstance(built, Tensor):
+        if isinstance(built, dict):
             return super().run_built(built, *args, **kwargs)
         left, right = built
         if len(args) == 1 and not kwargs and args[0].dim() >= 2:

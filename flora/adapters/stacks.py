@@ -7,13 +7,15 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flora.adapters.layer import FloraLayer, compute_dtype
 from flora.adapters.tucker import factor_modes, to_tensor
 from flora.adapters.weights import AdaptedWeight
 
+# Layers that do nothing with their bias but add it.
+_PLAIN = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _SMALL = 1024  # most positions of the small modes: their Kronecker product is built
 
 
@@ -136,6 +138,10 @@ class Plan:
             for mode in stack.outer:
                 self.blocks.append(Block((stack,), mode, (stack.described.shape[mode], stack.ranks[mode])))
         self.blocks.sort(key=lambda block: math.prod(block.shape) % 8 > 0)  # what follows an odd size is not aligned
+        self._plain: dict[torch.dtype, list[tuple[int, nn.Module]]] = {}
+        for i, (layer, dtype) in enumerate((layer, stack.dtype) for stack in self.stacks for layer in stack.layers):
+            if type(layer.base_layer).forward in _PLAIN:
+                self._plain.setdefault(dtype, []).append((i, layer.base_layer))
         self._held = [place for block in self.blocks for place in block.held()]
         counts = [sum(len(stack.layers) for stack in block.stacks) for block in self.blocks]
         self.views = [(count, *block.shape) for count, block in zip(counts, self.blocks, strict=True)]
@@ -150,7 +156,20 @@ class Plan:
         """The blocks of a flat buffer: cores as [n, r...], factors as [n, d, r]."""
         return [part.view(view) for part, view in zip(flat.split_with_sizes(self.sizes), self.views, strict=True)]
 
-    def build(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def build(self, parameters: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """What the layers run with, stack by stack, in the dtype that they compute in: weight, perhaps bias."""
+        built = [{"weight": weight} for weight in self.merge(parameters)]
+        for dtype, places in self._plain.items():
+            biases = [(i, layer._parameters.get("bias")) for i, layer in places]
+            fixed = [(i, bias) for i, bias in biases if bias is not None and _only_converted(bias, dtype)]
+            if fixed:  # all at once rather than in a launch each
+                together = torch.cat([bias for _, bias in fixed]).to(dtype)
+                parts = together.split_with_sizes([len(bias) for _, bias in fixed])
+                for (i, _), part in zip(fixed, parts, strict=True):
+                    built[i]["bias"] = part
+        return built
+
+    def merge(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The weights of the layers, stack by stack, in the dtype that they compute in; differentiable."""
         raise NotImplementedError
 
@@ -174,6 +193,10 @@ class Plan:
                 built += [(base + update).to(stack.dtype) for base, update in zip(bases, updates, strict=True)]
                 start += n
         return torch.autograd.grad(built, list(parameters), list(gradients), create_graph=True)
+
+
+def _only_converted(bias: Tensor, dtype: torch.dtype) -> bool:
+    return type(bias) is nn.Parameter and not bias.requires_grad and bias.dtype == torch.float32 != dtype
 
 
 def capturing(tensor: Tensor) -> bool:

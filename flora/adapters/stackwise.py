@@ -24,7 +24,7 @@ class StackByStack(Plan):
         self.columns = [len(s.layers) * s.ranks[s.modes[0]] * math.prod(s.sizes(s.modes[1:])) for s in self.stacks]
 
     @override
-    def build(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def merge(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return _Build.apply(self, *parameters)
 
     def small_products(self, blocks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:

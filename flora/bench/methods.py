@@ -13,7 +13,8 @@ from flora.bench.dense import make_dense
 from flora.bench.networks import Network
 
 METHODS = {
-    "floor": "frozen fp32 weights under autocast, gradients through every activation: what no adapter undercuts",
+    "floor": "frozen fp32 weights under autocast, gradients through every activation and to the output of every layer"
+    " that LoRA adapts: what no adapter undercuts",
     "floor_cast": "the same with the weights of linear layers and convolutions already in the compute dtype",
     "full": "everything trains",
     "lora": "PEFT's LoRA, depthwise and grouped convolutions left out",
@@ -78,6 +79,7 @@ class Methods:
         self._rank_pattern: dict[str, Any] = {}
         with torch.device("meta"):
             lora = self._lora().apply(spec.skeleton(), self.head)
+            self._adapted = list(lora.ranks)
             if layers == "common":
                 self.targets = "|".join(re.escape(name) for name in sorted(lora.ranks))
             if ranks.match:
@@ -92,6 +94,7 @@ class Methods:
                 _cast(model, self.network.dtype)
             if self.network.kind != "image":
                 model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
+                self._reach_outputs(model)
             return Prepared(_still(model), 0, input_requires_grad=self.network.kind == "image")
         adapted = self.tuning(method).apply(model, self.head)
         if method == "full":
@@ -100,6 +103,22 @@ class Methods:
         if method == "dense":
             make_dense(adapted.model)
         return Prepared(_still(adapted.model.train()), params, len(adapted.ranks))
+
+    def _reach_outputs(self, model: nn.Module) -> None:
+        """Let gradients reach adapted layers that no activation of the inputs does: DeBERTa's, on its positions."""
+        layers = [model.get_submodule(name) for name in self._adapted]
+        unreached: set[nn.Module] = set()
+
+        def look(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+            if not output.requires_grad:
+                unreached.add(layer)
+
+        hooks = [layer.register_forward_hook(look) for layer in layers]
+        self.network.loss(model, self.network.inputs(next(model.parameters()).device))
+        for hook in hooks:
+            hook.remove()
+        for layer in unreached:
+            layer.register_forward_hook(_require_grad)
 
     def tuning(self, method: str) -> Full | Peft:
         """The fine-tuning method behind a name other than the floors."""

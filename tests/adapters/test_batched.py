@@ -311,8 +311,29 @@ def test_autocast_rounds_the_sum_once(form):
     if form == "merged":
         layer = model.base_model.model[0]
         exact = layer.base_layer.weight + layer.get_delta_weight("default")
-        torch.testing.assert_close(batched(model)._built[id(layer)], exact.bfloat16(), rtol=2**-8, atol=0)
-        assert not torch.equal(batched(model)._built[id(layer)], layer.base_layer.weight.bfloat16())
+        torch.testing.assert_close(batched(model)._built[id(layer)]["weight"], exact.bfloat16(), rtol=2**-8, atol=0)
+        assert not torch.equal(batched(model)._built[id(layer)]["weight"], layer.base_layer.weight.bfloat16())
+
+
+@pytest.mark.parametrize("trained", ["none", "all"])
+def test_frozen_biases_are_converted_together_and_trained_ones_train(trained):
+    torch.set_default_dtype(torch.float32)
+    base = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 1), nn.Flatten(), nn.Linear(45, 7))
+    model = adapt(base, target_modules=["0", "1", "3"], forward="merged", bias=trained)
+    x = torch.randn(2, 3, 3, 3)
+    for _ in range(2):  # the second time after a change past autograd
+        for layer in batched(model).layers:
+            layer.base_layer.bias.data.mul_(1.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, alone = model(x), layer_by_layer(model)(x)
+        torch.testing.assert_close(ours, alone, rtol=0.02, atol=0.02)
+    with_bias = [built for built in batched(model)._built.values() if "bias" in built]
+    assert len({built["bias"].untyped_storage().data_ptr() for built in with_bias}) == (trained == "none")
+    assert len(with_bias) == (3 if trained == "none" else 0)
+    ours.float().sum().backward()
+    for layer in batched(model).layers:
+        grad = layer.base_layer.bias.grad
+        assert grad is None if trained == "none" else grad.dtype == torch.float32 and grad.abs().sum() > 0
 
 
 def test_explain_says_which_form_each_shape_runs_in():
@@ -337,7 +358,7 @@ def test_weights_are_handed_out_after_an_error_in_a_hook_or_a_layer(x):
     layer = model.base_model.model.fc[0]
     layer.register_forward_hook(lambda *args: handed.append(batched(model).built_for(layer)))
     model(x)
-    assert isinstance(handed[0], Tensor)
+    assert isinstance(handed[0]["weight"], Tensor)
 
 
 @pytest.mark.parametrize("form", ["merged", "factored"])
@@ -368,7 +389,7 @@ def test_a_copied_and_a_pickled_model_build_their_own_weights(again):
             )
     assert not torch.allclose(twin(x), model(x))
     assert len(built) == len(batched(model).layers) > 0
-    assert all(isinstance(weight, Tensor) for weight in built.values())
+    assert all(isinstance(one["weight"], Tensor) for one in built.values())
 
 
 def test_a_sum_is_not_rounded_to_an_adapter_of_lower_precision():

@@ -123,8 +123,9 @@ def small(monkeypatch):
     monkeypatch.setitem(networks.TRANSFORMERS, "deberta", ("deberta_v3_base", sizes | {"pooler_hidden_size": 32}))
 
 
-@pytest.mark.parametrize(("name", "layers"), [("llama", 2 * 5), ("deberta", 2 * 6)])
-def test_text_networks_start_their_gradients_at_the_embeddings(name, layers, small):
+# DeBERTa projects its positions with the queries' and the keys' layers, too.
+@pytest.mark.parametrize(("name", "layers", "calls"), [("llama", 2 * 5, 2 * 5), ("deberta", 2 * 6, 2 * 8)])
+def test_text_networks_start_their_gradients_at_the_embeddings(name, layers, calls, small):
     net = network(name, batch=2, tokens=8, dtype=torch.bfloat16)
     methods = Methods(net, Ranks(r=4))
     torch.manual_seed(0)
@@ -134,10 +135,13 @@ def test_text_networks_start_their_gradients_at_the_embeddings(name, layers, sma
     inputs = net.inputs(CPU)
     floor = methods.prepare("floor", copy.deepcopy(base))
     seen = []
-    hook = floor.model.get_input_embeddings().register_forward_hook(lambda m, i, o: o.retain_grad() or seen.append(o))
+    watched = [floor.model.get_input_embeddings(), *map(floor.model.get_submodule, methods._adapted)]
+    hooks = [m.register_forward_hook(lambda m, i, o: o.retain_grad() or seen.append(o)) for m in watched]
     Step(net, floor, inputs)()
-    hook.remove()
-    assert seen[0].grad.abs().sum() > 0
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 1 + calls
+    assert all(output.grad.abs().sum() > 0 for output in seen)
     assert not any(p.requires_grad for p in floor.model.parameters())
     for method in ("lora", "flora"):
         made = methods.prepare(method, copy.deepcopy(base))
