@@ -45,14 +45,15 @@ class Grouped(Plan):
         operands: which parameters the products of a step read, one per product.
     """
 
+    room: int
+    operands: dict[str, list[int]]
+
     def __init__(self, stacks: Sequence[Stack]) -> None:
         super().__init__(sorted(stacks, key=_odd))  # what follows an odd size is not aligned
         self.dtype = stacks[0].dtype
         self.layers = [layer for stack in self.stacks for layer in stack.layers]
         self.weights = [len(stack.layers) * math.prod(stack.described.shape) for stack in self.stacks]
-        self.room = 0
         self.depth = max(len(stack.small) for stack in self.stacks)
-        self.operands: dict[str, list[int]] = {}
         found: dict[str, list[Product]] = {}
         for name, product in self._products():
             found.setdefault(name, []).append(product)
@@ -60,7 +61,8 @@ class Grouped(Plan):
         self._steps = {name: Products(products, _tile(name, products), device) for name, products in found.items()}
 
     def _products(self) -> Iterator[tuple[str, Product]]:
-        """The products of all steps, layer by layer; notes which parameters they read."""
+        """The products of all steps, layer by layer; notes which parameters they read, and their room."""
+        self.room, self.operands = 0, {}
         firsts = list(accumulate((view[0] for view in self.views), initial=0))
         starts = list(accumulate(self.sizes, initial=0))
         weight = 0
@@ -112,7 +114,8 @@ class Grouped(Plan):
 
 def takes(stack: Stack) -> bool:
     """Whether the products below can build the stack: dense weights with a wide mode, after the rows in the core."""
-    return stack.dense and stack.wide is not None and stack.modes[0] < stack.wide
+    within = math.prod(stack.described.shape) <= 2**31  # the kernel counts a product's elements in 32 bits
+    return within and stack.dense and stack.wide is not None and stack.modes[0] < stack.wide
 
 
 def _operand(stack: Stack, mode: int | None) -> str:

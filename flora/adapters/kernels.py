@@ -131,7 +131,8 @@ def scattered(tensors: Sequence[Tensor]) -> Operand:
     """An operand of one tensor per product: one pointer, and offsets from it, reach separate allocations."""
     first, addresses = tensors[0], tuple(tensor.data_ptr() for tensor in tensors)
     if not capturing(first):
-        return Operand(tensors, *_starts(first.device, addresses, first.element_size()))
+        stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else 0
+        return Operand(tensors, *_starts(first.device, stream, addresses, first.element_size()))
     # Nothing can be copied from the host in a capture, and what a graph reads must stay: the offsets become arguments
     # of kernels of the graph.
     offsets, even = _offsets(addresses, first.element_size())
@@ -141,8 +142,9 @@ def scattered(tensors: Sequence[Tensor]) -> Operand:
 
 
 @lru_cache(maxsize=4096)
-def _starts(device: torch.device, addresses: tuple[int, ...], size: int) -> tuple[Tensor, bool]:
-    # Kept: a training step finds most of its tensors where those of the step before were.
+def _starts(device: torch.device, stream: int, addresses: tuple[int, ...], size: int) -> tuple[Tensor, bool]:
+    # Kept: a training step finds most of its tensors where those of the step before were. For a stream: to another one
+    # the copy may not have come yet.
     offsets, even = _offsets(addresses, size)
     return _on(device, offsets), even
 
@@ -198,9 +200,10 @@ class Products:
         self.launches = [_Launch(members, pattern, tile, device) for pattern, members in groups.items()]
         self._tile = tile
         self._table = _on(device, [number for product in products for number in product.numbers()])
-        self._scales = torch.tensor([product.scale for product in products], dtype=torch.float32).to(device)
         in_flat = [one.a for one in products], [one.b for one in products]
         self._in_flat = [(_on(device, starts), not any(start % 8 for start in starts)) for starts in in_flat]
+        # Last and waited for, so that all tables are there for any stream.
+        self._scales = torch.tensor([product.scale for product in products], dtype=torch.float32).to(device)
 
     def __call__(self, a: Tensor | Operand, b: Tensor | Operand, c: Tensor, base: Operand | None = None) -> None:
         """Compute ``c``.

@@ -1,8 +1,15 @@
 """The GPU kernel against float64; without a GPU test_grouped.py runs these tests in Triton's interpreter."""
 
+import dataclasses
+
+import peft
 import pytest
 import torch
+from torch import nn
 
+import flora
+from flora.adapters.batched import INTERPRETED
+from tests.adapters.test_batched import batched
 from tests.adapters.test_grouped import DEVICE, ready
 
 pytestmark = ready
@@ -81,3 +88,67 @@ def test_rows_and_depth_may_be_pairs_of_indices_as_in_a_convolutions_weight(kern
     )
     kernels.Products([again], TILE, back.device)(columns, core, back)
     same(back, torch.einsum("rws,ris->wi", columns.double(), core.double()))
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    if not INTERPRETED:
+        pytest.skip("watches the loads and stores of Triton's interpreter")
+    from tests.adapters.lanes import Watch
+
+    return Watch(monkeypatch)
+
+
+@pytest.mark.parametrize("tile", [None, (16, 256, 16), (32, 32, 128)])
+def test_every_lane_stays_within_its_own_product(watch, monkeypatch, tile):
+    shapes = [nn.Conv2d(3, 16, 7), nn.Conv2d(16, 24, 3), nn.Conv2d(24, 40, 1), nn.Conv2d(40, 40, 3, groups=40)]
+    base = nn.Sequential(*shapes, nn.Conv2d(40, 7, 3), nn.Flatten(), nn.Linear(28, 72), nn.Linear(72, 24))
+    targets = [name for name, module in base.named_modules() if hasattr(module, "weight")]
+    config = flora.FloraConfig(target_modules=targets, r=8, kernel_rank=2, init_weights=False, forward="merged")
+    model = peft.get_peft_model(base.to(memory_format=torch.channels_last), config)
+    if tile is not None:
+        monkeypatch.setattr("flora.adapters.grouped._tile", lambda step, products: tile)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        model(torch.randn(1, 3, 14, 14)).sum().backward()
+    (plan,) = batched(model)._plans
+    assert len(plan.layers) == 7
+    assert {one for products in watch.calls for one in products} == {one for _, one in plan._products()}
+    assert {launch.pattern[-1] for step in plan._steps.values() for launch in step.launches} == {True, False}
+
+
+ROW = 16
+OUTSIDE = [{"a_m": ROW + 1}, {"a_k": 2}, {"b_k": ROW + 1}, {"c_m": ROW + 1}]
+
+
+@pytest.mark.parametrize("wrong", OUTSIDE, ids=str)
+def test_a_lane_in_the_part_of_a_neighbour_is_seen(watch, kernels, wrong):
+    long, one = kernels.Walk(ROW), kernels.Walk(1)
+    products = [
+        kernels.Product(ROW, ROW, ROW, i * ROW**2, long, one, i * ROW**2, long, 1, i * ROW**2, long, 1)
+        for i in range(3)
+    ]
+    flat = buffer(3 * ROW**2)
+    kernels.Products(products, TILE, flat.device)(flat, flat, torch.empty_like(flat))
+    wrong = {name: kernels.Walk(step) for name, step in wrong.items()}
+    products[1] = dataclasses.replace(products[1], **wrong)
+    with pytest.raises(kernels.triton.TritonError, match="leaves its part"):
+        kernels.Products(products, TILE, flat.device)(flat, flat, torch.empty_like(flat))
+
+
+def test_a_promise_that_is_not_kept_is_seen(watch, kernels):
+    long, one = kernels.Walk(ROW), kernels.Walk(1)
+    product = kernels.Product(ROW, ROW, ROW, 0, long, one, 0, long, 1, 0, long, 1)
+    flat = buffer(4 + ROW**2)
+    odd = kernels.Operand([flat[4:]], torch.tensor([4]), even=True)
+    with pytest.raises(kernels.triton.TritonError, match="4 is no multiple of 8"):
+        kernels.Products([product], TILE, flat.device)(odd, flat, torch.empty_like(flat))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA streams")
+def test_offsets_copied_on_one_stream_are_not_read_on_another(kernels):
+    tensors = [buffer(16), buffer(16)]
+    here = kernels.scattered(tensors)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        there = kernels.scattered(tensors)
+    assert kernels.scattered(tensors).starts is here.starts
+    assert there.starts is not here.starts
