@@ -3,7 +3,7 @@
 python scripts/bench_step.py --model convnextv2_large --batch 32 --dtype bf16 --r 16 --json results/benchmarks/NAME.json
 
 Weights and data are random; there is no optimiser. The methods take turns in rounds of random order, on a GPU each
-alone on the device.
+alone on the device. Where the host is busy, `--stay --rounds 40 --steps 3` disturbs all of them alike.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def bench_step() -> None:
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
     ranks = Ranks(arguments.r, arguments.kernel_rank, arguments.match)
     shape = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
-    plan = Plan(arguments.rounds, arguments.steps, arguments.warmup, arguments.capture, arguments.seed)
+    plan = Plan(arguments.rounds, arguments.steps, arguments.warmup, arguments.capture, arguments.stay, arguments.seed)
     try:
         net = network(arguments.model, arguments.batch, DTYPES[dtype], **shape)
         methods = Methods(net, ranks, arguments.layers)
@@ -52,6 +52,7 @@ def bench_step() -> None:
         "r": arguments.r,
         "kernel_rank": arguments.kernel_rank,
         "match": arguments.match,
+        "stay": arguments.stay,
         "rounds": arguments.rounds,
         "steps": arguments.steps,
         "spread": SPREAD,
@@ -75,6 +76,9 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--match", action="store_true", help="FLoRA trains as many parameters as LoRA of rank r")
     parser.add_argument("--capture", action="store_true", help="replay forward and backward as one CUDA graph")
+    parser.add_argument(
+        "--stay", action="store_true", help="all models stay on the GPU, so turns can be short and many"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="each runs every method once, in random order")
     parser.add_argument("--steps", type=int, default=10, help="timed steps per round")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them")

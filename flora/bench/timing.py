@@ -28,6 +28,7 @@ class Plan:
         steps: timed per round.
         warmup: untimed steps before them.
         capture: replay forward and backward as one CUDA graph.
+        stay: on a GPU, all models stay there between their turns, as they always do on a CPU.
         seed: of the orders, the weights, the adapters and the inputs.
     """
 
@@ -35,6 +36,7 @@ class Plan:
     steps: int = 10
     warmup: int = 3
     capture: bool = False
+    stay: bool = False
     seed: int = 0
 
 
@@ -71,8 +73,9 @@ def measure(
 ) -> dict[str, Measured]:
     """Time a step of every method; one that fails keeps its error and is left out of later rounds.
 
-    On a GPU a model is built for its turn and dropped after it, so that its peak is its own. On a CPU all models stay,
-    so that turns can be short and many: other processes then disturb every method alike.
+    On a GPU a model is built for its turn and dropped after it, so that its peak is its own. On a CPU, and where
+    ``plan`` says so, all models stay, so that turns can be short and many: other processes then disturb every method
+    alike. The peak on a GPU is then that of the warm-up before the first round, alone.
 
     Args:
         methods: on which network, with which ranks.
@@ -87,23 +90,26 @@ def measure(
     found = {name: Measured() for name in names}
     ready: dict[str, Callable[[], None]] = {}
     order = random.Random(plan.seed)
-    for number in range(plan.rounds):
+    on_gpu = device.type == "cuda"
+    for number in range(0 if on_gpu and plan.stay else 1, 1 + plan.rounds):
         for name in order.sample(list(names), len(names)):
             measured = found[name]
             if measured.error is None:
+                alone = on_gpu and not (plan.stay and number)
                 try:
                     if name not in ready:
                         _free(device)
                         ready[name] = _ready(methods, name, base, plan, device, measured)
-                    measured.rounds.append(timed(ready[name], plan.steps, device))
-                    if device.type == "cuda":
+                    if number:
+                        measured.rounds.append(timed(ready[name], plan.steps, device))
+                    if alone:
                         measured.peak_bytes = max(measured.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
-                    done = f"{statistics.median(measured.rounds[-1]):.2f} ms"
+                    done = f"{statistics.median(measured.rounds[-1]):.2f} ms" if number else "runs"
                 except Exception as error:  # reported in the method's row; the others go on
                     measured.error = done = one_line(error)
-                if device.type == "cuda" or measured.error:
+                if alone or measured.error:
                     ready.pop(name, None)
-                report(f"round {number + 1} of {plan.rounds}: {name} {done}")
+                report(f"round {number} of {plan.rounds}: {name} {done}")
     return found
 
 

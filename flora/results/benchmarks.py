@@ -74,9 +74,11 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 def _notes() -> list[str]:
     return [
         "- forward and backward without optimiser, in rounds of random order, on a GPU every method alone on the"
-        " device; medians, spread: interquartile range",
+        " device (--stay: models stay there, so that turns are short and a busy host disturbs all alike); medians,"
+        " spread: interquartile range",
         "- floor: the frozen model (fp32 weights under autocast; a causal language model's in the compute dtype) with"
-        " gradients through every activation; floor_cast: weights of linear layers and convolutions cast beforehand",
+        " gradients through every activation and to the output of every layer that LoRA adapts; floor_cast: weights"
+        " of linear layers and convolutions cast beforehand",
         "- LoRA is PEFT's, which leaves depthwise and grouped convolutions out; full trains the head and all else;"
         " dense: as the published code runs its layers",
         "- weights and data are random; peak: the GPU allocator's, - on a CPU",
