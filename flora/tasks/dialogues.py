@@ -37,6 +37,7 @@ class Dialogue:
         answers: to the last question, as people gave them; the most frequent one comes first.
         kind: of the last question.
         where: names its row for an error message.
+        answer_first: whether it began with an answer, which is left out.
     """
 
     turns: tuple[tuple[str, str], ...]
@@ -44,6 +45,7 @@ class Dialogue:
     answers: tuple[str, ...]
     kind: str
     where: str
+    answer_first: bool = False
 
 
 @dataclass
@@ -174,6 +176,8 @@ def read_parquet(paths: Sequence[Path], ask: Callable[[Row], Asked], pictures: P
 def read_json(path: Path, images: Path, pictures: Pictures) -> list[Dialogue]:
     """LLaVA's format: a list of ``{id, image, conversations: [{from: human | gpt, value}, ...]}``.
 
+    As in LLaVA's code, an answer before the first question is left out.
+
     Args:
         path: of the list; ``image`` is a path, or a list of them, or left out.
         images: the folder where those paths start.
@@ -195,7 +199,7 @@ def read_json(path: Path, images: Path, pictures: Pictures) -> list[Dialogue]:
             if not isinstance(entry, dict):
                 raise ValueError(f"{type(entry).__name__} instead of a conversation")
             where += f" (id {entry['id']})" if entry.get("id") is not None else ""
-            turns = _turns(entry["conversations"])
+            turns, answer_first = _turns(entry["conversations"])
             found = entry.get("image") or []
             files = found if isinstance(found, list) else [found]
             if not all(isinstance(file, str) for file in files):
@@ -209,21 +213,25 @@ def read_json(path: Path, images: Path, pictures: Pictures) -> list[Dialogue]:
         except KeyError as error:
             raise DataError(f"{where}: no key {error.args[0]}; mend the file") from error
         answer = turns[-1][1]
-        dialogues.append(Dialogue(turns, places, (answer,), _name(entry.get("type") or kind_of(answer)), where))
+        kind = _name(entry.get("type") or kind_of(answer))
+        dialogues.append(Dialogue(turns, places, (answer,), kind, where, answer_first))
     return dialogues
 
 
-def _turns(conversation: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
+def _turns(conversation: Sequence[Mapping[str, str]]) -> tuple[tuple[tuple[str, str], ...], bool]:
+    """Questions with their answers, and whether an answer before them was left out."""
     speakers = [one["from"] for one in conversation]
-    if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
+    start = int(speakers[:1] == ["gpt"])
+    asked = speakers[start:]
+    if not asked or asked != ["human", "gpt"] * (len(asked) // 2):
         raise ValueError(f"turns must be human, gpt, human, gpt, ...; here they are {', '.join(speakers) or 'none'}")
-    values = [one["value"] for one in conversation]
+    values = [one["value"] for one in conversation[start:]]
     texts = [value.strip() if isinstance(value, str) else "" for value in values]
     if not all(texts):
-        raise ValueError(f"turn {texts.index('')} is {values[texts.index('')]!r} instead of a text")
+        raise ValueError(f"turn {start + texts.index('')} is {values[texts.index('')]!r} instead of a text")
     if any(IMAGE in answer for answer in texts[1::2]):
         raise ValueError(f"an answer contains {IMAGE}")
-    return tuple(zip(map(_image_first, texts[::2]), texts[1::2], strict=True))
+    return tuple(zip(map(_image_first, texts[::2]), texts[1::2], strict=True)), bool(start)
 
 
 def _image_first(question: str) -> str:

@@ -176,6 +176,7 @@ class Instruct(Task):
             )
         pictures = Pictures()
         found, files = self._read(Path(data_dir or ".") / self.dataset, pictures)
+        answers_first = {split: sum(dialogue.answer_first for dialogue in part) for split, part in found.items()}
         rule = "as in the files"
         if "validation" not in found or "test" not in found:
             rest, held_out = hold_out(found["train"], self.validation_size, self.split_seed)
@@ -210,7 +211,8 @@ class Instruct(Task):
             "tokenizer_sha256": fingerprint(coder.tokenizer),
             "truncated": coder.truncated,
             "unreadable": {"policy": self.unreadable},
-            "warnings": coder.warnings,
+            "warnings": coder.warnings
+            + [f"{split}: {n} conversations begin with an answer, left out" for split, n in answers_first.items() if n],
         }
         return Splits(**sets, num_classes=0, class_names=[], facts=facts)
 

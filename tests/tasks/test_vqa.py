@@ -277,6 +277,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_the_end_which_masks_hide(pets
     [
         ([entry("is it?")], r"entry 0 \(id 7\): turns must be human, gpt, human, gpt, .*here they are human;"),
         ([{"conversations": [{"from": "gpt", "value": "yes"}, {"from": "human", "value": "?"}]}], "are gpt, human"),
+        ([{"conversations": [{"from": "gpt", "value": "yes"}]}], "here they are gpt;"),
         ([entry("is it?", "yes"), entry("is it?", " ")], "entry 1 .*turn 1 is ' ' instead of a text"),
         ([entry("<image>\nis it?", "yes")], "<image> occurs 1 times, but there are 0 images"),
         ([entry("is it?", "yes", image="0.png")], "<image> occurs 0 times, but there are 1 images"),
@@ -473,6 +474,20 @@ def test_llavas_json_may_lie_in_several_files(tmp_path):
     splits = task("llava_instruct").load_for(tiny_llava(tmp_path), tmp_path)
     assert splits.facts["counts"] == {"train": 4, "validation": 2, "test": 1}
     assert len(read_json(folder / "train_a.json", folder / "images", Pictures())) == 3
+
+
+def test_an_answer_before_the_first_question_is_left_out_and_counted(tmp_path):
+    late = entry("", "<image>\nis it?", "yes", "sure?", "yes", image="0.png")
+    for number, one in enumerate(late["conversations"]):
+        one["from"] = ("gpt", "human")[number % 2]
+    folder = tmp_path / "llava_instruct"
+    path = write_conversations(folder, [late, entry("is it?", "no")] * 2)
+    write_conversations(folder, [entry("is it?", "no")], "test")
+    first, second, *_ = read_json(path, folder / "images", Pictures())
+    assert first.turns == (("<image>\nis it?", "yes"), ("sure?", "yes"))
+    assert second.turns == (("is it?", "no"),)
+    splits = task("llava_instruct").load_for(tiny_llava(tmp_path), tmp_path)
+    assert splits.facts["warnings"] == ["train: 2 conversations begin with an answer, left out"]
 
 
 @pytest.mark.data
