@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flora import preemption, ranks, sweep
+from flora import pipes, preemption, ranks, sweep
 from flora.errors import ConfigError, FloraError, Interrupted
 from flora.results.secrets import without_secrets
 
@@ -178,6 +178,7 @@ def quietly() -> Iterator[None]:
 _kept: list[FloraError] = []
 
 
+@pipes.while_read()
 def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
     """Run a Hydra entry point; bad input ends in one ``error:`` line on stderr and exit code 2, a sweep in a summary.
 
@@ -213,7 +214,10 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
         _tell(f"error: {one_line(error)}", trace())
         sys.exit(error.exit_code if isinstance(error, FloraError) else 2)
     except OSError as error:
-        _tell(f"error: {error.filename or ''}: {error.strerror or error}", trace())
+        if isinstance(error, BrokenPipeError) and pipes.unread():
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _tell(f"error: {where}{error.strerror or error}", trace())
         sys.exit(2 if error.filename else 1)
     except Exception:
         ranks.tells()  # Python prints the trace, where it is heard

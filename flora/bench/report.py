@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flora import ranks
+from flora import pipes, ranks
 from flora.errors import ConfigError, FloraError
 from flora.files import write_json
 from flora.results.record import commit, device_name, versions
@@ -17,6 +17,7 @@ from flora.results.record import commit, device_name, versions
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+@pipes.while_read()
 def main(entry: Callable[[], None]) -> None:
     """Run a script; bad input ends in one ``error:`` line on stderr and exit code 2."""
     try:
