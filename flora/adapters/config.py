@@ -2,10 +2,12 @@
 
 import math
 import re
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
@@ -174,10 +176,10 @@ class FloraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = FLORA
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
-        self.exclude_modules = (
-            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
-        )
+        for name in FloraConfig.__annotations__:
+            setattr(self, name, _plain(getattr(self, name)))
+        self._check_patterns()
+        self._check_names()
         self._check_ranks()
         self._check_scale()
         self._check_choices()
@@ -186,32 +188,48 @@ class FloraConfig(PeftConfig):
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform: needs target_modules as a list of names, not a regular expression")
 
-    def _check_ranks(self) -> None:
-        _check_rank("r", self.r)
-        _check_rank("kernel_rank", self.kernel_rank)
-        if self.stack_rank is not None:
-            _check_rank("stack_rank", self.stack_rank)
-            if isinstance(self.stack_rank, list):
-                raise ValueError(f"stack_rank: must be one integer or None, got {self.stack_rank}")
-        self.rank_pattern = self.rank_pattern or {}
-        self.fold_pattern = self.fold_pattern or {}
-        for pattern, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
-        for pattern, shape in self.fold_pattern.items():
-            sizes = list(shape)
-            valid = all(isinstance(size, int) and (size > 0 or size == -1) for size in sizes)
-            if not valid or sizes.count(-1) > 1 or not 2 <= len(sizes) <= 6:
-                raise ValueError(
-                    f"fold_pattern[{pattern!r}]: must be 2 to 6 positive sizes, at most one of them -1, got {sizes}"
-                )
+    def _check_patterns(self) -> None:
         for name in ("rank_pattern", "fold_pattern", "scale_pattern", "alpha_pattern"):
-            _check_patterns(name, getattr(self, name) or {})
+            patterns = getattr(self, name)
+            setattr(self, name, {} if patterns is None else patterns)
+            _check_patterns(name, getattr(self, name))
         if isinstance(self.stack_modes, dict):
             _check_patterns("stack_modes", self.stack_modes)
 
+    def _check_names(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or _holds(value, str)):
+                raise ValueError(f"{name}: must be a name, a list of names or None, got {value!r}")
+            setattr(self, name, set(value) if isinstance(value, list) and name != "layers_pattern" else value)
+        for name in ("target_parameters", "modules_to_save"):
+            value = getattr(self, name)
+            if not (value is None or _holds(value, str)):
+                raise ValueError(f"{name}: must be a list of names or None, got {value!r}")
+            setattr(self, name, sorted(value) if isinstance(value, set) else value)  # PEFT extends modules_to_save
+        layers = self.layers_to_transform
+        if not (layers is None or _is_integer(layers) or _holds(layers, int)):
+            raise ValueError(f"layers_to_transform: must be an integer, a list of them or None, got {layers!r}")
+
+    def _check_ranks(self) -> None:
+        _check_rank("r", self.r)
+        _check_rank("kernel_rank", self.kernel_rank)
+        if self.stack_rank is not None and not (_is_integer(self.stack_rank) and self.stack_rank > 0):
+            raise ValueError(f"stack_rank: must be one positive integer or None, got {self.stack_rank!r}")
+        for pattern, rank in self.rank_pattern.items():
+            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        for pattern, sizes in self.fold_pattern.items():
+            valid = _holds(sizes, int) and isinstance(sizes, list) and all(size > 0 or size == -1 for size in sizes)
+            if not valid or sizes.count(-1) > 1 or not 2 <= len(sizes) <= 6:
+                raise ValueError(
+                    f"fold_pattern[{pattern!r}]: must be 2 to 6 positive sizes, at most one of them -1, got {sizes!r}"
+                )
+        stack = self.stack_modes
+        for modes in stack.values() if isinstance(stack, dict) else [] if stack is None else [stack]:
+            if not _holds(modes, int):
+                raise ValueError(f"stack_modes: must be a list of modes, a dict of such lists or None, got {stack!r}")
+
     def _check_scale(self) -> None:
-        self.scale_pattern = self.scale_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
         if self.alpha is None:
             if self.alpha_pattern:
                 raise ValueError("alpha_pattern: needs alpha, which sets the scale of all other layers")
@@ -228,6 +246,9 @@ class FloraConfig(PeftConfig):
                 raise ValueError(f"{name}: must be a finite number, got {value!r}")
 
     def _check_choices(self) -> None:
+        for name in ("rank_stabilized", "init_weights", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: must be True or False, got {getattr(self, name)!r}")
         _check_choice("init", self.init, INITS)
         _check_choice("forward", self.forward, ("auto", "factored", "merged"))
         _check_choice("clip_ranks", self.clip_ranks, ("multilinear", "mode", "none"))
@@ -253,13 +274,33 @@ class FloraConfig(PeftConfig):
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
 
+def _plain(value: Any) -> Any:
+    """Tuples, numpy's numbers and OmegaConf's lists and dicts as what a saved configuration is read back as."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(one) for one in value]
+    return set(value) if isinstance(value, Set) else value
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return _is_integer(value) or isinstance(value, float)
+
+
+def _holds(value: object, kind: type) -> bool:
+    """Whether a value is a list or a set of one kind, in which True and False are no integers."""
+    return isinstance(value, list | set) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
 
 
 def _check_rank(name: str, rank: object) -> None:
-    ranks = rank if isinstance(rank, list | tuple) else [rank]
-    if not ranks or not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in ranks):
+    ranks = rank if isinstance(rank, list) else [rank]
+    if not ranks or not all(_is_integer(r) and r > 0 for r in ranks):
         raise ValueError(f"{name}: must be a positive integer or a list of them, got {rank!r}")
 
 
@@ -268,7 +309,9 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_patterns(name: str, patterns: dict) -> None:
+def _check_patterns(name: str, patterns: object) -> None:
+    if not isinstance(patterns, dict) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"{name}: must be a dict whose keys are regular expressions, got {patterns!r}")
     for pattern in patterns:
         try:
             re.compile(pattern)

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import peft
 import pytest
+from omegaconf import OmegaConf
 
 import flora
 
@@ -40,6 +42,40 @@ BAD = [
     ("fold_pattern['qkv']", {"fold_pattern": {"qkv": [3, 0, 4]}}),
     ("layers_pattern", {"layers_pattern": "h"}),
     ("layers_to_transform", {"layers_to_transform": [1], "target_modules": ".*"}),
+    ("r", {"r": "8"}),
+    ("r", {"r": None}),
+    ("r", {"r": {4, 8}}),
+    ("kernel_rank", {"kernel_rank": 1.5}),
+    ("stack_rank", {"stack_rank": True}),
+    ("stack_modes", {"stack_modes": 7}),
+    ("stack_modes", {"stack_modes": {"qkv": 0}}),
+    ("stack_modes", {"stack_modes": {0: [0]}}),
+    ("rank_pattern", {"rank_pattern": [1]}),
+    ("rank_pattern", {"rank_pattern": 0}),
+    ("rank_pattern", {"rank_pattern": {5: 2}}),
+    ("rank_pattern['fc']", {"rank_pattern": {"fc": "2"}}),
+    ("fold_pattern", {"fold_pattern": "qkv"}),
+    ("fold_pattern['qkv']", {"fold_pattern": {"qkv": 3}}),
+    ("fold_pattern['qkv']", {"fold_pattern": {"qkv": [3, True, 4]}}),
+    ("scale", {"scale": True}),
+    ("scale_pattern", {"scale_pattern": 2.0}),
+    ("alpha", {"alpha": [8]}),
+    ("alpha_pattern", {"alpha": 8, "alpha_pattern": ["fc"]}),
+    ("alpha_pattern['fc']", {"alpha": 8, "alpha_pattern": {"fc": [4]}}),
+    ("rank_stabilized", {"alpha": 8, "rank_stabilized": "yes"}),
+    ("init", {"init": None}),
+    ("init_weights", {"init_weights": "no"}),
+    ("use_dora", {"use_dora": 1}),
+    ("flora_dropout", {"flora_dropout": "0.1"}),
+    ("target_modules", {"target_modules": 5}),
+    ("target_modules", {"target_modules": ["fc", 5]}),
+    ("exclude_modules", {"exclude_modules": {"fc": 1}}),
+    ("target_parameters", {"target_parameters": "experts"}),
+    ("modules_to_save", {"modules_to_save": 3}),
+    ("modules_to_save", {"modules_to_save": "head"}),
+    ("layers_pattern", {"layers_to_transform": 1, "layers_pattern": 4}),
+    ("layers_to_transform", {"layers_to_transform": "1"}),
+    ("layers_to_transform", {"layers_to_transform": [True]}),
 ]
 
 
@@ -49,6 +85,33 @@ def test_bad_values_name_their_field(field, settings):
         flora.FloraConfig(**settings)
     assert str(caught.value).startswith(f"{field}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_and_lists_of_other_libraries_become_plain_ones_that_can_be_saved(tmp_path):
+    hydra = OmegaConf.create({"names": ["a", "b"], "ranks": {"fc": [2, 3]}})
+    config = flora.FloraConfig(
+        r=np.int64(4),
+        kernel_rank=np.array([3, 1]),
+        rank_pattern=hydra.ranks,
+        scale_pattern={"fc": np.float32(0.5)},
+        use_dora=np.True_,
+        target_modules=hydra.names,
+        target_parameters=("c", "d"),
+        modules_to_save={"head"},
+    )
+    plain = flora.FloraConfig(
+        r=4,
+        kernel_rank=[3, 1],
+        rank_pattern={"fc": [2, 3]},
+        scale_pattern={"fc": 0.5},
+        use_dora=True,
+        target_modules={"a", "b"},
+        target_parameters=["c", "d"],
+        modules_to_save=["head"],
+    )
+    assert config == plain
+    config.save_pretrained(str(tmp_path))
+    assert peft.PeftConfig.from_pretrained(str(tmp_path)) == plain
 
 
 def test_a_saved_configuration_is_the_same_when_loaded(tmp_path):
