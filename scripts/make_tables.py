@@ -68,8 +68,11 @@ def make_tables() -> None:
         where = address(arguments.results, output / "report.html")
         texts[output / "report.html"] = page(found, documents, store.finished, where)
     changed = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    left = unrendered(output, {*texts, *figures}) if everything else []
+    for path in left:
+        print(f"stale: {path}: nothing renders it any more, remove it", file=sys.stderr)
     if arguments.check:
-        report_stale([*changed, *redrawn, *stale])
+        report_stale([*changed, *redrawn, *stale], left)
         return
     for path in changed:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,12 +82,22 @@ def make_tables() -> None:
     print(*texts, *figures, sep="\n")
 
 
-def report_stale(paths: list[Path]) -> None:
-    """Name stale files on stderr; exit code 1 when there are any."""
+def unrendered(output: Path, rendered: set[Path]) -> list[Path]:
+    """Files of tables that nothing renders any more, as when a table's last record is gone; nobody removes them.
+
+    Claims are counted on request, and ``delta_*`` is what scripts/analyze_delta.py wrote.
+    """
+    there = {*(output / "tables").glob("*.*"), *(output / "figures").glob("*/*.*")}
+    return sorted(path for path in there - rendered if not path.name.startswith((".", "claims.", "delta_")))
+
+
+def report_stale(paths: list[Path], left: list[Path]) -> None:
+    """Name stale files on stderr; exit code 1 when there are any, or any ``left`` that nothing renders."""
     for path in paths:
         print(f"stale: {path}", file=sys.stderr)
-    if paths:
-        print(f"error: {len(paths)} files are stale: run scripts/make_tables.py", file=sys.stderr)
+    if paths or left:
+        remedy = "run scripts/make_tables.py" if paths else "remove them"
+        print(f"error: {len(paths) + len(left)} files are stale: {remedy}", file=sys.stderr)
         sys.exit(1)
 
 

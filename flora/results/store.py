@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from flora.results.record import SCHEMA_VERSION, STATUSES, Record, now
 _REQUIRED = ("schema_version", "run_id", "status", "task", "dataset", "model", "adapter", "seed")
 _HEAVY = ("history", "analysis", "ranks", "config", "data")  # left out of summaries: most of a record's bytes
 _WORDS = ("run_id", "task", "dataset", "model", "adapter")
+_OBJECTS = ("metrics", "data", "config", "execution", "weights")
 _FINISHED = {  # what tables read of a finished record
-    **dict.fromkeys(("metric", "started", "finished"), str),
-    **dict.fromkeys(("trainable_params", "head_params", "total_params"), int),
+    **dict.fromkeys(("metric", "protocol", "dtype", "device"), str),
     **{"skipped_layers": list, "versions": dict},
 }
+_COUNTS = ("trainable_params", "head_params", "total_params")
+_TIMES = ("started", "finished")
 _COSTS = ("lr", "train_seconds", "peak_memory_bytes")  # numbers, or None where nothing was measured
-_CACHE_VERSION = b"2"  # bumped when summaries or the checks of `read` change
+_CACHE_VERSION = b"3"  # bumped when summaries or the checks of `read` change
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Store:
         """
         record = None if force else self._sound(run_id)
         if record is not None and record["status"] == "failed" and not retry:
-            raise FailedBefore(f"run {run_id} failed before ({record['error']}): retry=true tries again")
+            raise FailedBefore(f"run {run_id} failed before ({record.get('error')}): retry=true tries again")
         return record if record is not None and record["status"] == "finished" else None
 
     def lock(self, run_id: str) -> Lock:
@@ -166,18 +169,20 @@ def read(path: Path) -> tuple[dict[str, Any] | None, str | None]:
 def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | None]:
     try:
         record = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return None, f"{path}: not readable as JSON ({error})"
     if not isinstance(record, dict) or any(key not in record for key in _REQUIRED):
         return None, f"{path}: not a record (needs {', '.join(_REQUIRED)})"
     for key in _WORDS:
         if not isinstance(record[key], str):
             return None, f"{path}: {key} is {record[key]!r:.40}, it must be a string"
-    for key in ("metrics", "data", "config", "execution"):
-        if not isinstance(record.get(key) or {}, dict):
+    if not _integer(record["seed"]):
+        return None, f"{path}: seed is {record['seed']!r:.40}, it must be an integer"
+    for key in _OBJECTS:
+        if not isinstance(record.get(key, {}), dict):
             return None, f"{path}: {key} is {record[key]!r:.40}, it must be an object"
     if record["schema_version"] != SCHEMA_VERSION:
-        return None, f"{path}: schema version {record['schema_version']}, this code reads {SCHEMA_VERSION}"
+        return None, f"{path}: schema version {record['schema_version']!r:.40}, this code reads {SCHEMA_VERSION}"
     if record["status"] not in STATUSES:
         return None, f"{path}: unknown status {record['status']!r}"
     if record["run_id"] != path.stem:
@@ -191,7 +196,31 @@ def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | N
         for key, kind in _FINISHED.items():
             if not isinstance(record.get(key), kind):
                 return None, f"{path}: finished with {key} {record.get(key)!r:.40}, it must be of type {kind.__name__}"
+        for key in _COUNTS:
+            if not _integer(record.get(key)) or record[key] < (key == "total_params"):
+                return None, f"{path}: finished with {key} {record.get(key)!r:.40}, it must be a number of parameters"
+        for key in _TIMES:
+            if not _time(record.get(key)):
+                return None, f"{path}: finished with {key} {record.get(key)!r:.40}, it must be a time with its zone"
+        if not _logged(record.get("history")):
+            return None, f"{path}: finished with a history that is no list of objects with finite numbers"
     return record, None
+
+
+def _integer(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+def _time(text: Any) -> bool:
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except (TypeError, ValueError):
+        return False
+
+
+def _logged(history: Any) -> bool:
+    entries = history if isinstance(history, list) else [None]
+    return all(isinstance(entry, dict) and all(map(_finite, entry.values())) for entry in entries)
 
 
 def _finite(number: Any) -> bool:

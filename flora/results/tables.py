@@ -123,28 +123,34 @@ def rows(table: Table, contents: Contents) -> list[Row]:
     return [row for block in blocks.values() for row in block]
 
 
-def group_means(found: list[Row], groups: dict[str, list[str]]) -> list[tuple[str, str, list[float | None]]]:
-    """Model, method, its mean over each group of data sets and the mean of those means; None where a run is missing."""
-    values: dict[tuple[str, str], dict[str, float]] = {}
+def group_means(found: list[Row], groups: dict[str, list[str]]) -> list[list[str]]:
+    """Model, method, its mean over each group of data sets and the mean of those means, as text.
+
+    A mean of which runs are missing says how many are there; it is a dash where a data set has none.
+    """
+    lines: dict[tuple[str, str], dict[str, Row]] = {}
     for row in found:
         if groups and row.records:
-            values.setdefault((row.model, row.name), {})[row.task] = mean_std(row.values)[0]
-    lines = []
-    for (model, name), known in values.items():
-        means = [
-            statistics.fmean(known[task] for task in tasks) if all(task in known for task in tasks) else None
-            for tasks in groups.values()
-        ]
-        whole = [mean for mean in means if mean is not None]
-        lines.append((model, name, [*means, statistics.fmean(whole) if len(whole) == len(means) else None]))
-    return lines
+            lines.setdefault((row.model, row.name), {})[row.task] = row
+    texts = []
+    for (model, name), known in lines.items():
+        parts = {g: [known[task] for task in tasks] for g, tasks in groups.items() if known.keys() >= set(tasks)}
+        means = {g: statistics.fmean(mean_std(row.values)[0] for row in rows) for g, rows in parts.items()}
+        shown = [_with_runs(means[g], parts[g]) if g in parts else DASH for g in groups]
+        every = [row for rows in parts.values() for row in rows]
+        overall = _with_runs(statistics.fmean(means.values()), every) if len(parts) == len(groups) else DASH
+        texts.append([model, name, *shown, overall])
+    return texts
+
+
+def _with_runs(mean: float, rows: list[Row]) -> str:
+    done, wanted = sum(len(row.records) for row in rows), sum(row.cells for row in rows)
+    return f"{mean:.4f}" + (f" ({done} of {wanted} runs)" if done < wanted else "")
 
 
 def _groups_markdown(found: list[Row], groups: dict[str, list[str]]) -> list[str]:
     head = ["model", "method", *(f"{group} ({len(tasks)})" for group, tasks in groups.items()), "mean of group means"]
-    body = [head, ["---"] * len(head)]
-    for model, name, means in group_means(found, groups):
-        body.append([model, name, *(DASH if mean is None else f"{mean:.4f}" for mean in means)])
+    body = [head, ["---"] * len(head), *group_means(found, groups)]
     return ["", *("| " + " | ".join(cells) + " |" for cells in body)] if len(body) > 2 else []
 
 
@@ -215,10 +221,10 @@ def notes(found: list[Row]) -> list[str]:
         return [*lines, "no run of this table is finished"]
 
     def all_of(key: str) -> str:
-        return "; ".join(sorted({str(r[key]) for r in records}))
+        return "; ".join(sorted({str(r.get(key)) for r in records}))
 
     packages = sorted({f"{name} {number}" for r in records for name, number in r["versions"].items()})
-    dirty = " (some with uncommitted changes)" if any(r["dirty"] for r in records) else ""
+    dirty = " (some with uncommitted changes)" if any(r.get("dirty") for r in records) else ""
     return [
         *lines,
         f"commit: {all_of('commit')}{dirty}",
@@ -264,7 +270,7 @@ def compact(table: Table, found: list[Row]) -> str:
         by_line.setdefault((row.model, row.name), {})[row.task] = row
     for (model, name), of_task in by_line.items():
         params = {f"{row.first['trainable_params']:,}" for row in of_task.values() if row.records}
-        shown = [_MARKS[row.mark].format(_mean(row)) for row in (of_task[task] for task in tasks)]
+        shown = [_MARKS[row.mark].format(_mean(row)) if row else DASH for row in map(of_task.get, tasks)]
         body.append([model, name, ", ".join(sorted(params)) or DASH, *shown])
     lines = ["| " + " | ".join(cells) + " |" for cells in body]
     done = sum(len(row.records) for row in found)

@@ -78,6 +78,21 @@ def test_broken_records_are_reported_and_left_out(tmp_path):
     plant("huge", value=10**400)
     plant("seconds", train_seconds="a minute")
     plant("params", trainable_params=None)
+    plant("text", value="abc")
+    plant("metrics", metrics=3)
+    plant("no_metrics", metrics=0)
+    plant("seed", seed=None)
+    plant("seed_text", seed="0")
+    plant("empty_model", total_params=0)
+    plant("negative", head_params=-1)
+    plant("true_params", trainable_params=True)
+    plant("started", started="yesterday")
+    plant("zone", started="2026-01-01T00:00:00")
+    plant("history", history={"loss": 1})
+    plant("loss", history=[{"step": 1, "loss": "low"}])
+    plant("device", device=None)
+    plant("weights", weights="random")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     plant("dataset", dataset=["eurosat"])
     plant("finished", finished=None)
     plant("status", status="done")
@@ -87,6 +102,7 @@ def test_broken_records_are_reported_and_left_out(tmp_path):
         found = store.read_all()
         assert list(found.records) == ["good"]
         assert {problem.split(".json")[0].rpartition("/")[2] for problem in found.problems} == planted
+        assert all(len(problem.splitlines()) == 1 for problem in found.problems)
     assert all(store.finished(name) is None for name in planted)
 
 

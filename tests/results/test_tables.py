@@ -17,7 +17,7 @@ from flora.results import Store, experiments
 from flora.results.experiments import ROOT, load
 from flora.results.plots import STYLES, front, written_hash
 from flora.results.reported import published
-from flora.results.tables import as_csv, cells_as_text, compact, latex, markdown, rows
+from flora.results.tables import Row, as_csv, cells_as_text, compact, group_means, latex, markdown, rows
 from scripts.make_tables import make_tables
 from tests.results.records import write
 
@@ -109,6 +109,8 @@ def test_the_table_at_a_glance_has_a_column_per_data_set(store):
     assert ["convnext", "flora", "50", "0.9100 ± 0.0100*"] in lines
     assert ["convnext", "linear_probe", "-", "-"] in lines
     assert len(lines) == 2 + 8
+    other = Row("dtd10", "convnext", "dora", "", {}, cells=3)  # a method that has one of the two sets
+    assert "| convnext | dora | - | - | - |" in compact(table, [*rows(table, store.read_all()), other])
     assert "9 of 24 runs are finished" in text
     write(store, table.cells[0], 0.5, data={"source": "re-rendered"})
     assert "| eurosat (re-rendered) |" in compact(table, rows(table, store.read_all()))
@@ -231,6 +233,24 @@ def test_without_a_table_all_that_have_records_are_rendered(store, render):
     assert render("--check")[0] == 0
 
 
+def test_a_table_without_records_leaves_files_that_a_check_names(store, render, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.make_tables.names", lambda: ["eurosat", "rank_sweep"])
+    (cell, *_) = [cell for cell in load("rank_sweep").cells if cell.run_id not in store.read_all().records]
+    write(store, cell, 0.5)
+    assert render()[0] == 0
+    assert render("--check")[0] == 0
+    (tmp_path / "out" / "tables" / "delta_eurosat_convnext_0123.csv").write_text("what analyze_delta.py writes\n")
+    store.path(cell.run_id).unlink()
+    for arguments, ends in (((), 0), (("--check",), 1)):
+        code, _, err = render(*arguments)
+        assert code == ends
+        left = [line for line in err.splitlines() if line.endswith("nothing renders it any more, remove it")]
+        assert len([line for line in left if "/tables/rank_sweep." in line]) == 3
+        assert all("/rank_sweep" in line for line in left)
+        assert [line for line in left if ".png" in line]
+    assert err.splitlines()[-1] == f"error: {len(left)} files are stale: remove them"
+
+
 def test_no_record_is_an_error(render):
     for arguments in ((), ("eurosat",)):
         code, _, err = render(*arguments)
@@ -263,6 +283,20 @@ def test_the_pareto_front_by_hand():
 def test_methods_have_colours_of_their_own():
     colours = [colour for colour, _ in STYLES.values()]
     assert len(set(colours)) == len(colours)
+
+
+def test_a_groups_mean_needs_all_of_its_sets_and_says_which_runs_are_missing():
+    def row(task, *values):
+        return Row(task, "convnext", "flora", "", {seed: {"value": v} for seed, v in enumerate(values)}, cells=2)
+
+    groups = {"g": ["a", "b"], "h": ["c"]}
+    whole = [row("a", 0.2, 0.4), row("b", 0.5, 0.7), row("c", 0.8, 1.0)]
+    one = ["convnext", "flora"]
+    assert group_means(whole, groups) == [[*one, "0.4500", "0.9000", "0.6750"]]
+    less = [whole[0], row("b", 0.5), whole[2]]
+    assert group_means(less, groups) == [[*one, "0.4000 (3 of 4 runs)", "0.9000", "0.6500 (5 of 6 runs)"]]
+    assert group_means([whole[0], row("b"), whole[2]], groups) == [[*one, "-", "0.9000", "-"]]
+    assert group_means([row("a"), row("b"), row("c")], groups) == []
 
 
 def test_vtabs_group_means_and_their_mean_stand_below_the_table(tmp_path):
