@@ -105,7 +105,10 @@ class Methods:
         return Prepared(_still(adapted.model.train()), params, len(adapted.ranks))
 
     def _reach_outputs(self, model: nn.Module) -> None:
-        """Let gradients reach adapted layers that no activation of the inputs does: DeBERTa's, on its positions."""
+        """Let gradients reach adapted layers that no activation of the inputs does: DeBERTa's, on its positions.
+
+        Autograd keeps those gradients, a copy of each call's output that an adapter would not make.
+        """
         layers = [model.get_submodule(name) for name in self._adapted]
         unreached: set[nn.Module] = set()
 
