@@ -1,6 +1,7 @@
 """Shared fixtures. The hub is offline: nothing here may depend on it."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -9,6 +10,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run a script in this process, given what runs it and its command line: (exit code, stdout, stderr)."""
+
+    def call(run, *command):
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        capsys.readouterr()
+        try:
+            run()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """`python scripts/analyze_delta.py RUN`: what it compares, and what it cannot compare."""
 
 import json
-import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.results.records import write
 
 
 @pytest.fixture
-def analyze(tmp_path, monkeypatch, capsys):
+def analyze(tmp_path, monkeypatch, script):
     """Analyze a made-up run of a small network: (exit code, stdout, stderr)."""
     cell = next(cell for cell in load("eurosat").cells if cell.method == "full")
     base = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3), "fc": nn.Linear(6, 2), "fc_norm": nn.Linear(6, 6)})
@@ -31,13 +31,8 @@ def analyze(tmp_path, monkeypatch, capsys):
         facts = {"run_id": cell.run_id, "adapter": "full", "dataset": "eurosat", "model": "net", "num_classes": 2}
         (tmp_path / "run.json").write_text(json.dumps(facts))
         places = ["--results", str(tmp_path), "--output", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", ["analyze_delta.py", str(tmp_path), *places, *arguments])
-        try:
-            main(analyze_delta.analyze_delta, trace=lambda: False)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        entry = partial(main, analyze_delta.analyze_delta, trace=lambda: False)
+        return script(entry, "analyze_delta.py", tmp_path, *places, *arguments)
 
     return run
 

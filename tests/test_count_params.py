@@ -1,7 +1,7 @@
 """`scripts/count_params.py`: the published counts, and what it prints for bad input."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,20 +11,12 @@ from scripts import count_params
 
 
 @pytest.fixture
-def count(monkeypatch, capsys, tmp_path):
+def count(monkeypatch, script, tmp_path):
     """Run the script in this process: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def call(*overrides):
-        monkeypatch.setattr(sys, "argv", ["count_params.py", *overrides])
-        capsys.readouterr()
-        try:
-            main(count_params.job, trace=lambda: False)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        return code, out, err
+        return script(partial(main, count_params.job, trace=lambda: False), "count_params.py", *overrides)
 
     return call
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,17 +23,12 @@ from tests.tasks.texts import write_rows
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(tmp_path, script):
     """Run prepare_data.py in this process: (exit code, stdout, stderr)."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *arguments, "--data", str(tmp_path / "data")])
-        try:
-            main(prepare_data, trace=lambda: False)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        entry = partial(main, prepare_data, trace=lambda: False)
+        return script(entry, "prepare_data.py", *arguments, "--data", tmp_path / "data")
 
     return run
 

@@ -1,6 +1,6 @@
 """`python scripts/reproduce.py TABLE`: what is done, what is left, how long it will take."""
 
-import sys
+from functools import partial
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -13,7 +13,7 @@ from tests.results.records import write
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(tmp_path, monkeypatch, script):
     """Run reproduce.py in this process, its cells not: (exit code, stdout, stderr, cells run)."""
 
     def run(*arguments, codes=None):
@@ -24,14 +24,8 @@ def call(tmp_path, monkeypatch, capsys):
             return (codes or {}).get(cell.method, 0)
 
         monkeypatch.setattr(reproduce, "run", cell)
-        monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments, "--results", str(tmp_path)])
-        capsys.readouterr()
-        try:
-            main(reproduce.reproduce, trace=lambda: False)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr(), ran
+        entry = partial(main, reproduce.reproduce, trace=lambda: False)
+        return *script(entry, "reproduce.py", *arguments, "--results", tmp_path), ran
 
     return run
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -30,22 +31,14 @@ QUICK = ("task=digits", "trainer.max_steps=2", "trainer.max_eval_examples=16", "
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, script):
     """Run train.py in this process: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def call(*overrides):
         places = (f"paths.output={tmp_path}/outputs", f"paths.results={tmp_path}/results")
         keyed = {override.split("=")[0]: override for override in (*QUICK, *places, *overrides)}  # the last one wins
-        monkeypatch.setattr(sys, "argv", ["train.py", *keyed.values()])
-        capsys.readouterr()
-        try:
-            main(train.job, trace=lambda: False)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        return code, out, err
+        return script(partial(main, train.job, trace=lambda: False), "train.py", *keyed.values())
 
     return call
 

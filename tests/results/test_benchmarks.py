@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-import sys
+from functools import partial
 
 import pytest
 
@@ -60,19 +60,14 @@ def results(tmp_path):
 
 
 @pytest.fixture
-def render(results, monkeypatch, capsys):
+def render(results, script):
     """Run make_tables.py: (exit code, stdout, stderr)."""
 
     def call(*arguments):
         places = ["--results", str(results / "measured"), "--output", str(results)]
-        monkeypatch.setattr(sys, "argv", ["make_tables.py", *arguments, *places])
-        capsys.readouterr()
-        try:
-            main(make_tables.make_tables, trace=lambda: False)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        return script(
+            partial(main, make_tables.make_tables, trace=lambda: False), "make_tables.py", *arguments, *places
+        )
 
     return call
 

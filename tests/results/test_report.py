@@ -2,7 +2,7 @@
 
 import json
 import statistics
-import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,19 +21,15 @@ VALUES = {"flora": (0.90, 0.91, 0.92), "lora": (0.90, 0.90, 0.945), "full": (0.8
 
 
 @pytest.fixture
-def render(tmp_path, monkeypatch, capsys):
+def render(tmp_path, script):
     """Run make_tables.py in this process: (exit code, stderr, the page)."""
 
     def call(*arguments):
         places = ["--results", str(tmp_path / "records"), "--output", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", ["make_tables.py", *arguments, *places])
-        try:
-            main(make_tables, trace=lambda: False)
-            code = 0
-        except SystemExit as end:
-            code = end.code
+        run = partial(main, make_tables, trace=lambda: False)
+        code, _, err = script(run, "make_tables.py", *arguments, *places)
         page = tmp_path / "out" / "report.html"
-        return code, capsys.readouterr().err, page.read_text() if page.exists() else None
+        return code, err, page.read_text() if page.exists() else None
 
     return call
 

@@ -5,7 +5,7 @@ import io
 import json
 import re
 import shutil
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -36,19 +36,12 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def render(tmp_path, monkeypatch, capsys):
+def render(tmp_path, script):
     """Run make_tables.py in this process: (exit code, stdout, stderr)."""
 
     def call(*arguments):
         places = ["--results", str(tmp_path / "records"), "--output", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", ["make_tables.py", *arguments, *places])
-        capsys.readouterr()
-        try:
-            main(make_tables, trace=lambda: False)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        return script(partial(main, make_tables, trace=lambda: False), "make_tables.py", *arguments, *places)
 
     return call
 
