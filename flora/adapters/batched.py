@@ -47,9 +47,10 @@ class BatchedWeights:
 
     def _forget(self) -> None:
         self._planned_for: tuple[Any, Any] | None = None
-        self._devices: set[str] = set()
         self._plans: list[Plan | Thin] = []
         self._built: dict[int, Built] = {}
+        self._casts: dict[str, torch.dtype | None] = {}
+        self._inputs: dict[int, tuple[Any, int, Any]] = {}
         self._depth = 0
         self._with_gradient = False
 
@@ -87,10 +88,28 @@ class BatchedWeights:
             return None
         if self._depth == 0 and torch._C._current_graph_task_id() == -1:
             return None  # called past the model: parameters may have changed since
+        if any(_autocast(device) != cast for device, cast in self._casts.items()):
+            return None  # switched off or on within the model: the layer computes in another dtype than was built
         if self._with_gradient and not torch.is_grad_enabled():
             # A checkpoint of the reentrant kind: its recomputation has a graph of its own and must not share this one.
             self._built.pop(id(layer), None)
         return self._built.get(id(layer))
+
+    def converted(self, input: Tensor, dtype: torch.dtype) -> Tensor:
+        """A layer's input as autocast would convert it to ``dtype``: once for all layers that take the same tensor.
+
+        They then keep one copy of it for their gradients.
+        """
+        if input.dtype != torch.float32 or self._casts.get(input.device.type) != dtype or input.is_inference():
+            return input
+        if self._depth == 0 or not torch.is_grad_enabled():
+            return input
+        seen, version, held = self._inputs.get(id(input), (None, 0, None))
+        found = held() if seen is not None and seen() is input and version == input._version else None
+        if found is None:
+            found = input.to(dtype)
+            self._inputs[id(input)] = weakref.ref(input), input._version, weakref.ref(found)  # autograd keeps them
+        return found
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -98,15 +117,16 @@ class BatchedWeights:
         self._depth += 1
         if self._depth > 1:
             return
-        self._built = {}
+        self._built, self._inputs = {}, {}
         if getattr(model, "_is_replica", False) or in_transform():
             return
         signature = [_signature(layer) for layer in self.layers]
-        casts = {device: _autocast(device) for device in self._devices}
-        if (signature, casts) != self._planned_for:
+        self._casts = {device: _autocast(device) for device in self._casts}
+        if (signature, self._casts) != self._planned_for:
             self._plans = plans(self.layers)
-            self._devices = {layer.base_weight("weight").device.type for layer in self.layers}
-            self._planned_for = signature, {device: _autocast(device) for device in self._devices}
+            devices = {layer.base_weight("weight").device.type for layer in self.layers}
+            self._casts = {device: _autocast(device) for device in devices}
+            self._planned_for = signature, self._casts
         self._with_gradient = torch.is_grad_enabled()
         for plan in self._plans:
             parameters = plan.parameters()
@@ -121,6 +141,8 @@ class BatchedWeights:
         if torch.compiler.is_compiling():
             return
         self._depth = max(self._depth - 1, 0)  # 0: a hook that ran before _begin has raised
+        if self._depth == 0:
+            self._inputs = {}
         if self._depth == 0 and not self._with_gradient:
             self._built = {}
 

@@ -133,7 +133,8 @@ class Linear(_Matrix):
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self._modules["base_layer"]  # past nn.Module's attribute lookup
         if runs_plain_op(base, nn.Linear):
-            return F.linear(args[0] if args else kwargs["input"], weights["weight"], weights.get("bias", base.bias))
+            bias = weights["bias"] if "bias" in weights else base.bias
+            return F.linear(args[0] if args else kwargs["input"], weights["weight"], bias)
         return super().run_base(weights, *args, **kwargs)
 
     @override
@@ -170,11 +171,15 @@ class Linear(_Matrix):
 
     @override
     def run_built(self, built: Any, *args: Any, **kwargs: Any) -> Tensor:
+        dtype = built["weight"].dtype if isinstance(built, dict) else built[0].dtype
+        plain_input = len(args) == 1 and not kwargs
+        if plain_input:
+            args = (self.batched().converted(args[0], dtype),)
         if isinstance(built, dict):
             return super().run_built(built, *args, **kwargs)
         left, right = built
-        if len(args) == 1 and not kwargs and args[0].dim() >= 2:
-            return self._fused(args[0], left, right, left.dtype)
+        if plain_input and args[0].dim() >= 2:
+            return self._fused(args[0], left, right, dtype)
         return self.run_additive(self._present(self.active_adapters), *args, **kwargs)
 
     def _runs_fused(self, adapter: str) -> bool:

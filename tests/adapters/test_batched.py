@@ -315,6 +315,68 @@ def test_autocast_rounds_the_sum_once(form):
         assert not torch.equal(batched(model)._built[id(layer)]["weight"], layer.base_layer.weight.bfloat16())
 
 
+class Sharing(nn.Module):
+    """Three linear layers on one tensor, which may change in place before the last, or leave autocast for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(4))
+        self.changes = self.leaves = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).float()
+        together = self.query(x) + self.key(x)
+        if self.changes:
+            x = x.mul_(3) if torch.is_autocast_enabled("cpu") else x * 3
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_autocast_enabled("cpu") and not self.leaves):
+            return together + self.value(x)
+
+
+@pytest.fixture
+def sharing() -> Sharing:
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    return Sharing()
+
+
+SHARING = ["first", "query", "key", "value"]
+
+
+@pytest.mark.parametrize("form", ["merged", "factored"])
+@pytest.mark.parametrize("changes", [False, True])
+def test_layers_on_one_input_keep_one_copy_of_it_under_autocast(form, changes, sharing):
+    sharing.changes = changes
+    model = adapt(sharing, target_modules=SHARING, forward=form)
+    x, kept = torch.randn(5, 8), {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.bfloat16 and tensor.shape == (5, 8):
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    exact = gradients(model, x)
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = F.cross_entropy(model(x), torch.arange(5) % 4)
+    assert len(kept) == (3 if changes else 2)  # what the first layer takes, and what the three share
+    model.zero_grad()
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert_same(found, exact, rtol=0.05)
+
+
+@pytest.mark.parametrize("form", ["merged", "factored"])
+def test_a_layer_outside_of_the_models_autocast_computes_in_full_precision(form, sharing):
+    sharing.leaves = True
+    model = adapt(sharing, target_modules=SHARING, forward=form)
+    value, seen = model.base_model.model.value, []
+    value.register_forward_hook(lambda layer, inputs, output: seen.append((*inputs, output)))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(5, 8))
+    ((x, output),) = seen
+    exact = F.linear(x, value.base_layer.weight + value.get_delta_weight("default"), value.base_layer.bias)
+    torch.testing.assert_close(output, exact)
+
+
 @pytest.mark.parametrize("trained", ["none", "all"])
 def test_frozen_biases_are_converted_together_and_trained_ones_train(trained):
     torch.set_default_dtype(torch.float32)
