@@ -6,6 +6,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from flora.bench.report import main, positive
+from flora.errors import DataError
 from flora.results.store import Store
 
 
@@ -15,7 +17,11 @@ def bench_store() -> None:
     parser.add_argument("--records", type=int, default=10_000)
     parser.add_argument("--like", type=Path, default=Path("results/measured"), help="folder with a record to copy")
     arguments = parser.parse_args()
-    template = json.loads(sorted(arguments.like.glob("*.json"))[0].read_text())
+    positive(records=arguments.records)
+    found = min(arguments.like.glob("*.json"), default=None)
+    if found is None:
+        raise DataError(f"--like {arguments.like}: there is no record")
+    template = json.loads(found.read_text())
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.records):
             run_id = f"{number:012x}"
@@ -27,4 +33,4 @@ def bench_store() -> None:
 
 
 if __name__ == "__main__":
-    bench_store()
+    main(bench_store)

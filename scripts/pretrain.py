@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -353,11 +354,15 @@ def ship(args: argparse.Namespace, run: Run, validation: tuple[Tensor, Tensor], 
 def main() -> None:
     """Decode, train, evaluate and write."""
     args = parse_args()
+    files, validation_file = sorted(args.data.glob("train*.parquet")), args.data / "validation.parquet"
+    if not files or not validation_file.exists():
+        print(f"error: --data {args.data}: train*.parquet and validation.parquet must be there", file=sys.stderr)
+        sys.exit(2)
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     # Decoding forks, so it comes before anything touches the device.
-    train = load(sorted(args.data.glob("train*.parquet")), args.limit, args.workers)
-    held_out = load([args.data / "validation.parquet"], None, args.workers)
+    train = load(files, args.limit, args.workers)
+    held_out = load([validation_file], None, args.workers)
     print(f"decoded {len(train[0])} + {len(held_out[0])} images in {time.perf_counter() - start:.1f} s", flush=True)
     torch.backends.cudnn.benchmark = True
     images, labels = train[0].to(args.device), train[1].to(args.device)
@@ -387,4 +392,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly where nobody reads its output any more
     main()

@@ -2,12 +2,19 @@
 
 import multiprocessing
 import os
+import runpy
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 
+import flora.results.plots
+import flora.training  # noqa: F401  the scripts below import it, once in all where their parent has
 from flora.bench import report
 from flora.config import main
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -61,3 +68,14 @@ def test_another_broken_pipe_is_an_error(run):
         os.write(writer, b"to a worker that has died")
 
     assert run(lambda: flora_main(status), unread=[]) == (1, "", "error: Broken pipe\n")
+
+
+def test_every_script_ends_quietly(run):
+    def help(path):
+        sys.argv = [str(path), "--help"]
+        runpy.run_path(str(path), run_name="__main__")
+
+    scripts = [ROOT / "train.py", *(ROOT / "scripts").glob("*.py")]
+    found = {path.name: run(lambda path=path: help(path), unread=[1]) for path in scripts}
+    assert {name: said for name, (_, _, said) in found.items() if said} == {}
+    assert {code for code, *_ in found.values()} == {141, -signal.SIGPIPE}  # a shell shows both as 141

@@ -72,3 +72,10 @@ def test_a_resumed_run_is_the_same_run(options, tmp_path, monkeypatch):
     assert resumed.epoch(images, labels, tail=False) == expected
     for name, tensor in run.average.state_dict().items():
         assert torch.equal(tensor, resumed.average.state_dict()[name]), name
+
+
+def test_a_folder_without_data_is_one_line(script, tmp_path):
+    code, _, said = script(pretrain.main, SCRIPT, "--data", tmp_path / "none", "--out", tmp_path / "out")
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.startswith(f"error: --data {tmp_path / 'none'}: ")
+    assert not (tmp_path / "out").exists()
