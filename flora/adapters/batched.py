@@ -34,8 +34,8 @@ class BatchedWeights:
 
     Layers that run factored are handed their two thin matrices. Layers that it leaves out build their own: those with
     several active adapters or a magnitude, folded ones that run factored, and all layers where weights are sharded or
-    offloaded (FSDP, DeepSpeed, accelerate), inside torch.compile (which fuses the layers' own contractions), under
-    functorch transforms and in the replicas of nn.DataParallel.
+    offloaded (FSDP, DeepSpeed, accelerate), where cores and factors differ in dtype, inside torch.compile (which fuses
+    the layers' own contractions), under functorch transforms and in the replicas of nn.DataParallel.
 
     Under gradient checkpointing, the recomputation in the backward pass finds the same weights again.
     """
@@ -131,7 +131,8 @@ class BatchedWeights:
         for plan in self._plans:
             parameters = plan.parameters()
             sharded = any(issubclass(kind, DTensor) for kind in {type(p) for p in parameters})
-            if not sharded and 0 not in {p.numel() for p in parameters}:
+            alike = len({p.dtype for p in parameters}) == 1
+            if alike and not sharded and 0 not in {p.numel() for p in parameters}:
                 built = plan.build(parameters)
                 if capturing(parameters[0]):
                     self._captured.append(plan)  # a replay reads its tables, whatever was planned since

@@ -268,6 +268,25 @@ def test_sharded_offloaded_and_trained_weights_are_left_out():
     assert not plans(batched(model.to("meta")).layers)
 
 
+@pytest.mark.parametrize("form", ["merged", "factored"])
+def test_layers_whose_factors_differ_in_dtype_build_their_own(form):
+    torch.set_default_dtype(torch.float32)
+    model = adapt(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), target_modules=["0", "1"], forward=form)
+    x = torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        assert len(batched(model)._built) == 2
+        factor = model.base_model.model[0].tucker_factors["default"].weight_0
+        factor.data = factor.data.half()  # past the module, so that nothing else tells
+        torch.testing.assert_close(model(x), layer_by_layer(model)(x), rtol=0, atol=0)
+        assert not batched(model)._built
+    if form == "merged":
+        with pytest.raises(RuntimeError, match="same dtype"):  # torch's own, as layer by layer
+            model(x)
+    else:
+        torch.testing.assert_close(model(x), layer_by_layer(model)(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("form", ["auto", "merged", "factored"])
 def test_shapes_are_found_on_the_meta_device(form, x):
     model = adapt(Net(), forward=form)

@@ -130,6 +130,18 @@ def test_another_memory_layout_and_dtype_of_adapters_are_seen():
 
 
 @ready
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_factor_of_another_dtype_is_not_read_as_float32(dtype):
+    model, x = adapted(), images()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        model(x)
+        assert len(batched(model)._built) == 11
+        factor = batched(model).layers[0].tucker_factors["default"].weight_0
+        factor.data = factor.data.to(dtype)
+        torch.testing.assert_close(model(x).double(), exact(model)(x.double()), rtol=0.1, atol=0.05)
+
+
+@ready
 def test_a_gradient_can_be_differentiated_again():
     model, x = adapted(), images()
     twin, found = exact(model), []
@@ -208,4 +220,4 @@ def test_the_tests_above_in_tritons_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "36 passed, 2 skipped" in done.stdout
+    assert "38 passed, 2 skipped" in done.stdout
