@@ -250,7 +250,8 @@ class _Build(torch.autograd.Function):
             plan.run("columns", held["core"], held["wide"], room)
             plan.run("small_columns", room, held["small_wide"], room)
             weights = one.new_empty(sum(plan.weights), dtype=plan.dtype)
-            base = scattered([layer._modules["base_layer"]._parameters["weight"] for layer in plan.layers])
+            bases: Any = [layer._modules["base_layer"] for layer in plan.layers]  # past nn.Module's attribute lookup
+            base = scattered([layer._parameters["weight"] for layer in bases])
             plan.run("weights", held["rows"], room, weights, base)
             ctx.plan, ctx.room = plan, room
             ctx.save_for_backward(*parameters)
