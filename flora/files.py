@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and where a run's weights lie."""
 
 import contextlib
 import json
@@ -12,6 +12,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from flora.errors import CheckpointError
+
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -29,6 +31,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def saved_weights(run: Path) -> Path | None:
+    """The file of weights in a finished run's folder, or in one of its adapter alone; None if there is none."""
+    places = (folder / name for folder in (run, run / "adapter") for name in _WEIGHTS)
+    return next((path for path in places if path.is_file()), None)
 
 
 @contextlib.contextmanager

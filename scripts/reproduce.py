@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,11 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flora.config import main
 from flora.errors import AlreadyRunning, ConfigError
+from flora.files import saved_weights
 from flora.results.experiments import Cell, Table, load
 from flora.results.store import Contents, Store
 from flora.worker import Pool, pool
 
-STATES = ("finished", "running", "failed", "interrupted", "stale", "missing", "not runnable yet")
+STATES = ("finished", "to run again", "running", "failed", "interrupted", "stale", "missing", "not runnable yet")
 POLL = 5.0  # seconds between two looks at a cell that another process runs
 
 
@@ -43,19 +45,25 @@ def reproduce() -> None:
     table, store = load(arguments.table, arguments.scale), Store(arguments.results)
     contents = store.read_all()
     states = {cell: state(cell, contents) for cell in selected(table, arguments.only)}
+    wanted = ("missing", "stale", "interrupted", "running", *(["failed"] if arguments.retry else []))
+    left = [cell for cell, word in states.items() if word in wanted]
+    first = started_from(table, left)
+    again = [c for c, folder in first.items() if state(c, contents) == "finished" and not saved_weights(folder)]
+    states |= dict.fromkeys(again, "to run again")
     overview(table, states, contents, arguments.jobs)
     if arguments.status:
         for cell, word in states.items():
-            print(f"{word:11}", cell.not_runnable_yet or cell.run_id, *cell.overrides)
+            print(f"{word:12}", cell.not_runnable_yet or cell.run_id, *cell.overrides)
         return
-    wanted = ("missing", "stale", "interrupted", "running", *(["failed"] if arguments.retry else []))
     extra = [f"paths.results={arguments.results}", *arguments.overrides, *(["retry=true"] if arguments.retry else [])]
-    todo = [cell for cell, word in states.items() if word in wanted]
+    todo = {cell: [*named(table, cell), *extra] for cell in sorted([*again, *left], key=lambda c: c not in first)}
+    for cell in [c for c in todo if c in first]:
+        todo[cell] += [f"paths.output={first[cell].parent}", *(["force=true"] if cell in again else [])]
     if arguments.dry_run:
-        for cell in todo:
-            print(shlex.join(["python", "train.py", *cell.overrides, *named(table, cell), *extra]))
+        for cell, further in todo.items():
+            print(shlex.join(["python", "train.py", *cell.overrides, *further]))
         return
-    failed = run_all(table, todo, extra, arguments.jobs, store)
+    failed = run_all(todo, first, arguments.jobs, store)
     failed += [] if arguments.retry else [cell for cell, word in states.items() if word == "failed"]
     for cell in failed:
         print("failed:", *cell.overrides, file=sys.stderr)
@@ -87,6 +95,17 @@ def state(cell: Cell, contents: Contents) -> str:
     return "not runnable yet" if cell.not_runnable_yet else contents.state(cell.run_id, cell.older)
 
 
+def started_from(table: Table, cells: list[Cell]) -> dict[Cell, Path]:
+    """The table's cells whose projectors others start from, each with the folder of outputs that these name.
+
+    A finished one is run again where that folder is gone: records travel with the repository, outputs do not.
+    """
+    named = [Path(c.settings["model.projector"]) for c in cells if "model.projector" in c.settings]
+    folders = {folder.name: folder for folder in named}
+    runnable = [cell for cell in table.cells if folders and not cell.not_runnable_yet]
+    return {cell: folders[cell.run_id] for cell in runnable if cell.run_id in folders}
+
+
 def overview(table: Table, states: dict[Cell, str], contents: Contents, jobs: int) -> None:
     """Say on stderr how many cells stand how, what is wrong with which record, and how long the rest will take."""
     counted = Counter(states.values())
@@ -102,7 +121,7 @@ def overview(table: Table, states: dict[Cell, str], contents: Contents, jobs: in
 def seconds_left(states: dict[Cell, str], contents: Contents, jobs: int) -> float | None:
     """An estimate from finished cells, the most alike first; None where none has finished or none is left."""
     took: dict[tuple[str, ...], list[float]] = {}
-    for cell in (c for c, word in states.items() if word == "finished"):
+    for cell in (c for c, word in states.items() if word in ("finished", "to run again")):
         record = contents.records[cell.run_id]
         took_it = datetime.fromisoformat(record["finished"]) - datetime.fromisoformat(record["started"])
         for key in _likeness(cell):
@@ -124,12 +143,21 @@ def named(table: Table, cell: Cell) -> list[str]:
     return [f"table={table.name}", f'cell="{label}"']
 
 
-def run_all(table: Table, cells: list[Cell], extra: list[str], jobs: int, store: Store) -> list[Cell]:
-    """Run cells in worker processes, ``jobs`` at a time, GPUs in turn; returns those that failed."""
-    report = Report(len(cells))
+def run_all(todo: dict[Cell, list[str]], first: Collection[Cell], jobs: int, store: Store) -> list[Cell]:
+    """Run cells in worker processes, ``jobs`` at a time, GPUs in turn; returns those that failed.
+
+    Args:
+        todo: the cells, each with further overrides.
+        first: those of them that end before the others start.
+        jobs: how many run side by side.
+        store: of their records.
+    """
+    report, codes = Report(len(todo)), dict[Cell, int]()
     with report.bar, ThreadPoolExecutor(jobs) as threads, pool(jobs) as workers:
-        codes = list(threads.map(lambda c: run(c, [*named(table, c), *extra], store, report, workers), cells))
-    return [cell for cell, code in zip(cells, codes, strict=True) if code]
+        for cells in ([c for c in todo if c in first], [c for c in todo if c not in first]):
+            ended = threads.map(lambda c: run(c, todo[c], store, report, workers), cells)
+            codes |= dict(zip(cells, ended, strict=True))
+    return [cell for cell, code in codes.items() if code]
 
 
 def run(cell: Cell, extra: list[str], store: Store, report: "Report", workers: Pool) -> int:
@@ -142,6 +170,7 @@ def run(cell: Cell, extra: list[str], store: Store, report: "Report", workers: P
             break
         while store.read_all().state(cell.run_id) == "running":
             time.sleep(POLL)
+        extra = [word for word in extra if word != "force=true"]  # what was to be done again has been
     report.end(words, code, said)
     return code
 

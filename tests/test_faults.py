@@ -14,7 +14,6 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import psutil
@@ -335,10 +334,10 @@ def reproduce_killed(place):
         os.kill(json.loads(next(place.results.glob(".locks/*.lock")).read_text())["pid"], signal.SIGKILL)
 
     cells = [Cell((*TINY, *LONG, f"paths.output={place.outputs}", f"seed={seed}")) for seed in range(1)]
-    named = SimpleNamespace(name="table", labels=dict.fromkeys(cells, "cell"))
     threading.Thread(target=kill, daemon=True).start()
     place.capsys.readouterr()
-    failed = reproduce.run_all(named, cells, [f"paths.results={place.results}"], 2, Store(place.results))
+    todo = {cell: [f"paths.results={place.results}"] for cell in cells}
+    failed = reproduce.run_all(todo, [], 2, Store(place.results))
     return (int(failed == cells), place.capsys.readouterr().err), None
 
 

@@ -1,6 +1,8 @@
 """`python scripts/reproduce.py TABLE`: what is done, what is left, how long it will take."""
 
+import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -116,6 +118,50 @@ def test_each_cell_is_told_its_table_and_what_it_is_called_apart_from_its_seed(s
     assert f'"{cfg.cell}"' == told[cell]["cell"]
     assert cfg.logger._target_ == "flora.training.Wandb", "the last choice of a group wins"
     assert run_id(cfg) == cell.run_id
+
+
+def test_what_others_start_from_is_run_again_where_its_outputs_are_gone(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = [cell for cell in load("instruct").cells if cell.method == "linear_probe"][:2]
+    for cell in (first, second):
+        write(Store(tmp_path), cell, 0.5)
+    weights = tmp_path / "outputs" / first.run_id / "adapter" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    some = ("--only", "adapter=flora", "--only", "seed=1")  # neither of the two
+    _, out, err, _ = call("instruct", *some, "--status")
+    assert err.startswith("instruct: 0 of 3 cells finished, 1 to run again, 2 missing; about 0:05:00 left")
+    assert f"to run again {second.run_id} " in out
+    _, _, _, ran = call("instruct", *some)
+    assert [cell.method for cell, _ in ran] == ["linear_probe", "flora", "flora"]
+    assert ran[0][0] == second
+    assert ran[0][1][-2:] == ["paths.output=outputs", "force=true"]
+    assert not any("force=true" in extra for _, extra in ran[1:])
+
+
+def test_what_others_start_from_has_ended_before_they_start(store, monkeypatch):
+    told = []
+
+    def cell(cell, extra, store, report, workers):
+        told.append(("start", cell))
+        time.sleep(0.05)
+        told.append(("end", cell))
+        return 0
+
+    monkeypatch.setattr(reproduce, "run", cell)
+    cells = load("instruct").cells[:6]
+    first = reproduce.started_from(load("instruct"), cells)
+    assert list(first) == cells[:1]
+    reproduce.run_all({cell: [] for cell in reversed(cells)}, first, 3, store)
+    assert told[:2] == [("start", cells[0]), ("end", cells[0])]
+    assert len(told) == 12
+
+
+def test_what_another_process_runs_again_is_not_forced_once_more(store):
+    asked, answers = [], iter([(75, "another process does"), (0, "finished")])
+    workers = SimpleNamespace(run=lambda words: asked.append(words) or next(answers))
+    assert reproduce.run(load("eurosat").cells[0], ["force=true"], store, reproduce.Report(1), workers) == 0
+    assert ["force=true" in words for words in asked] == [True, False]
 
 
 def test_a_failing_cell_does_not_stop_the_others(store, call):

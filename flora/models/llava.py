@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flora.adapters.heads import in_head
 from flora.errors import ConfigError, WeightsError
+from flora.files import saved_weights
 from flora.models.chat import CHATS
 from flora.models.text import TransformersModel
 from flora.models.vision import TimmModel
@@ -200,11 +201,8 @@ class Llava(TransformersModel):
         return state, source
 
     def _projector_file(self) -> Path:
-        place = Path(str(self.projector)).expanduser()
-        for folder in (place, place / "adapter"):
-            for file in ("adapter_model.safetensors", "model.safetensors"):
-                if (folder / file).is_file():
-                    return folder / file
+        if path := saved_weights(Path(str(self.projector)).expanduser()):
+            return path
         raise WeightsError(
             f"model.projector={self.projector}: no adapter_model.safetensors or model.safetensors there; "
             "train the projector first (adapter=linear_probe)"

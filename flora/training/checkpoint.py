@@ -8,7 +8,7 @@ from typing import Any
 
 from flora import ranks
 from flora.errors import ConfigError
-from flora.files import whole_folder, write_json
+from flora.files import saved_weights, whole_folder, write_json
 from flora.results import Record
 from flora.results.record import now
 from flora.training.experiment import Experiment, Outcome
@@ -20,10 +20,9 @@ def saved_run(checkpoint: str | None) -> Path:
     """The adapter folder that `checkpoint=DIR` means: DIR itself or DIR/adapter."""
     if not checkpoint:
         raise ConfigError("mode=eval needs checkpoint=DIR, the folder of a finished run")
-    for folder in (Path(checkpoint), Path(checkpoint) / "adapter"):
-        if (folder / "adapter_model.safetensors").exists() or (folder / "model.safetensors").exists():
-            return folder
-    raise ConfigError(f"checkpoint={checkpoint}: no adapter_model.safetensors or model.safetensors there")
+    if (weights := saved_weights(Path(checkpoint))) is None:
+        raise ConfigError(f"checkpoint={checkpoint}: no adapter_model.safetensors or model.safetensors there")
+    return weights.parent
 
 
 def complete(record: Record, experiment: Experiment, outcome: Outcome) -> Record:
