@@ -27,6 +27,7 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 AUGMENTATIONS = ("none", "crop", "flip", "crop_flip")
+COUNTS = "counts"  # in a batch of an evaluation: False where it is only there because a batch cannot be empty
 
 Batch = dict[str, Tensor]
 Forward = Callable[[nn.Module, Batch, bool], Tensor]

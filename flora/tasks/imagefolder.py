@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from flora.errors import ConfigError, DataError
 from flora.tasks import manifest, parquet
-from flora.tasks.base import Batch, Forward, ImageTask, Splits, draw, stand_in
+from flora.tasks.base import COUNTS, Batch, Forward, ImageTask, Splits, draw, stand_in
 from flora.tasks.images import as_rgb
 from flora.tasks.metrics import TopFive
 from flora.tasks.mix import erase, mix
@@ -64,6 +64,7 @@ class LazyImages(Dataset[Batch]):
         draws: whether the transform is random. It then depends on the seed, the epoch and the image alone: not on
             threads, worker processes, the order of images or where a run was resumed.
         skip: leave out images that cannot be decoded; otherwise they are an error.
+        once: whether each image counts once, as in an evaluation, so that one which stands in does not.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class LazyImages(Dataset[Batch]):
         transform: Callable[[Image.Image], np.ndarray],
         draws: bool = False,
         skip: bool = False,
+        once: bool = False,
     ):
         self.catalogue, self.rows, self.transform, self.draws, self.skip = catalogue, rows, transform, draws, skip
+        self.once = once
         self.moment = (0, 0)
 
     @property
@@ -96,7 +99,7 @@ class LazyImages(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         """One example."""
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+        return {name: value[0] for name, value in self.__getitems__([index]).items() if name != COUNTS}
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """``pixel_values`` uint8 ``[B, 3, H, W]`` and ``labels`` int64 ``[B]``, without images that are skipped.
@@ -110,7 +113,7 @@ class LazyImages(Dataset[Batch]):
         if not kept:
             instead = stand_in(indices[-1], len(self), lambda index: self._decode(self.rows[index]) is not None)
             if instead:
-                return self.__getitems__(instead)
+                return self.__getitems__(instead) | ({COUNTS: torch.tensor(False)} if self.once else {})
             name = self.catalogue.names[rows[0]]
             raise DataError(f"{name}, {len(rows) - 1} more of its batch and those after it: none can be decoded")
         pixels, whole = zip(*kept, strict=True)
@@ -129,7 +132,7 @@ class LazyImages(Dataset[Batch]):
         return self if count >= len(self) else self._with(self.rows[np.sort(draw(len(self), seed)[:count])])
 
     def _with(self, rows: np.ndarray) -> LazyImages:
-        return LazyImages(self.catalogue, rows, self.transform, self.draws, self.skip)
+        return LazyImages(self.catalogue, rows, self.transform, self.draws, self.skip, self.once)
 
     def _decode(self, row: int) -> np.ndarray | None:
         try:
@@ -236,7 +239,8 @@ class ImageFolder(ImageTask):
         folder = Path(data_dir or ".") / self.dataset
         catalogue, found, names, facts = self._open(folder)
         draws, skip = self._augment != "none", self.unreadable == "skip"
-        plain = partial(LazyImages, catalogue, transform=self._transform(image_size, interpolation, False), skip=skip)
+        whole = self._transform(image_size, interpolation, False)
+        plain = partial(LazyImages, catalogue, transform=whole, skip=skip, once=True)
         train, test = found["train"], found["test" if "test" in found else "validation"]
         if "test" in found and "validation" in found:
             validation = found["validation"]

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from flora.errors import ConfigError, DataError
 from flora.tasks import dialogues, manifest
 from flora.tasks.answers import Written
-from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed, cross_entropy, draw, stand_in
+from flora.tasks.base import COUNTS, Batch, Forward, Splits, Task, check_split_seed, cross_entropy, draw, stand_in
 from flora.tasks.coder import Coder
 from flora.tasks.commonsense import answer_logits
 from flora.tasks.dialogues import IMAGE, Asked, Dialogue, Pictures, Row
@@ -44,6 +44,7 @@ class Shown(Dataset[Batch]):
         pixels: from an RGB image to uint8 ``[H, W, 3]``.
         unreadable: bool ``[all images]``, takes note of those that cannot be decoded, in memory that worker processes
             share; None: they are an error.
+        once: whether each example counts once, as in an evaluation, so that one which stands in does not.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Shown(Dataset[Batch]):
         pictures: Pictures,
         pixels: Callable[[Any], np.ndarray],
         unreadable: Tensor | None = None,
+        once: bool = False,
     ):
         self.rows, self.images, self.pictures = rows, images, pictures
-        self.pixels, self.unreadable = pixels, unreadable
+        self.pixels, self.unreadable, self.once = pixels, unreadable, once
         self.lengths = rows.lengths
 
     def __len__(self) -> int:
@@ -74,7 +76,7 @@ class Shown(Dataset[Batch]):
         kept = [index for index in indices if all(decoded[i] is not None for i in self.images[index])]
         if not kept:
             if instead := stand_in(indices[-1], len(self), self._can_be_shown):
-                return self.__getitems__(instead)
+                return self.__getitems__(instead) | ({COUNTS: torch.tensor(False)} if self.once else {})
             name = self.pictures.names[self.images[indices[0]][0]]
             raise DataError(f"{name}, {len(indices) - 1} more of its batch and those after it: none can be decoded")
         batch = self.rows.__getitems__(kept)
@@ -96,7 +98,7 @@ class Shown(Dataset[Batch]):
         return self._with(self.rows.take(chosen), [self.images[i] for i in chosen])
 
     def _with(self, rows: TextDataset, images: Sequence[tuple[int, ...]]) -> Shown:
-        return Shown(rows, images, self.pictures, self.pixels, self.unreadable)
+        return Shown(rows, images, self.pictures, self.pixels, self.unreadable, self.once)
 
     def _can_be_shown(self, index: int) -> bool:
         return all(self._decode(i) is not None for i in self.images[index])
@@ -197,7 +199,7 @@ class Instruct(Task):
             "test": coder.asked("test", found["test"], len(found["validation"])),
         }
         sets: dict[str, Any] = {
-            split: Shown(part, [dialogue.images for dialogue in found[split]], pictures, pixels, skips)
+            split: Shown(part, [d.images for d in found[split]], pictures, pixels, skips, once=split != "train")
             for split, part in rows.items()
         }
         facts = {

@@ -13,8 +13,7 @@ from torch import Tensor, distributed
 from torch.utils.data import Dataset
 
 from flora import ranks
-
-COUNTS = "counts"  # whether a part counts: there may be fewer examples than processes, and none may stand by
+from flora.tasks.base import COUNTS
 
 
 class Part(Dataset[dict[str, Tensor]]):
@@ -38,13 +37,14 @@ class Part(Dataset[dict[str, Tensor]]):
         return getattr(self.dataset, name)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The part of these examples; where it is empty, one of them that does not count."""
+        """The part of these examples; where it is empty, one of them that does not count: none may stand by."""
         if self.each is None:
             start, stop = (len(indices) * rank // ranks.count() for rank in (ranks.rank(), ranks.rank() + 1))
         else:
             start, stop = (self.each * rank for rank in (ranks.rank(), ranks.rank() + 1))
         own = indices[start:stop]
-        return self.dataset.__getitems__(own or indices[:1]) | {COUNTS: torch.tensor(bool(own))}
+        found = self.dataset.__getitems__(own or indices[:1])
+        return found | {COUNTS: torch.tensor(bool(own)) & found.get(COUNTS, True)}
 
 
 def undivided(loader: Any) -> Any:

@@ -1,6 +1,7 @@
 """Folders of images: what is read and held out, what is done to training images, bad images, top-5, the picture."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from flora.tasks.images import as_rgb
 from flora.tasks.metrics import TopFive
 from flora.tasks.mix import boxes, erase, mix
 from flora.training import Experiment, Protocol, TrainerSettings
+from flora.training.parts import Part
 from tests.training.test_experiment import ToyModel
 
 from .conftest import png
@@ -189,6 +191,21 @@ def test_images_that_worker_processes_skip_are_counted(tmp_path):
     assert run.splits.facts["unreadable"] == {"policy": "skip", "skipped": 1, "first": [str(broken)]}
 
 
+def test_an_image_that_stands_in_for_a_batch_without_any_is_not_scored(tmp_path):
+    photographs(tmp_path / "data")
+    found = []
+    for mend in (lambda path: path.write_bytes(path.read_bytes()[:90]), Path.unlink):
+        mend(tmp_path / "data" / "val" / "ant" / "3.png")
+        run = trained(tmp_path / "run", tmp_path / "data", 0, eval_batch_size=1)
+        run.task = task(unreadable="skip")
+        run.splits = run.task.load_for(Network(), tmp_path / "data")
+        (tmp_path / "run").mkdir(exist_ok=True)
+        outcome = run.train()
+        assert outcome.trainer.metric.confusion.sum(axis=1).tolist() == [5, 6]
+        found.append(outcome.metrics)
+    assert found[0] == found[1]
+
+
 def test_unreadable_images_are_an_error_or_counted(tmp_path):
     write_tree(tmp_path)
     broken = sorted(tmp_path.rglob("val/ant/*.png"))[3]
@@ -199,6 +216,8 @@ def test_unreadable_images_are_an_error_or_counted(tmp_path):
     splits = one.load(image_size=16, data_dir=tmp_path)
     assert 23 not in numbers(splits.test)
     assert splits.test[3]["pixel_values"][1, 0, 0] == 24  # no batch is empty
+    parts = [Part(splits.test, each=1).__getitems__([index]) for index in (3, 4)]
+    assert [bool(part["counts"]) for part in parts] == [False, True]  # the same image
     metric = TopFive()
     metric.compute(predictions=np.eye(2)[[0, 1]], references=[0, 1])
     one.report(metric, splits, tmp_path)

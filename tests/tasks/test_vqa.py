@@ -354,10 +354,13 @@ def test_an_image_that_cannot_be_decoded_is_an_error_or_skipped_and_counted(tmp_
     assert len(batch["input_ids"]) == len(batch["labels"]) == len(batch["pixel_values"]) == 2
     alone = splits.test.__getitems__([0])  # no batch is empty
     assert torch.equal(alone["pixel_values"], splits.test.__getitems__([1])["pixel_values"])
+    assert not alone["counts"]
     metric = mine.metrics()
     metric.compute(predictions=np.array([[2]]), references=batch["labels"][:1].numpy())
     mine.report(metric, splits, tmp_path)
     assert splits.facts["unreadable"]["skipped"] == 1
+    for index in range(len(splits.train)):  # something has to be trained on
+        assert "counts" not in splits.train.__getitems__([index])
 
 
 def test_a_file_that_is_missing_is_an_image_that_cannot_be_decoded(tmp_path):
