@@ -29,7 +29,11 @@ def make_tables() -> None:
     parser.add_argument("--scale", default="mini", help="mini or paper")
     parser.add_argument("--results", type=Path, default=Path("results/measured"), help="folder of the records")
     parser.add_argument("--output", type=Path, default=Path("results"), help="tables/ and figures/ go in here")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when a file is stale")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit code 1 when a file is stale, of TABLE's where one is named",
+    )
     arguments = parser.parse_args()
     store = Store(arguments.results)
     contents = store.read_all()
@@ -68,7 +72,8 @@ def make_tables() -> None:
         where = address(arguments.results, output / "report.html")
         texts[output / "report.html"] = page(found, documents, store.finished, where)
     changed = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
-    left = unrendered(output, {*texts, *figures}) if everything else []
+    stem = "*" if everything else found[0].table.stem if found else arguments.table
+    left = unrendered(output, stem, {*texts, *figures})
     for path in left:
         print(f"stale: {path}: nothing renders it any more, remove it", file=sys.stderr)
     if arguments.check:
@@ -82,12 +87,12 @@ def make_tables() -> None:
     print(*texts, *figures, sep="\n")
 
 
-def unrendered(output: Path, rendered: set[Path]) -> list[Path]:
-    """Files of tables that nothing renders any more, as when a table's last record is gone; nobody removes them.
+def unrendered(output: Path, stem: str, rendered: set[Path]) -> list[Path]:
+    """Files of the tables ``stem`` that nothing renders any more, as when a last record is gone; nobody removes them.
 
     Claims are counted on request, and ``delta_*`` is what scripts/analyze_delta.py wrote.
     """
-    there = {*(output / "tables").glob("*.*"), *(output / "figures").glob("*/*.*")}
+    there = {*(output / "tables").glob(f"{stem}.*"), *(output / "figures").glob(f"{stem}/*.*")}
     return sorted(path for path in there - rendered if not path.name.startswith((".", "claims.", "delta_")))
 
 

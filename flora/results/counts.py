@@ -46,12 +46,12 @@ def compute(claim: dict[str, Any]) -> float:
     counted = _count(claim["counted"])
     adapter = counted["trainable_params"]
     if claim["value"] == "count":
-        return adapter
+        return float(adapter)
     if claim["value"] == "of_model":
         return 100 * (adapter + counted["head_params"]) / (counted["total_params"] + adapter)
     against = _count(claim["against"])["trainable_params"]
     if claim["value"] == "extra":
-        return adapter - against
+        return float(adapter - against)
     share = 100 * adapter / against
     return share if claim["value"] == "share" else 100 - share
 

@@ -9,6 +9,7 @@ from flora.results.experiments import ROOT
 CLAIMS = yaml.safe_load((ROOT / "experiments" / "claims.yaml").read_text())["claims"]
 # BERT-large: 24 blocks of four square matrices of 1024, two of 1024 x 4096; 335,141,888 parameters with the pooler.
 SQUARE, MLP, BERT = 24 * 2 * 1024, 24 * 2 * (1024 + 4096), 335141888
+COUNTED = ("trainable_params", "head_params", "total_params")
 EXPECTED = [
     100 * (1 - 8 * 2 * SQUARE / BERT),
     100 * (1 - 16 * 2 * SQUARE / BERT),
@@ -55,6 +56,13 @@ def test_what_was_counted_is_kept_until_its_configs_change(tmp_path, monkeypatch
     assert counts.claims(known) == first
     assert counts.key(CLAIMS[0] | {"counted": [*CLAIMS[0]["counted"], "adapter.lora_dropout=0.5"]}) != gone
     assert counts.key(CLAIMS[0] | {"claimed": 1, "within": 2, "source": "?"}) == gone
+
+
+def test_what_is_counted_again_is_written_as_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(counts, "_count", lambda overrides: dict.fromkeys(COUNTED, 3))
+    path = tmp_path / "claims.csv"
+    path.write_text(counts.claims({}).csv())
+    assert counts.claims(counts.read_values(path)).csv() == path.read_text()
 
 
 def test_every_claim_names_its_source_and_what_it_assumes():

@@ -244,6 +244,20 @@ def test_a_table_without_records_leaves_files_that_a_check_names(store, render, 
     assert err.splitlines()[-1] == f"error: {len(left)} files are stale: remove them"
 
 
+def test_a_check_of_one_table_names_what_is_left_of_it_alone(store, render, tmp_path):
+    render("eurosat")
+    assert render("eurosat", "--check")[0] == 0
+    for name in ("tables/eurosat.txt", "figures/eurosat/old.png", "tables/vtab.md", "figures/vtab/old.png"):
+        path = tmp_path / "out" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    code, _, err = render("eurosat", "--check")
+    assert code == 1
+    left = [line for line in err.splitlines() if line.endswith("nothing renders it any more, remove it")]
+    assert len(left) == 2
+    assert all("/eurosat" in line for line in left)
+
+
 def test_no_record_is_an_error(render):
     for arguments in ((), ("eurosat",)):
         code, _, err = render(*arguments)
