@@ -49,7 +49,7 @@ def check_shape(cfg: DictConfig) -> None:
 
     Raises:
         ConfigError: a group that is no mapping or is missing, a number that is not finite, a text with a null byte, an
-            unknown mode, a seed that is none.
+            unknown mode, a checkpoint that it would not read, a seed that is none, a switch that is neither on nor off.
     """
     for group in _GROUPS:
         if not isinstance(cfg.get(group), DictConfig):
@@ -57,8 +57,13 @@ def check_shape(cfg: DictConfig) -> None:
     _check_values(OmegaConf.to_container(cfg, resolve=True), "")
     if cfg.mode not in ("train", "eval"):
         raise ConfigError(f"mode must be train or eval, got {cfg.mode!r}")
+    if cfg.mode == "train" and cfg.checkpoint is not None:
+        raise ConfigError(f"checkpoint={cfg.checkpoint} is for mode=eval; a run that was cut short goes on without it")
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise ConfigError(f"seed must be a whole number from 0, got {cfg.seed!r}")
+    for key in ("force", "retry"):
+        if not isinstance(cfg[key], bool):
+            raise ConfigError(f"{key} must be true or false, got {cfg[key]!r}")
 
 
 def _check_values(node: Any, name: str) -> None:
@@ -197,6 +202,8 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
                 preemption.check()
                 sweep.summary()
                 raise lost from error
+            if _refused(error):
+                raise ConfigError(one_line(error)) from error
             if not sweep.unfinished():
                 raise
         if _kept:
@@ -222,6 +229,12 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
     except Exception:
         ranks.tells()  # Python prints the trace, where it is heard
         raise
+
+
+def _refused(error: Exception) -> bool:
+    """Whether Hydra or a launcher refused its input before anything ran, though not with an error of its own kind."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, ValueError) and frame.f_globals["__name__"].startswith(("hydra.", "joblib."))
 
 
 def _tell(line: str, trace: bool = False) -> None:

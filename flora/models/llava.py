@@ -125,7 +125,7 @@ class Llava(TransformersModel):
                 raise ConfigError(f"model.{key}={value} is unknown; choose one of {', '.join(known)}")
         tower: Any = self.config().vision_config
         self.chat = CHATS[chat].saying(system)
-        self._image_size = image_size or int(getattr(tower, "image_size", 0))
+        self._image_size = int(getattr(tower, "image_size", 0)) if image_size is None else image_size
         patch = patch_size or int(getattr(tower, "patch_size", 0))
         if patch < 1 or self._image_size < patch or self._image_size % patch:
             raise ConfigError(f"model.image_size={self._image_size} must be a multiple of the patch size {patch}")

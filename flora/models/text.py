@@ -3,13 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from flora.adapters.heads import in_head
 from flora.errors import ConfigError, WeightsError
 from flora.models.gguf import converted
 from flora.models.quiet import quietly
-from flora.models.weights import Source, Weights, as_source, facts_of, resolve
+from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve
 
 KINDS: dict[str, Any] = {
     "sequence_classification": transformers.AutoModelForSequenceClassification,
@@ -214,9 +213,4 @@ def _read(source: Source) -> dict[str, Tensor]:
         return state
     if path.suffix == ".gguf":
         path = converted(path) / "model.safetensors"
-    try:
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise WeightsError(
-            f"{path} cannot be read as weights ({str(error).splitlines()[0]}): fetch it again"
-        ) from error
+    return read(path, load_file if path.suffix == ".safetensors" else partial(torch.load, weights_only=True))

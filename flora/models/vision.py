@@ -3,18 +3,16 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from flora.adapters.heads import in_head
 from flora.errors import ConfigError, WeightsError
-from flora.models.weights import Source, Weights, as_source, facts_of, resolve
+from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve
 
 UNTRAINED = "model.pretrained=false"
 
@@ -58,7 +56,7 @@ class TimmModel:
         self.name = name or timm_name
         self.pretrained = pretrained
         self.weights = as_source(weights) if weights else None
-        self.image_size = image_size or published.input_size[1]
+        self.image_size = published.input_size[1] if image_size is None else image_size
         self.mean = tuple(mean or published.mean)
         self.std = tuple(std or published.std)
         self.interpolation = interpolation or published.interpolation
@@ -68,8 +66,8 @@ class TimmModel:
         self._statistics: dict[torch.device, Tensor] = {}  # mean and std, [2, 3, 1, 1]
         if not published.classifier:
             raise ConfigError(f"model.timm_name={timm_name} has no classifier to train: choose an image classifier")
-        if self.image_size < 1:
-            raise ConfigError(f"model.image_size must be a positive number of pixels, got {image_size}")
+        if not isinstance(self.image_size, int) or self.image_size < 1:
+            raise ConfigError(f"model.image_size must be a positive number of pixels, got {image_size!r}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ConfigError("model.mean and model.std need three numbers each, the deviations above zero")
         if self.architecture and pretrained and self.weights is None:
@@ -148,12 +146,7 @@ class TimmModel:
         return Source(hub=self._published.hf_hub_id, file=self._published.hf_hub_filename or "model.safetensors")
 
     def _load(self, model: nn.Module, path: Path, by_order: bool) -> None:
-        try:
-            found = load_state_dict(str(path))
-        except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise WeightsError(
-                f"{path} cannot be read as weights ({str(error).splitlines()[0]}): fetch it again"
-            ) from error
+        found = read(path, load_state_dict)
         own = model.state_dict()
         if by_order and len(found) == len(own):
             found = dict(zip(own, found.values(), strict=True))

@@ -19,6 +19,7 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor
 
 from flora.errors import ConfigError, WeightsError
 
@@ -137,6 +138,18 @@ def resolve(source: Source) -> Path:
         f"no weights {source.name} ({'; '.join(tried)}): connect to the network once, "
         "or name a local file with model.weights=PATH"
     )
+
+
+def read(path: Path, load: Callable[[str], Any]) -> dict[str, Tensor]:
+    """The tensors that ``load`` finds in a file, by name; WeightsError where it is damaged or holds anything else."""
+    try:
+        found = load(str(path))
+    except Exception as error:  # unpickling raises almost any type on broken bytes
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise WeightsError(f"{path} cannot be read as weights ({reason}): fetch it again") from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise WeightsError(f"{path} cannot be read as weights: it must hold tensors by name, as a state dict")
+    return found
 
 
 def _verified(path: Path, source: Source, advice: str) -> Path:

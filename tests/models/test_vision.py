@@ -186,10 +186,19 @@ def test_weights_of_another_network_are_refused(tmp_path):
         flora.models.convnext(weights=str(tmp_path / "other.safetensors")).build(2)
 
 
-def test_weights_that_are_no_weights_are_refused(tmp_path):
-    (tmp_path / "w.safetensors").write_bytes(b"garbage")
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+@pytest.mark.parametrize("content", [b"", b"garbage", b"root:x:0:0:", bytes(range(256))])
+def test_weights_that_are_no_weights_are_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=r"cannot be read as weights \(.+\)"):
+        flora.models.convnext(weights=str(tmp_path / name)).build(2)
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], {"epoch": 3}, torch.ones(2)])
+def test_files_without_tensors_by_name_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="cannot be read as weights"):
-        flora.models.convnext(weights=str(tmp_path / "w.safetensors")).build(2)
+        flora.models.convnext(weights=str(tmp_path / "w.pth")).build(2)
 
 
 class Intruder:
