@@ -14,7 +14,6 @@ from typing import Any
 import peft
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -87,8 +86,10 @@ def read(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file} holds more than tensors and is not loaded; save its state dict alone") from error
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    except Exception as error:  # unpickling raises almost any type on broken bytes
+        raise ValueError(f"{file} cannot be read as weights ({error!r})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} cannot be read as weights: it must hold tensors by name, as a state dict")
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 

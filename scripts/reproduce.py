@@ -47,6 +47,7 @@ def reproduce() -> None:
     states = {cell: state(cell, contents) for cell in selected(table, arguments.only)}
     wanted = ("missing", "stale", "interrupted", "running", *(["failed"] if arguments.retry else []))
     left = [cell for cell, word in states.items() if word in wanted]
+    check_overrides(left, arguments.overrides)
     first = started_from(table, left)
     again = [c for c, folder in first.items() if state(c, contents) == "finished" and not saved_weights(folder)]
     states |= dict.fromkeys(again, "to run again")
@@ -88,6 +89,13 @@ def selected(table: Table, only: list[str]) -> list[Cell]:
                 raise ConfigError(f"--only {words}: {table.name} has no {key}={value}: {known}")
         cells = [cell for cell in cells if key not in cell.settings or cell.settings[key] in values.split(",")]
     return cells
+
+
+def check_overrides(cells: list[Cell], overrides: list[str]) -> None:
+    """Raise ConfigError where overrides would make other runs of the cells, whose records the table would not find."""
+    for cell in cells if overrides else []:
+        if Cell((*cell.overrides, *overrides)).run_id != cell.run_id:
+            raise ConfigError(f"{' '.join(overrides)}: would change the result of {' '.join(cell.overrides)}")
 
 
 def state(cell: Cell, contents: Contents) -> str:

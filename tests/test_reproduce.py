@@ -88,6 +88,20 @@ def test_only_some_cells_can_be_asked_for(store, call):
     assert "eurosat has no adaptr=lora: no cell sets it" in err
 
 
+@pytest.mark.parametrize("override", ["adapter.r=4", "seed=7", "model=resnet50", "trainer.max_steps=1"])
+def test_overrides_that_would_make_other_runs_are_refused(store, call, override):
+    code, _, err, ran = call("eurosat", "paths.data=d", override)
+    assert (code, ran) == (2, [])
+    assert f"error: paths.data=d {override}: would change the result of task=vtab" in err
+    assert len(call("eurosat", "paths.data=d", "logger=csv", "trainer.device=cpu")[3]) == 20
+
+
+def test_a_file_without_cells_is_said(call):
+    code, _, err, _ = call("claims", "--status")
+    assert code == 2
+    assert "error: experiments/claims.yaml lists no cells to run" in err
+
+
 def test_a_cell_that_does_not_set_the_key_stays(call):
     _, out, _, _ = call(
         "table3_glue", "--status", "--only", "adapter=full,lora", "--only", "adapter.r=8", "--only", "seed=0"

@@ -138,8 +138,10 @@ def load(table: str, scale: str = "mini") -> Table:
     if not path.exists():
         raise ConfigError(f"no table {table!r} in experiments/: choose one of {', '.join(names())}")
     definition = _definition(table)
+    if not scales(table):
+        raise ConfigError(f"experiments/{table}.yaml lists no cells to run")
     if scale not in scales(table):
-        raise ConfigError(f"{table} has no scale {scale!r}: choose one of {', '.join(scales(table)) or 'none'}")
+        raise ConfigError(f"{table} has no scale {scale!r}: choose one of {', '.join(scales(table))}")
     cells = list(_cells(table, definition["scales"][scale]))
     for cell, times in Counter(cells).items():
         if times > 1:

@@ -80,10 +80,16 @@ class Unsafe:
 def test_bad_input_is_one_line(bert, tmp_path):
     (tmp_path / "unsafe.pt").write_bytes(pickle.dumps({"weight": Unsafe()}))
     torch.save({"a.flora_layer.param_G": Unsafe()}, tmp_path / "zipped.pt")
+    torch.save([torch.ones(2)], tmp_path / "list.pt")
+    for name in ("text.pt", "text.safetensors"):
+        (tmp_path / name).write_text("root:x:0:0:")
     model = ["--model", f"transformers:{bert}"]
     cases = {
         "holds more than tensors": ["unsafe.pt", "--from", "published", "--scale", "1"],
         "holds more than": ["zipped.pt", "--from", "published", "--scale", "1"],
+        r"text\.pt cannot be read": ["text.pt", "--from", "checkpoint"],
+        r"text\.safetensors cannot be read": ["text.safetensors", "--from", "checkpoint"],
+        "must hold tensors by name": ["list.pt", "--from", "nlp", "--alpha", "1"],
         "--from, --to": ["x"],
         "no adapter_config.json": ["nowhere", "--from", "lora"],
         "No such file": ["nowhere.pt", "--from", "nlp", "--alpha", "1"],
