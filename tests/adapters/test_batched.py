@@ -383,6 +383,30 @@ def test_layers_on_one_input_keep_one_copy_of_it_under_autocast(form, changes, s
     assert_same(found, exact, rtol=0.05)
 
 
+class Checkpointed(nn.Module):
+    """A module whose forward pass is computed again in the backward pass."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("form", ["merged", "factored"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_under_autocast(form, reentrant, sharing):
+    wrapped = Checkpointed(sharing)
+    wrapped.reentrant = reentrant
+    model = adapt(wrapped, target_modules=SHARING, forward=form)
+    x = torch.randn(5, 8, requires_grad=True)
+    exact = gradients(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(gradients(model, x), exact, rtol=0.05)
+
+
 @pytest.mark.parametrize("form", ["merged", "factored"])
 def test_a_layer_outside_of_the_models_autocast_computes_in_full_precision(form, sharing):
     sharing.leaves = True
