@@ -98,7 +98,7 @@ class BatchedWeights:
     def converted(self, input: Tensor, dtype: torch.dtype) -> Tensor:
         """A layer's input as autocast would convert it to ``dtype``: once for all layers that take the same tensor.
 
-        They then keep one copy of it for their gradients.
+        They then keep one copy of it, and the gradients that they send back add up in that dtype.
         """
         if input.dtype != torch.float32 or self._casts.get(input.device.type) != dtype or input.is_inference():
             return input
