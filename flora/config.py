@@ -59,8 +59,8 @@ def check_shape(cfg: DictConfig) -> None:
         raise ConfigError(f"mode must be train or eval, got {cfg.mode!r}")
     if cfg.mode == "train" and cfg.checkpoint is not None:
         raise ConfigError(f"checkpoint={cfg.checkpoint} is for mode=eval; a run that was cut short goes on without it")
-    if not isinstance(cfg.seed, int) or cfg.seed < 0:
-        raise ConfigError(f"seed must be a whole number from 0, got {cfg.seed!r}")
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+        raise ConfigError(f"seed must be a whole number in 0..{2**32 - 1}, got {cfg.seed!r}")
     for key in ("force", "retry"):
         if not isinstance(cfg[key], bool):
             raise ConfigError(f"{key} must be true or false, got {cfg[key]!r}")

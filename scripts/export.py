@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import flora.models
 from flora.adapters import convert
+from flora.adapters.methods import first_lines
 from flora.config import main
 from flora.errors import ConfigError
 
@@ -40,7 +41,7 @@ def export(arguments: Sequence[str] | None = None) -> None:
             write = convert.to_lora if options.to == "lora" else convert.to_lycoris
             write(wrapped, options.output)
     except (ValueError, RuntimeError, OSError) as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        raise ConfigError(first_lines(error)) from error
     print(f"{options.to}: {options.output}")
 
 
@@ -70,6 +71,8 @@ def build(spec: str, num_classes: int) -> nn.Module:
     kind, _, folder = spec.partition(":")
     if kind != "transformers":
         return flora.models.load(spec, num_classes)
+    if not Path(folder).is_dir():
+        raise ValueError(f"--model: there is no folder {folder}")
     config = transformers.AutoConfig.from_pretrained(folder)
     if not config.architectures:
         raise ValueError(f"--model: {folder}/config.json names no architecture")

@@ -126,6 +126,7 @@ def test_merging_changes_the_logits_by_less_than_1e_4(run):
         (["mode=eval", "checkpoint=/nowhere"], "/nowhere"),
         (["mode=predict"], "mode"),
         (["seed=abc"], "seed"),
+        ([f"seed={2**32}"], "seed must be a whole number in 0..4294967295"),
         (["force=maybe"], "force must be true or false"),
         (["checkpoint=outputs"], "checkpoint=outputs is for mode=eval"),
         (["adapter=8"], "must be a string"),

@@ -251,7 +251,7 @@ def load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:
         try:
             wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
         except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{folder} does not fit this model: {first_lines(error)}") from error
         return Adapted(wrapped, [], effective_ranks(wrapped))
     if not (folder / "model.safetensors").exists():
         raise ValueError(f"{folder} holds neither adapter_config.json nor model.safetensors")
@@ -259,7 +259,7 @@ def load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:
         state = load_file(folder / "model.safetensors")
         result = model.load_state_dict(state, strict=False)
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{folder} does not fit this model: {first_lines(error)}") from error
     missing_head = [name for name in result.missing_keys if in_head(name, head)]
     if result.unexpected_keys or missing_head:
         raise ValueError(f"{folder} does not fit this model: it was trained with another one")
@@ -302,3 +302,8 @@ def effective_ranks(model: peft.PeftModel) -> dict[str, list[int]]:
         if hasattr(module, "lora_E") and not module.lora_E["default"].is_meta:
             kept[name] = [int(module.lora_E["default"].count_nonzero())]
     return kept if any(rank for (rank,) in kept.values()) else ranks  # all are zero before the first step
+
+
+def first_lines(error: Exception) -> str:
+    """The first two lines of an error's message in one: where torch says what and where."""
+    return " ".join(line.strip() for line in str(error).splitlines()[:2])

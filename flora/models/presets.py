@@ -223,7 +223,7 @@ def get(name: str) -> TimmModel | TransformersModel:
     try:
         return TimmModel(name)
     except ConfigError as error:
-        raise ConfigError(f"{error} flora's own are {', '.join(PRESETS)}") from error
+        raise ConfigError(f"{error}; flora's own are {', '.join(PRESETS)}") from error
 
 
 def load(name: str, num_classes: int) -> nn.Module:

@@ -90,12 +90,13 @@ def test_bad_input_is_one_line(bert, tmp_path):
         r"text\.pt cannot be read": ["text.pt", "--from", "checkpoint"],
         r"text\.safetensors cannot be read": ["text.safetensors", "--from", "checkpoint"],
         "must hold tensors by name": ["list.pt", "--from", "nlp", "--alpha", "1"],
+        "there is no folder /nowhere": ["text.pt", "--from", "nlp", "--alpha", "1", "--model", "transformers:/nowhere"],
         "--from, --to": ["x"],
         "no adapter_config.json": ["nowhere", "--from", "lora"],
         "No such file": ["nowhere.pt", "--from", "nlp", "--alpha", "1"],
     }
     for message, (source, *options) in cases.items():
         with pytest.raises(ConfigError, match=message) as caught:
-            export([str(tmp_path / source), str(tmp_path / "out"), *options, *model])
+            export([str(tmp_path / source), str(tmp_path / "out"), *model, *options])
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

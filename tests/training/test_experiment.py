@@ -192,6 +192,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run.method.save(run.train().adapted.model, tmp_path / "saved")
     with pytest.raises(ValueError, match="does not fit this model"):
         load(nn.Sequential(nn.Linear(2, 2)), ["0"], tmp_path / "saved")
+    other = run.model.build(7)
+    with pytest.raises(ValueError, match=r"does not fit this model: .* size mismatch for .*\[7"):
+        load(other, run.model.classifier, tmp_path / "saved")
 
 
 def test_a_diverging_loss_stops_the_run(tmp_path):
