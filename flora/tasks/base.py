@@ -196,15 +196,15 @@ def check_dataset(dataset: str, known: Collection[str], aliases: Collection[str]
     """ConfigError with the nearest names for a dataset that a family does not know."""
     if dataset in known or dataset in aliases:
         return
-    close = difflib.get_close_matches(dataset, [*known, *aliases])
+    close = difflib.get_close_matches(str(dataset), [*known, *aliases])
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise ConfigError(f"task.dataset={dataset} is unknown; {hint}choose one of {', '.join(known)}")
 
 
 def check_split_seed(split_seed: int) -> None:
     """ConfigError for a seed that ``draw`` cannot take."""
-    if not 0 <= split_seed < 2**32:
-        raise ConfigError(f"task.split_seed={split_seed} must lie in 0..{2**32 - 1}")
+    if not isinstance(split_seed, int) or not 0 <= split_seed < 2**32:
+        raise ConfigError(f"task.split_seed={split_seed} must be a whole number in 0..{2**32 - 1}")
 
 
 class ImageTask(Task):
@@ -240,7 +240,7 @@ class ImageTask(Task):
     ):
         if augment not in ("auto", *AUGMENTATIONS):
             raise ConfigError(f"task.augment={augment} is unknown; choose one of auto, {', '.join(AUGMENTATIONS)}")
-        if epochs < 1:
+        if not isinstance(epochs, int | float) or epochs < 1:
             raise ConfigError(f"task.epochs={epochs} must be at least 1")
         check_split_seed(split_seed)
         self.name = name

@@ -87,12 +87,12 @@ class TrainerSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ConfigError(f"trainer.{name} must be a positive number, got {value!r}")
-        for name in ("batch_size", "eval_batch_size", "gradient_accumulation", "log_every"):
-            if not isinstance(getattr(self, name), int):
+        for name in (*positive[2:], *optional[1:]):
+            if not isinstance(getattr(self, name), int | None):
                 raise ConfigError(f"trainer.{name} must be a whole number, got {getattr(self, name)!r}")
         for name in ("weight_decay", "max_grad_norm", "num_workers"):
             if not isinstance(getattr(self, name), int | float) or getattr(self, name) < 0:
-                raise ConfigError(f"trainer.{name} must not be negative, got {getattr(self, name)!r}")
+                raise ConfigError(f"trainer.{name} must be a number that is not negative, got {getattr(self, name)!r}")
         for name in ("warmup_ratio", "label_smoothing", "drop_path"):
             if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name} must lie in [0, 1), got {getattr(self, name)!r}")

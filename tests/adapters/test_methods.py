@@ -216,6 +216,12 @@ def test_adalora_ends_with_its_average_rank_and_records_it(tmp_path):
     assert adapted.ranks == {n: [int((m.lora_E["default"] != 0).sum())] for n, m in layers.items()}
 
 
+def test_adalora_takes_a_run_of_one_step(tmp_path):
+    adapted = adapter("adalora", FAMILIES["bert"], r=4).apply(build("bert"), ["classifier"])
+    train(adapted, "bert", batch_of("bert"), tmp_path, steps=1)
+    assert sum(rank for (rank,) in adapted.ranks.values()) == 4 * len(adapted.ranks)
+
+
 @pytest.mark.parametrize("name", ["adalora", "lotr", "norm_tuning", "bitfit", "lora"])
 def test_a_run_restores_its_best_epoch_and_evaluates_what_it_saved(name, tmp_path):
     method = adapter(name)

@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def vtab(dataset: str = "eurosat", **settings) -> Vtab:
-    return Vtab(name="vtab", dataset=dataset, epochs=1, **settings)
+    return Vtab(**{"name": "vtab", "dataset": dataset, "epochs": 1} | settings)
 
 
 def load(folder: Path, **settings):
@@ -288,6 +288,9 @@ class TestSettings:
             {"test_size": "half"},
             {"unreadable": "ignore"},
             {"split_seed": -1},
+            {"split_seed": "x"},
+            {"epochs": "x"},
+            {"dataset": 7},
         ],
     )
     def test_a_value_that_cannot_be_used_is_named(self, setting):

@@ -99,6 +99,8 @@ class _Allocate(TrainerCallback):
         # A pattern in the config would make PEFT prune what it saves, and a pruned checkpoint of an earlier epoch does
         # not fit the model any more. Ranks that are taken away are zeros either way.
         self.config.rank_pattern = self.pattern
+        if state.max_steps - self.config.tfinal == 1:  # PEFT takes ranks away at once, by averages that it lacks
+            self.tuner.rankallocator.update_ipt(self.tuner.model)
         self.tuner.update_and_allocate(state.global_step + 1)
         self.pattern, self.config.rank_pattern = self.config.rank_pattern, None
 
