@@ -106,8 +106,10 @@ class Peft:
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
         """Wrap ``model``; raises ValueError naming the field when a setting does not fit the model."""
         targets, skipped = self._targets(model, head)
-        config = self.config_class(target_modules=targets, modules_to_save=list(head), **self.options)
         layers = ", ".join(adaptable(model, head)[:3])
+        if missed := self._missed(model):
+            raise ValueError(f"target_modules: {', '.join(missed)} match no layer; layers are called {layers}, ...")
+        config = self.config_class(target_modules=targets, modules_to_save=list(head), **self.options)
         try:
             if self.budget is not None:
                 self.budget.solve(config, model, head, self.target_modules)
@@ -129,6 +131,13 @@ class Peft:
             # PEFT asks the hub whether the vocabulary grew; ours never does.
             warnings.filterwarnings("ignore", message="Could not find a config file")
             model.save_pretrained(str(folder))
+
+    def _missed(self, model: nn.Module) -> list[str]:
+        """Listed names that are no module's, nor the end of one's: PEFT passes over them as long as others match."""
+        if isinstance(self.target_modules, str):
+            return []
+        names = [f".{name}" for name, _ in model.named_modules()]
+        return [target for target in self.target_modules if not any(name.endswith(f".{target}") for name in names)]
 
     def _targets(self, model: nn.Module, head: Sequence[str]) -> tuple[str | list[str], list[str]]:
         if self.target_modules == "all":

@@ -1,6 +1,7 @@
 """What every benchmark script shares: its options, where it ran, its JSON file, and one line for bad input."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -37,8 +38,17 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="of the arithmetic; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--json", type=_place, help="where to write the results")
     return parser
+
+
+def _place(name: str) -> Path:
+    """A file that can be written, asked before a measurement that may take long; ConfigError for any other."""
+    path = Path(name)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--json {path}: cannot be written")
+    return path
 
 
 def device_of(name: str | None) -> torch.device:

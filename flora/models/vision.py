@@ -68,7 +68,8 @@ class TimmModel:
             raise ConfigError(f"model.timm_name={timm_name} has no classifier to train: choose an image classifier")
         if not isinstance(self.image_size, int) or self.image_size < 1:
             raise ConfigError(f"model.image_size must be a positive number of pixels, got {image_size!r}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        numbers = all(isinstance(value, int | float) for value in (*self.mean, *self.std))
+        if not numbers or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ConfigError("model.mean and model.std need three numbers each, the deviations above zero")
         if self.architecture and pretrained and self.weights is None:
             raise ConfigError(f"model.architecture: timm has no weights for it; name a file or set {UNTRAINED}")

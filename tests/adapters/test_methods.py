@@ -137,6 +137,14 @@ def test_what_cannot_be_adapted_is_said(name, family):
         adapter(name, FAMILIES[family]).apply(build(family), FAMILIES[family].head)
 
 
+@pytest.mark.parametrize("name", ["flora", "lora"])
+@pytest.mark.parametrize("targets", [["conv_pwl", "conv_wpl"], ["conv_wpl"]])
+def test_a_target_that_no_layer_bears_is_named(name, targets):
+    base = timm.create_model("tf_efficientnet_lite0", num_classes=CLASSES)
+    with pytest.raises(ValueError, match=r"^target_modules: conv_wpl match no layer; layers are called \w"):
+        adapter(name, target_modules=targets).apply(base, ["classifier"])
+
+
 @pytest.mark.parametrize(
     ("name", "family"), [pair for pair in PAIRS if pair[1] == "convnext" or pair == ("pissa", "vit")]
 )

@@ -185,6 +185,8 @@ def test_the_spread_is_the_interquartile_range():
         ("--model deberta --size 64", "--size"),
         ("--model deberta --tokens 9999", "--tokens: deberta reads at most 512"),
         ("--model resnet18 --device cpu --capture", "--capture"),
+        ("--model resnet18 --json /dev/null/step.json", "--json /dev/null/step.json: cannot be written"),
+        ("--model resnet18 --json tests", "--json tests: cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, said, run):

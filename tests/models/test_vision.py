@@ -228,6 +228,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
         (lambda: TimmModel("resnet18.nowhere"), r"timm has resnet18\.a1_in1k"),
         (lambda: TimmModel("resnet18", image_size=-1), "image_size must be a positive"),
         (lambda: TimmModel("resnet18", std=[1, 1]), "three numbers"),
+        (lambda: TimmModel("resnet18", mean=["red", "green", "blue"]), "three numbers"),
         (lambda: TimmModel("resnet18", weights={"url": "x"}), "model.weights: .*url"),
         (lambda: TimmModel("ghostnet_050", pretrained=False).build(2, drop_path=0.1), "cannot be built.*drop_path"),
     ],
