@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flora import pipes, preemption, ranks, sweep
-from flora.errors import ConfigError, FloraError, Interrupted
+from flora.errors import ConfigError, FloraError, Interrupted, first_line
 from flora.results.secrets import without_secrets
 
 # A ``_target_`` runs code, so a config may only name classes of ours, and the functions that make our models.
@@ -92,7 +92,7 @@ def instantiate(node: DictConfig, **kwargs: Any) -> Any:
             raise cause from None
         if isinstance(cause, TypeError | ValueError):
             raise ConfigError(f"{node.get('_target_', '?')}: {cause}") from error
-        raise ConfigError(str(error).splitlines()[0]) from error
+        raise ConfigError(first_line(error)) from error
 
 
 def _check_target(target: str) -> None:

@@ -1,6 +1,11 @@
 """Errors that a user can mend: each message is one line that says what is wrong and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it says nothing: to quote in a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class FloraError(Exception):
     """Base of the errors below; ``train.py`` prints the message after ``error: `` and exits with ``exit_code``."""
 

@@ -144,8 +144,8 @@ class BatchedWeights:
         self._depth = max(self._depth - 1, 0)  # 0: a hook that ran before _begin has raised
         if self._depth == 0:
             self._inputs = {}
-        if self._depth == 0 and not self._with_gradient:
-            self._built = {}
+            if not self._with_gradient:
+                self._built = {}
 
 
 def plans(layers: Sequence[FloraLayer]) -> list[Plan | Thin]:

@@ -133,8 +133,7 @@ class Linear(_Matrix):
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self._modules["base_layer"]  # past nn.Module's attribute lookup
         if runs_plain_op(base, nn.Linear):
-            bias = weights.get("bias", base.bias)
-            return F.linear(args[0] if args else kwargs["input"], weights["weight"], bias)
+            return F.linear(args[0] if args else kwargs["input"], weights["weight"], weights.get("bias", base.bias))
         return super().run_base(weights, *args, **kwargs)
 
     @override

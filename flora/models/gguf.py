@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from flora.errors import WeightsError
+from flora.errors import WeightsError, first_line
 from flora.models.quiet import quietly
 from flora.models.weights import cache_dir, sha256_of
 
@@ -46,5 +46,5 @@ def converted(path: Path) -> Path:
                     raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         shutil.rmtree(target, ignore_errors=True)
-        raise WeightsError(f"{path} cannot be converted ({str(error).splitlines()[0]}): fetch it again") from error
+        raise WeightsError(f"{path} cannot be converted ({first_line(error)}): fetch it again") from error
     return target

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flora.adapters.heads import in_head
-from flora.errors import ConfigError, WeightsError
+from flora.errors import ConfigError, WeightsError, first_line
 from flora.models.gguf import converted
 from flora.models.quiet import quietly
 from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve
@@ -107,7 +107,7 @@ class TransformersModel:
         try:
             found = transformers.AutoTokenizer.from_pretrained(place)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise WeightsError(f"no tokenizer of {self.name} at {place} ({reason}): set model.tokenizer") from error
         size = self.config().get_text_config().vocab_size
         if len(found) > size:
@@ -137,7 +137,7 @@ class TransformersModel:
         try:
             return transformers.AutoConfig.for_model(**sizes)
         except (TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"model.architecture: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"model.architecture: {first_line(error)}") from error
 
     def skeleton(self, num_classes: int | None = None) -> nn.Module:
         """The network on the meta device, without values, to count with; ``num_classes`` as for ``config``."""
@@ -172,7 +172,7 @@ class TransformersModel:
                     None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32
                 )
         except RuntimeError as error:
-            raise WeightsError(f"{source} is not of {self.name}: {str(error).splitlines()[0]}") from error
+            raise WeightsError(f"{source} is not of {self.name}: {first_line(error)}") from error
         missing = sorted(name for name in report["missing_keys"] if not in_head(name, fresh))
         if missing:
             raise WeightsError(

@@ -21,7 +21,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
-from flora.errors import ConfigError, WeightsError
+from flora.errors import ConfigError, WeightsError, first_line
 
 BUNDLED = Path(__file__).parent / "bundled"
 PROBE_SECONDS = 3
@@ -145,8 +145,7 @@ def read(path: Path, load: Callable[[str], Any]) -> dict[str, Tensor]:
     try:
         found = load(str(path))
     except Exception as error:  # unpickling raises almost any type on broken bytes
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise WeightsError(f"{path} cannot be read as weights ({reason}): fetch it again") from error
+        raise WeightsError(f"{path} cannot be read as weights ({first_line(error)}): fetch it again") from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise WeightsError(f"{path} cannot be read as weights: it must hold tensors by name, as a state dict")
     return found
@@ -185,7 +184,7 @@ def _from_hub(source: Source) -> Path:
     try:
         found = huggingface_hub.hf_hub_download(str(source.hub), str(source.file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsError(str(error).splitlines()[0]) from error
+        raise WeightsError(first_line(error)) from error
     return _verified(Path(found), source, "the repository holds other weights now")
 
 

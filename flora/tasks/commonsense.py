@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from flora.errors import ConfigError, DataError, WeightsError
+from flora.errors import ConfigError, DataError, WeightsError, first_line
 from flora.models.weights import reach_hub
 from flora.tasks import manifest
 from flora.tasks.base import Batch, Forward, Splits, check_dataset, check_split_seed, cross_entropy, draw
-from flora.tasks.images import one_line
 from flora.tasks.metrics import Classification
 from flora.tasks.questions import DATASETS, MIX, PROMPT, RESPONSE, Entry, Question, adapters_row, ask_all, with_passage
 from flora.tasks.text import TextDataset, TextTask, as_tensor, fingerprint, pad_or_end, starts_of, tokenise
@@ -227,7 +226,7 @@ class Commonsense(TextTask):
             reach_hub()
             return Path(huggingface_hub.snapshot_download(repository, **options)) / configuration
         except (WeightsError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise DataError(f"hub {repository}: {one_line(error)}") from error
+            raise DataError(f"hub {repository}: {first_line(error)}") from error
 
     def _local(self, data_dir: Path | None) -> Path | None:
         places = [Path(data_dir) / name for name in (self.dataset, self.entry.folder)] if data_dir is not None else []

@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from flora.errors import DataError
+from flora.errors import DataError, first_line
 from flora.models.weights import sha256_of
-from flora.tasks.images import one_line
 from flora.tasks.parquet import opener
 from flora.tasks.rows import row_of
 
@@ -146,7 +145,7 @@ def read_parquet(paths: Sequence[Path], ask: Callable[[Row], Asked], pictures: P
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a readable parquet file ({one_line(error)}); fetch it again") from error
+            raise DataError(f"{path}: not a readable parquet file ({first_line(error)}); fetch it again") from error
         if "image" not in table.column_names:
             raise DataError(f"{path}: no column image (it has {', '.join(table.column_names)})")
         kind = table.schema.field("image").type
@@ -165,7 +164,7 @@ def read_parquet(paths: Sequence[Path], ask: Callable[[Row], Asked], pictures: P
                     f"{path}: no column {error.args[0]} (it has {', '.join(table.column_names)})"
                 ) from error
             except ValueError as error:
-                raise DataError(f"{where}: {one_line(error)}; mend the file") from error
+                raise DataError(f"{where}: {first_line(error)}; mend the file") from error
             turns = ((f"{IMAGE}\n{asked.question}", asked.answers[0]),)
             dialogues.append(Dialogue(turns, (image,), asked.answers, asked.kind, where))
     if not dialogues:
@@ -189,7 +188,7 @@ def read_json(path: Path, images: Path, pictures: Pictures) -> list[Dialogue]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({one_line(error)}); fetch it again") from error
+        raise DataError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: not a list of conversations, or an empty one; fetch it again")
     dialogues = []
@@ -209,7 +208,7 @@ def read_json(path: Path, images: Path, pictures: Pictures) -> list[Dialogue]:
                 raise ValueError(f"{IMAGE} occurs {holes} times, but there are {len(files)} images")
             places = tuple(_place(images, file, pictures) for file in files)
         except (ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{where}: {one_line(error)}; mend the file") from error
+            raise DataError(f"{where}: {first_line(error)}; mend the file") from error
         except KeyError as error:
             raise DataError(f"{where}: no key {error.args[0]}; mend the file") from error
         answer = turns[-1][1]

@@ -19,11 +19,11 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from PIL import Image
 from torchvision import datasets
 
-from flora.errors import DataError, WeightsError
+from flora.errors import DataError, WeightsError, first_line
 from flora.models.weights import reach_hub
 from flora.tasks import rules
 from flora.tasks.base import draw
-from flora.tasks.images import Pool, one_line
+from flora.tasks.images import Pool
 
 _TIMEOUT_S = 5
 _CALTECH_TRAIN_PER_CLASS = 30
@@ -156,7 +156,7 @@ def from_hub(repository: str) -> Path:
         reach_hub()
         return Path(huggingface_hub.snapshot_download(repository, **options))
     except (WeightsError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise DataError(f"hub {repository}: {one_line(error)}") from error
+        raise DataError(f"hub {repository}: {first_line(error)}") from error
 
 
 def download(dataset: str, split_seed: int) -> tuple[dict[str, Pool], list[str], dict[str, Any]]:
@@ -181,7 +181,7 @@ def download(dataset: str, split_seed: int) -> tuple[dict[str, Pool], list[str],
         with FileLock(root / f"{dataset}.lock"):
             sets = _load(dataset, source, root)
     except (RuntimeError, OSError, ImportError) as error:
-        raise DataError(f"the download of {dataset} from {source.server} failed ({one_line(error)})") from error
+        raise DataError(f"the download of {dataset} from {source.server} failed ({first_line(error)})") from error
     found = sum(map(len, sets.values()))
     if found != source.images:
         # torchvision takes a half-unpacked folder for a whole one.

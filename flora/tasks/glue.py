@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 from torch.nn import functional as F
 
-from flora.errors import ConfigError, DataError, WeightsError
+from flora.errors import ConfigError, DataError, WeightsError, first_line
 from flora.models.weights import reach_hub, sha256_of
 from flora.tasks import manifest
 from flora.tasks.base import Splits, check_dataset, check_split_seed, draw
@@ -245,7 +245,7 @@ class Glue(TextTask):
         try:
             return Path(huggingface_hub.snapshot_download(HUB, **options)) / self.dataset
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise WeightsError(str(error).splitlines()[0]) from error
+            raise WeightsError(first_line(error)) from error
 
 
 def _read_tsv(path: Path, entry: Entry) -> Rows:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flora.errors import ConfigError, DataError
+from flora.errors import ConfigError, DataError, first_line
 from flora.tasks.base import ImageDataset
 
 INTERPOLATIONS = {
@@ -57,7 +57,7 @@ def as_rgb(open_image: Callable[[], Image.Image], name: str) -> Image.Image:
     # Pillow's decoders raise almost any type on broken bytes: OSError, SyntaxError, struct.error, zlib.error, ...
     except Exception as error:
         raise DataError(
-            f"{name}: image cannot be decoded ({one_line(error)}); mend it or set task.unreadable=skip"
+            f"{name}: image cannot be decoded ({first_line(error)}); mend it or set task.unreadable=skip"
         ) from error
 
 
@@ -157,8 +157,3 @@ def from_grey(grey: np.ndarray, labels: np.ndarray, image_size: int, interpolati
         grey = resized
     images = torch.from_numpy(grey)[:, None].expand(-1, 3, -1, -1)
     return ImageDataset(images, torch.from_numpy(labels.astype(np.int64)))
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message, for a one-line message of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Features
 from PIL import Image
 
-from flora.errors import DataError
-from flora.tasks.images import Pool, one_line
+from flora.errors import DataError, first_line
+from flora.tasks.images import Pool
 
 _BATCH = 64
 
@@ -96,7 +96,7 @@ def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({one_line(error)}); fetch it again") from error
+        raise DataError(f"{path}: not a readable parquet file ({first_line(error)}); fetch it again") from error
 
 
 def _check_columns(path: Path, schema: pa.Schema, column: str) -> None:
@@ -122,11 +122,11 @@ def _labels(path: Path, file: pq.ParquetFile, num_classes: int, name: str, first
     try:
         column = file.read(columns=[name])[name]
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: column {name} cannot be read ({one_line(error)}); fetch it again") from error
+        raise DataError(f"{path}: column {name} cannot be read ({first_line(error)}); fetch it again") from error
     try:  # missing labels become smaller than the first, out of range as well
         labels = column.cast(pa.int64()).fill_null(first - 1).to_numpy()
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: column {name} holds no class indices ({one_line(error)})") from error
+        raise DataError(f"{path}: column {name} holds no class indices ({first_line(error)})") from error
     wrong = np.flatnonzero((labels < first) | (labels >= first + num_classes))
     if len(wrong):
         row = int(wrong[0])
@@ -152,7 +152,7 @@ def _open_images(path: Path, file: pq.ParquetFile, rows: np.ndarray) -> Iterator
             if taken == len(rows):
                 return
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: column image cannot be read ({one_line(error)}); fetch it again") from error
+        raise DataError(f"{path}: column image cannot be read ({first_line(error)}); fetch it again") from error
 
 
 def opener(folder: Path, cell: dict[str, Any]) -> Callable[[], Image.Image]:

@@ -16,9 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flora.errors import DataError
+from flora.errors import DataError, first_line
 from flora.models.weights import sha256_of
-from flora.tasks.images import one_line
 from flora.tasks.rows import row_of
 
 PROMPT = (
@@ -159,7 +158,7 @@ def ask_all(paths: Sequence[Path], ask: Callable[[Row], Question]) -> tuple[list
             except KeyError as error:
                 raise DataError(f"{path}: no column {error.args[0]} (it has {', '.join(row)})") from error
             except (ValueError, TypeError) as error:
-                raise DataError(f"{row_of(path, number)}: {one_line(error)}; mend the file") from error
+                raise DataError(f"{row_of(path, number)}: {first_line(error)}; mend the file") from error
         facts[path.name] = {"rows": len(rows), "sha256": sha256_of(path)}
     if not questions:
         raise DataError(f"{paths[0]}: no rows; fetch the file again")
@@ -175,7 +174,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
             return found
         return pq.read_table(path).to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({one_line(error)}); fetch it again") from error
+        raise DataError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
 
 
 def adapters_row(row: Row) -> Question:

@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 import torch
 from datasets import ClassLabel, Features
 
-from flora.errors import DataError
+from flora.errors import DataError, first_line
 from flora.models.weights import sha256_of
-from flora.tasks.images import one_line
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def read_parquet(paths: Sequence[Path], columns: Sequence[str], classes: int, bo
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} is no readable parquet file ({one_line(error)}); fetch it again") from error
+            raise DataError(f"{path} is no readable parquet file ({first_line(error)}); fetch it again") from error
         missing = [name for name in (*columns, "label") if name not in table.column_names]
         if missing:
             raise DataError(
@@ -91,7 +90,7 @@ def check_labels(
     try:
         values = np.array([np.nan if label is None else float(label) for label in labels])
     except (TypeError, ValueError) as error:
-        raise DataError(f"{where(0)}: labels are no numbers ({one_line(error)})") from error
+        raise DataError(f"{where(0)}: labels are no numbers ({first_line(error)})") from error
     fits = (values >= low) & (values <= high) & ((values == np.round(values)) | (classes == 0))
     wrong = np.flatnonzero(~fits)
     if len(wrong):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flora.errors import CaptureFailed
+from flora.errors import CaptureFailed, first_line
 
 WARM_UP = 3  # eager calls before a capture: kernels are chosen, the optimizer's state is made
 _SYNCHRONISING = "synchronizing CUDA operation"  # what torch's sync debug mode warns of
@@ -37,7 +37,7 @@ class Recorder:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 result = function()
         except RuntimeError as error:  # torch's generator is left in capture mode: the run cannot go on eagerly
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise CaptureFailed(f"the step cannot be captured ({reason}): set trainer.cuda_graph=false") from error
 
         def replay() -> Any:

@@ -17,7 +17,7 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
 from flora import ranks
-from flora.errors import CheckpointError
+from flora.errors import CheckpointError, first_line
 
 KEPT = 2  # checkpoints: the newest, and one to fall back on
 SECONDS = 60.0  # between two checkpoints, at least
@@ -78,7 +78,7 @@ class Checkpoints:
             try:
                 return path, _read(path)
             except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = first_line(error)
                 print(f"warning: checkpoint {path} is damaged ({reason}): using the one before", file=sys.stderr)
                 self._damaged.add(number)
         return None

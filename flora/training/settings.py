@@ -79,20 +79,20 @@ class TrainerSettings:
     checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "lr", "batch_size", "eval_batch_size", "gradient_accumulation", "log_every")
         optional = ("head_lr", "max_steps", "max_eval_examples", "warmup_steps", "eval_steps", "checkpoint_every")
-        for name in (*positive, *optional):
+        counts = ("batch_size", "eval_batch_size", "gradient_accumulation", "log_every", *optional[1:])
+        for name in ("epochs", "lr", "head_lr", *counts):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ConfigError(f"trainer.{name} must be a positive number, got {value!r}")
-        for name in (*positive[2:], *optional[1:]):
-            if not isinstance(getattr(self, name), int | None):
-                raise ConfigError(f"trainer.{name} must be a whole number, got {getattr(self, name)!r}")
         for name in ("weight_decay", "max_grad_norm", "num_workers"):
             if not isinstance(getattr(self, name), int | float) or getattr(self, name) < 0:
                 raise ConfigError(f"trainer.{name} must be a number that is not negative, got {getattr(self, name)!r}")
+        for name in (*counts, "num_workers"):
+            if not isinstance(getattr(self, name), int | None):
+                raise ConfigError(f"trainer.{name} must be a whole number, got {getattr(self, name)!r}")
         for name in ("warmup_ratio", "label_smoothing", "drop_path"):
             if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name} must lie in [0, 1), got {getattr(self, name)!r}")

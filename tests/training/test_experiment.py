@@ -222,6 +222,7 @@ def test_gradient_accumulation_equals_the_large_batch(tmp_path):
         ({"batch_size": "many"}, "trainer.batch_size"),
         ({"max_steps": 1.5}, "trainer.max_steps must be a whole number"),
         ({"num_workers": "two"}, "trainer.num_workers must be a number"),
+        ({"num_workers": 1.5}, "trainer.num_workers must be a whole number"),
     ],
 )
 def test_settings_name_the_field_that_is_wrong(change, message):
