@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach flora.config.main, which prints one line
+os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach flora.launch.entry.main, which prints one line
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hydra
 from omegaconf import DictConfig
 
-from flora import ranks
-from flora.config import METHOD_VERSION, check_shape, instantiate, main, quietly, run_id, semantic_config
+from flora.config import METHOD_VERSION, check_shape, instantiate, run_id, semantic_config
 from flora.errors import CheckpointError, ConfigError, DataError, ProcessLost, WeightsError, WorkerLost
+from flora.launch import processes
+from flora.launch.entry import main, quietly
 from flora.results import Record, Store
 from flora.results.record import command, device_name, now
 from flora.training import Experiment, NoLogger
@@ -30,17 +31,17 @@ def run(cfg: DictConfig) -> Path:
     checkpoint = saved_run(cfg.checkpoint) if cfg.mode == "eval" else None
     task = instantiate(cfg.task)
     cfg.task.dataset = task.dataset  # an alias and the name it stands for are one run
-    ranks.start(cfg.trainer.get("device") == "cpu")
+    processes.start(cfg.trainer.get("device") == "cpu")
     identity = run_id(cfg, digest(checkpoint) if checkpoint else None)
     paths = instantiate(cfg.paths)
     store = Store(paths.results)
-    if done := ranks.once(lambda: store.settled(identity, cfg.retry, cfg.force)):
+    if done := processes.once(lambda: store.settled(identity, cfg.retry, cfg.force)):
         return found(store, done, Path(paths.output) / identity)
-    folder = ranks.once(lambda: paths.prepare(identity))
-    with store.lock(identity) if ranks.first() else contextlib.nullcontext() as lock:
-        if done := ranks.once(lambda: store.settled(identity, cfg.retry, cfg.force)):  # by another, since we looked
+    folder = processes.once(lambda: paths.prepare(identity))
+    with store.lock(identity) if processes.first() else contextlib.nullcontext() as lock:
+        if done := processes.once(lambda: store.settled(identity, cfg.retry, cfg.force)):  # by another, since we looked
             return found(store, done, folder)
-        if cfg.force and ranks.first():
+        if cfg.force and processes.first():
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         record = execute(cfg, identity, task, checkpoint, folder, store)
         if lock is not None:
@@ -62,7 +63,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
     """Train or evaluate; returns the finished record, or writes one of the failure."""
     model, method = instantiate(cfg.model), instantiate(cfg.adapter)
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
-    logger = logger if ranks.first() else NoLogger()
+    logger = logger if processes.first() else NoLogger()
     label = f"{task.name}/{task.dataset} {model.name} {method.name} seed {cfg.seed}"
     say(f"{label}: run {identity}")
     splits = task.load_for(model, Path(cfg.paths.data))
@@ -91,7 +92,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
     )
     try:
         log = logger.run(about(record, label, cfg.table, cfg.cell, cfg.force), folder)
-        with ranks.together(), log as experiment.log, data_workers():
+        with processes.together(), log as experiment.log, data_workers():
             if checkpoint is not None:
                 check_same_model(checkpoint, model.name)
                 outcome = experiment.evaluate(checkpoint)
@@ -110,7 +111,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
         if path := store.end(record, "failed", error):
             say(f"failed: {error} (record: {path})")
         raise
-    if ranks.first():
+    if processes.first():
         say(f"{label}: test {record.metric} {record.value:.4f} ({record.trainable_params:,} trainable parameters)")
     return record
 

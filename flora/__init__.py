@@ -1,6 +1,23 @@
-"""FLoRA: parameter-efficient fine-tuning of weights of any dimension by a Tucker form, as a PEFT method."""
+"""FLoRA: parameter-efficient fine-tuning of weights of any dimension by a Tucker form, as a PEFT method.
 
-from flora.adapters import FloraConfig, FloraModel
+``import flora`` registers FLoRA, and the methods compared with it, with PEFT: at once where PEFT is imported already,
+else when it is, so that a script that needs no network does not wait for PEFT's five seconds.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from flora import names, registration
+
+if TYPE_CHECKING:
+    from flora.adapters import FloraConfig, FloraLayer, FloraModel
 
 __version__ = "0.1.0"
-__all__ = ["FloraConfig", "FloraModel", "__version__"]
+__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "__version__"]
+_HOMES = dict.fromkeys(("FloraConfig", "FloraLayer", "FloraModel"), "adapters")
+
+
+def __getattr__(name: str) -> Any:
+    return names.public(__name__, _HOMES, name)
+
+
+registration.when_peft_is_imported()

@@ -1,25 +1,27 @@
-"""The boundary to Hydra: safe instantiation, the run's identity, and one-line errors with exit code 2."""
+"""Configs: what train.py composes, safe instantiation, and the run's identity."""
 
-import contextlib
+import copy
 import hashlib
 import json
 import math
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
-from hydra.types import RunMode
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flora import pipes, preemption, ranks, sweep
-from flora.errors import ConfigError, FloraError, Interrupted, first_line
-from flora.results.secrets import without_secrets
+from flora import names
+from flora.errors import ConfigError, FloraError, first_line
+from flora.secrets import without_secrets
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # A ``_target_`` runs code, so a config may only name classes of ours, and the functions that make our models.
 ALLOWED_TARGETS = ("flora.",)
@@ -42,6 +44,30 @@ _NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
 
 # Options where zero, false or an empty list says something else than null.
 _ZERO_COUNTS = ("scale", "alpha", "init_weights", "init_lora_weights", "stack_modes", "color_jitter")
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """What ``python train.py OVERRIDES`` composes: groups by Hydra, once for each choice of them, then the values.
+
+    Raises:
+        ConfigError: an override that does not fit the configs.
+    """
+    groups = {path.name for path in (ROOT / "configs").iterdir() if path.is_dir()}
+    chosen = tuple(o for o in overrides if o.split("=")[0] in groups)
+    cfg = copy.deepcopy(_choice(chosen))
+    parser = OverridesParser.create()
+    try:
+        for override in parser.parse_overrides([o for o in overrides if o not in chosen]):
+            OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=override.is_add())
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{' '.join(overrides)}: {one_line(error)}") from error
+    return cfg
+
+
+@cache
+def _choice(groups: tuple[str, ...]) -> DictConfig:
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        return compose("train", overrides=list(groups))
 
 
 def check_shape(cfg: DictConfig) -> None:
@@ -82,10 +108,11 @@ def instantiate(node: DictConfig, **kwargs: Any) -> Any:
     """
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise ConfigError(f"{node!r} is not a config with a _target_")
-    for target in _targets(OmegaConf.to_container(node, resolve=True)):
+    named = names.current_targets(OmegaConf.to_container(node, resolve=True))
+    for target in _targets(named):
         _check_target(target)
     try:
-        return hydra.utils.instantiate(node, _convert_="all", **kwargs)
+        return hydra.utils.instantiate(named, _convert_="all", **kwargs)
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, FloraError):
@@ -143,7 +170,7 @@ def run_id(cfg: DictConfig, checkpoint_digest: str | None = None, method_version
 
 def identity(semantic: dict[str, Any]) -> str:
     """The run id of what ``semantic_config`` gave."""
-    text = json.dumps(_pruned(semantic), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(names.first(_pruned(semantic)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -156,92 +183,6 @@ def _pruned(node: Any) -> Any:
         kept = {key: value for key, value in node.items() if value or (key in _ZERO_COUNTS and value is not None)}
         return {key: value if key.endswith("_pattern") else _pruned(value) for key, value in kept.items()}
     return [_pruned(value) for value in node] if isinstance(node, list) else node
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Around a Hydra job: keep bad input from Hydra, which would print more than the one line; ``main`` raises it.
-
-    In a multirun Hydra needs the exception, to mark the job as failed and go on to the next. A signal ends only jobs
-    where a launcher's processes run them.
-    """
-    try:
-        preemption.check()
-        yield
-    except preemption.Preempted as end:
-        if not preemption.adopted():
-            raise
-        preemption.hand_on()
-        raise Interrupted(str(end)) from None
-    except FloraError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            raise
-        _kept.append(error)
-
-
-_kept: list[FloraError] = []
-
-
-@pipes.while_read()
-def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
-    """Run a Hydra entry point; bad input ends in one ``error:`` line on stderr and exit code 2, a sweep in a summary.
-
-    Hydra prints its own composition errors and exits 1. With HYDRA_FULL_ERROR set it lets exceptions through, so that
-    one place decides what the user sees.
-    """
-    preemption.install()
-    ranks.hush()
-    try:
-        if ranks.launched() and {"-m", "--multirun"} & set(sys.argv):
-            raise ConfigError("a sweep cannot be shared out by torchrun: start it once for each run")
-        try:
-            entry()
-        except Exception as error:
-            if lost := sweep.lost(error):
-                preemption.check()
-                sweep.summary()
-                raise lost from error
-            if _refused(error):
-                raise ConfigError(one_line(error)) from error
-            if not sweep.unfinished():
-                raise
-        if _kept:
-            raise _kept.pop()
-        if code := sweep.summary():
-            sys.exit(code)
-        ranks.finish()
-    except KeyboardInterrupt as end:
-        sweep.summary()
-        if isinstance(end, preemption.Preempted):
-            _tell(f"interrupted: {end}; start the same command again to go on")
-            sys.exit(end.exit_code)
-        sys.exit(130)
-    except (FloraError, HydraException, OmegaConfBaseException) as error:
-        _tell(f"error: {one_line(error)}", trace())
-        sys.exit(error.exit_code if isinstance(error, FloraError) else 2)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and pipes.unread():
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        _tell(f"error: {where}{error.strerror or error}", trace())
-        sys.exit(2 if error.filename else 1)
-    except Exception:
-        ranks.tells()  # Python prints the trace, where it is heard
-        raise
-
-
-def _refused(error: Exception) -> bool:
-    """Whether Hydra or a launcher refused its input before anything ran, though not with an error of its own kind."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, ValueError) and frame.f_globals["__name__"].startswith(("hydra.", "joblib."))
-
-
-def _tell(line: str, trace: bool = False) -> None:
-    if ranks.tells():
-        if trace:
-            traceback.print_exc()
-        print(line, file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:

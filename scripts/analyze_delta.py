@@ -10,9 +10,10 @@ from matplotlib import pyplot as plt
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from flora.adapters.heads import in_head
-from flora.config import instantiate, main
+from flora.config import instantiate
 from flora.errors import ConfigError, DataError
+from flora.launch.entry import main
+from flora.methods.heads import in_head
 from flora.results.delta import Kept, energy_kept
 from flora.results.plots import DPI, style
 from flora.results.store import read

@@ -24,13 +24,13 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
-from flora import ranks
-from flora.adapters.methods import Adapted
 from flora.bench.methods import Methods, Ranks
 from flora.bench.networks import IMAGE_CLASSES, network
 from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
 from flora.bench.timing import Step, spread, timed
 from flora.errors import ConfigError
+from flora.launch import processes
+from flora.methods.base import Adapted
 from flora.tasks import ImageDataset, ImageTask, Splits
 from flora.training import Experiment, Protocol, TrainerSettings
 
@@ -95,7 +95,7 @@ def bench_train() -> None:
     names = arguments.methods.split(",")
     if unknown := [name for name in names if name not in METHODS]:
         raise ConfigError(f"--methods: choose of {','.join(METHODS)}; got {unknown[0]!r}")
-    ranks.start(cpu=arguments.device == "cpu")
+    processes.start(cpu=arguments.device == "cpu")
     device = device_of(arguments.device)
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
     try:
@@ -113,7 +113,7 @@ def bench_train() -> None:
     rates: dict[tuple[str, str], list[float]] = {}
     losses: dict[str, float] = {}
     for number in range(arguments.rounds):
-        turns = [(name, what) for name in names for what in ("train", "bare")[: 1 if ranks.launched() else 2]]
+        turns = [(name, what) for name in names for what in ("train", "bare")[: 1 if processes.launched() else 2]]
         for name, what in order.sample(turns, len(turns)):
             if what == "train":
                 seconds, losses[name] = train_seconds(task, splits, methods, name, settings, arguments)
@@ -128,7 +128,7 @@ def bench_train() -> None:
         "batch": net.batch,
         "size": net.spec.image_size,
         "dtype": dtype,
-        "processes": ranks.count(),
+        "processes": processes.count(),
         "augment": arguments.augment,
         "r": arguments.r,
         "kernel_rank": arguments.kernel_rank,
@@ -139,9 +139,9 @@ def bench_train() -> None:
         "rows": [row(name, losses[name], rates[name, "train"], rates.get((name, "bare"))) for name in names],
     }
     print(shown(result))
-    if ranks.first():
+    if processes.first():
         write(arguments.json, result)
-    ranks.finish()
+    processes.finish()
 
 
 def parsed() -> argparse.Namespace:

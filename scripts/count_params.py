@@ -8,12 +8,12 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach flora.config.main, which prints one line
+os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach flora.launch.entry.main, which prints one line
 
 import hydra
 from omegaconf import DictConfig
 
-from flora.config import main, quietly
+from flora.launch.entry import main, quietly
 from flora.results.counts import count
 
 

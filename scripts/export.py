@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import flora.models
 from flora.adapters import convert
-from flora.adapters.methods import first_lines
-from flora.config import main
 from flora.errors import ConfigError
+from flora.launch.entry import main
+from flora.methods.base import first_lines
 
 
 def export(arguments: Sequence[str] | None = None) -> None:

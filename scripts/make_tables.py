@@ -5,8 +5,8 @@ import re
 import sys
 from pathlib import Path
 
-from flora.config import main
 from flora.errors import DataError
+from flora.launch.entry import main
 from flora.results import benchmarks
 from flora.results.counts import claims, read_values
 from flora.results.experiments import load, names, scales

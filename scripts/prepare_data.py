@@ -8,8 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from flora.config import main
 from flora.errors import DataError
+from flora.launch.entry import main
 from flora.tasks import manifest
 from flora.tasks.prepare import catalogue, find, prepare, state
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flora.config import main
 from flora.errors import AlreadyRunning, ConfigError
 from flora.files import saved_weights
+from flora.launch.entry import main
+from flora.launch.worker import Pool, pool
 from flora.results.experiments import Cell, Table, load
 from flora.results.store import Contents, Store
-from flora.worker import Pool, pool
 
 STATES = ("finished", "to run again", "running", "failed", "interrupted", "stale", "missing", "not runnable yet")
 POLL = 5.0  # seconds between two looks at a cell that another process runs

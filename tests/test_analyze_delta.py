@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flora.config import main
+from flora.launch.entry import main
 from flora.results import Store
 from flora.results.experiments import load
 from scripts import analyze_delta

@@ -94,7 +94,7 @@ def test_a_target_outside_the_package_is_refused_at_any_depth(target):
     [
         "hydra.utils.get_method",
         "flora.config.hydra.utils.get_method",
-        "flora.adapters.methods.importlib.import_module",
+        "flora.methods.base.importlib.import_module",
         "flora.results.record.os.system",
         "flora.results.record.subprocess.Popen",
         "flora.files.write_json",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flora.config import main
+from flora.launch.entry import main
 from scripts import count_params
 
 

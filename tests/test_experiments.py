@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import train
-from flora.config import main
+from flora.launch.entry import main
 from tests.tasks.chats import architecture, vicuna_tokenizer
 from tests.tasks.conftest import png
 from tests.tasks.texts import SPECIAL, WORDS, word_tokenizer, write_rows

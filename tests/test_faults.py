@@ -24,13 +24,13 @@ from datasets import ClassLabel, Features
 from datasets import Image as ImageFeature
 
 import train
-from flora.config import main
+from flora.launch.entry import main
+from flora.launch.worker import _run
 from flora.results import Store
 from flora.results.experiments import Cell
-from flora.worker import _run
 from scripts import reproduce
+from tests.launch.test_sweep import LAUNCHERS, LONG, TINY, needs, sweeping, wait_for
 from tests.tasks.test_imagefolder import photographs
-from tests.test_sweep import LAUNCHERS, LONG, TINY, needs, sweeping, wait_for
 
 QUICK = (*TINY, "model.image_size=32", "trainer.max_steps=6", "trainer.checkpoint_every=1", "trainer.device=cpu")
 FOLDER = ("task=imagefolder", "trainer.batch_size=4", "trainer.epochs=10")

@@ -24,12 +24,12 @@ from PIL import Image
 from safetensors.torch import load, save
 
 import train
-from flora.adapters.methods import Peft
-from flora.adapters.methods import load as load_adapter
-from flora.config import main, semantic_config
+from flora.config import composed, semantic_config
 from flora.errors import DataError, FloraError
+from flora.launch.entry import main
+from flora.methods import Peft
+from flora.methods.base import load as load_adapter
 from flora.results import Store
-from flora.results.experiments import composed
 from flora.tasks.images import decode
 from flora.tasks.parquet import open_pool, read_class_names
 from tests.results.test_store import record

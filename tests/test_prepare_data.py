@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flora.config import main
 from flora.errors import DataError
+from flora.launch.entry import main
 from flora.tasks import Vtab, download, manifest, prepare
 from flora.tasks.images import Pool
 from flora.tasks.prepare import catalogue, find

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 from hydra import compose, initialize_config_dir
 
-from flora.config import main, run_id
+from flora.config import ROOT, run_id
+from flora.launch.entry import main
 from flora.results import Store
-from flora.results.experiments import ROOT, load
+from flora.results.experiments import load
 from scripts import reproduce
 from tests.results.records import write
 

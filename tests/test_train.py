@@ -17,7 +17,7 @@ import torch
 import flora
 import flora.models
 import train
-from flora.config import main
+from flora.launch.entry import main
 from flora.tasks import Digits
 from flora.training import evaluate
 

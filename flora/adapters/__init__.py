@@ -1,5 +1,7 @@
 """FLoRA adapters: the math (tucker), and its form as a PEFT method."""
 
+import peft  # noqa: F401  before our modules: its import has flora.registration import them all
+
 from flora.adapters.config import FloraConfig
 from flora.adapters.layer import FloraLayer
 from flora.adapters.model import FloraModel
@@ -7,6 +9,4 @@ from flora.adapters.register import register
 
 register()
 
-from flora.adapters import rivals  # noqa: E402  builds on the above, and registers its methods likewise
-
-__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "rivals"]
+__all__ = ["FloraConfig", "FloraLayer", "FloraModel"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from flora.adapters.config import FloraConfig
-from flora.adapters.cost import Work, additive_is_cheaper
+from flora.adapters.fast.cost import Work, additive_is_cheaper
 from flora.adapters.layer import FloraLayer, compute_dtype
 from flora.adapters.linear import runs_plain_op
 from flora.adapters.tucker import to_tensor

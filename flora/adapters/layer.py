@@ -38,7 +38,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     )
     supports_dora = True
     stackable = False  # whether its only weight can be built together with those of other layers
-    batched: Any = None  # a weak reference to the model's flora.adapters.batched.BatchedWeights, if any
+    batched: Any = None  # a weak reference to the model's flora.adapters.fast.builder.BatchedWeights, if any
     base_layer: Any
     tucker_core: Any  # ModuleDict: adapter -> ParameterDict: weight -> core
     tucker_factors: Any  # ModuleDict: adapter -> ParameterDict: weight_mode -> factor

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from flora.adapters.config import FloraConfig
-from flora.adapters.cost import Work, additive_is_cheaper
+from flora.adapters.fast.cost import Work, additive_is_cheaper
 from flora.adapters.layer import FloraLayer, compute_dtype, in_transform
 from flora.adapters.tucker import to_tensor
 from flora.adapters.weights import AdaptedWeight, plain

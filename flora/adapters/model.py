@@ -14,14 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from flora.adapters import combine
-from flora.adapters.batched import BatchedWeights
 from flora.adapters.composite import MultiheadAttention, Parameters, Recurrent
 from flora.adapters.config import FloraConfig
 from flora.adapters.conv import ConvNd, ConvTransposeNd
+from flora.adapters.fast.builder import BatchedWeights
+from flora.adapters.fast.factored_plan import thin_stacks
+from flora.adapters.fast.plan import stacks
 from flora.adapters.layer import FloraLayer
 from flora.adapters.linear import Embedding, Linear
-from flora.adapters.stacks import stacks
-from flora.adapters.thin import thin_stacks
 from flora.adapters.weights import matching_pattern
 
 LAYERS: tuple[tuple[tuple[type[nn.Module], ...], type[FloraLayer]], ...] = (

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora.adapters.heads import trained
-from flora.adapters.methods import Full, Peft
 from flora.bench.dense import make_dense
 from flora.bench.networks import Network
+from flora.methods.full import Full
+from flora.methods.heads import trained
+from flora.methods.peft import Peft
 
 METHODS = {
     "floor": "frozen fp32 weights under autocast, gradients through every activation and to the output of every layer"

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from flora.adapters.budget import CONFIGS
 from flora.errors import ConfigError
+from flora.methods.budget import CONFIGS
 from flora.models import TimmModel, TransformersModel, get
 
 # Configs of transformers networks in configs/model, and what is smaller here.

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from flora import pipes, ranks
 from flora.errors import ConfigError, FloraError
 from flora.files import write_json
+from flora.launch import pipes, processes
 from flora.results.record import commit, device_name, versions
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -24,7 +24,7 @@ def main(entry: Callable[[], None]) -> None:
     try:
         entry()
     except FloraError as error:
-        if ranks.tells():
+        if processes.tells():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 

@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flora.adapters.heads import in_head
 from flora.errors import ConfigError, WeightsError
 from flora.files import saved_weights
+from flora.methods.heads import in_head
 from flora.models.chat import CHATS
 from flora.models.text import TransformersModel
 from flora.models.vision import TimmModel

@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flora.adapters.heads import in_head
 from flora.errors import ConfigError, WeightsError, first_line
+from flora.methods.heads import in_head
 from flora.models.gguf import converted
 from flora.models.quiet import quietly
 from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve

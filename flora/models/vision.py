@@ -10,8 +10,8 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from flora.adapters.heads import in_head
 from flora.errors import ConfigError, WeightsError
+from flora.methods.heads import in_head
 from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve
 
 UNTRAINED = "model.pretrained=false"

@@ -12,10 +12,9 @@ import torch
 import yaml
 from omegaconf import DictConfig
 
-from flora.adapters.heads import trained
-from flora.config import instantiate, run_id
+from flora.config import ROOT, composed, instantiate, run_id
 from flora.errors import ConfigError
-from flora.results.experiments import ROOT, composed
+from flora.methods.heads import trained
 
 _COLUMNS = ("claim", "assumes", "claimed", "computed", "verdict", "source")
 

@@ -4,25 +4,19 @@ A file gives a ``title`` and, per scale, one or several ``parts``: overrides in 
 ``grid``. A part whose task or model the code lacks says so in ``not_runnable_yet``: its cells are listed, and not run.
 """
 
-import copy
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from flora import config
+from flora.config import ROOT
 from flora.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
 _NOT_LABELS = ("seed", "logger", "adapter", "model", "task", "task.dataset", "trainer.max_eval_examples")
 
 
@@ -172,30 +166,6 @@ def _cells(table: str, scale: dict[str, Any]) -> Iterator[Cell]:
             yield Cell((*common, *combination), reason, part.get("published"))
 
 
-def composed(overrides: Sequence[str]) -> DictConfig:
-    """What ``python train.py OVERRIDES`` composes: groups by Hydra, once for each choice of them, then the values.
-
-    Raises:
-        ConfigError: an override that does not fit the configs.
-    """
-    groups = {path.name for path in (ROOT / "configs").iterdir() if path.is_dir()}
-    chosen = tuple(o for o in overrides if o.split("=")[0] in groups)
-    cfg = copy.deepcopy(_choice(chosen))
-    parser = OverridesParser.create()
-    try:
-        for override in parser.parse_overrides([o for o in overrides if o not in chosen]):
-            OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=override.is_add())
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{' '.join(overrides)}: {config.one_line(error)}") from error
-    return cfg
-
-
 @cache
 def _semantic(overrides: tuple[str, ...], method_version: int) -> dict[str, Any]:
-    return config.semantic_config(composed(overrides), method_version)
-
-
-@cache
-def _choice(groups: tuple[str, ...]) -> DictConfig:
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        return compose("train", overrides=list(groups))
+    return config.semantic_config(config.composed(overrides), method_version)

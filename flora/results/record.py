@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from flora.files import write_json
-from flora.results.secrets import without_secrets
+from flora.secrets import without_secrets
 
 SCHEMA_VERSION = 1
 STATUSES = ("finished", "failed", "interrupted", "running")

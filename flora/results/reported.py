@@ -4,8 +4,9 @@ import csv
 from dataclasses import dataclass
 from typing import Any
 
+from flora.config import ROOT
 from flora.errors import ConfigError
-from flora.results.experiments import ROOT, Table
+from flora.results.experiments import Table
 
 
 @dataclass(frozen=True)

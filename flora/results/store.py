@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flora import ranks
 from flora.errors import DataError, FailedBefore
+from flora.launch import processes
 from flora.results.lock import HEARTBEAT, STALE_AFTER, Lock, Owner, owners
 from flora.results.record import SCHEMA_VERSION, STATUSES, Record, now
 
@@ -125,7 +125,7 @@ class Store:
 
     def end(self, record: Record, status: str, error: BaseException) -> Path | None:
         """Write the record of a run that has ended early; None where another of its processes does."""
-        if not ranks.tells():
+        if not processes.tells():
             return None
         return self.write(replace(record, status=status, error=repr(error), finished=now()))
 

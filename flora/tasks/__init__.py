@@ -1,12 +1,12 @@
 """Datasets and their protocols: what to train on, how to split it and how to score it."""
 
 from flora.tasks.base import ImageDataset, ImageTask, Splits, Task
-from flora.tasks.commonsense import Commonsense
+from flora.tasks.commonsense.task import Commonsense
 from flora.tasks.digits import Digits
 from flora.tasks.glue import Glue
 from flora.tasks.imagefolder import ImageFolder
-from flora.tasks.vqa import Instruct
-from flora.tasks.vtab import Vtab
+from flora.tasks.vqa.task import Instruct
+from flora.tasks.vtab.task import Vtab
 
 __all__ = [
     "Commonsense",

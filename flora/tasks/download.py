@@ -21,9 +21,9 @@ from torchvision import datasets
 
 from flora.errors import DataError, WeightsError, first_line
 from flora.models.weights import reach_hub
-from flora.tasks import rules
 from flora.tasks.base import draw
 from flora.tasks.images import Pool
+from flora.tasks.vtab import rules
 
 _TIMEOUT_S = 5
 _CALTECH_TRAIN_PER_CLASS = 30

@@ -24,8 +24,11 @@ from filelock import FileLock
 
 from flora.errors import ConfigError, DataError, FloraError, WeightsError
 from flora.models.weights import download_wheel, sha256_of
-from flora.tasks import commonsense, dialogues, download, glue, manifest, vtab
+from flora.tasks import download, glue, manifest
+from flora.tasks.commonsense import task as commonsense
 from flora.tasks.images import Pool
+from flora.tasks.vqa import dialogues
+from flora.tasks.vtab import task as vtab
 
 # VTAB's test sets (Zhai et al. 2019, table 2); stand-ins have no official numbers.
 _VTAB_TEST = {

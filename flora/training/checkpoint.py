@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flora import ranks
 from flora.errors import ConfigError
 from flora.files import saved_weights, whole_folder, write_json
+from flora.launch import processes
 from flora.results import Record
 from flora.results.record import now
 from flora.training.experiment import Experiment, Outcome
@@ -34,7 +34,7 @@ def complete(record: Record, experiment: Experiment, outcome: Outcome) -> Record
         CheckpointError: the adapter cannot be written; then nothing of it is.
     """
     with gathered(outcome.adapted.model):
-        return _complete(record, experiment, outcome) if ranks.first() else record
+        return _complete(record, experiment, outcome) if processes.first() else record
 
 
 def _complete(record: Record, experiment: Experiment, outcome: Outcome) -> Record:

@@ -16,10 +16,10 @@ import transformers
 from torch import nn
 from torch.utils.data import Dataset
 
-from flora import preemption, ranks
-from flora.adapters.heads import trained
-from flora.adapters.methods import Adapted, effective_ranks, load
 from flora.errors import ConfigError, TrainingDiverged, WorkerLost
+from flora.launch import preemption, processes
+from flora.methods.base import Adapted, effective_ranks, load
+from flora.methods.heads import trained
 from flora.training.loggers import Log
 from flora.training.norms import DeltaNorms
 from flora.training.progress import Progress
@@ -178,7 +178,7 @@ class Experiment:
                 good = self.progress.newest
                 raise TrainingDiverged(f"{error} (last good checkpoint: {good})" if good else str(error)) from error
             self.progress.done[label] = finished(trainer, reported)
-            stop, due = ranks.anywhere(preemption.wanted(), ranks.first() and self.progress.due())
+            stop, due = processes.anywhere(preemption.wanted(), processes.first() and self.progress.due())
             if stop or due:
                 self.progress.write(None, facts(trainer.state))
             preemption.check(stop)
@@ -226,8 +226,8 @@ class Experiment:
         found = self._test_on(trainer, self.splits.test)
         for split in (self.splits.train, self.splits.validation, self.splits.test):
             if (unreadable := getattr(split, "unreadable", None)) is not None:
-                ranks.unite(unreadable)
-        if ranks.first():
+                processes.unite(unreadable)
+        if processes.first():
             self.task.report(trainer.metric, self.splits, self.folder)
         for name, more in self.splits.further_tests.items():
             found |= {f"{name}_{metric}": value for metric, value in self._test_on(trainer, more).items()}

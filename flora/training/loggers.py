@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from flora.errors import ConfigError
 from flora.results.record import Record
-from flora.results.secrets import without_secrets
+from flora.secrets import without_secrets
 
 MODES = ("online", "offline", "disabled")
 SECONDS = 30.0  # to wait for a W&B server that does not answer; what was logged stays on disk

@@ -10,7 +10,7 @@ base = flora.models.load("{model}", num_classes={num_classes})
 model = peft.PeftModel.from_pretrained(base, "{folder}").eval()
 """
 _PLAIN = """import flora.models
-from flora.adapters.methods import load
+from flora.methods.base import load
 
 spec = flora.models.get("{model}")
 model = load(spec.build({num_classes}), spec.classifier, pathlib.Path("{folder}")).model.eval()

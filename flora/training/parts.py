@@ -12,7 +12,7 @@ from accelerate.utils import gather, pad_across_processes
 from torch import Tensor, distributed
 from torch.utils.data import Dataset
 
-from flora import ranks
+from flora.launch import processes
 from flora.tasks.base import COUNTS
 
 
@@ -39,9 +39,11 @@ class Part(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The part of these examples; where it is empty, one of them that does not count: none may stand by."""
         if self.each is None:
-            start, stop = (len(indices) * rank // ranks.count() for rank in (ranks.rank(), ranks.rank() + 1))
+            start, stop = (
+                len(indices) * rank // processes.count() for rank in (processes.rank(), processes.rank() + 1)
+            )
         else:
-            start, stop = (self.each * rank for rank in (ranks.rank(), ranks.rank() + 1))
+            start, stop = (self.each * rank for rank in (processes.rank(), processes.rank() + 1))
         own = indices[start:stop]
         found = self.dataset.__getitems__(own or indices[:1])
         return found | {COUNTS: torch.tensor(bool(own)) & found.get(COUNTS, True)}
@@ -62,12 +64,12 @@ def share(batch: dict[str, Tensor]) -> Tensor:
     own = (batch["labels"] != -100).sum() * batch.pop(COUNTS)
     total = own.clone()
     distributed.all_reduce(total)
-    return own.double() * ranks.count() / total
+    return own.double() * processes.count() / total
 
 
 def joined(counts: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Parts put together, by rank, without those that do not count; rows are filled up with -100 to one length."""
-    sizes = ranks.collected(len(tensors[0]) if counts else 0)
+    sizes = processes.collected(len(tensors[0]) if counts else 0)
     found = []
     for tensor in tensors:
         padded = pad_across_processes(pad_across_processes(tensor, dim=1, pad_index=-100), dim=0)

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
-from flora import ranks
 from flora.errors import CheckpointError, first_line
+from flora.launch import processes
 
 KEPT = 2  # checkpoints: the newest, and one to fall back on
 SECONDS = 60.0  # between two checkpoints, at least
@@ -177,7 +177,7 @@ class Progress:
         self._began = self._last = time.monotonic()
         self._cost = 0.0
         if not self.resume:
-            if ranks.first():
+            if processes.first():
                 self.checkpoints.remove()
         elif (found := self.checkpoints.newest()) is not None:
             self.newest, state = found
@@ -212,7 +212,7 @@ class Progress:
             for label, one in self.done.items()
         }
         state = {"seconds": self.seconds, "notes": self.notes, "done": done, "fit": fit}
-        if ranks.first():
+        if processes.first():
             self.newest = self.checkpoints.write(state, trainer_state)
         self.unfinished = None
         self._last = time.monotonic()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from flora import preemption, ranks
 from flora.errors import ConfigError, TrainingDiverged
+from flora.launch import preemption, processes
 from flora.training.progress import Fit, Progress
 from flora.training.sharding import like, local, reshard, whole
 
@@ -167,7 +167,7 @@ class Keeper(TrainerCallback):
 
     def _maybe_write(self, state: Any) -> None:
         new = state.global_step > (self.trainer.resumed_at or [0])[-1]
-        stop, due = ranks.anywhere(preemption.wanted(), ranks.first() and self.progress.due(state.global_step))
+        stop, due = processes.anywhere(preemption.wanted(), processes.first() and self.progress.due(state.global_step))
         if new and (stop or due):
             with self.trainer.meter.pause():
                 self._check_finite(state)
@@ -176,7 +176,7 @@ class Keeper(TrainerCallback):
 
     def _check_finite(self, state: Any) -> None:
         sound = [torch.isfinite(local(p)).all() for p in [self.trainer._tr_loss, *self.trainer.trained]]
-        if any(ranks.anywhere(*(not bool(one) for one in sound))):
+        if any(processes.anywhere(*(not bool(one) for one in sound))):
             raise TrainingDiverged(f"the loss or a weight was not finite at step {state.global_step}: lower trainer.lr")
 
     def _state(self) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class Keeper(TrainerCallback):
             "weights": weights(trainer.model),
             "optimizer": optimizer_state(trainer.optimizer),
             "scheduler": trainer.lr_scheduler.state_dict(),
-            "rng": ranks.collected(rng_state(trainer.on_gpu)),
+            "rng": processes.collected(rng_state(trainer.on_gpu)),
             "order": self._order,
             "callbacks": [callback.state_dict() for callback in self._stateful()],
             "loss": {

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import SchedulerType
 
-from flora import ranks
 from flora.errors import ConfigError
+from flora.launch import processes
 
 _DTYPES = ("fp32", "bf16")
 
@@ -121,18 +121,18 @@ class TrainerSettings:
     def _check_processes(self) -> None:
         if self.distributed not in (None, "ddp", "fsdp"):
             raise ConfigError(f"trainer.distributed must be ddp, fsdp or null, got {self.distributed!r}")
-        if self.distributed and not ranks.launched():
+        if self.distributed and not processes.launched():
             raise ConfigError(
                 f"trainer.distributed={self.distributed} is for several processes: "
                 "start them with torchrun --nproc-per-node 2 train.py ..., or leave it null"
             )
-        parts = self.gradient_accumulation * ranks.count()
+        parts = self.gradient_accumulation * processes.count()
         if self.batch_size % parts:
             raise ConfigError(
-                f"trainer.batch_size={self.batch_size} cannot be divided over {ranks.count()} processes and "
+                f"trainer.batch_size={self.batch_size} cannot be divided over {processes.count()} processes and "
                 f"gradient_accumulation={self.gradient_accumulation}: make it a multiple of {parts}"
             )
-        if self.cuda_graph and ranks.count() > 1:
+        if self.cuda_graph and processes.count() > 1:
             raise ConfigError("trainer.cuda_graph is for one process: set it to false under torchrun")
 
 

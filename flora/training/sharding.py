@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flora import ranks
+from flora.launch import processes
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
@@ -21,7 +21,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     Blocks are what a network repeats: each is gathered for its own forward and backward pass. Only trained parameters
     need one dtype, so that a frozen model in bf16 may carry adapters in fp32.
     """
-    mesh = init_device_mesh(device.type, (ranks.count(),))
+    mesh = init_device_mesh(device.type, (processes.count(),))
     network = model.get_base_model() if isinstance(model, peft.PeftModel) else model  # is called by itself to generate
     for module in dict.fromkeys([*reversed(_blocks(network)), network, model]):
         fully_shard(module, mesh=mesh)
@@ -72,7 +72,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     places: list[tuple[Any, str, Any]] = [(h, n, p) for h, n in own if isinstance(p := h[n], DTensor)]
     for held, name, parameter in places:
         gathered_one = whole(parameter)
-        if ranks.first():
+        if processes.first():
             held[name] = nn.Parameter(gathered_one.detach().cpu(), parameter.requires_grad)
     try:
         yield

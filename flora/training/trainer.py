@@ -17,9 +17,9 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from flora import ranks
-from flora.adapters.methods import in_head
 from flora.errors import ConfigError
+from flora.launch import processes
+from flora.methods.heads import in_head
 from flora.tasks.base import Forward, cross_entropy
 from flora.training import parts, sharding
 from flora.training.callbacks import EpochLines, ProgressBar, StepMeter, StopOnDivergence, TellEpoch
@@ -131,7 +131,7 @@ class Trainer(transformers.Trainer):
             log_level="error",
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several would mean nn.DataParallel
-        if ranks.count() == 1 and self.on_gpu and (gpus := torch.cuda.device_count()) > 1:
+        if processes.count() == 1 and self.on_gpu and (gpus := torch.cuda.device_count()) > 1:
             say_once(f"one of {gpus} GPUs is used: torchrun --nproc-per-node {gpus} train.py ... uses all")
         if settings.frozen_dtype == "bf16":
             for parameter in model.parameters():
@@ -165,7 +165,7 @@ class Trainer(transformers.Trainer):
         if settings.distributed == "fsdp":  # accelerate need not wrap it
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
             cast(Any, model)._is_accelerate_prepared = True
-        if ranks.count() > 1:
+        if processes.count() > 1:
             self.gather_function = lambda found: found  # `prediction_step` has gathered them
         self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each of the accumulated batches
         self.remove_callback(PrinterCallback)
@@ -178,7 +178,7 @@ class Trainer(transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The task's loss and the method's penalty; of several processes, their mean is that of the whole batch."""
         training = self._module.training
-        share = parts.share(inputs) if training and ranks.count() > 1 else None
+        share = parts.share(inputs) if training and processes.count() > 1 else None
         outputs = self.forward(model, inputs, training)
         loss = self.loss(outputs, inputs["labels"], self.settings.label_smoothing if training else 0.0)
         if share is not None:
@@ -218,8 +218,8 @@ class Trainer(transformers.Trainer):
         self._in_training_mode = False
         self._running = torch.compile(model) if self.settings.compile else model
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not ranks.first():  # what is drawn for other examples is drawn otherwise
-            transformers.set_seed(self.args.seed + ranks.rank())
+        if not processes.first():  # what is drawn for other examples is drawn otherwise
+            transformers.set_seed(self.args.seed + processes.rank())
         # Module.zero_grad walks all modules, and transformers calls it at every step.
         model.zero_grad = partial(_zero_grad, self.trained)
         if isinstance(self._adamw, CapturedAdamW):
@@ -253,7 +253,7 @@ class Trainer(transformers.Trainer):
 
     def _load_rng_state(self, checkpoint):
         if self._saved is not None:
-            for saved in self._saved["rng"][ranks.rank() :][:1]:  # there may have been fewer processes before
+            for saved in self._saved["rng"][processes.rank() :][:1]:  # there may have been fewer processes before
                 set_rng_state(saved, self.on_gpu)
             self._saved = None
 
@@ -292,13 +292,13 @@ class Trainer(transformers.Trainer):
     @property
     def execution(self) -> dict[str, Any]:
         """How the steps were run, for the record: captured, compiled, data on the GPU, where resumed, by how many."""
-        several = ranks.count() > 1
+        several = processes.count() > 1
         return self._ran or {
             "cuda_graph": self.captured is not None and self.captured.captured,
             "compile": self.settings.compile,
             "cached_on_device": any(placed is not dataset for dataset, placed in self._placed.items()),
             **({"resumed_at_steps": self.resumed_at} if self.resumed_at else {}),
-            **({"processes": ranks.count(), "distributed": self.settings.distributed or "ddp"} if several else {}),
+            **({"processes": processes.count(), "distributed": self.settings.distributed or "ddp"} if several else {}),
         }
 
     def stand_for(self, fit: Fit) -> None:
@@ -317,12 +317,12 @@ class Trainer(transformers.Trainer):
         placed = self._place(dataset)
         self.args.dataloader_pin_memory = self.on_gpu and placed is dataset
         self.args.dataloader_num_workers = self.settings.num_workers if placed is dataset else 0
-        if ranks.count() == 1:
+        if processes.count() == 1:
             return super()._get_dataloader(placed, description, batch_size, *args, **kwargs)
         if kwargs.get("is_training"):
             part = parts.Part(placed)
         else:
-            part, batch_size = parts.Part(placed, each=batch_size), batch_size * ranks.count()
+            part, batch_size = parts.Part(placed, each=batch_size), batch_size * processes.count()
         return parts.undivided(super()._get_dataloader(part, description, batch_size, *args, **kwargs))
 
     def _place(self, dataset: Any) -> Any:
@@ -396,7 +396,7 @@ class Trainer(transformers.Trainer):
         """Evaluate, with the time kept out of the training throughput."""
         with self.meter.pause(), self._averaged():
             self._in_training_mode = False
-            if ranks.count() > 1 and self._statistics_move:
+            if processes.count() > 1 and self._statistics_move:
                 for buffer in self._module.buffers():
                     broadcast(buffer)
             try:

@@ -6,9 +6,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import flora.models
-from flora.adapters.heads import trained
-from flora.adapters.methods import LinearProbe, Peft, load
 from flora.errors import ConfigError, WeightsError
+from flora.methods import LinearProbe, Peft
+from flora.methods.base import load
+from flora.methods.heads import trained
 from flora.models import Llava, TimmModel, TransformersModel
 from flora.models.chat import CHATS
 from tests.tasks.chats import architecture, chatml_tokenizer, tiny_llava

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
 import flora.models
-from flora.adapters.methods import adaptable
 from flora.config import instantiate
 from flora.errors import ConfigError, WeightsError
+from flora.methods.base import adaptable
 from flora.models import TimmModel
 from flora.models.weights import BUNDLED, resolve
 

@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 
-from flora.config import main
 from flora.errors import DataError
+from flora.launch.entry import main
 from flora.results import benchmarks
 from scripts import make_tables
 

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
+from flora.config import ROOT
 from flora.results import counts
-from flora.results.experiments import ROOT
 
 CLAIMS = yaml.safe_load((ROOT / "experiments" / "claims.yaml").read_text())["claims"]
 # BERT-large: 24 blocks of four square matrices of 1024, two of 1024 x 4096; 335,141,888 parameters with the pooler.

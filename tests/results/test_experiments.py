@@ -4,9 +4,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from flora import config
+from flora.config import ROOT, composed
 from flora.errors import ConfigError
 from flora.results import experiments
-from flora.results.experiments import ROOT, Cell, composed, load, names, scales
+from flora.results.experiments import Cell, load, names, scales
 
 PAPER = {
     *("table1_convnext", "table2_internvit", "table3_glue", "table4_llava", "table5_cost", "figure1_radar"),

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flora.config import main
+from flora.config import ROOT
+from flora.launch.entry import main
 from flora.results import Store, experiments
-from flora.results.experiments import ROOT, load
+from flora.results.experiments import load
 from scripts.make_tables import make_tables
 from tests.results import browser
 from tests.results.records import write

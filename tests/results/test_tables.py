@@ -12,9 +12,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from flora.config import main
+from flora.config import ROOT
+from flora.launch.entry import main
 from flora.results import Store, experiments
-from flora.results.experiments import ROOT, load
+from flora.results.experiments import load
 from flora.results.plots import STYLES, front, written_hash
 from flora.results.reported import published
 from flora.results.tables import Row, as_csv, cells_as_text, compact, group_means, latex, markdown, rows

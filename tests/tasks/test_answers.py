@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from flora.tasks.answers import Written, normalised, says_yes, scores, vqa_accuracy
-from flora.tasks.dialogues import Dialogue
+from flora.tasks.vqa.answers import Written, normalised, says_yes, scores, vqa_accuracy
+from flora.tasks.vqa.dialogues import Dialogue
 
 
 def asked(*answers, kind="other"):

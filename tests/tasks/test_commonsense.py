@@ -8,13 +8,13 @@ import transformers
 from torch.nn import functional as F
 
 import flora.models
-from flora.adapters.methods import Full
-from flora.adapters.methods import load as load_saved
 from flora.errors import ConfigError, DataError
+from flora.methods import Full
+from flora.methods.base import load as load_saved
 from flora.models import TransformersModel
 from flora.tasks import Commonsense
-from flora.tasks.commonsense import named
-from flora.tasks.questions import DATASETS, PROMPT, RESPONSE
+from flora.tasks.commonsense.questions import DATASETS, PROMPT, RESPONSE
+from flora.tasks.commonsense.task import named
 from flora.tasks.text import TextDataset, starts_of
 from tests.tasks.texts import SPECIAL, WORDS, word_tokenizer, write_rows
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from flora.tasks import Vtab, dsprites
+from flora.tasks import Vtab
+from flora.tasks.vtab import dsprites
 
 COMMON = {"name": "vtab", "epochs": 1}
 SQUARE, ELLIPSE, HEART = range(3)

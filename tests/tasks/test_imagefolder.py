@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import flora.models
-from flora.adapters.methods import Full
 from flora.errors import ConfigError, DataError
+from flora.methods import Full
 from flora.tasks import ImageFolder
 from flora.tasks.imagefolder import draw_confusion
 from flora.tasks.images import as_rgb

@@ -12,10 +12,10 @@ from PIL import Image
 import flora.models
 from flora.errors import ConfigError, DataError
 from flora.tasks import Instruct
-from flora.tasks.coder import Coder
-from flora.tasks.dialogues import Dialogue, Pictures, easy_vqa, plain, read_json, read_parquet
 from flora.tasks.prepare import find, prepare
-from flora.tasks.vqa import hold_out, majority
+from flora.tasks.vqa.coder import Coder
+from flora.tasks.vqa.dialogues import Dialogue, Pictures, easy_vqa, plain, read_json, read_parquet
+from flora.tasks.vqa.task import hold_out, majority
 from tests.tasks.chats import tiny_llava
 from tests.tasks.conftest import png
 from tests.tasks.texts import write_rows

@@ -13,7 +13,7 @@ from pyarrow import parquet as pq
 from flora.config import instantiate
 from flora.errors import ConfigError, DataError
 from flora.tasks import Vtab
-from flora.tasks.vtab import ALIASES, DATASETS
+from flora.tasks.vtab.task import ALIASES, DATASETS
 
 from .conftest import numbers, png
 

@@ -8,10 +8,11 @@ from PIL import Image
 import flora.models
 from flora.errors import ConfigError, DataError
 from flora.results import experiments
-from flora.tasks import Vtab, rules
+from flora.tasks import Vtab
 from flora.tasks.images import as_square
 from flora.tasks.prepare import find, prepare
-from flora.tasks.vtab import DATASETS
+from flora.tasks.vtab import rules
+from flora.tasks.vtab.task import DATASETS
 
 from .conftest import numbers, png
 from .texts import write_rows

@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
-from flora.adapters.methods import Full
 from flora.errors import ConfigError
+from flora.methods import Full
 from flora.training.trainer import layer_scales
 from tests.training.test_experiment import VTAB, experiment
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flora.adapters.methods import Full
 from flora.errors import ConfigError
+from flora.methods import Full
 from flora.tasks.augment import Augment
 from flora.tasks.base import ImageDataset
 from flora.training import TrainerSettings, capture

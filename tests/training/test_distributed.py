@@ -14,19 +14,19 @@ from transformers import TrainerCallback
 
 import flora.models
 import train
-from flora import ranks
-from flora.adapters.heads import in_head
-from flora.adapters.methods import Full, Peft
-from flora.config import main
 from flora.errors import ConfigError
+from flora.launch import processes
+from flora.launch.entry import main
+from flora.launch.worker import Worker
+from flora.methods import Full, Peft
+from flora.methods.heads import in_head
 from flora.models import TransformersModel
 from flora.tasks import ImageDataset
-from flora.tasks.commonsense import answer_logits
+from flora.tasks.commonsense.task import answer_logits
 from flora.tasks.metrics import Classification
 from flora.tasks.text import TextDataset, classify
 from flora.training import Trainer, TrainerSettings, evaluate
 from flora.training.sharding import gathered, shard
-from flora.worker import Worker
 from tests.training.processes import start, together
 from tests.training.test_experiment import ToyModel, ToyTask, channels
 from tests.training.test_resume import experiment, interrupted, result
@@ -124,7 +124,7 @@ def fit(folder, name, dtype=torch.float64, precision="fp32", **options):
     kinds = {type(p).__name__ for p in model.parameters()}, {str(p.dtype) for p in model.parameters()}
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     with gathered(model):
-        if ranks.first():
+        if processes.first():
             method.save(model, folder / "adapter")
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": trainer.losses, "kinds": kinds, "history": history, "trained": trained}
@@ -205,7 +205,7 @@ class Unreadable(ImageDataset):
 
 def scored(counts):
     """Metrics of one network on so many examples, and where some cannot be read."""
-    ranks.start(cpu=True)
+    processes.start(cpu=True)
     torch.manual_seed(0)
     model, spec = ToyModel().build(3), ToyModel()
     sets = [channels(count, 5) for count in counts]
@@ -227,13 +227,13 @@ def test_every_example_is_counted_once_in_an_evaluation(tmp_path):
 
 def written(count):
     """What a language model writes, in shards; each process's text is as long as its rank asks."""
-    ranks.start(cpu=True)
+    processes.start(cpu=True)
     torch.manual_seed(0)
     model = network("llama")[0].build(0).eval()
     if count > 1:
         shard(model, torch.device("cpu"))
     prompts = torch.arange(4, 9)[None]
-    lengths = [3, 7] if count == 1 else [3 + 4 * ranks.rank()]
+    lengths = [3, 7] if count == 1 else [3 + 4 * processes.rank()]
     return [model.generate(input_ids=prompts, max_new_tokens=n, do_sample=False, eos_token_id=None) for n in lengths]
 
 
@@ -257,9 +257,9 @@ def run(folder, *overrides, signalled=None, broken=None):
 
     class Event(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 1 and ranks.rank() == signalled:
+            if state.global_step == 1 and processes.rank() == signalled:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if state.global_step == 2 and ranks.rank() == broken:
+            if state.global_step == 2 and processes.rank() == broken:
                 raise ValueError("a cable was cut")
 
     apply = Peft.apply
@@ -345,7 +345,7 @@ def test_an_error_in_one_process_ends_all_and_is_told_once(tmp_path, broken):
 
 def resumable(folder, writes=None, **options):
     """A run to its end, or until it has written so many checkpoints and every process dies."""
-    ranks.start(cpu=True)
+    processes.start(cpu=True)
     made = experiment(folder, method=Full("full", 1e-2, 1e-2), **options)
     if writes is not None:
         with pytest.MonkeyPatch.context() as patch:
@@ -353,7 +353,7 @@ def resumable(folder, writes=None, **options):
         return None
     outcome = made.train()
     with gathered(outcome.adapted.model):
-        return (result(outcome) if ranks.first() else None), outcome.trainer.resumed_at
+        return (result(outcome) if processes.first() else None), outcome.trainer.resumed_at
 
 
 @pytest.mark.slow
@@ -369,11 +369,11 @@ def test_a_run_of_two_processes_goes_on_where_it_was(tmp_path, options):
 def test_workers_and_single_processes_are_no_ranks(tmp_path, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "PMI_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    assert (ranks.rank(), ranks.count(), ranks.first()) == (1, 2, False)
+    assert (processes.rank(), processes.count(), processes.first()) == (1, 2, False)
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE"} & Worker(None, tmp_path).environment.keys()
     monkeypatch.undo()
     monkeypatch.setenv("SLURM_NTASKS", "8")  # of a batch script that starts what it likes
-    assert (ranks.rank(), ranks.count(), ranks.first()) == (0, 1, True)
+    assert (processes.rank(), processes.count(), processes.first()) == (0, 1, True)
     with pytest.raises(ConfigError, match="torchrun"):
         TrainerSettings(epochs=1, lr=1, distributed="ddp")
 

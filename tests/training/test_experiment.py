@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from flora.adapters.methods import Full, LinearProbe, Peft, in_head, load
 from flora.errors import ConfigError, TrainingDiverged
+from flora.methods import Full, LinearProbe, Peft
+from flora.methods.base import load
+from flora.methods.heads import in_head
 from flora.tasks import ImageDataset, ImageTask, Splits
 from flora.training import Experiment, Protocol, TrainerSettings, evaluate
 

@@ -12,9 +12,9 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 
 import train
-from flora.config import main
 from flora.errors import ConfigError
-from flora.results.secrets import without_secrets
+from flora.launch.entry import main
+from flora.secrets import without_secrets
 from flora.training import Csv, Protocol, TensorBoard, Wandb
 from flora.training.loggers import About, Log
 from tests.training.test_experiment import experiment

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from flora import preemption
-from flora.adapters.methods import Full
-from flora.adapters.rivals.adalora import AdaLora
 from flora.errors import CheckpointError, ConfigError, TrainingDiverged
+from flora.launch import preemption
+from flora.methods import Full
+from flora.methods.adalora import AdaLora
 from flora.tasks.augment import Augment
 from flora.training import Experiment, TrainerSettings
 from flora.training.progress import KEPT, Checkpoints, Progress

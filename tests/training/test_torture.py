@@ -33,7 +33,7 @@ def attempt(folder, overrides):
     import torch
 
     import train
-    from flora.worker import _run
+    from flora.launch.worker import _run
 
     with open(folder / "said.log", "a") as said:
         os.dup2(said.fileno(), 1)
@@ -46,7 +46,7 @@ def attempt(folder, overrides):
 @pytest.fixture(scope="module")
 def processes():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "flora.worker", "flora.adapters", "timm", "peft"])
+    context.set_forkserver_preload(["train", "flora.launch.worker", "flora.adapters", "timm", "peft"])
     return context
 
 

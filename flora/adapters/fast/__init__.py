@@ -1,0 +1,1 @@
+"""What makes FLoRA fast and changes no result: weights built for many layers together. May be absent."""

@@ -1,0 +1,1 @@
+"""How runs are started and ended: processes, signals, sweeps, workers, output that nobody reads."""

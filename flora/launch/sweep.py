@@ -1,0 +1,111 @@
+"""A multirun's outcome: each job leaves a file in the sweep's folder, whoever launches it; a summary ends the sweep."""
+
+import json
+import os
+import sys
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from flora.errors import AlreadyRunning, Interrupted, WorkerLost
+from flora.files import write_json
+from flora.launch import preemption, processes
+from flora.secrets import without_secrets
+
+_folder: Path | None = None  # of the sweep that this process started
+_OUTCOMES = {"finished": None, "failed": None, "running elsewhere": AlreadyRunning, "interrupted": Interrupted}
+
+
+class Outcomes(Callback):
+    """Hydra callback of configs/train.yaml: outcomes go to ``SWEEP_DIR/cells/NUMBER.json``, from any process."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember where this process's sweep keeps its outcomes; signals go on to processes of a launcher here."""
+        global _folder
+        _folder = _cells(config)
+        if config.hydra.launcher._target_.endswith(("JoblibLauncher", "LocalLauncher")):
+            preemption.forward()
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Take signals in the process of a launcher too."""
+        preemption.adopt()
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Write what became of a job of a sweep."""
+        if config.hydra.mode is None or config.hydra.mode.name != "MULTIRUN" or not processes.first():
+            return
+        outcome, message = "finished", ""
+        if job_return.status != JobStatus.COMPLETED:
+            error = job_return._return_value
+            outcome = next((name for name, kind in _OUTCOMES.items() if kind and isinstance(error, kind)), "failed")
+            message = " ".join(str(error).split()) or type(error).__name__
+        overrides = list(job_return.overrides or [])
+        cell = {"overrides": overrides, "outcome": outcome, "message": message}
+        write_json(_cells(config) / f"{config.hydra.job.num}.json", without_secrets(cell))
+
+
+class OneGpu(Callback):
+    """Hydra callback of configs/launcher/gpu_pool.yaml: a process that runs cells of a sweep sees one GPU, in turn."""
+
+    _chosen = False
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """At the process's first job, before anything asks CUDA: number n takes the n-th GPU, counted round."""
+        gpus = visible_gpus()
+        if len(gpus) > 1 and not OneGpu._chosen:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[config.hydra.job.num % len(gpus)]
+        OneGpu._chosen = True
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def failures() -> list[str]:
+    """One line for each failed job of this process's sweep; empty where there is no sweep."""
+    return [f"{' '.join(c['overrides'])}: {c['message']}" for c in _outcomes() if c["outcome"] == "failed"]
+
+
+def unfinished() -> bool:
+    """Whether jobs of this process's sweep did not finish here: Hydra then raises the first one's error at the end."""
+    return any(cell["outcome"] != "finished" for cell in _outcomes())
+
+
+def lost(error: Exception) -> WorkerLost | None:
+    """What to tell where an error says that a launcher's process was killed."""
+    if not isinstance(error, BrokenExecutor) and type(error).__name__ != "UncompletedJobError":  # joblib's, submitit's
+        return None
+    return WorkerLost("a process of the sweep was killed: start the same command again, it does what is missing")
+
+
+def summary() -> int:
+    """Say on stderr how the sweep went, if this process started one; its exit code."""
+    cells = _outcomes()
+    if not cells:
+        return 0
+    kinds = [cell["outcome"] for cell in cells]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in _OUTCOMES if kind != "interrupted" or kind in kinds)
+    print(f"sweep: {len(cells)} cells: {counts}", file=sys.stderr)
+    failed = failures()
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return Interrupted.exit_code if "interrupted" in kinds else int(bool(failed))
+
+
+def _cells(config: DictConfig) -> Path:
+    return Path(config.hydra.sweep.dir) / "cells"
+
+
+def _outcomes() -> list[dict[str, Any]]:
+    if _folder is None:
+        return []
+    return [json.loads(path.read_text()) for path in sorted(_folder.glob("*.json"), key=lambda p: int(p.stem))]

@@ -1,0 +1,103 @@
+"""What every method shares: what it gives a run, which layers it can adapt, and how what it saved is loaded."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from flora.methods.heads import in_head
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (nn.Linear, *CONVS, nn.Embedding)
+
+
+@dataclass
+class Adapted:
+    """A model ready to train.
+
+    Attributes:
+        model: the wrapped model; only what the method trains requires gradients.
+        skipped: names of targeted layers that the method cannot adapt and leaves frozen.
+        ranks: effective ranks per adapted layer, in the layer's mode order.
+        callbacks: what the method wants to do while it trains.
+        penalty: ``model -> scalar`` added to the training loss.
+    """
+
+    model: nn.Module
+    skipped: list[str] = field(default_factory=list)
+    ranks: dict[str, list[int]] = field(default_factory=dict)
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    penalty: Callable[[nn.Module], Tensor] | None = None
+
+
+def adaptable(model: nn.Module, head: Sequence[str]) -> list[str]:
+    """Sorted names of the convolutions, linear layers and embeddings outside the classifier."""
+    return sorted(n for n, m in model.named_modules() if isinstance(m, LAYERS) and not in_head(n, head))
+
+
+def normalisations(model: nn.Module, head: Sequence[str]) -> list[str]:
+    """Sorted names of the modules called ...Norm... by class that hold parameters of their own, outside the head."""
+    return sorted(
+        name
+        for name, module in model.named_modules()
+        if "Norm" in type(module).__name__ and _holds_parameters(module) and not in_head(name, head)
+    )
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+def load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:
+    """Put what ``save`` wrote onto a fresh base model, whichever method wrote it.
+
+    Raises:
+        ValueError: nothing saved in ``folder``, or saved from another model or number of classes.
+    """
+    if (folder / "adapter_config.json").exists():
+        if not (folder / "adapter_model.safetensors").exists():
+            raise ValueError(f"{folder} has no adapter_model.safetensors (other formats are not loaded)")
+        try:
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder} does not fit this model: {first_lines(error)}") from error
+        return Adapted(wrapped, [], effective_ranks(wrapped))
+    if not (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} holds neither adapter_config.json nor model.safetensors")
+    try:
+        state = load_file(folder / "model.safetensors")
+        result = model.load_state_dict(state, strict=False)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} does not fit this model: {first_lines(error)}") from error
+    missing_head = [name for name in result.missing_keys if in_head(name, head)]
+    if result.unexpected_keys or missing_head:
+        raise ValueError(f"{folder} does not fit this model: it was trained with another one")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in state)
+    return Adapted(model)
+
+
+def effective_ranks(model: peft.PeftModel) -> dict[str, list[int]]:
+    """Ranks per layer: FLoRA knows its own, other rank-based methods carry ``r``; AdaLoRA's are those it has kept."""
+    tuner: Any = model.base_model
+    if hasattr(tuner, "effective_ranks"):
+        return tuner.effective_ranks()
+    ranks, kept = {}, {}
+    for name, module in tuner.model.named_modules():
+        r = getattr(module, "r", None)
+        if isinstance(r, dict) and "default" in r:
+            ranks[name] = [int(r["default"])]
+        if hasattr(module, "lora_E") and not module.lora_E["default"].is_meta:
+            kept[name] = [int(module.lora_E["default"].count_nonzero())]
+    return kept if any(rank for (rank,) in kept.values()) else ranks  # all are zero before the first step
+
+
+def first_lines(error: Exception) -> str:
+    """The first two lines of an error's message in one: where torch says what and where."""
+    return " ".join(line.strip() for line in str(error).splitlines()[:2])

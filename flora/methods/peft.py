@@ -1,0 +1,183 @@
+"""Any PEFT method, FLoRA included."""
+
+import importlib
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+from transformers import TrainerCallback
+
+from flora.methods import budget as budgets
+from flora.methods.base import CONVS, LAYERS, Adapted, adaptable, effective_ranks, normalisations
+
+_KINDS = {kind.__name__: kind for kind in LAYERS}
+
+
+class Peft:
+    """Any PEFT method, FLoRA included; the head is trained through ``modules_to_save``.
+
+    Args:
+        name: the method's name in records.
+        config_class: import path of the PEFT config, e.g. ``flora.FloraConfig``.
+        lr, head_lr: default peak learning rates of the adapter and the head, read by the trainer's config.
+        target_modules: ``all`` (every conv and linear except the head), ``norms`` (every normalisation layer with
+            parameters), or what PEFT accepts: names or a regex.
+        skip_depthwise: leave depthwise and grouped convolutions out, for methods that cannot adapt them.
+        skip_own_padding: leave convolutions out that pad their input themselves (TensorFlow's "same" in timm), for
+            methods that run their update as a convolution with the layer's ``padding``.
+        layer_types: the kinds of layers that the method can adapt, e.g. ``[Linear]``; others are left out. None: all.
+        budget: how many parameters to train outside the head, which sets all ranks; see ``flora.methods.budget``.
+        allocation: how the layers share the budget.
+        explain: say on stderr, when training starts, in which form every layer runs (methods that have several).
+        options: everything else goes to the PEFT config; a ``*_pattern`` may be a list of ``{pattern, rank}`` (or
+            ``{pattern, shape}``), since Hydra's command line cannot carry a regex as a key.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config_class: str,
+        lr: float,
+        head_lr: float,
+        target_modules: str | Sequence[str] = "all",
+        skip_depthwise: bool = False,
+        skip_own_padding: bool = False,
+        layer_types: Sequence[str] | None = None,
+        budget: str | int | float | None = None,
+        allocation: str | None = None,
+        explain: bool = False,
+        **options: Any,
+    ) -> None:
+        module, _, attribute = config_class.rpartition(".")
+        if module.split(".")[0] not in ("flora", "peft"):
+            raise ValueError(f"adapter.config_class {config_class!r} is not allowed: name a config of flora or peft")
+        self.name = name
+        try:
+            self.config_class = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"adapter.config_class {config_class!r} cannot be found ({error})") from error
+        if not (isinstance(self.config_class, type) and issubclass(self.config_class, peft.PeftConfig)):
+            raise ValueError(f"adapter.config_class {config_class!r} is not allowed: it is no PEFT config")
+        if not budgets.has_ranks(self.config_class):
+            budgets.refuse(budget, name)
+        budgets.check_allocation(allocation)
+        self.budget = None if budget is None else budgets.Budget(budget, allocation)
+        self.explain = explain
+        self.target_modules = target_modules
+        self.skip_depthwise = skip_depthwise
+        self.skip_own_padding = skip_own_padding
+        unknown = [kind for kind in layer_types or () if kind not in _KINDS]
+        if unknown:
+            raise ValueError(f"adapter.layer_types: {unknown[0]!r} is none of {', '.join(_KINDS)}")
+        self.layer_types = LAYERS if layer_types is None else tuple(_KINDS[kind] for kind in layer_types)
+        self.options = {key: _pattern(key, value) for key, value in options.items()}
+
+    def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
+        """Wrap ``model``; raises ValueError naming the field when a setting does not fit the model."""
+        targets, skipped = self._targets(model, head)
+        layers = ", ".join(adaptable(model, head)[:3])
+        if missed := self._missed(model):
+            raise ValueError(f"target_modules: {', '.join(missed)} match no layer; layers are called {layers}, ...")
+        config = self.config_class(target_modules=targets, modules_to_save=list(head), **self.options)
+        try:
+            if self.budget is not None:
+                self.budget.solve(config, model, head, self.target_modules)
+            with warnings.catch_warnings():
+                # PEFT asks transformers 5 by the old name; a user can do nothing about it.
+                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+                wrapped = peft.get_peft_model(model, config)
+        except NoMatchingPeftModuleError as error:
+            raise ValueError(
+                f"target_modules: {self.target_modules!r} match no layer; layers are called {layers}, ..."
+            ) from error
+        callbacks: list[TrainerCallback] = [Explain()] if self.explain else []
+        return Adapted(wrapped, skipped, effective_ranks(wrapped), callbacks)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's format, head included)."""
+        assert isinstance(model, peft.PeftModel)
+        with warnings.catch_warnings():
+            # PEFT asks the hub whether the vocabulary grew; ours never does.
+            warnings.filterwarnings("ignore", message="Could not find a config file")
+            model.save_pretrained(str(folder))
+
+    def _missed(self, model: nn.Module) -> list[str]:
+        """Listed names that are no module's, nor the end of one's: PEFT passes over them as long as others match."""
+        if isinstance(self.target_modules, str):
+            return []
+        names = [f".{name}" for name, _ in model.named_modules()]
+        return [target for target in self.target_modules if not any(name.endswith(f".{target}") for name in names)]
+
+    def _targets(self, model: nn.Module, head: Sequence[str]) -> tuple[str | list[str], list[str]]:
+        if self.target_modules == "all":
+            names = adaptable(model, head)
+        elif self.target_modules == "norms":
+            return _exactly(normalisations(model, head), model), []
+        elif self.skip_depthwise or self.skip_own_padding or self.layer_types != LAYERS:
+            probe = peft.LoraConfig(target_modules=cast(Any, self.target_modules))
+            names = [n for n, m in model.named_modules() if isinstance(m, LAYERS) and _matches(probe, n)]
+        else:
+            names = []
+        if not names:
+            targets = self.target_modules
+            return (targets if isinstance(targets, str) else list(targets)), []
+        skipped = sorted(name for name in names if not self._can_adapt(model.get_submodule(name)))
+        if len(skipped) == len(names):
+            raise ValueError(f"target_modules: {self.name} can adapt none of the targeted layers ({skipped[0]}, ...)")
+        return _exactly(sorted(set(names) - set(skipped)), model), skipped
+
+    def _can_adapt(self, layer: nn.Module) -> bool:
+        if self.skip_depthwise and getattr(layer, "groups", 1) > 1:
+            return False
+        own_padding = isinstance(layer, CONVS) and all(type(layer).forward is not conv.forward for conv in CONVS)
+        return isinstance(layer, self.layer_types) and not (self.skip_own_padding and own_padding)
+
+
+class Explain(TrainerCallback):
+    """Says on stderr how the adapted layers run, once the model is where it trains."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Print the lines of the tuner's ``explain``."""
+        tuner: Any = getattr(model, "base_model", None)
+        if not hasattr(tuner, "explain"):
+            print("explain: this method has one form only", file=sys.stderr)
+            return
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            print(*tuner.explain(), sep="\n", file=sys.stderr)
+
+
+def _pattern(key: str, value: Any) -> Any:
+    """A list of two-key mappings, one of them ``pattern``, as the dict that PEFT expects."""
+    if not key.endswith("_pattern") or value is None or isinstance(value, dict):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"adapter.{key} must be a list of {{pattern, rank}} entries, got {value!r}")
+    found = {}
+    for entry in value:
+        if not isinstance(entry, dict) or len(entry) != 2 or "pattern" not in entry:
+            raise ValueError(f"adapter.{key} must be a list of {{pattern, rank}} entries, got {entry!r}")
+        (result,) = (v for k, v in entry.items() if k != "pattern")
+        found[str(entry["pattern"])] = result
+    return found
+
+
+def _exactly(names: list[str], model: nn.Module) -> str | list[str]:
+    """The names for PEFT, which also takes endings of names: a regular expression where others end in one of them."""
+    wanted = set(names)
+    for name, _ in model.named_modules():
+        parts = name.split(".")
+        if name not in wanted and any(".".join(parts[i:]) in wanted for i in range(1, len(parts))):
+            return "|".join(re.escape(name) for name in names)
+    return names
+
+
+def _matches(config: peft.PeftConfig, name: str) -> bool:
+    return bool(check_target_module_exists(config, name))

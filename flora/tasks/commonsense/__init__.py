@@ -1,0 +1,1 @@
+"""Commonsense questions with listed answers, as LLM-Adapters asks them."""

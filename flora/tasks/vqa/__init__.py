@@ -1,0 +1,1 @@
+"""Questions about images: instruction tuning on conversations."""

@@ -1,0 +1,147 @@
+"""Workers run cells in warm processes as `python train.py` would; a cell that kills its process fails alone."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from flora.launch.sweep import OneGpu, visible_gpus
+from flora.launch.worker import Pool, Worker, pool
+
+TINY = (
+    *("task=digits", "model=timm", "model.timm_name=resnet10t", "model.pretrained=false", "trainer.max_steps=2"),
+    *("trainer.max_eval_examples=16", "trainer.batch_size=8", "adapter=linear_probe", "logger=none"),
+)
+
+
+def cell(folder, *overrides):
+    return [*TINY, f"paths.output={folder}/outputs", f"paths.results={folder}/results", *overrides]
+
+
+def records(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("results/*.json"))]
+
+
+@pytest.mark.slow
+def test_cells_share_a_process_and_a_dead_one_is_replaced(tmp_path):
+    with pool(1) as workers:
+        worker = workers.workers[0]
+        code, said = workers.run(cell(tmp_path, "seed=0", "trainer.deterministic=true"))
+        assert code == 0, said
+        first = worker.process.pid
+        code, said = workers.run(cell(tmp_path, "trainer.lr=-1"))
+        assert (code, said.strip().splitlines()[-1][:18]) == (2, "error: trainer.lr ")
+        code, said = workers.run(cell(tmp_path, "seed=1", "trainer.dtype=bf16"))
+        assert (code, worker.process.pid) == (0, first), said
+        assert "seed 0" not in said, "each cell has its own lines"
+
+        os.kill(first, signal.SIGKILL)
+        worker.process.wait()
+        code, said = workers.run(cell(tmp_path, "seed=0"))
+        assert code == 0, said
+        assert worker.process.pid != first
+        process = worker.process
+    assert process.returncode == 0, "it ends with the block"
+
+    done = records(tmp_path)
+    assert sorted((r["seed"], r["dtype"], r["status"]) for r in done) == [
+        (0, "fp32", "finished"),
+        (0, "fp32", "finished"),
+        (1, "bf16", "finished"),
+    ]
+    commands = [record["command"] for record in done]
+    assert all(command.startswith("python train.py task=digits ") for command in commands)
+    deterministic, plain = (next(r for r in done if r["seed"] == 0 and r["deterministic"] is d) for d in (True, False))
+    assert deterministic["value"] == plain["value"]
+
+
+class Dying(Worker):
+    """A worker whose process is killed while its first cell runs."""
+
+    killed = False
+
+    def run(self, overrides):
+        if not self.killed:
+            self.killed = True
+            threading.Thread(target=self._kill).start()
+        return super().run(overrides)
+
+    def _kill(self):
+        while self.process is None:
+            time.sleep(0.01)
+        os.kill(self.process.pid, signal.SIGKILL)
+
+
+def test_a_cell_whose_process_is_killed_fails_alone(tmp_path):
+    workers = Pool([Dying(None, tmp_path)])
+    code, _ = workers.run(cell(tmp_path))
+    assert code == -signal.SIGKILL
+    code, said = workers.run(["mode=nonsense"])
+    assert code == 2, said
+    workers.stop(at_once=False)
+    assert workers.run(["mode=nonsense"]) == (130, "interrupted")
+
+
+@pytest.mark.slow
+def test_a_preempted_cell_goes_on_in_a_new_process(tmp_path):
+    def tell():
+        while not list(tmp_path.glob("outputs/*/checkpoints/[0-9]*")):
+            time.sleep(0.01)
+        os.kill(worker.process.pid, signal.SIGTERM)
+
+    asked = cell(tmp_path, "trainer.max_steps=40", "trainer.checkpoint_every=1")
+    with pool(1) as workers:
+        worker = workers.workers[0]
+        threading.Thread(target=tell, daemon=True).start()
+        code, said = workers.run(asked)
+        assert (code, worker.process.wait()) == (75, 75), said
+        assert [record["status"] for record in records(tmp_path)] == ["interrupted"]
+        code, said = workers.run(asked)
+        assert code == 0, said
+        assert "going on from checkpoint" in said
+    assert [record["status"] for record in records(tmp_path)] == ["finished"]
+
+
+def test_an_exception_ends_the_workers_at_once(tmp_path):
+    def interrupted():
+        with pool(1) as workers:
+            started.append(threading.Thread(target=workers.run, args=(cell(tmp_path),)))
+            started[0].start()
+            while workers.workers[0].process is None:
+                time.sleep(0.01)
+            started.append(workers.workers[0].process)
+            raise KeyboardInterrupt
+
+    started = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    thread, process = started
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert process.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"), [("", []), ("3", ["3"]), ("0,2", ["0", "2"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])]
+)
+def test_workers_take_the_visible_gpus_in_turn(monkeypatch, named, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_gpus() == expected
+    with pool(3) as workers:
+        seen = [worker.environment["CUDA_VISIBLE_DEVICES"] for worker in workers.workers]
+    assert seen == ([expected[0], expected[1], expected[0]] if len(expected) > 1 else [named] * 3)
+
+
+def test_the_processes_of_a_sweep_take_the_gpus_in_turn_and_keep_theirs(monkeypatch):
+    seen = []
+    for first in range(3):  # three processes, each with a second job
+        monkeypatch.setattr(OneGpu, "_chosen", False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+        for number in (first, first + 3):
+            OneGpu().on_job_start(OmegaConf.create({"hydra": {"job": {"num": number}}}))
+            seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["4", "4", "6", "6", "4", "4"]
