@@ -8,12 +8,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
-
-import torch
-from torch import distributed
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flora.errors import ConfigError, ProcessLost
+
+if TYPE_CHECKING:
+    import torch
 
 # What tells a process its place. A process that a process of ours starts for work of its own must not inherit it.
 ENVIRONMENT = (
@@ -62,7 +62,8 @@ def start(cpu: bool) -> None:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     if not launched():
         return
-    from accelerate import PartialState  # here, as scripts without a model import this module too
+    import torch  # here and below, as scripts that need no network import this module too
+    from accelerate import PartialState
 
     hush()
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
@@ -90,7 +91,11 @@ def hush() -> None:
 
 def finish() -> None:
     """Part, after a run that went well."""
-    if count() > 1 and distributed.is_initialized():
+    if count() == 1:
+        return
+    from torch import distributed
+
+    if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
@@ -98,6 +103,8 @@ def once(function: Callable[[], T]) -> T:
     """What a function gives in the first process, in all of them; an error there ends the others, silently."""
     if count() == 1:
         return function()
+    from torch import distributed
+
     found: list[Any] = [None, None]
     if first():
         try:
@@ -115,6 +122,8 @@ def collected(value: T) -> list[T]:
     """Everybody's value, by rank."""
     found = [value] * count()
     if count() > 1:
+        from torch import distributed
+
         distributed.all_gather_object(found, value)
     return found
 
@@ -123,14 +132,20 @@ def anywhere(*flags: bool) -> tuple[bool, ...]:
     """For each flag whether it is set in some process."""
     if count() == 1:
         return flags
+    import torch
+    from torch import distributed
+
     totals = torch.tensor(flags, dtype=torch.int64)
     distributed.all_reduce(totals)
     return tuple(total > 0 for total in totals.tolist())
 
 
-def unite(flags: torch.Tensor) -> None:
+def unite(flags: "torch.Tensor") -> None:
     """Set each of these flags, bool on the CPU, that is set in some process."""
     if count() > 1:
+        import torch
+        from torch import distributed
+
         found = flags.to(torch.uint8)
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
         flags.copy_(found)
@@ -142,8 +157,11 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if count() > 1 and (isinstance(error, distributed.DistError) or "/gloo/" in str(error)):
-            raise ProcessLost("another process of this run ended; start the same command again to go on") from error
+        if count() > 1:
+            from torch import distributed
+
+            if isinstance(error, distributed.DistError) or "/gloo/" in str(error):
+                raise ProcessLost("another process of this run ended; start the same command again to go on") from error
         raise
 
 
@@ -151,6 +169,8 @@ def tells() -> bool:
     """Whether this process is to tell how the run failed: one does, the first process where all of them failed."""
     global _tells
     if count() > 1 and _tells is None:
+        from torch import distributed
+
         _tells = first()
         if distributed.is_initialized():
             with contextlib.suppress(RuntimeError):  # the process that kept the store is gone
