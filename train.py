@@ -19,31 +19,33 @@ from flora.launch import processes
 from flora.launch.entry import main, quietly
 from flora.results import Record, Store
 from flora.results.record import command, device_name, now
-from flora.training import Experiment, NoLogger
-from flora.training.checkpoint import check_same_model, complete, digest, saved_facts, saved_run
-from flora.training.experiment import CHECKPOINTS, data_workers
-from flora.training.loggers import about
+from flora.tasks import aliases
+from flora.training.paths import CHECKPOINTS, digest, saved_run
 
 
 def run(cfg: DictConfig) -> Path:
     """Run what the config says, unless a finished record of the same run exists; returns the record's path."""
     check_shape(cfg)
-    checkpoint = saved_run(cfg.checkpoint) if cfg.mode == "eval" else None
-    task = instantiate(cfg.task)
-    cfg.task.dataset = task.dataset  # an alias and the name it stands for are one run
+    saved = saved_run(cfg.checkpoint) if cfg.mode == "eval" else None
+    weights = digest(saved) if saved else None
+    if (dataset := aliases.canonical(cfg.task)) is not None:
+        cfg.task.dataset = dataset  # an alias and the name it stands for are one run
     processes.start(cfg.trainer.get("device") == "cpu")
-    identity = run_id(cfg, digest(checkpoint) if checkpoint else None)
+    identity = run_id(cfg, weights)
     paths = instantiate(cfg.paths)
     store = Store(paths.results)
     if done := processes.once(lambda: store.settled(identity, cfg.retry, cfg.force)):
-        return found(store, done, Path(paths.output) / identity)
+        return served(store, done, Path(paths.output) / identity)
+    task = instantiate(cfg.task)  # only now: it takes seconds to import what trains
+    cfg.task.dataset = task.dataset  # a class may know further aliases
+    identity = run_id(cfg, weights)
     folder = processes.once(lambda: paths.prepare(identity))
     with store.lock(identity) if processes.first() else contextlib.nullcontext() as lock:
         if done := processes.once(lambda: store.settled(identity, cfg.retry, cfg.force)):  # by another, since we looked
-            return found(store, done, folder)
+            return served(store, done, folder)
         if cfg.force and processes.first():
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        record = execute(cfg, identity, task, checkpoint, folder, store)
+        record = execute(cfg, identity, task, saved, folder, store)
         if lock is not None:
             lock.check()
             store.write(record)
@@ -51,7 +53,7 @@ def run(cfg: DictConfig) -> Path:
         return store.path(identity)
 
 
-def found(store: Store, done: dict[str, Any], folder: Path) -> Path:
+def served(store: Store, done: dict[str, Any], folder: Path) -> Path:
     """Say what a finished record holds; returns its path. Its process may have been killed before it had tidied up."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     result = f"{done['dataset']} {done['model']} {done['adapter']}: test {done['metric']} {done['value']:.4f}"
@@ -59,8 +61,13 @@ def found(store: Store, done: dict[str, Any], folder: Path) -> Path:
     return store.path(done["run_id"])
 
 
-def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, folder: Path, store: Store) -> Record:
-    """Train or evaluate; returns the finished record, or writes one of the failure."""
+def execute(cfg: DictConfig, identity: str, task: Any, saved: Path | None, folder: Path, store: Store) -> Record:
+    """Train, or evaluate what is ``saved``; returns the finished record, or writes one of the failure."""
+    from flora.training import Experiment, NoLogger
+    from flora.training.checkpoint import check_same_model, complete, saved_facts
+    from flora.training.experiment import data_workers
+    from flora.training.loggers import about
+
     model, method = instantiate(cfg.model), instantiate(cfg.adapter)
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
     logger = logger if processes.first() else NoLogger()
@@ -93,10 +100,10 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
     try:
         log = logger.run(about(record, label, cfg.table, cfg.cell, cfg.force), folder)
         with processes.together(), log as experiment.log, data_workers():
-            if checkpoint is not None:
-                check_same_model(checkpoint, model.name)
-                outcome = experiment.evaluate(checkpoint)
-                record.adapter = saved_facts(checkpoint).get("adapter", method.name)
+            if saved is not None:
+                check_same_model(saved, model.name)
+                outcome = experiment.evaluate(saved)
+                record.adapter = saved_facts(saved).get("adapter", method.name)
             else:
                 outcome = experiment.train()
             experiment.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)

@@ -17,7 +17,8 @@ from flora.methods.heads import in_head
 from flora.results.delta import Kept, energy_kept
 from flora.results.plots import DPI, style
 from flora.results.store import read
-from flora.training.checkpoint import saved_facts, saved_run
+from flora.training.checkpoint import saved_facts
+from flora.training.paths import saved_run
 
 FORMS = {"tucker": "flora", "flattened": "flora_flat", "shuffled": "flora_shuffled"}
 

@@ -1,23 +1,29 @@
-"""Pretrained backbones: what they are, where their weights come from, how inputs enter them."""
+"""Pretrained backbones: what they are, where their weights come from, how inputs enter them.
 
-from flora.models.llava import Llava
-from flora.models.presets import PRESETS, convnext, efficientnet_lite0, get, llava_mini, load, minilm_l6, smollm2_135m
-from flora.models.text import TransformersModel
-from flora.models.vision import TimmModel
-from flora.models.weights import Source, resolve
+The names below are public, and the ones that configs use: they stay where they are, wherever their code moves.
+"""
 
-__all__ = [
-    "PRESETS",
-    "Llava",
-    "Source",
-    "TimmModel",
-    "TransformersModel",
-    "convnext",
-    "efficientnet_lite0",
-    "get",
-    "llava_mini",
-    "load",
-    "minilm_l6",
-    "resolve",
-    "smollm2_135m",
-]
+from typing import Any
+
+from flora import names
+
+_HOMES = {
+    "PRESETS": "presets",
+    "Llava": "llava",
+    "Source": "weights",
+    "TimmModel": "vision",
+    "TransformersModel": "text",
+    "convnext": "presets",
+    "efficientnet_lite0": "presets",
+    "get": "presets",
+    "llava_mini": "presets",
+    "load": "presets",
+    "minilm_l6": "presets",
+    "resolve": "weights",
+    "smollm2_135m": "presets",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    return names.public(__name__, _HOMES, name)

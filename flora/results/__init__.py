@@ -1,6 +1,12 @@
 """Records of runs: their schema, where they live, and what is made of them."""
 
-from flora.results.record import Record
-from flora.results.store import Store
+from typing import Any
 
-__all__ = ["Record", "Store"]
+from flora import names
+
+_HOMES = {"Record": "record", "Store": "store"}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    return names.public(__name__, _HOMES, name)

@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flora.files import write_json
 from flora.secrets import without_secrets
 
@@ -104,6 +102,8 @@ def now() -> str:
 
 def device_name(use_cpu: bool) -> str:
     """The accelerator's name, or the processor's with the number of threads torch uses."""
+    import torch  # here, as reading records needs none
+
     if torch.cuda.is_available() and not use_cpu:
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()

@@ -1,20 +1,27 @@
-"""Training: settings, the shared trainer, one run from data to metrics, loggers."""
+"""Training: settings, the shared trainer, one run from data to metrics, loggers.
 
-from flora.training.experiment import Experiment, Outcome, evaluate
-from flora.training.loggers import Csv, NoLogger, TensorBoard, Wandb
-from flora.training.settings import Paths, Protocol, TrainerSettings
-from flora.training.trainer import Trainer
+The names below are public, and the ones that configs use: they stay where they are, wherever their code moves.
+"""
 
-__all__ = [
-    "Csv",
-    "Experiment",
-    "NoLogger",
-    "Outcome",
-    "Paths",
-    "Protocol",
-    "TensorBoard",
-    "Trainer",
-    "TrainerSettings",
-    "Wandb",
-    "evaluate",
-]
+from typing import Any
+
+from flora import names
+
+_HOMES = {
+    "Csv": "loggers",
+    "Experiment": "experiment",
+    "NoLogger": "loggers",
+    "Outcome": "experiment",
+    "Paths": "paths",
+    "Protocol": "settings",
+    "TensorBoard": "loggers",
+    "Trainer": "trainer",
+    "TrainerSettings": "settings",
+    "Wandb": "loggers",
+    "evaluate": "experiment",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    return names.public(__name__, _HOMES, name)

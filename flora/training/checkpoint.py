@@ -1,28 +1,18 @@
 """What a finished run left to be tested again: where it lies, what it says of itself, what identifies it."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from flora.errors import ConfigError
-from flora.files import saved_weights, whole_folder, write_json
+from flora.files import whole_folder, write_json
 from flora.launch import processes
 from flora.results import Record
 from flora.results.record import now
 from flora.training.experiment import Experiment, Outcome
 from flora.training.model_card import write_card
 from flora.training.sharding import gathered
-
-
-def saved_run(checkpoint: str | None) -> Path:
-    """The adapter folder that `checkpoint=DIR` means: DIR itself or DIR/adapter."""
-    if not checkpoint:
-        raise ConfigError("mode=eval needs checkpoint=DIR, the folder of a finished run")
-    if (weights := saved_weights(Path(checkpoint))) is None:
-        raise ConfigError(f"checkpoint={checkpoint}: no adapter_model.safetensors or model.safetensors there")
-    return weights.parent
 
 
 def complete(record: Record, experiment: Experiment, outcome: Outcome) -> Record:
@@ -80,9 +70,3 @@ def check_same_model(checkpoint: Path, model: str) -> None:
     trained = saved_facts(checkpoint).get("model", model)
     if trained != model:
         raise ConfigError(f"checkpoint={checkpoint} was trained on model={trained}, not {model}: pass model={trained}")
-
-
-def digest(folder: Path) -> str:
-    """Sha256 over the saved weights: the identity of a checkpoint, wherever it lies."""
-    weights = sorted(folder.glob("*model.safetensors"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()

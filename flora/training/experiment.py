@@ -22,12 +22,11 @@ from flora.methods.base import Adapted, effective_ranks, load
 from flora.methods.heads import trained
 from flora.training.loggers import Log
 from flora.training.norms import DeltaNorms
+from flora.training.paths import CHECKPOINTS
 from flora.training.progress import Progress
 from flora.training.resume import Keeper, facts, finished
 from flora.training.settings import Protocol, TrainerSettings
 from flora.training.trainer import Trainer
-
-CHECKPOINTS = "checkpoints"  # their folder in a run's folder
 
 
 @dataclass

@@ -1,8 +1,6 @@
-"""Settings that Hydra instantiates: how to train, what to select on, where things live, who logs."""
+"""Settings that Hydra instantiates: how to train, what to select on."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import SchedulerType
 
@@ -174,38 +172,3 @@ class Protocol:
 
 def _positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Where things live; relative paths start at the working directory.
-
-    Attributes:
-        data: dataset folders, ``DATASET/{train*,validation,test}.parquet``.
-        output: adapters, checkpoints and logs, one folder per run id.
-        results: records, one JSON file per run.
-    """
-
-    data: str
-    output: str
-    results: str
-
-    def __post_init__(self) -> None:
-        for key in ("data", "output", "results"):
-            if not isinstance(getattr(self, key), str) or not getattr(self, key):
-                raise ConfigError(f"paths.{key} must be a folder, got {getattr(self, key)!r}")
-
-    def prepare(self, run: str) -> Path:
-        """Make the run's output folder and the results folder; ConfigError when one cannot be written."""
-        for key, folder in (("output", Path(self.output) / run), ("results", Path(self.results))):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                probe = folder / f".write-test-{os.getpid()}"
-                probe.touch()
-                probe.unlink()
-            except OSError as error:
-                reason = error.strerror or error
-                raise ConfigError(
-                    f"paths.{key}: cannot write to {folder} ({reason}); choose another folder with paths.{key}=DIR"
-                ) from error
-        return Path(self.output) / run

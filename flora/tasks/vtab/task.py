@@ -15,6 +15,7 @@ import numpy as np
 
 from flora.errors import ConfigError, DataError
 from flora.tasks import manifest, parquet
+from flora.tasks.aliases import VTAB as ALIASES
 from flora.tasks.base import ImageTask, Splits, check_dataset, draw
 from flora.tasks.download import SOURCES, download, from_hub
 from flora.tasks.images import Pool, decode, from_grey
@@ -67,13 +68,6 @@ DATASETS = {
     "dtd10": Entry("natural", 10, stands_for="dtd"),
     "rsscn7": Entry("specialized", 7, stands_for="resisc45"),
     "nlvr_count": Entry("structured", 18, "flip", "clevr_count", folder="nlvr", column="num_objects", first=3),
-}
-ALIASES = {
-    "clevr_dist": "clevr_distance",
-    "dsprites_loc": "dsprites_location",
-    "dsprites_ori": "dsprites_orientation",
-    "smallnorb_azi": "smallnorb_azimuth",
-    "smallnorb_ele": "smallnorb_elevation",
 }
 RENDERED = {
     "dsprites_location": (dsprites.location_labels, dsprites.POSITIONS),

@@ -1,0 +1,24 @@
+"""Data sets with two names, known without importing a task: a run has one id whichever name it is asked for by."""
+
+from typing import Any
+
+# VTAB's names in tensorflow_datasets and in published recipes -> the names of DATASETS.
+VTAB = {
+    "clevr_dist": "clevr_distance",
+    "dsprites_loc": "dsprites_location",
+    "dsprites_ori": "dsprites_orientation",
+    "smallnorb_azi": "smallnorb_azimuth",
+    "smallnorb_ele": "smallnorb_elevation",
+}
+_OF_CLASS = {"Vtab": VTAB}
+
+
+def canonical(task: dict[str, Any]) -> Any:
+    """What a task's config calls its data set, under the name that records hold; as it stands where there is no other.
+
+    Args:
+        task: the config, with the class under ``_target_``.
+    """
+    name = task.get("dataset")
+    aliases = _OF_CLASS.get(str(task.get("_target_")).rpartition(".")[2], {})
+    return aliases.get(name, name) if isinstance(name, str) else name
