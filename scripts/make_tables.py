@@ -8,8 +8,8 @@ from pathlib import Path
 from flora.errors import DataError
 from flora.launch.entry import main
 from flora.results import benchmarks
+from flora.results.cells import load, names, scales
 from flora.results.counts import claims, read_values
-from flora.results.experiments import load, names, scales
 from flora.results.plots import Plot, plots, written_hash
 from flora.results.report import Section, address, page
 from flora.results.store import Contents, Store

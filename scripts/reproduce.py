@@ -17,7 +17,7 @@ from flora.errors import AlreadyRunning, ConfigError
 from flora.files import saved_weights
 from flora.launch.entry import main
 from flora.launch.worker import Pool, pool
-from flora.results.experiments import Cell, Table, load
+from flora.results.cells import Cell, Table, load
 from flora.results.store import Contents, Store
 
 STATES = ("finished", "to run again", "running", "failed", "interrupted", "stale", "missing", "not runnable yet")
@@ -104,14 +104,12 @@ def state(cell: Cell, contents: Contents) -> str:
 
 
 def started_from(table: Table, cells: list[Cell]) -> dict[Cell, Path]:
-    """The table's cells whose projectors others start from, each with the folder of outputs that these name.
+    """The runnable cells that some of ``cells`` start from, in the table's order, each with its folder of outputs.
 
     A finished one is run again where that folder is gone: records travel with the repository, outputs do not.
     """
-    named = [Path(c.settings["model.projector"]) for c in cells if "model.projector" in c.settings]
-    folders = {folder.name: folder for folder in named}
-    runnable = [cell for cell in table.cells if folders and not cell.not_runnable_yet]
-    return {cell: folders[cell.run_id] for cell in runnable if cell.run_id in folders}
+    folders = {first: Path(cell.settings[key]) for cell in cells for key, first in cell.starts_from}
+    return {cell: folders[cell] for cell in table.cells if cell in folders and not cell.not_runnable_yet}
 
 
 def overview(table: Table, states: dict[Cell, str], contents: Contents, jobs: int) -> None:

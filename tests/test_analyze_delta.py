@@ -11,7 +11,7 @@ from torch import nn
 
 from flora.launch.entry import main
 from flora.results import Store
-from flora.results.experiments import load
+from flora.results.cells import load
 from scripts import analyze_delta
 from tests.results.records import write
 

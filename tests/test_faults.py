@@ -27,7 +27,7 @@ import train
 from flora.launch.entry import main
 from flora.launch.worker import _run
 from flora.results import Store
-from flora.results.experiments import Cell
+from flora.results.cells import Cell
 from scripts import reproduce
 from tests.launch.test_sweep import LAUNCHERS, LONG, TINY, needs, sweeping, wait_for
 from tests.tasks.test_imagefolder import photographs

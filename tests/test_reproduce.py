@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from flora.config import ROOT, run_id
 from flora.launch.entry import main
 from flora.results import Store
-from flora.results.experiments import load
+from flora.results.cells import load
 from scripts import reproduce
 from tests.results.records import write
 

@@ -21,7 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flora.errors import ConfigError
-from flora.results.experiments import Table
+from flora.results.cells import Table
 from flora.results.statistics import mean_std
 from flora.results.tables import Row, digest
 

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flora.results.experiments import Table
+from flora.results.cells import Table
 from flora.results.plots import Plot, style
 from flora.results.statistics import mean_std
 from flora.results.tables import COLUMNS, DASH, Row, cells_as_text, notes

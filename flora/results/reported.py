@@ -6,7 +6,7 @@ from typing import Any
 
 from flora.config import ROOT
 from flora.errors import ConfigError
-from flora.results.experiments import Table
+from flora.results.cells import Table
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from flora.results.experiments import Cell, Table
+from flora.results.cells import Cell, Table
 from flora.results.reported import Published, published
 from flora.results.statistics import first_places, mean_std
 from flora.results.store import Contents

@@ -1,7 +1,7 @@
 """Made-up records of a table's cells, written through the store as a run would."""
 
 from flora.results import Record, Store
-from flora.results.experiments import Cell
+from flora.results.cells import Cell
 
 
 def write(store: Store, cell: Cell, value: float, **changes) -> None:

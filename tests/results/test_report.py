@@ -11,8 +11,8 @@ import yaml
 
 from flora.config import ROOT
 from flora.launch.entry import main
-from flora.results import Store, experiments
-from flora.results.experiments import load
+from flora.results import Store, cells
+from flora.results.cells import load
 from scripts.make_tables import make_tables
 from tests.results import browser
 from tests.results.records import write
@@ -113,7 +113,7 @@ def test_whatever_a_record_holds_is_text_on_the_page(tmp_path, monkeypatch, rend
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "experiments").mkdir()
-    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
     model = f"model.timm_name='{EVIL.replace(chr(39), '')}'"
     scale = {"common": ["task=digits", "model=timm", model, "adapter=flora"], "grid": {"seed": [0]}}
     (tmp_path / "experiments" / "eurosat.yaml").write_text(yaml.safe_dump({"title": EVIL, "scales": {"mini": scale}}))

@@ -14,8 +14,8 @@ from PIL import Image
 
 from flora.config import ROOT
 from flora.launch.entry import main
-from flora.results import Store, experiments
-from flora.results.experiments import load
+from flora.results import Store, cells
+from flora.results.cells import load
 from flora.results.plots import STYLES, front, written_hash
 from flora.results.reported import published
 from flora.results.tables import Row, as_csv, cells_as_text, compact, group_means, latex, markdown, rows
@@ -138,7 +138,7 @@ def test_published_numbers_stand_beside_ours_with_their_difference(tmp_path, mon
     for name in ("configs", "results/reported"):
         shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "experiments").mkdir()
-    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
     part = {"published": "r2", "grid": {"task.dataset": ["rte"], "adapter": ["flora", "lora"], "seed": [0]}}
     where = {"file": "table3_glue_debertav3_base", "columns": {"rte": "RTE"}, "scale": 100}
     (tmp_path / "experiments" / "t.yaml").write_text(
@@ -155,8 +155,8 @@ def test_published_numbers_stand_beside_ours_with_their_difference(tmp_path, mon
 
 
 def test_every_published_file_and_column_that_a_table_names_exists():
-    for name in experiments.names():
-        for scale in experiments.scales(name):
+    for name in cells.names():
+        for scale in cells.scales(name):
             published(load(name, scale))
     glue = published(load("table3_glue", "paper"))
     shown = rows(load("table3_glue", "paper"), Store("/nowhere").read_all())

@@ -7,7 +7,7 @@ from PIL import Image
 
 import flora.models
 from flora.errors import ConfigError, DataError
-from flora.results import experiments
+from flora.results import cells
 from flora.tasks import Vtab
 from flora.tasks.images import as_square
 from flora.tasks.prepare import find, prepare
@@ -157,7 +157,7 @@ def test_unknown_switches_are_refused(option):
 
 
 def test_the_groups_of_the_table_are_those_of_the_datasets():
-    groups = experiments.load("vtab", "paper").definition["groups"]["paper"]
+    groups = cells.load("vtab", "paper").definition["groups"]["paper"]
     nineteen = {name: entry.group for name, entry in DATASETS.items() if entry.stands_for is None}
     assert {name: group for group, names in groups.items() for name in names} == nineteen
 

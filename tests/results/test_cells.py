@@ -1,19 +1,31 @@
 """experiments/: every table expands to cells that train.py composes, under the ids that their runs will have."""
 
+import re
+
 import pytest
 from hydra import compose, initialize_config_dir
 
 from flora import config
 from flora.config import ROOT, composed
 from flora.errors import ConfigError
-from flora.results import experiments
-from flora.results.experiments import Cell, load, names, scales
+from flora.results import cells
+from flora.results.cells import Cell, load, names, scales
 
 PAPER = {
     *("table1_convnext", "table2_internvit", "table3_glue", "table4_llava", "table5_cost", "figure1_radar"),
     *("figure4_norms", "rank_sweep", "init_and_scale_ablation", "kernel_rank_ablation", "structure_ablation", "vtab"),
     *("classification", "commonsense", "first_table"),
 }
+
+FROM = "title: T, scales: {mini: {parts: [{starts_from: {model.projector"
+LORA = "{grid: {adapter: [lora], seed: [0, 1]}}"
+
+
+def table_of(folder, monkeypatch, text):
+    """Make ``text`` the file of table t, and ``folder`` the root that holds experiments/."""
+    (folder / "experiments").mkdir()
+    (folder / "experiments" / "t.yaml").write_text(text)
+    monkeypatch.setattr(cells, "ROOT", folder)
 
 
 def test_every_table_and_figure_of_the_paper_has_its_cells():
@@ -81,6 +93,24 @@ def test_stage_2_of_llava_mini_starts_from_the_projector_of_stage_1():
             assert cell.settings["model.projector"] == f"outputs/{begun.run_id}"
 
 
+def test_no_table_names_a_run_by_its_id():
+    for path in (ROOT / "experiments").glob("*.yaml"):
+        assert not re.search(r"\b(?=\w*\d)[0-9a-f]{12}\b", path.read_text()), path.name
+
+
+def test_a_part_that_starts_from_a_cell_sets_its_output_folder(tmp_path, monkeypatch):
+    table_of(
+        tmp_path,
+        monkeypatch,
+        "{title: T, scales: {mini: {common: [task=digits], parts: ["
+        "{starts_from: {model.projector: {adapter: lora, adapter.r: 4}}, common: [seed=1], grid: {adapter: [full]}},"
+        "{grid: {adapter: [lora], adapter.r: [2, 4]}}]}}}",
+    )
+    second, _, first = load("t").cells
+    assert second.starts_from == (("model.projector", first),)
+    assert second.overrides == ("task=digits", f"model.projector=outputs/{first.run_id}", "seed=1", "adapter=full")
+
+
 def test_a_new_version_of_the_method_changes_ids_and_knows_the_old_ones(monkeypatch):
     overrides = ("task=digits", "adapter=lora")
     before = Cell(overrides).run_id
@@ -91,13 +121,13 @@ def test_a_new_version_of_the_method_changes_ids_and_knows_the_old_ones(monkeypa
 
 
 def test_rows_gather_seeds_and_name_what_else_varies(tmp_path, monkeypatch):
-    (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments" / "t.yaml").write_text(
+    table_of(
+        tmp_path,
+        monkeypatch,
         "title: T\nscales: {mini: {common: [task=digits], parts: ["
         "{grid: {adapter: [full], seed: [0, 1]}}, {grid: {adapter: [lora], adapter.r: [2, 4], seed: [0, 1]}},"
-        "{not_runnable_yet: no such model, grid: {model: [big], adapter: [lora], seed: [0]}}]}}"
+        "{not_runnable_yet: no such model, grid: {model: [big], adapter: [lora], seed: [0]}}]}}",
     )
-    monkeypatch.setattr(experiments, "ROOT", tmp_path)
     table = load("t")
     assert {key: [cell.seed for cell in cells] for key, cells in table.rows.items()} == {
         ("digits", "convnext", "full", ""): [0, 1],
@@ -119,11 +149,12 @@ def test_rows_gather_seeds_and_name_what_else_varies(tmp_path, monkeypatch):
         ("{title: T, scales: {mini: {grid: {adapter: lora}}}}", "grid must give each key a list"),
         ("{title: T, scales: {mini: {grid: {seed: []}}}}", "grid must give each key a list"),
         ("{title: T, scales: {mini: {grid: {seed: [0, 0]}}}}", "the same cell twice: seed=0"),
+        (f"{{{FROM}: {{adapter: dora}}}}, grid: {{seed: [0]}}}}, {LORA}]}}}}}}", "name one cell, 0 have adapter=dora"),
+        (f"{{{FROM}: {{adapter: lora}}}}, grid: {{seed: [0]}}}}, {LORA}]}}}}}}", "name one cell, 2 have adapter=lora"),
+        (f"{{{FROM}: 0123}}, grid: {{seed: [0]}}}}, {LORA}]}}}}}}", "starts_from must give each key a cell's settings"),
     ],
 )
 def test_a_table_with_a_slip_is_one_line(tmp_path, monkeypatch, text, message):
-    monkeypatch.setattr(experiments, "ROOT", tmp_path)
-    (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments" / "t.yaml").write_text(text)
+    table_of(tmp_path, monkeypatch, text)
     with pytest.raises(ConfigError, match=rf"experiments/t\.yaml.*{message}"):
         load("t")

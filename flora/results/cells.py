@@ -2,6 +2,9 @@
 
 A file gives a ``title`` and, per scale, one or several ``parts``: overrides in ``common`` times the product of
 ``grid``. A part whose task or model the code lacks says so in ``not_runnable_yet``: its cells are listed, and not run.
+A part that goes on from what another cell trained names that cell by its settings: ``starts_from: {model.projector:
+{task.dataset: easy_vqa, adapter: linear_probe}}`` sets ``model.projector=outputs/RUN_ID`` of the one cell that has
+them.
 """
 
 import itertools
@@ -17,6 +20,7 @@ from flora import config
 from flora.config import ROOT
 from flora.errors import ConfigError
 
+OUTPUTS = "outputs"  # the folder of runs that ``starts_from`` names: the default of paths.output
 _NOT_LABELS = ("seed", "logger", "adapter", "model", "task", "task.dataset", "trainer.max_eval_examples")
 
 
@@ -28,11 +32,13 @@ class Cell:
         overrides: what to type after ``python train.py``.
         not_runnable_yet: why the cell cannot run, or None.
         published: which published rows the cell stands beside: a group of results/reported, or None.
+        starts_from: the cells whose output folders overrides name, by key.
     """
 
     overrides: tuple[str, ...]
     not_runnable_yet: str | None = None
     published: str | None = None
+    starts_from: tuple[tuple[str, "Cell"], ...] = ()
 
     @cached_property
     def run_id(self) -> str:
@@ -100,11 +106,11 @@ class Table:
         """Cells that differ in the seed alone, by (task, model, method, other settings that vary in the table)."""
         keys = dict.fromkeys(key for cell in self.cells for key in cell.settings if key not in _NOT_LABELS)
         varying = [k for k in keys if len({cell.settings.get(k) for cell in self.cells}) > 1]
-        found: dict[tuple[str, str, str, str], list[Cell]] = {}
+        rows: dict[tuple[str, str, str, str], list[Cell]] = {}
         for cell in self.cells:
             settings = [f"{k.rpartition('.')[2]}={cell.settings[k]}" for k in varying if k in cell.settings]
-            found.setdefault((cell.task, cell.model, cell.method, ", ".join(settings)), []).append(cell)
-        return found
+            rows.setdefault((cell.task, cell.model, cell.method, ", ".join(settings)), []).append(cell)
+        return rows
 
     @cached_property
     def labels(self) -> dict[Cell, str]:
@@ -155,15 +161,45 @@ def _definition(table: str) -> dict[str, Any]:
 
 
 def _cells(table: str, scale: dict[str, Any]) -> Iterator[Cell]:
-    for part in scale.get("parts", [scale]):
-        common = [*scale.get("common", []), *(part.get("common", []) if part is not scale else [])]
-        grid = part.get("grid")
-        if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
-            raise ConfigError(f"experiments/{table}.yaml: grid must give each key a list of values, got {grid}")
-        axes = [[f"{key}={value}" for value in values] for key, values in grid.items()]
-        for combination in itertools.product(*axes):
-            reason = part.get("not_runnable_yet", scale.get("not_runnable_yet"))
-            yield Cell((*common, *combination), reason, part.get("published"))
+    parts = scale.get("parts", [scale])
+    first = {id(part): _part(table, scale, part, ()) for part in parts if "starts_from" not in part}
+    for part in parts:
+        if "starts_from" not in part:
+            yield from first[id(part)]
+            continue
+        candidates = [cell for cells in first.values() for cell in cells]
+        starts = part["starts_from"]
+        if not isinstance(starts, dict) or not all(isinstance(settings, dict) for settings in starts.values()):
+            raise ConfigError(
+                f"experiments/{table}.yaml: starts_from must give each key a cell's settings, got {starts}"
+            )
+        yield from _part(
+            table, scale, part, tuple((key, _only(table, key, candidates, of)) for key, of in starts.items())
+        )
+
+
+def _part(table: str, scale: dict[str, Any], part: dict[str, Any], starts: tuple[tuple[str, Cell], ...]) -> list[Cell]:
+    """The cells of a part of a table; ``starts``: the cells that they start from, by the key that names them."""
+    common = [*scale.get("common", []), *(f"{key}={OUTPUTS}/{cell.run_id}" for key, cell in starts)]
+    common += part.get("common", []) if part is not scale else []
+    grid = part.get("grid")
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise ConfigError(f"experiments/{table}.yaml: grid must give each key a list of values, got {grid}")
+    axes = [[f"{key}={value}" for value in values] for key, values in grid.items()]
+    reason = part.get("not_runnable_yet", scale.get("not_runnable_yet"))
+    return [
+        Cell((*common, *combination), reason, part.get("published"), starts) for combination in itertools.product(*axes)
+    ]
+
+
+def _only(table: str, key: str, cells: list[Cell], settings: dict[str, Any]) -> Cell:
+    """The one cell with these settings."""
+    wanted = {name: str(value) for name, value in settings.items()}.items()
+    having = [cell for cell in cells if wanted <= cell.settings.items()]
+    if len(having) != 1:
+        words = " ".join(f"{name}={value}" for name, value in wanted)
+        raise ConfigError(f"experiments/{table}.yaml: starts_from.{key} must name one cell, {len(having)} have {words}")
+    return having[0]
 
 
 @cache
