@@ -51,51 +51,52 @@ def analyze_delta() -> None:
     trained = load_file(folder / "model.safetensors")
     if strange := sorted(trained.keys() - before.keys()):
         raise DataError(f"{folder / 'model.safetensors'}: model {facts['model']} has no {strange[0]}")
-    found = [
+    layers = [
         energy_kept(name.removesuffix(".weight"), after - before[name], arguments.r, arguments.kernel_rank)
         for name, after in trained.items()
         if name.endswith(".weight") and after.ndim > 1 and not in_head(name, model.classifier)
         if not torch.equal(after, before[name])
     ]
-    if not found:
+    if not layers:
         raise DataError(f"{arguments.run}: no weight outside the head has changed")
     stem = f"delta_{facts['dataset']}_{facts['model']}_{facts['run_id']}"
     title = f"{facts['dataset']}, {facts['model']}, full fine-tuning ({facts['run_id']}), r = {arguments.r}"
     table = arguments.output / "tables" / f"{stem}.csv"
-    write_table(found, table)
+    write_table(layers, table)
     figure = arguments.output / "figures" / f"{stem}.png"
-    draw(found, f"{title}, kernel rank {arguments.kernel_rank}", figure)
-    total = [k for k in found if k.shuffled is not None]
-    print(json.dumps({"layers": len(found), "convolutions": len(total)} | {f: mean(total, f) for f in FORMS}))
+    draw(layers, f"{title}, kernel rank {arguments.kernel_rank}", figure)
+    convolutions = [k for k in layers if k.shuffled is not None]
+    means = {form: mean(convolutions, form) for form in FORMS}
+    print(json.dumps({"layers": len(layers), "convolutions": len(convolutions)} | means))
     print(table, figure, sep="\n")
 
 
-def mean(found: list[Kept], form: str) -> float | None:
+def mean(layers: list[Kept], form: str) -> float | None:
     """The mean share over layers that a form keeps."""
-    return round(sum(getattr(k, form) for k in found) / len(found), 4) if found else None
+    return round(sum(getattr(k, form) for k in layers) / len(layers), 4) if layers else None
 
 
-def write_table(found: list[Kept], path: Path) -> None:
+def write_table(layers: list[Kept], path: Path) -> None:
     """One line per layer: shape, parameters, shares kept by form and by mode."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["layer", "shape", "params", *FORMS, "modes"])
-        for k in found:
+        for k in layers:
             shares = ["" if share is None else f"{share:.6f}" for share in (k.tucker, k.flattened, k.shuffled)]
             modes = " ".join(f"{share:.4f}" for share in k.modes)
             writer.writerow([k.layer, "x".join(map(str, k.shape)), k.params, *shares, modes])
 
 
-def draw(found: list[Kept], title: str, path: Path) -> None:
+def draw(layers: list[Kept], title: str, path: Path) -> None:
     """Shares kept per layer, one marker per form."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(figsize=(6.4, 0.9 + 0.16 * len(found)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 0.9 + 0.16 * len(layers)), layout="constrained")
     for form, method in FORMS.items():
         colour, marker = style(method)
-        points = [(getattr(k, form), i) for i, k in enumerate(found) if getattr(k, form) is not None]
+        points = [(getattr(k, form), i) for i, k in enumerate(layers) if getattr(k, form) is not None]
         axes.plot(*zip(*points, strict=True) if points else ([], []), marker, color=colour, label=form, markersize=4)
-    axes.set_yticks(range(len(found)), [k.layer for k in found], fontsize=6)
+    axes.set_yticks(range(len(layers)), [k.layer for k in layers], fontsize=6)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)
     axes.set_xlabel("share of the change's squared norm kept at equal parameters")

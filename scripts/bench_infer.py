@@ -87,13 +87,13 @@ def taken_in_turn(
 ) -> dict[str, list[float]]:
     """Milliseconds of a forward pass, the median of ``steps``, by model and round; a first round is not counted."""
     order, device = random.Random(seed), next(iter(inputs.values())).device
-    found: dict[str, list[float]] = {name: [] for name in models}
+    medians: dict[str, list[float]] = {name: [] for name in models}
     for number in range(rounds + 1):
         for name in order.sample(list(models), len(models)):
             spent = timed(lambda name=name: net.outputs(models[name], inputs), steps, device)
             if number > 0:
-                found[name].append(statistics.median(spent))
-    return found
+                medians[name].append(statistics.median(spent))
+    return medians
 
 
 def rows(rounds: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -113,10 +113,10 @@ def rows(rounds: dict[str, list[float]]) -> list[dict[str, Any]]:
     return listed
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(outputs: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest value."""
-    found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).abs().max() / expected.abs().max())
+    outputs, expected = outputs.detach().double(), expected.detach().double()
+    return float((outputs - expected).abs().max() / expected.abs().max())
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def bench_step() -> None:
         methods = Methods(net, ranks, arguments.layers)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    found = measure(methods, names, plan, device, lambda line: print(line, file=sys.stderr, flush=True))
+    measured = measure(methods, names, plan, device, lambda line: print(line, file=sys.stderr, flush=True))
     result = {
         **facts("step", device),
         "model": arguments.model,
@@ -56,7 +56,7 @@ def bench_step() -> None:
         "rounds": arguments.rounds,
         "steps": arguments.steps,
         "spread": SPREAD,
-        "rows": rows(found),
+        "rows": rows(measured),
     }
     print(shown(result))
     write(arguments.json, result)
@@ -85,23 +85,23 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rows(found: dict[str, Measured]) -> list[dict[str, Any]]:
+def rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
     """A JSON object per method; ``ratio`` is to the floor, null where that was not measured."""
-    medians = {name: statistics.median(m.milliseconds) for name, m in found.items() if m.milliseconds}
+    medians = {name: statistics.median(m.milliseconds) for name, m in measured.items() if m.milliseconds}
     listed = []
-    for name, measured in found.items():
-        ran = measured.error is None
+    for name, timing in measured.items():
+        ran = timing.error is None
         row = {
             "method": name,
             "ms": round(medians[name], 4) if ran else None,
-            "ms_spread": round(spread(measured.milliseconds), 4) if ran else None,
-            "ms_rounds": [round(statistics.median(steps), 4) for steps in measured.rounds],
+            "ms_spread": round(spread(timing.milliseconds), 4) if ran else None,
+            "ms_rounds": [round(statistics.median(steps), 4) for steps in timing.rounds],
             "ratio": round(medians[name] / medians["floor"], 4) if ran and "floor" in medians else None,
-            "peak_bytes": measured.peak_bytes if ran else None,
-            "layers": measured.layers,
-            "trainable_params": measured.trainable_params,
+            "peak_bytes": timing.peak_bytes if ran else None,
+            "layers": timing.layers,
+            "trainable_params": timing.trainable_params,
         }
-        listed.append(row if ran else row | {"error": measured.error})
+        listed.append(row if ran else row | {"error": timing.error})
     return listed
 
 

@@ -18,18 +18,18 @@ def bench_store() -> None:
     parser.add_argument("--like", type=Path, default=Path("results/measured"), help="folder with a record to copy")
     arguments = parser.parse_args()
     positive(records=arguments.records)
-    found = min(arguments.like.glob("*.json"), default=None)
-    if found is None:
+    record = min(arguments.like.glob("*.json"), default=None)
+    if record is None:
         raise DataError(f"--like {arguments.like}: there is no record")
-    template = json.loads(found.read_text())
+    template = json.loads(record.read_text())
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.records):
             run_id = f"{number:012x}"
             (Path(folder) / f"{run_id}.json").write_text(json.dumps(template | {"run_id": run_id}))
         for what in ("without cache", "from the cache"):
             started = time.perf_counter()
-            found = len(Store(folder).read_all().records)
-            print(f"{found} records {what}: {time.perf_counter() - started:.2f} s")
+            count = len(Store(folder).read_all().records)
+            print(f"{count} records {what}: {time.perf_counter() - started:.2f} s")
 
 
 if __name__ == "__main__":

@@ -209,11 +209,11 @@ def bare_seconds(methods: Methods, name: str, device: torch.device, arguments: a
 
 def row(name: str, loss: float, train: list[float], bare: list[float] | None) -> dict[str, Any]:
     """A method's loss, rates in examples per second, and the share of the bare step's that training reaches."""
-    found = {"method": name, "loss": loss, "train": round(statistics.median(train), 1)}
-    found["train_spread"] = round(spread(train), 1)
+    row = {"method": name, "loss": loss, "train": round(statistics.median(train), 1)}
+    row["train_spread"] = round(spread(train), 1)
     if bare is None:
-        return found | {"bare": None, "bare_spread": None, "share": None}
-    return found | {
+        return row | {"bare": None, "bare_spread": None, "share": None}
+    return row | {
         "bare": round(statistics.median(bare), 1),
         "bare_spread": round(spread(bare), 1),
         "share": round(statistics.median(train) / statistics.median(bare), 4),
@@ -223,10 +223,10 @@ def row(name: str, loss: float, train: list[float], bare: list[float] | None) ->
 def shown(result: dict[str, Any]) -> str:
     """The result as a table for a terminal."""
     lines = [["method", "train.py", "spread", "bare step", "spread", "share"]]
-    for found in result["rows"]:
-        rates = [found[key] for key in ("train", "train_spread", "bare", "bare_spread")]
-        share = "-" if found["share"] is None else f"{found['share']:.3f}"
-        lines.append([found["method"], *("-" if rate is None else f"{rate:,.1f}" for rate in rates), share])
+    for row in result["rows"]:
+        rates = [row[key] for key in ("train", "train_spread", "bare", "bare_spread")]
+        share = "-" if row["share"] is None else f"{row['share']:.3f}"
+        lines.append([row["method"], *("-" if rate is None else f"{rate:,.1f}" for rate in rates), share])
     head = f"{result['model']}, batch {result['batch']}, {result['size']} px, {result['dtype']}; {result['device']}"
     head += f", {result['processes']} processes" if result["processes"] > 1 else ""
     return f"{head}\n{table(lines)}\nexamples per second, medians; spread: {result['spread']}"

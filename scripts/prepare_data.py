@@ -35,14 +35,14 @@ def prepare_data() -> None:
     failed = []
     for item in items:
         try:
-            found = prepare(item, arguments.data, arguments.source)
+            facts = prepare(item, arguments.data, arguments.source)
         except DataError as error:
             failed.append(item.name)
             print(f"{item.name}: {error}", file=sys.stderr)
             continue
-        rows = ", ".join(f"{split} {count}" for split, count in found["rows"].items())
-        print(f"{item.name}: {rows} ({found['source']}) in {arguments.data / item.name}")
-        for warning in found["warnings"]:
+        rows = ", ".join(f"{split} {count}" for split, count in facts["rows"].items())
+        print(f"{item.name}: {rows} ({facts['source']}) in {arguments.data / item.name}")
+        for warning in facts["warnings"]:
             print(f"{item.name}: warning: {warning}", file=sys.stderr)
     if failed:
         raise DataError(f"{len(failed)} of {len(list(items))} datasets could not be prepared: {', '.join(failed)}")

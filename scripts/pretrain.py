@@ -155,8 +155,8 @@ def augment(images: Tensor, args: argparse.Namespace, tail: bool) -> tuple[Tenso
     blend = torch.distributions.Beta(alpha, alpha).sample((n,))[:, None, None, None]
     kept = (~box_mask(torch.rand(n, device=device))).float()
     choice = torch.rand(n, 1, 1, 1, device=device)
-    one = torch.ones((), device=device)
-    share = torch.where(choice < args.mixup_prob + args.cutmix_prob, kept, one)
+    whole = torch.ones((), device=device)
+    share = torch.where(choice < args.mixup_prob + args.cutmix_prob, kept, whole)
     share = torch.where(choice < args.mixup_prob, blend, share)
     return share * x + (1 - share) * x.roll(1, 0), share.mean((1, 2, 3))
 
@@ -312,8 +312,8 @@ def bench(args: argparse.Namespace, images: Tensor, labels: Tensor, full: int = 
 def commit_of(args: argparse.Namespace) -> str:
     """The commit given, else that of the checkout, else "unknown"."""
     here = Path(__file__).resolve().parent
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    return args.commit or found.stdout.strip() or "unknown"
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return args.commit or head.stdout.strip() or "unknown"
 
 
 def ship(args: argparse.Namespace, run: Run, validation: tuple[Tensor, Tensor], seconds: float) -> None:

@@ -85,8 +85,8 @@ def selected(table: Table, only: list[str]) -> list[Cell]:
         there = dict.fromkeys(cell.settings[key] for cell in table.cells if key in cell.settings)
         for value in values.split(","):
             if value not in there:
-                known = f"choose among {', '.join(there)}" if there else "no cell sets it"
-                raise ConfigError(f"--only {words}: {table.name} has no {key}={value}: {known}")
+                choice = f"choose among {', '.join(there)}" if there else "no cell sets it"
+                raise ConfigError(f"--only {words}: {table.name} has no {key}={value}: {choice}")
         cells = [cell for cell in cells if key not in cell.settings or cell.settings[key] in values.split(",")]
     return cells
 

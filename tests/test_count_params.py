@@ -104,8 +104,8 @@ def test_every_method_counts_without_weights(count):
 def test_one_json_line_and_nothing_else_on_stdout(count):
     _, out, _ = count("model=resnet50", "adapter=full")
     assert out.count("\n") == 1
-    found = json.loads(out)
-    assert found["trainable_params"] + found["head_params"] == found["total_params"]
+    counts = json.loads(out)
+    assert counts["trainable_params"] + counts["head_params"] == counts["total_params"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flora.errors import DataError
+from flora.results.markdown import markdown_table
 
 DASH = "-"
 SETTINGS = (
@@ -42,29 +43,29 @@ def read(folder: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: a file that no benchmark script wrote.
     """
-    found = []
+    results = []
     for path in sorted(folder.glob("*.json")):
         try:
             result = json.loads(path.read_text())
-            found.append(result | {"file": path.name, "rank": list(TITLES).index(result["benchmark"])})
+            results.append((list(TITLES).index(result["benchmark"]), path.name, result | {"file": path.name}))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not the result of a benchmark ({type(error).__name__}); remove it") from error
-    return sorted(found, key=lambda result: (result["rank"], result["file"]))
+    return [result for _, _, result in sorted(results, key=lambda entry: entry[:2])]
 
 
 def rendered(results: Path) -> dict[Path, str]:
     """The files made of ``results/benchmarks``: text by path; nothing where nothing was measured."""
-    found = read(results / "benchmarks")
+    measured = read(results / "benchmarks")
     stem = results / "tables" / "step_cost"
-    return {stem.with_suffix(".md"): markdown(found), stem.with_suffix(".csv"): as_csv(found)} if found else {}
+    return {stem.with_suffix(".md"): markdown(measured), stem.with_suffix(".csv"): as_csv(measured)} if measured else {}
 
 
-def markdown(found: Sequence[dict[str, Any]]) -> str:
+def markdown(measured: Sequence[dict[str, Any]]) -> str:
     """A section per benchmark, a table per file, and below each where it was measured."""
     lines = ["# What a step costs", "", *_notes()]
-    lines += [f"- {line}" for line in speedups(found)]
+    lines += [f"- {line}" for line in speedups(measured)]
     for benchmark, title in TITLES.items():
-        results = [result for result in found if result["benchmark"] == benchmark]
+        results = [result for result in measured if result["benchmark"] == benchmark]
         lines += ["", f"## {title}"] if results else []
         for result in results:
             lines += ["", f"### {heading(result)}", "", *_table(result), "", *_source(result)]
@@ -85,10 +86,10 @@ def _notes() -> list[str]:
     ]
 
 
-def speedups(found: Sequence[dict[str, Any]]) -> list[str]:
+def speedups(measured: Sequence[dict[str, Any]]) -> list[str]:
     """Geometric means of LoRA's time over FLoRA's, by device, capture and way of choosing ranks."""
     groups: dict[tuple[str, bool, bool, str], list[float]] = {}
-    for result in found:
+    for result in measured:
         times = _times(result) if result["benchmark"] == "step" else {}
         if "lora" in times and "flora" in times:
             key = (result["device"], result["captured"], result["match"], result["layers"])
@@ -121,8 +122,7 @@ def _table(result: dict[str, Any]) -> list[str]:
     benchmark = result["benchmark"]
     columns = _COLUMNS[benchmark]
     cells = {"step": _step_cells, "infer": _infer_cells, "train": _train_cells}[benchmark](result)
-    body = [list(columns), ["---"] + ["---:"] * (len(columns) - 1), *cells]
-    return ["| " + " | ".join(row) + " |" for row in body]
+    return markdown_table(columns, cells, numbers=True)
 
 
 def _step_cells(result: dict[str, Any]) -> list[list[str]]:
@@ -169,7 +169,7 @@ def _times(result: dict[str, Any]) -> dict[str, float]:
     return {row["method"]: row["ms"] for row in result["rows"] if row.get("ms")}
 
 
-def as_csv(found: Sequence[dict[str, Any]]) -> str:
+def as_csv(measured: Sequence[dict[str, Any]]) -> str:
     """Every number unrounded, one line per method and file."""
     facts = ("file", "benchmark", "device", "torch", "commit", *SETTINGS)
     costs = ("ms", "ms_spread", "ratio", "ratio_spread", "peak_bytes", "trainable_params")
@@ -177,7 +177,7 @@ def as_csv(found: Sequence[dict[str, Any]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*facts, "method", "adapted_layers", *numbers])
-    for result in found:
+    for result in measured:
         head = [result.get(key) for key in facts]
         for row in result["rows"]:
             cells = [*head, row["method"], row.get("layers"), *(row.get(key) for key in numbers)]

@@ -1,22 +1,11 @@
-"""What methods train, counted without weights; and experiments/claims.yaml, claims about it, computed."""
-
-import csv
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+"""What a method trains, counted on torch's meta device: without weights, data or network."""
 
 import torch
-import yaml
 from omegaconf import DictConfig
 
-from flora.config import ROOT, composed, instantiate, run_id
+from flora.config import instantiate
 from flora.errors import ConfigError
 from flora.methods.heads import trained
-
-_COLUMNS = ("claim", "assumes", "claimed", "computed", "verdict", "source")
 
 
 def count(cfg: DictConfig) -> dict[str, int]:
@@ -38,87 +27,3 @@ def count(cfg: DictConfig) -> dict[str, int]:
         raise ConfigError(f"adapter: {error}") from error
     outside, inside = trained(adapted.model, model.classifier)
     return {"trainable_params": outside, "head_params": inside, "total_params": total}
-
-
-def compute(claim: dict[str, Any]) -> float:
-    """The value that a claim of experiments/claims.yaml is about, in its unit: percent or parameters."""
-    counted = _count(claim["counted"])
-    adapter = counted["trainable_params"]
-    if claim["value"] == "count":
-        return float(adapter)
-    if claim["value"] == "of_model":
-        return 100 * (adapter + counted["head_params"]) / (counted["total_params"] + adapter)
-    against = _count(claim["against"])["trainable_params"]
-    if claim["value"] == "extra":
-        return float(adapter - against)
-    share = 100 * adapter / against
-    return share if claim["value"] == "share" else 100 - share
-
-
-@dataclass(frozen=True)
-class Claims:
-    """experiments/claims.yaml with what was computed.
-
-    Attributes:
-        title: the table's title.
-        claims: as in the file.
-        values: computed, by ``key``. Counting takes minutes, so they are kept; a key changes with what is counted.
-    """
-
-    title: str
-    claims: list[dict[str, Any]]
-    values: dict[str, float]
-
-    def rows(self) -> list[list[str]]:
-        """What is claimed, what is computed, whether it holds: one line per claim, in the order of the columns."""
-        return [_shown(claim, self.values[key(claim)]) for claim in self.claims]
-
-    def markdown(self) -> str:
-        """A Markdown table."""
-        body = [list(_COLUMNS), ["---"] * len(_COLUMNS), *self.rows()]
-        note = "Counted from the models' sizes without weights, heads left out (`scripts/count_params.py`)."
-        lines = [f"# {self.title}", "", *("| " + " | ".join(row) + " |" for row in body), "", note]
-        return "\n".join(lines) + "\n"
-
-    def csv(self) -> str:
-        """The values by key, as `read_values` reads them."""
-        lines = [f"{key(claim)},{self.values[key(claim)]!r}" for claim in self.claims]
-        return "\n".join(["key,computed", *dict.fromkeys(lines)]) + "\n"
-
-
-def claims(known: dict[str, float], count_missing: bool = True) -> Claims | None:
-    """Claims with their values: those known, the others counted; None where one is missing and may not be counted."""
-    definition = yaml.safe_load((ROOT / "experiments" / "claims.yaml").read_text())
-    values = dict(known)
-    for claim in definition["claims"]:
-        if key(claim) not in values:
-            if not count_missing:
-                return None
-            values[key(claim)] = compute(claim)
-    return Claims(definition["title"], definition["claims"], values)
-
-
-def key(claim: dict[str, Any]) -> str:
-    """Names what a claim counts: another one when its configs or the method's version change."""
-    counted = {name: run_id(composed(claim[name])) for name in ("counted", "against") if name in claim}
-    return hashlib.sha256(json.dumps([claim["value"], counted]).encode()).hexdigest()[:12]
-
-
-def read_values(path: Path) -> dict[str, float]:
-    """What `Claims.csv` wrote, by key; nothing where there is no such file."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {line["key"]: float(line["computed"]) for line in csv.DictReader(file)}
-
-
-def _shown(claim: dict[str, Any], value: float) -> list[str]:
-    unit = "" if claim["value"] in ("count", "extra") else " %"
-    verdict = "holds" if abs(value - claim["claimed"]) <= claim["within"] else "does not hold"
-    shown = f"{value:,.0f}" if not unit else f"{value:.2f}{unit}"
-    claimed = f"{claim['claimed']:,}{unit}"
-    return [claim["claim"], claim["assumes"], claimed, shown, verdict, claim["source"]]
-
-
-def _count(overrides: Sequence[str]) -> dict[str, int]:
-    return count(composed(overrides))

@@ -49,7 +49,7 @@ def owners(folder: Path, stale_after: float = STALE_AFTER) -> dict[str, Owner]:
     locks = folder / ".locks"
     if not locks.is_dir() or not (files := list(locks.glob("*.lock"))):
         return {}
-    clock, found = _clock(locks), dict[str, Owner]()
+    clock, newest = _clock(locks), dict[str, Owner]()
     for path in files:
         run_id, generation = path.name.split(".")[:2]
         try:
@@ -57,9 +57,9 @@ def owners(folder: Path, stale_after: float = STALE_AFTER) -> dict[str, Owner]:
         except FileNotFoundError:
             continue  # released meanwhile
         owner = Owner(path, int(generation), age < stale_after and not _is_gone(facts), facts)
-        if run_id not in found or found[run_id].generation < owner.generation:
-            found[run_id] = owner
-    return found
+        if run_id not in newest or newest[run_id].generation < owner.generation:
+            newest[run_id] = owner
+    return newest
 
 
 class Lock:
@@ -131,11 +131,11 @@ class Lock:
             raise AlreadyRunning(f"run {self.run_id} was taken over: this process had stopped for too long")
 
     def _files(self) -> dict[Path, str]:
-        found = {}
+        tokens = {}
         for path in (self.folder / ".locks").glob(f"{self.run_id}.*.lock"):
             with contextlib.suppress(FileNotFoundError):
-                found[path] = _facts(path).get("token", "")
-        return found
+                tokens[path] = _facts(path).get("token", "")
+        return tokens
 
     def _touch(self) -> None:
         assert self._path is not None

@@ -22,8 +22,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from flora.errors import ConfigError
 from flora.results.cells import Table
+from flora.results.rows import Row, digest
 from flora.results.statistics import mean_std
-from flora.results.tables import Row, digest
 
 STYLES = {
     "flora": ("#D55E00", "o"),
@@ -139,11 +139,11 @@ def pareto(title: str, rows: list[Row], whole: Any) -> Figure:
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Points that no other beats with as few parameters or fewer, by parameters."""
-    found: list[tuple[float, float]] = []
+    best: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda p: (p[0], -p[1])):
-        if not found or point[1] > found[-1][1]:
-            found.append(point)
-    return found
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    return best
 
 
 def rank(title: str, rows: list[Row], whole: Any) -> Figure:
@@ -224,8 +224,8 @@ def _over_steps(title: str, rows: list[Row], whole: Callable[[str], Any], shown:
     )
     for axes, (name, label) in zip(many[0], shown, strict=True):
         for row in rows:
-            found = [whole(record["run_id"])["history"] for record in row.records.values()]
-            series = [{e["step"]: e[name] for e in entries if name in e and "step" in e} for entries in found]
+            histories = [whole(record["run_id"])["history"] for record in row.records.values()]
+            series = [{e["step"]: e[name] for e in history if name in e and "step" in e} for history in histories]
             steps = sorted(set.intersection(*(set(s) for s in series)))
             if steps:
                 values = np.array([[s[step] for step in steps] for s in series])
@@ -262,8 +262,8 @@ def _metric(rows: list[Row]) -> str:
 
 
 def _rank(row: Row) -> int | None:
-    found = re.search(r"(?:^|, )r=(\d+)", row.settings)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|, )r=(\d+)", row.settings)
+    return int(match[1]) if match else None
 
 
 _KINDS: dict[str, Callable[[str, list[Row], Any], Figure]] = {

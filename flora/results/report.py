@@ -17,8 +17,9 @@ from markupsafe import Markup
 
 from flora.results.cells import Table
 from flora.results.plots import Plot, style
+from flora.results.rows import Row, blocks
 from flora.results.statistics import mean_std
-from flora.results.tables import COLUMNS, DASH, Row, cells_as_text, notes
+from flora.results.tables import COLUMNS, DASH, cells_as_text, notes
 
 FILTERS = ("task", "model", "method")
 _ALWAYS = (*FILTERS, "ours")
@@ -90,22 +91,23 @@ class Section:
             whole: run id to the whole record.
             records: the address of the records' folder.
         """
-        return [self._line(row, whole, records) for row in self.rows]
+        return [_line(row, block, whole, records) for block in blocks(self.rows) for row in block]
 
-    def _line(self, row: Row, whole: Callable[[str], dict[str, Any] | None], records: str) -> Line:
-        block = [v for r in self.rows if (r.task, r.model) == (row.task, row.model) for v in r.values]
-        config = (whole(row.first["run_id"]) or {}).get("config", {}) if row.records else {}
-        seeds = ",".join(map(str, row.records)) or "0"
-        return Line(
-            row,
-            dict(zip(COLUMNS, cells_as_text(row), strict=True)),
-            style(row.method)[0],
-            [_place(value, block) for value in row.values],
-            _place(mean_std(row.values)[0], block) if row.values else "",
-            [_run(seed, record, records) for seed, record in row.records.items()],
-            shlex.join(["python", "train.py", "-m", *row.overrides, f"seed={seeds}"]),
-            json.dumps({key: value for key, value in config.items() if key != "seed"}, indent=1),
-        )
+
+def _line(row: Row, block: list[Row], whole: Callable[[str], dict[str, Any] | None], records: str) -> Line:
+    values = [value for other in block for value in other.values]
+    config = (whole(row.first["run_id"]) or {}).get("config", {}) if row.records else {}
+    seeds = ",".join(map(str, row.records)) or "0"
+    return Line(
+        row,
+        dict(zip(COLUMNS, cells_as_text(row), strict=True)),
+        style(row.method)[0],
+        [_place(value, values) for value in row.values],
+        _place(mean_std(row.values)[0], values) if row.values else "",
+        [_run(seed, record, records) for seed, record in row.records.items()],
+        shlex.join(["python", "train.py", "-m", *row.overrides, f"seed={seeds}"]),
+        json.dumps({key: value for key, value in config.items() if key != "seed"}, indent=1),
+    )
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,8 @@ def _run(seed: int, record: dict[str, Any], records: str) -> Run:
     return Run(seed, record["value"], record.get("lr"), record.get("train_seconds"), run_id, where)
 
 
-def _place(value: float, block: list[float]) -> str:
-    low, high = min(block), max(block)
+def _place(value: float, values: list[float]) -> str:
+    low, high = min(values), max(values)
     return f"{100 * (value - low) / (high - low) if high > low else 50:.1f}"
 
 

@@ -34,7 +34,7 @@ def published(table: Table) -> dict[tuple[str, str, str], Published]:
         raise ConfigError(f"{table.name}: published.file names {path}, which does not exist")
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
-    found = {}
+    numbers = {}
     for dataset, column in where.get("columns", {}).items():
         of_column = [line for line in lines if line["column"] == column]
         if not of_column:
@@ -42,5 +42,5 @@ def published(table: Table) -> dict[tuple[str, str, str], Published]:
         for line in of_column:
             value = float(line["value"]) / where["scale"] if line["value"] else None
             key = (line["group"], line["method"], dataset)
-            found[key] = Published(value, line["params"], line["source"], line["confidence"], line["note"])
-    return found
+            numbers[key] = Published(value, line["params"], line["source"], line["confidence"], line["note"])
+    return numbers

@@ -137,12 +137,12 @@ class Store:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise DataError(f"{self.folder} is not a folder of records")
-        cache, known = self.folder / ".cache" / "records.parquet", dict[tuple[str, int, int], tuple[Any, Any]]()
+        cache, cached = self.folder / ".cache" / "records.parquet", dict[tuple[str, int, int], tuple[Any, Any]]()
         if self.folder.is_dir():
-            known = _read_cache(cache)
+            cached = _read_cache(cache)
         files = sorted(_files(self.folder))
-        looked = {key: known.get(key) or _summary(self.folder / key[0]) for key in files}
-        if looked.keys() != known.keys() and self.folder.is_dir():
+        looked = {key: cached.get(key) or _summary(self.folder / key[0]) for key in files}
+        if looked.keys() != cached.keys() and self.folder.is_dir():
             _write_cache(cache, looked)
         records, problems = {}, []
         for summary, problem in looked.values():

@@ -18,11 +18,11 @@ def missing():
     browsers = ("chromium", "chromium-browser", "google-chrome")
     return [
         name
-        for name, found in (
+        for name, installed in (
             ("chromium", any(map(shutil.which, browsers))),
             ("chromedriver", shutil.which("chromedriver")),
         )
-        if not found
+        if not installed
     ]
 
 
@@ -60,7 +60,7 @@ def chromium(profile):
     """A page in a new browser whose profile lies in a folder."""
     driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
     try:
-        port = next(found[1] for line in driver.stdout if (found := re.search(r"successfully on port (\d+)", line)))
+        port = next(match[1] for line in driver.stdout if (match := re.search(r"successfully on port (\d+)", line)))
         base = f"http://127.0.0.1:{port}/session"
         options = {"args": [*FLAGS, f"--user-data-dir={profile}"]}
         wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}

@@ -93,9 +93,9 @@ def test_a_line_shows_time_spread_ratios_memory_and_parameters(results):
 
 
 def test_the_speed_up_over_lora_is_a_geometric_mean_of_comparable_runs():
-    found = [step(file="a"), step(file="b", rows=[row("lora", 45.0), row("flora", 10.0)])]
-    found += [step(file="c", captured=True), step(file="d", rows=[row("flora", 10.0)]), step(file="e", match=True)]
-    lines = benchmarks.speedups(found)
+    measured = [step(file="a"), step(file="b", rows=[row("lora", 45.0), row("flora", 10.0)])]
+    measured += [step(file="c", captured=True), step(file="d", rows=[row("flora", 10.0)]), step(file="e", match=True)]
+    lines = benchmarks.speedups(measured)
     assert len(lines) == 3
     mean = math.sqrt(2.0 * 4.5)
     assert f"x{mean:.2f} as fast as LoRA, geometric mean of 2 (NVIDIA H100 80GB HBM3, eager, equal r)" in lines[0]
@@ -108,9 +108,9 @@ def test_the_csv_holds_every_number_unrounded(results):
     text = benchmarks.rendered(results)[results / "tables" / "step_cost.csv"]
     lines = list(csv.DictReader(io.StringIO(text)))
     assert len(lines) == 4 + 2 + 1 + 1
-    (found,) = (line for line in lines if (line["file"], line["method"]) == ("resnet50.json", "flora"))
-    assert (found["ms"], found["ratio"], found["peak_bytes"], found["size"]) == ("12.0", "1.2", "2500000000", "224")
-    assert (found["adapted_layers"], found["layers"], found["error"]) == ("53", "all", "")
+    (flora,) = (line for line in lines if (line["file"], line["method"]) == ("resnet50.json", "flora"))
+    assert (flora["ms"], flora["ratio"], flora["peak_bytes"], flora["size"]) == ("12.0", "1.2", "2500000000", "224")
+    assert (flora["adapted_layers"], flora["layers"], flora["error"]) == ("53", "all", "")
 
 
 def test_make_tables_renders_it_and_notices_a_new_file(results, render):

@@ -38,7 +38,7 @@ def render(tmp_path, script):
 @pytest.fixture
 def one_table(monkeypatch):
     """No table but eurosat: composing the cells of all takes long."""
-    monkeypatch.setattr("scripts.make_tables.names", lambda: ["eurosat"])
+    monkeypatch.setattr("flora.results.render.names", lambda: ["eurosat"])
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_whatever_a_record_holds_is_text_on_the_page(tmp_path, monkeypatch, rend
     (tmp_path / "experiments" / "eurosat.yaml").write_text(yaml.safe_dump({"title": EVIL, "scales": {"mini": scale}}))
     (cell,) = load("eurosat").cells
     planted = {"task": "digits", "model": EVIL, "metric": EVIL, "device": EVIL, "commit": EVIL, "config": {EVIL: EVIL}}
-    monkeypatch.setattr("scripts.make_tables.plots", lambda *_: [])  # no such file name
+    monkeypatch.setattr("flora.results.render.plots", lambda *_: [])  # no such file name
     write(Store(tmp_path / "records"), cell, 0.5, **planted)
     _, err, page = render()
     assert page, err

@@ -25,9 +25,9 @@ def everything():
 
 
 def test_every_number_names_its_source_and_confidence_and_every_gap_says_why():
-    for name, found in everything().items():
-        assert found, name
-        for row in found:
+    for name, rows in everything().items():
+        assert rows, name
+        for row in rows:
             if row["value"]:
                 assert math.isfinite(float(row["value"]))
                 assert row["source"], (name, row)
@@ -37,7 +37,7 @@ def test_every_number_names_its_source_and_confidence_and_every_gap_says_why():
 
 
 def test_how_many_numbers_there_are():  # as counted by hand in the sources: rows x columns
-    counts = {name: sum(bool(row["value"]) for row in found) for name, found in everything().items()}
+    counts = {name: sum(bool(row["value"]) for row in rows) for name, rows in everything().items()}
     assert counts["table1_convnext_v2_l"] == 12 * 12
     assert counts["table3_glue_debertav3_base"] == (13 + 8 + 8 + 8) * 9
     assert counts["table3_glue_lora_dash"] == 13 * 9

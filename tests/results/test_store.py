@@ -99,10 +99,10 @@ def test_broken_records_are_reported_and_left_out(tmp_path):
     plant("copy", run_id="good")  # the same run twice would count twice in a mean
     planted = {path.stem for path in tmp_path.glob("*.json")} - {"good"}
     for _ in range(2):  # from the files, then from the cache
-        found = store.read_all()
-        assert list(found.records) == ["good"]
-        assert {problem.split(".json")[0].rpartition("/")[2] for problem in found.problems} == planted
-        assert all(len(problem.splitlines()) == 1 for problem in found.problems)
+        contents = store.read_all()
+        assert list(contents.records) == ["good"]
+        assert {problem.split(".json")[0].rpartition("/")[2] for problem in contents.problems} == planted
+        assert all(len(problem.splitlines()) == 1 for problem in contents.problems)
     assert all(store.finished(name) is None for name in planted)
 
 
@@ -181,9 +181,9 @@ def test_secrets_of_the_environment_never_reach_a_record(tmp_path, monkeypatch):
     made.error = "ValueError('login db_password-hunter2 refused')"
     text = Store(tmp_path).write(made).read_text()
     assert "hunter2" not in text
-    found = json.loads(text)
-    assert found["command"] == "python train.py paths.data=https://u:<HF_TOKEN>@host"
-    assert found["error"] == "ValueError('login <db_password> refused')"
+    content = json.loads(text)
+    assert content["command"] == "python train.py paths.data=https://u:<HF_TOKEN>@host"
+    assert content["error"] == "ValueError('login <db_password> refused')"
 
 
 def test_a_record_from_before_the_lock_file_is_read(tmp_path):

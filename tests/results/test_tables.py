@@ -18,7 +18,8 @@ from flora.results import Store, cells
 from flora.results.cells import load
 from flora.results.plots import STYLES, front, written_hash
 from flora.results.reported import published
-from flora.results.tables import Row, as_csv, cells_as_text, compact, group_means, latex, markdown, rows
+from flora.results.rows import Row, rows
+from flora.results.tables import as_csv, cells_as_text, compact, group_means, latex, markdown
 from scripts.make_tables import make_tables
 from tests.results.records import write
 
@@ -48,8 +49,8 @@ def render(tmp_path, script):
 
 
 def line(text, *words):
-    (found,) = (one for one in text.splitlines() if all(f"| {word} " in one for word in words))
-    return [cell.strip() for cell in found.strip("|").split("|")]
+    (text,) = (line for line in text.splitlines() if all(f"| {word} " in line for word in words))
+    return [cell.strip() for cell in text.strip("|").split("|")]
 
 
 def test_a_line_shows_mean_deviation_count_costs_and_mark(store):
@@ -88,17 +89,17 @@ def test_the_footer_says_where_the_numbers_come_from(store):
 
 def test_the_csv_holds_unrounded_numbers(store):
     lines = list(csv.DictReader(io.StringIO(as_csv(rows(load("eurosat"), store.read_all())))))
-    flora = next(one for one in lines if (one["model"], one["method"]) == ("convnext", "flora"))
+    flora = next(row for row in lines if (row["model"], row["method"]) == ("convnext", "flora"))
     assert float(flora["mean"]) == pytest.approx(0.91)
     assert float(flora["std"]) == pytest.approx(0.01)
     assert float(flora["time_to_lora"]) == pytest.approx(1.5)
-    assert next(one for one in lines if one["method"] == "linear_probe")["mean"] == ""
+    assert next(row for row in lines if row["method"] == "linear_probe")["mean"] == ""
 
 
 def test_the_table_at_a_glance_has_a_column_per_data_set(store):
     table = load("eurosat")
     text = compact(table, rows(table, store.read_all()))
-    lines = [[cell.strip() for cell in one.strip("|").split("|")] for one in text.splitlines() if one.startswith("|")]
+    lines = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("|")]
     assert lines[0] == ["model", "method", "adapter params", "eurosat"]
     assert ["convnext", "flora", "50", "0.9100 ± 0.0100*"] in lines
     assert ["convnext", "linear_probe", "-", "-"] in lines
@@ -111,7 +112,7 @@ def test_the_table_at_a_glance_has_a_column_per_data_set(store):
 
 
 def test_the_readme_shows_a_table_between_its_markers_and_nothing_else_changes(store, render, tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.make_tables.names", lambda: ["eurosat"])
+    monkeypatch.setattr("flora.results.render.names", lambda: ["eurosat"])
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- table eurosat, rendered by scripts/make_tables.py -->\n?<!-- end of table -->\nb\n")
     assert render("--check")[0] == 1
@@ -128,9 +129,9 @@ def test_latex_is_a_booktabs_table_with_nothing_left_to_escape(store):
     text = latex("100 % of a_b", rows(load("eurosat"), store.read_all()))
     assert text.count(r"\toprule") == text.count(r"\bottomrule") == 1
     assert r"\caption{100 \% of a\_b}" in text
-    body = [one for one in text.splitlines() if one.endswith(r"\\")]
+    body = [row for row in text.splitlines() if row.endswith(r"\\")]
     assert len(body) == 1 + 8
-    assert {one.count(" & ") for one in body} == {12}
+    assert {row.count(" & ") for row in body} == {12}
     assert not re.search(r"(?<!\\)[%_#]", " ".join(body))
 
 
@@ -168,7 +169,7 @@ def test_rendering_twice_gives_the_same_bytes_and_a_touched_record_is_stale(stor
     assert render("eurosat")[0] == 0
     out = tmp_path / "out"
     made = {path: path.read_bytes() for path in out.rglob("*.*")}
-    assert {path.suffix for path in made} == {".md", ".tex", ".csv", ".png"}
+    assert {path.suffix for path in made} == {".md", ".tex", ".csv", ".png", ".json"}
     assert render("eurosat", "--check")[0] == 0
     assert render("eurosat")[0] == 0
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == made
@@ -178,7 +179,7 @@ def test_rendering_twice_gives_the_same_bytes_and_a_touched_record_is_stale(stor
     touched.write_text(json.dumps(record | {"error": "not even shown in the table"}))
     code, _, err = render("eurosat", "--check")
     assert code == 1
-    assert {one.rpartition(".")[2] for one in err.splitlines() if one.startswith("stale")} == {"md", "tex", "png"}
+    assert {row.rpartition(".")[2] for row in err.splitlines() if row.startswith("stale")} == {"md", "tex", "png"}
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == made, "--check writes nothing"
 
 
@@ -228,7 +229,7 @@ def test_without_a_table_all_that_have_records_are_rendered(store, render):
 
 
 def test_a_table_without_records_leaves_files_that_a_check_names(store, render, tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.make_tables.names", lambda: ["eurosat", "rank_sweep"])
+    monkeypatch.setattr("flora.results.render.names", lambda: ["eurosat", "rank_sweep"])
     (cell, *_) = [cell for cell in load("rank_sweep").cells if cell.run_id not in store.read_all().records]
     write(store, cell, 0.5)
     assert render()[0] == 0
@@ -299,21 +300,21 @@ def test_a_groups_mean_needs_all_of_its_sets_and_says_which_runs_are_missing():
 
     groups = {"g": ["a", "b"], "h": ["c"]}
     whole = [row("a", 0.2, 0.4), row("b", 0.5, 0.7), row("c", 0.8, 1.0)]
-    one = ["convnext", "flora"]
-    assert group_means(whole, groups) == [[*one, "0.4500", "0.9000", "0.6750"]]
+    label = ["convnext", "flora"]
+    assert group_means(whole, groups) == [[*label, "0.4500", "0.9000", "0.6750"]]
     less = [whole[0], row("b", 0.5), whole[2]]
-    assert group_means(less, groups) == [[*one, "0.4000 (3 of 4 runs)", "0.9000", "0.6500 (5 of 6 runs)"]]
-    assert group_means([whole[0], row("b"), whole[2]], groups) == [[*one, "-", "0.9000", "-"]]
+    assert group_means(less, groups) == [[*label, "0.4000 (3 of 4 runs)", "0.9000", "0.6500 (5 of 6 runs)"]]
+    assert group_means([whole[0], row("b"), whole[2]], groups) == [[*label, "-", "0.9000", "-"]]
     assert group_means([row("a"), row("b"), row("c")], groups) == []
 
 
 def test_vtabs_group_means_and_their_mean_stand_below_the_table(tmp_path):
     table, store = load("vtab"), Store(tmp_path / "records")
-    found = {"caltech101": 0.9, "cifar10": 0.8, "dtd10": 0.7, "eurosat": 0.9, "rsscn7": 0.5}
-    found |= {"dsprites_location": 0.2, "dsprites_orientation": 0.4}
+    values = {"caltech101": 0.9, "cifar10": 0.8, "dtd10": 0.7, "eurosat": 0.9, "rsscn7": 0.5}
+    values |= {"dsprites_location": 0.2, "dsprites_orientation": 0.4}
     for cell in table.cells:
         if cell.method == "flora" or (cell.method == "lora" and cell.task != "eurosat"):
-            write(store, cell, found[cell.task])
+            write(store, cell, values[cell.task])
     text = markdown("T", rows(table, store.read_all()), table.definition["groups"]["mini"])
     below = text.split("mean of group means")[1]
     assert line(below, "convnext", "flora") == ["convnext", "flora", "0.8000", "0.7000", "0.3000", "0.6000"]

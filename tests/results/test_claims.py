@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from flora.config import ROOT
-from flora.results import counts
+from flora.results import claims
 
 CLAIMS = yaml.safe_load((ROOT / "experiments" / "claims.yaml").read_text())["claims"]
 # BERT-large: 24 blocks of four square matrices of 1024, two of 1024 x 4096; 335,141,888 parameters with the pooler.
@@ -21,7 +21,7 @@ EXPECTED = [
 @pytest.mark.parametrize(("claim", "expected"), zip(CLAIMS, EXPECTED, strict=False))
 def test_the_claim_about_bert_large(claim, expected):
     assert claim["counted"][0] == "model=bert_large"
-    assert counts.compute(claim) == pytest.approx(expected, rel=1e-12)
+    assert claims.compute(claim) == pytest.approx(expected, rel=1e-12)
 
 
 def test_verdicts_follow_the_numbers(monkeypatch):
@@ -29,9 +29,9 @@ def test_verdicts_follow_the_numbers(monkeypatch):
         claim["claimed"]: claim["claimed"] + factor * claim["within"]
         for factor, claim in zip([2, 0.9, -0.9] * 9, CLAIMS, strict=False)
     }
-    monkeypatch.setattr(counts, "compute", lambda claim: values[claim["claimed"]])
-    monkeypatch.setattr(counts, "key", lambda claim: str(claim["claimed"]))  # no two that the same value would fit
-    rows = [line.split(" | ") for line in counts.claims({}).markdown().splitlines() if line.startswith("| ")][2:]
+    monkeypatch.setattr(claims, "compute", lambda claim: values[claim["claimed"]])
+    monkeypatch.setattr(claims, "key", lambda claim: str(claim["claimed"]))  # no two that the same value would fit
+    rows = [line.split(" | ") for line in claims.claims({}).markdown().splitlines() if line.startswith("| ")][2:]
     assert len(rows) == len(CLAIMS)
     for row, claim in zip(rows, CLAIMS, strict=True):
         off = abs(values[claim["claimed"]] - claim["claimed"])
@@ -41,28 +41,28 @@ def test_verdicts_follow_the_numbers(monkeypatch):
 
 def test_what_was_counted_is_kept_until_its_configs_change(tmp_path, monkeypatch):
     counted = []
-    monkeypatch.setattr(counts, "compute", lambda claim: counted.append(claim) or 100 / 3)
-    first = counts.claims({})
-    assert len(counted) == len({counts.key(claim) for claim in CLAIMS})
+    monkeypatch.setattr(claims, "compute", lambda claim: counted.append(claim) or 100 / 3)
+    first = claims.claims({})
+    assert len(counted) == len({claims.key(claim) for claim in CLAIMS})
     path = tmp_path / "claims.csv"
     path.write_text(first.csv())
-    known = counts.read_values(path)
-    assert counts.claims(known, count_missing=False) == first
+    kept = claims.read_values(path)
+    assert claims.claims(kept, count_missing=False) == first
     assert len(counted) == len(first.values), "nothing is counted again"
 
-    gone = counts.key(CLAIMS[0])
-    del known[gone]
-    assert counts.claims(known, count_missing=False) is None
-    assert counts.claims(known) == first
-    assert counts.key(CLAIMS[0] | {"counted": [*CLAIMS[0]["counted"], "adapter.lora_dropout=0.5"]}) != gone
-    assert counts.key(CLAIMS[0] | {"claimed": 1, "within": 2, "source": "?"}) == gone
+    gone = claims.key(CLAIMS[0])
+    del kept[gone]
+    assert claims.claims(kept, count_missing=False) is None
+    assert claims.claims(kept) == first
+    assert claims.key(CLAIMS[0] | {"counted": [*CLAIMS[0]["counted"], "adapter.lora_dropout=0.5"]}) != gone
+    assert claims.key(CLAIMS[0] | {"claimed": 1, "within": 2, "source": "?"}) == gone
 
 
 def test_what_is_counted_again_is_written_as_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(counts, "_count", lambda overrides: dict.fromkeys(COUNTED, 3))
+    monkeypatch.setattr(claims, "_count", lambda overrides: dict.fromkeys(COUNTED, 3))
     path = tmp_path / "claims.csv"
-    path.write_text(counts.claims({}).csv())
-    assert counts.claims(counts.read_values(path)).csv() == path.read_text()
+    path.write_text(claims.claims({}).csv())
+    assert claims.claims(claims.read_values(path)).csv() == path.read_text()
 
 
 def test_every_claim_names_its_source_and_what_it_assumes():

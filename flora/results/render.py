@@ -1,0 +1,136 @@
+"""What records become: texts and figures by path, for one table or for all."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from flora.errors import DataError
+from flora.results import benchmarks
+from flora.results.cells import load, names, scales
+from flora.results.claims import claims, read_values
+from flora.results.freshness import PAGE, README, README_TABLE, tables_and_figures
+from flora.results.plots import plots, written_hash
+from flora.results.report import Section, address, page
+from flora.results.rows import record_of, rows
+from flora.results.store import Contents, Store
+from flora.results.tables import as_csv, compact, latex, markdown
+
+OTHERS = ("claims", "step_cost")  # tables that are not made of records
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """Files as they should be.
+
+    Attributes:
+        texts: by path.
+        figures: their paths.
+        stale: figures and texts that were not made, as that takes long, though what they were made from has changed.
+        left: files there that nothing renders any more, as when a last record is gone; nobody removes them.
+    """
+
+    texts: dict[Path, str]
+    figures: list[Path]
+    stale: list[Path]
+    left: list[Path]
+
+    @property
+    def changed(self) -> list[Path]:
+        """Texts that are not on disk as they should be."""
+        return [path for path, text in self.texts.items() if not path.exists() or path.read_text() != text]
+
+
+def rendering(
+    table: str | None, scale: str, store: Store, contents: Contents, output: Path, draw: bool = True
+) -> Rendering:
+    """The files of a table, or of everything.
+
+    Args:
+        table: a file of experiments/, or one of OTHERS; None: everything that has results.
+        scale: of the table.
+        store, contents: the records.
+        output: the folder of tables/ and figures/.
+        draw: write the figures that changed, as the page holds them. Otherwise they are stale, nothing is written or
+            counted, and the page is looked at only where there is one.
+
+    Raises:
+        DataError: there is nothing to render.
+    """
+    texts: dict[Path, str] = {}
+    uncounted: list[Path] = []
+    if table in (None, "claims"):
+        counted = _claims(output, anew=table == "claims", count_missing=draw or table == "claims")
+        texts |= counted or {}
+        uncounted += [] if counted is not None else [output / "tables" / "claims.md"]
+    if table in (None, "step_cost"):
+        texts |= benchmarks.rendered(output)
+    if not texts and table == "step_cost":
+        raise DataError(f"no result in {output / 'benchmarks'}: run scripts/bench_step.py --json first")
+    documents = [text for path, text in texts.items() if path.suffix == ".md"]
+    sections = [] if table in OTHERS else _sections(table, scale, store, contents, output)
+    if table is None and not sections and not benchmarks.rendered(output):
+        raise DataError(f"no finished record of any table in {store.folder}: run scripts/reproduce.py first")
+    for section in sections:
+        texts |= _texts(section, output)
+    figures = {path: plot for section in sections for path, plot in section.figures.items()}
+    outdated = [path for path, plot in figures.items() if written_hash(path) != plot.hash]
+    for path in outdated if draw else []:
+        figures[path].write(path)
+    stale = [*outdated, *uncounted] if not draw else []
+    if table is None:
+        readme, whole = output.parent / Path(README).name, output / PAGE
+        if readme.exists():
+            texts[readme] = README_TABLE.sub(lambda place: _embedded(place, contents), readme.read_text())
+        if stale and whole.exists():
+            stale.append(whole)
+        elif draw or whole.exists():
+            texts[whole] = page(sections, documents, store.finished, address(store.folder, whole))
+    stem = "*" if table is None else sections[0].table.stem if sections else table
+    there = {path for path in tables_and_figures(output, stem) if not path.name.startswith("claims.")}
+    return Rendering(texts, list(figures), stale, sorted(there - {*texts, *figures}))
+
+
+def _claims(output: Path, anew: bool, count_missing: bool) -> dict[Path, str] | None:
+    """The claims' files; empty until they have been asked for once, None where they would have to be counted.
+
+    Counting takes minutes, so what was counted holds as long as the configs that it counted.
+    """
+    stem = output / "tables" / "claims"
+    kept = {} if anew else read_values(stem.with_suffix(".csv"))
+    if not kept and not anew:
+        return {}
+    table = claims(kept, count_missing)
+    return None if table is None else {stem.with_suffix(".md"): table.markdown(), stem.with_suffix(".csv"): table.csv()}
+
+
+def _sections(table: str | None, scale: str, store: Store, contents: Contents, output: Path) -> list[Section]:
+    """The tables to render, with their rows and figures: the one asked for, or all of which a run is finished."""
+    if table and not store.folder.is_dir():
+        raise DataError(f"no finished record: there is no folder {store.folder}")
+    if table:
+        tables = [load(table, scale)]
+    else:
+        every = (load(name, scale) for name in names() for scale in scales(name))
+        tables = [table for table in every if any(record_of(cell, contents) for cell in table.cells)]
+    sections = []
+    for chosen in tables:
+        lines, folder = rows(chosen, contents), output / "figures" / chosen.stem
+        figures = {folder / plot.name: plot for plot in plots(chosen, lines, store.finished)}
+        sections.append(Section(chosen, lines, figures))
+    return sections
+
+
+def _texts(section: Section, output: Path) -> dict[Path, str]:
+    """A table's files, Markdown first."""
+    table, title, stem = section.table, section.table.title, output / "tables" / section.table.stem
+    return {
+        stem.with_suffix(".md"): markdown(title, section.rows, table.definition.get("groups", {}).get(table.scale)),
+        stem.with_suffix(".tex"): latex(title, section.rows),
+        stem.with_suffix(".csv"): as_csv(section.rows),
+    }
+
+
+def _embedded(place: re.Match[str], contents: Contents) -> str:
+    """A table of the README, between its markers."""
+    table = load(place[2])
+    return f"{place[1]}{compact(table, rows(table, contents))}{place[3]}"

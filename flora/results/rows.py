@@ -1,0 +1,144 @@
+"""The lines of a table: its cells joined with their records and with what was published beside them."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flora.results.cells import Cell, Table
+from flora.results.reported import Published, published
+from flora.results.statistics import first_places
+from flora.results.store import Contents
+
+METHODS = {
+    "flora": "FLoRA",
+    "lora": "LoRA",
+    "lora_flat": "LoRA",
+    "dora": "DoRA",
+    "dora_flat": "DoRA",
+    "full": "Fully FT",
+    "linear_probe": "Base (no backbone adaptation)",
+    "bitfit": "BitFit",
+    "ia3": "(IA)3",
+    "houlsby": "HAdapter",
+    "pfeiffer": "PAdapter",
+    "parallel_adapter": "PA",
+    "trilora": "TriLoRA",
+    "adalora": "AdaLoRA",
+}
+"""What published tables call our methods."""
+
+
+@dataclass
+class Row:
+    """One line of a table.
+
+    Attributes:
+        task, model, method, settings: what was run; ``settings`` is what else varies in the table.
+        records: finished records by seed.
+        cells: how many runs there should be.
+        overrides: what to type after ``python train.py``, the seed left out.
+        published: the published number of the same cell, or None.
+        mark: ``best``, ``tied`` or nothing.
+        lora: the record of LoRA that time and memory are related to, by seed.
+    """
+
+    task: str
+    model: str
+    method: str
+    settings: str
+    records: dict[int, dict[str, Any]]
+    cells: int
+    overrides: tuple[str, ...] = ()
+    published: Published | None = None
+    mark: str = ""
+    lora: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The method and what else varies, as shown."""
+        return f"{self.method} ({self.settings})" if self.settings else self.method
+
+    @property
+    def values(self) -> list[float]:
+        """The metric of each seed."""
+        return [record["value"] for record in self.records.values()]
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The record of the lowest seed."""
+        return self.records[min(self.records)]
+
+    def relative(self, key: str) -> float | None:
+        """The mean of a cost divided by LoRA's, over the seeds of which both ran in the same way; None without any.
+
+        An eager run and one captured as CUDA graphs, or runs on two kinds of device, have no ratio that says anything
+        about the methods.
+        """
+        common = [s for s in self.records.keys() & self.lora.keys() if _way(self.records[s]) == _way(self.lora[s])]
+        pairs = [(self.records[s].get(key), self.lora[s].get(key)) for s in common]
+        both = [(ours, lora) for ours, lora in pairs if ours and lora]
+        return sum(ours for ours, _ in both) / sum(lora for _, lora in both) if both else None
+
+
+def _way(record: dict[str, Any]) -> tuple[Any, ...]:
+    execution = record.get("execution") or {}
+    return record.get("device"), record.get("dtype"), *(bool(execution.get(key)) for key in ("cuda_graph", "compile"))
+
+
+def rows(table: Table, contents: Contents) -> list[Row]:
+    """The lines of a table, blocks of one task and model together, marks set."""
+    reported = published(table)
+    every = blocks([_row(key, cells, contents, reported) for key, cells in table.rows.items()])
+    for block in every:
+        best, tied = first_places({row.name: {s: r["value"] for s, r in row.records.items()} for row in block})
+        references = [r for r in block if r.method in ("lora", "lora_flat")]
+        for row in block:
+            row.mark = "best" if row.name == best else "tied" if row.name in tied else ""
+            same = [r for r in references if r.settings == row.settings] or references
+            row.lora = same[0].records if len({r.name for r in same}) == 1 else {}
+    return [row for block in every for row in block]
+
+
+def blocks(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows by task and model, in the order in which these come first."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.task, row.model), []).append(row)
+    return list(groups.values())
+
+
+def by_task(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    """Rows by model and name, then by task: what a table with a column per task needs."""
+    lines: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        lines.setdefault((row.model, row.name), {})[row.task] = row
+    return lines
+
+
+def _row(
+    key: tuple[str, str, str, str],
+    cells: list[Cell],
+    contents: Contents,
+    reported: dict[tuple[str, str, str], Published],
+) -> Row:
+    task, model, method, settings = key
+    records = {c.seed: record_of(c, contents) for c in cells}
+    printed = reported.get((cells[0].published or "", METHODS.get(method, method), task))
+    overrides = tuple(o for o in cells[0].overrides if not o.startswith("seed="))
+    finished = {s: r for s, r in sorted(records.items()) if r}
+    return Row(task, model, method, settings, finished, len(cells), overrides, printed)
+
+
+def record_of(cell: Cell, contents: Contents) -> dict[str, Any] | None:
+    """The summary of a cell's finished record, or None; composing its id is saved where no record is on its data."""
+    dataset = cell.settings.get("task.dataset")
+    if cell.not_runnable_yet or (dataset is not None and dataset not in contents.datasets):
+        return None
+    return contents.finished(cell.run_id)
+
+
+def digest(records: Sequence[dict[str, Any]]) -> str:
+    """Sha256 over the files of the records, whatever their order: changes with any byte of any of them."""
+    text = "\n".join(sorted(f"{r['run_id']} {r['sha256']}" for r in records))
+    return hashlib.sha256(text.encode()).hexdigest()
