@@ -19,31 +19,32 @@ from flora.launch import processes
 from flora.launch.entry import main, quietly
 from flora.results import Record, Store
 from flora.results.record import command, device_name, now
-from flora.training import Experiment, NoLogger
-from flora.training.checkpoint import check_same_model, complete, digest, saved_facts, saved_run
-from flora.training.experiment import CHECKPOINTS, data_workers
+from flora.training import NoLogger, Run, saved
+from flora.training.finish import finished_record
 from flora.training.loggers import about
+from flora.training.run import data_workers
+from flora.training.settings import CHECKPOINTS
 
 
 def run(cfg: DictConfig) -> Path:
     """Run what the config says, unless a finished record of the same run exists; returns the record's path."""
     check_shape(cfg)
-    checkpoint = saved_run(cfg.checkpoint) if cfg.mode == "eval" else None
+    adapter = saved.adapter_folder(cfg.checkpoint) if cfg.mode == "eval" else None
     task = instantiate(cfg.task)
     cfg.task.dataset = task.dataset  # an alias and the name it stands for are one run
     processes.start(cfg.trainer.get("device") == "cpu")
-    identity = run_id(cfg, digest(checkpoint) if checkpoint else None)
+    identity = run_id(cfg, saved.digest(adapter) if adapter else None)
     paths = instantiate(cfg.paths)
     store = Store(paths.results)
     if done := processes.once(lambda: store.settled(identity, cfg.retry, cfg.force)):
-        return found(store, done, Path(paths.output) / identity)
+        return finished_before(store, done, Path(paths.output) / identity)
     folder = processes.once(lambda: paths.prepare(identity))
     with store.lock(identity) if processes.first() else contextlib.nullcontext() as lock:
         if done := processes.once(lambda: store.settled(identity, cfg.retry, cfg.force)):  # by another, since we looked
-            return found(store, done, folder)
+            return finished_before(store, done, folder)
         if cfg.force and processes.first():
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        record = execute(cfg, identity, task, checkpoint, folder, store)
+        record = execute(cfg, identity, task, adapter, folder, store)
         if lock is not None:
             lock.check()
             store.write(record)
@@ -51,7 +52,7 @@ def run(cfg: DictConfig) -> Path:
         return store.path(identity)
 
 
-def found(store: Store, done: dict[str, Any], folder: Path) -> Path:
+def finished_before(store: Store, done: dict[str, Any], folder: Path) -> Path:
     """Say what a finished record holds; returns its path. Its process may have been killed before it had tidied up."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     result = f"{done['dataset']} {done['model']} {done['adapter']}: test {done['metric']} {done['value']:.4f}"
@@ -59,7 +60,7 @@ def found(store: Store, done: dict[str, Any], folder: Path) -> Path:
     return store.path(done["run_id"])
 
 
-def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, folder: Path, store: Store) -> Record:
+def execute(cfg: DictConfig, identity: str, task: Any, adapter: Path | None, folder: Path, store: Store) -> Record:
     """Train or evaluate; returns the finished record, or writes one of the failure."""
     model, method = instantiate(cfg.model), instantiate(cfg.adapter)
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
@@ -68,7 +69,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
     say(f"{label}: run {identity}")
     splits = task.load_for(model, Path(cfg.paths.data))
     analysis = dict(cfg.analysis) if cfg.analysis.every_n_steps is not None else None
-    experiment = Experiment(task, model, method, settings, protocol, splits, cfg.seed, folder, analysis=analysis)
+    current = Run(task, model, method, settings, protocol, splits, cfg.seed, folder, analysis=analysis)
     record = Record(
         run_id=identity,
         method_version=METHOD_VERSION,
@@ -92,15 +93,15 @@ def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, 
     )
     try:
         log = logger.run(about(record, label, cfg.table, cfg.cell, cfg.force), folder)
-        with processes.together(), log as experiment.log, data_workers():
-            if checkpoint is not None:
-                check_same_model(checkpoint, model.name)
-                outcome = experiment.evaluate(checkpoint)
-                record.adapter = saved_facts(checkpoint).get("adapter", method.name)
+        with processes.together(), log as current.log, data_workers():
+            if adapter is not None:
+                saved.check_same_model(adapter, model.name)
+                outcome = current.evaluate(adapter)
+                record.adapter = saved.facts(adapter).get("adapter", method.name)
             else:
-                outcome = experiment.train()
-            experiment.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
-            record = complete(record, experiment, outcome)
+                outcome = current.train()
+            current.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
+            record = finished_record(record, current, outcome)
     except (ConfigError, WeightsError):
         raise  # bad input: nothing was run that a record should keep
     except (KeyboardInterrupt, CheckpointError, DataError, ProcessLost, WorkerLost, OSError) as error:

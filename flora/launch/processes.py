@@ -8,12 +8,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
-
-import torch
-from torch import distributed
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flora.errors import ConfigError, ProcessLost
+
+if TYPE_CHECKING:
+    import torch
 
 # What tells a process its place. A process that a process of ours starts for work of its own must not inherit it.
 ENVIRONMENT = (
@@ -37,14 +37,14 @@ def count() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
-def rank() -> int:
-    """Which of them this one is, from 0."""
+def index() -> int:
+    """Which of them this one is, from 0: what torch.distributed calls its rank."""
     return int(os.environ["RANK"]) if launched() else 0
 
 
 def first() -> bool:
     """Whether this is the process that writes."""
-    return rank() == 0
+    return index() == 0
 
 
 def start(cpu: bool) -> None:
@@ -62,7 +62,8 @@ def start(cpu: bool) -> None:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     if not launched():
         return
-    from accelerate import PartialState  # here, as scripts without a model import this module too
+    import torch  # here and below, as scripts that need no network import this module too
+    from accelerate import PartialState
 
     hush()
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
@@ -90,7 +91,11 @@ def hush() -> None:
 
 def finish() -> None:
     """Part, after a run that went well."""
-    if count() > 1 and distributed.is_initialized():
+    if count() == 1:
+        return
+    from torch import distributed
+
+    if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
@@ -98,42 +103,52 @@ def once(function: Callable[[], T]) -> T:
     """What a function gives in the first process, in all of them; an error there ends the others, silently."""
     if count() == 1:
         return function()
-    found: list[Any] = [None, None]
+    from torch import distributed
+
+    shared: list[Any] = [None, None]  # the value, the exit code of an error
     if first():
         try:
-            found[0] = function()
+            shared[0] = function()
         except Exception as error:
             distributed.broadcast_object_list([None, getattr(error, "exit_code", 1)])
             raise
-    distributed.broadcast_object_list(found)
-    if found[1] is not None:
-        sys.exit(found[1])
-    return found[0]
+    distributed.broadcast_object_list(shared)
+    if shared[1] is not None:
+        sys.exit(shared[1])
+    return shared[0]
 
 
 def collected(value: T) -> list[T]:
-    """Everybody's value, by rank."""
-    found = [value] * count()
+    """Everybody's value, in the order of the processes."""
+    values = [value] * count()
     if count() > 1:
-        distributed.all_gather_object(found, value)
-    return found
+        from torch import distributed
+
+        distributed.all_gather_object(values, value)
+    return values
 
 
 def anywhere(*flags: bool) -> tuple[bool, ...]:
     """For each flag whether it is set in some process."""
     if count() == 1:
         return flags
+    import torch
+    from torch import distributed
+
     totals = torch.tensor(flags, dtype=torch.int64)
     distributed.all_reduce(totals)
     return tuple(total > 0 for total in totals.tolist())
 
 
-def unite(flags: torch.Tensor) -> None:
+def unite(flags: "torch.Tensor") -> None:
     """Set each of these flags, bool on the CPU, that is set in some process."""
     if count() > 1:
-        found = flags.to(torch.uint8)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX)
-        flags.copy_(found)
+        import torch
+        from torch import distributed
+
+        united = flags.to(torch.uint8)
+        distributed.all_reduce(united, distributed.ReduceOp.MAX)
+        flags.copy_(united)
 
 
 @contextlib.contextmanager
@@ -142,8 +157,11 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if count() > 1 and (isinstance(error, distributed.DistError) or "/gloo/" in str(error)):
-            raise ProcessLost("another process of this run ended; start the same command again to go on") from error
+        if count() > 1:
+            from torch import distributed
+
+            if isinstance(error, distributed.DistError) or "/gloo/" in str(error):
+                raise ProcessLost("another process of this run ended; start the same command again to go on") from error
         raise
 
 
@@ -151,6 +169,8 @@ def tells() -> bool:
     """Whether this process is to tell how the run failed: one does, the first process where all of them failed."""
     global _tells
     if count() > 1 and _tells is None:
+        from torch import distributed
+
         _tells = first()
         if distributed.is_initialized():
             with contextlib.suppress(RuntimeError):  # the process that kept the store is gone

@@ -7,7 +7,6 @@ from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -67,6 +66,8 @@ def visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name for name in named.split(",") if name]
+    import torch
+
     return [str(index) for index in range(torch.cuda.device_count())]
 
 

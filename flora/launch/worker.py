@@ -19,8 +19,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-
 from flora.config import ROOT, composed
 from flora.launch import preemption, processes
 from flora.launch.entry import main
@@ -163,6 +161,8 @@ def _run(train: Any, overrides: list[str]) -> tuple[int, bool]:
 
 def _tidy() -> None:
     """Undo what a cell may have set for its process."""
+    import torch
+
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic = False
     gc.collect()
