@@ -20,14 +20,15 @@ from flora.launch.entry import main, quietly
 from flora.results import Record, Store
 from flora.results.record import command, device_name, now
 from flora.tasks import aliases
-from flora.training.paths import CHECKPOINTS, digest, saved_run
+from flora.training import saved
+from flora.training.settings import CHECKPOINTS
 
 
 def run(cfg: DictConfig) -> Path:
     """Run what the config says, unless a finished record of the same run exists; returns the record's path."""
     check_shape(cfg)
-    saved = saved_run(cfg.checkpoint) if cfg.mode == "eval" else None
-    weights = digest(saved) if saved else None
+    adapter = saved.adapter_folder(cfg.checkpoint) if cfg.mode == "eval" else None
+    weights = saved.digest(adapter) if adapter else None
     if (dataset := aliases.canonical(cfg.task)) is not None:
         cfg.task.dataset = dataset  # an alias and the name it stands for are one run
     processes.start(cfg.trainer.get("device") == "cpu")
@@ -35,17 +36,17 @@ def run(cfg: DictConfig) -> Path:
     paths = instantiate(cfg.paths)
     store = Store(paths.results)
     if done := processes.once(lambda: store.settled(identity, cfg.retry, cfg.force)):
-        return served(store, done, Path(paths.output) / identity)
-    task = instantiate(cfg.task)  # only now: it takes seconds to import what trains
+        return finished_before(store, done, Path(paths.output) / identity)
+    task = instantiate(cfg.task)  # only now: what trains takes seconds to import
     cfg.task.dataset = task.dataset  # a class may know further aliases
     identity = run_id(cfg, weights)
     folder = processes.once(lambda: paths.prepare(identity))
     with store.lock(identity) if processes.first() else contextlib.nullcontext() as lock:
         if done := processes.once(lambda: store.settled(identity, cfg.retry, cfg.force)):  # by another, since we looked
-            return served(store, done, folder)
+            return finished_before(store, done, folder)
         if cfg.force and processes.first():
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        record = execute(cfg, identity, task, saved, folder, store)
+        record = execute(cfg, identity, task, adapter, folder, store)
         if lock is not None:
             lock.check()
             store.write(record)
@@ -53,7 +54,7 @@ def run(cfg: DictConfig) -> Path:
         return store.path(identity)
 
 
-def served(store: Store, done: dict[str, Any], folder: Path) -> Path:
+def finished_before(store: Store, done: dict[str, Any], folder: Path) -> Path:
     """Say what a finished record holds; returns its path. Its process may have been killed before it had tidied up."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     result = f"{done['dataset']} {done['model']} {done['adapter']}: test {done['metric']} {done['value']:.4f}"
@@ -61,12 +62,12 @@ def served(store: Store, done: dict[str, Any], folder: Path) -> Path:
     return store.path(done["run_id"])
 
 
-def execute(cfg: DictConfig, identity: str, task: Any, saved: Path | None, folder: Path, store: Store) -> Record:
-    """Train, or evaluate what is ``saved``; returns the finished record, or writes one of the failure."""
-    from flora.training import Experiment, NoLogger
-    from flora.training.checkpoint import check_same_model, complete, saved_facts
-    from flora.training.experiment import data_workers
+def execute(cfg: DictConfig, identity: str, task: Any, adapter: Path | None, folder: Path, store: Store) -> Record:
+    """Train, or evaluate ``adapter``; returns the finished record, or writes one of the failure."""
+    from flora.training import NoLogger, Run
+    from flora.training.finish import finished_record
     from flora.training.loggers import about
+    from flora.training.run import data_workers
 
     model, method = instantiate(cfg.model), instantiate(cfg.adapter)
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
@@ -75,7 +76,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, saved: Path | None, folde
     say(f"{label}: run {identity}")
     splits = task.load_for(model, Path(cfg.paths.data))
     analysis = dict(cfg.analysis) if cfg.analysis.every_n_steps is not None else None
-    experiment = Experiment(task, model, method, settings, protocol, splits, cfg.seed, folder, analysis=analysis)
+    current = Run(task, model, method, settings, protocol, splits, cfg.seed, folder, analysis=analysis)
     record = Record(
         run_id=identity,
         method_version=METHOD_VERSION,
@@ -99,15 +100,15 @@ def execute(cfg: DictConfig, identity: str, task: Any, saved: Path | None, folde
     )
     try:
         log = logger.run(about(record, label, cfg.table, cfg.cell, cfg.force), folder)
-        with processes.together(), log as experiment.log, data_workers():
-            if saved is not None:
-                check_same_model(saved, model.name)
-                outcome = experiment.evaluate(saved)
-                record.adapter = saved_facts(saved).get("adapter", method.name)
+        with processes.together(), log as current.log, data_workers():
+            if adapter is not None:
+                saved.check_same_model(adapter, model.name)
+                outcome = current.evaluate(adapter)
+                record.adapter = saved.facts(adapter).get("adapter", method.name)
             else:
-                outcome = experiment.train()
-            experiment.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
-            record = complete(record, experiment, outcome)
+                outcome = current.train()
+            current.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
+            record = finished_record(record, current, outcome)
     except (ConfigError, WeightsError):
         raise  # bad input: nothing was run that a record should keep
     except (KeyboardInterrupt, CheckpointError, DataError, ProcessLost, WorkerLost, OSError) as error:

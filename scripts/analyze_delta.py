@@ -17,8 +17,7 @@ from flora.methods.heads import in_head
 from flora.results.delta import Kept, energy_kept
 from flora.results.plots import DPI, style
 from flora.results.store import read
-from flora.training.checkpoint import saved_facts
-from flora.training.paths import saved_run
+from flora.training import saved
 
 FORMS = {"tucker": "flora", "flattened": "flora_flat", "shuffled": "flora_shuffled"}
 
@@ -36,8 +35,8 @@ def analyze_delta() -> None:
     for name, rank in (("--r", arguments.r), ("--kernel-rank", arguments.kernel_rank)):
         if rank < 1:
             raise ConfigError(f"{name} {rank}: at least 1")
-    folder = saved_run(arguments.run)
-    facts = saved_facts(folder)
+    folder = saved.adapter_folder(arguments.run)
+    facts = saved.facts(folder)
     if facts.get("adapter") != "full":
         raise ConfigError(f"{arguments.run} is a run with adapter={facts.get('adapter')}: choose one with adapter=full")
     path = arguments.results / f"{facts['run_id']}.json"

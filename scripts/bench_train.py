@@ -32,7 +32,7 @@ from flora.errors import ConfigError
 from flora.launch import processes
 from flora.methods.base import Adapted
 from flora.tasks import ImageDataset, ImageTask, Splits
-from flora.training import Experiment, Protocol, TrainerSettings
+from flora.training import Protocol, Run, TrainerSettings
 
 METHODS = ("full", "lora", "flora", "flora_factored", "flora_merged")
 SPREAD = "interquartile range over the rounds"
@@ -186,7 +186,7 @@ def train_seconds(
     protocol = Protocol("noise", "last", "train+validation")
     with tempfile.TemporaryDirectory() as folder:
         spec = methods.network.spec
-        done = Experiment(task, spec, method, settings, protocol, splits, arguments.seed, Path(folder)).train()
+        done = Run(task, spec, method, settings, protocol, splits, arguments.seed, Path(folder)).train()
     (loss,) = (entry["train_loss"] for entry in done.trainer.state.log_history if "train_loss" in entry)
     return clock.seconds, loss
 

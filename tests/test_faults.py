@@ -195,8 +195,8 @@ def file_size(place):
 def adapter_not_saved(place):
     with disk(place.outputs, "size=64m"):
         with place.patch.context() as patch:
-            evaluate = train.Experiment._test
-            patch.setattr(train.Experiment, "_test", lambda *a: (evaluate(*a), fill(place.outputs))[0])
+            evaluate = train.Run._test
+            patch.setattr(train.Run, "_test", lambda *a: (evaluate(*a), fill(place.outputs))[0])
             ended = place.run()
         (place.outputs / "filler").unlink()
         shutil.copytree(place.outputs, place.folder / "copy")

@@ -373,7 +373,7 @@ def adapter_complaint(chance, folder):
     try:
         adapted = load_adapter(network(), ["1"], place)
     except (ValueError, KeyError, FloraError):
-        return None  # Experiment.evaluate makes one line of it
+        return None  # Run.evaluate makes one line of it
     logits = adapted.model(torch.ones(1, 4))
     return None if logits.shape == (1, 2) else f"logits {list(logits.shape)}"
 

@@ -9,7 +9,7 @@ import pytest
 from flora.config import ROOT, composed, run_id
 from flora.results import Store
 from flora.results.cells import Cell, load
-from flora.training.paths import digest
+from flora.training.saved import digest
 from scripts.make_tables import make_tables
 from tests.results.records import write
 

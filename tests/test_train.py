@@ -189,7 +189,7 @@ def test_an_interrupt_leaves_an_interrupted_record(run, tmp_path, monkeypatch):
     def interrupt(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flora.training.experiment.Experiment.train", interrupt)
+    monkeypatch.setattr("flora.training.run.Run.train", interrupt)
     code, _, _ = run()
     assert code == 130
     assert [json.loads(p.read_text())["status"] for p in tmp_path.glob("results/*.json")] == ["interrupted"]

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-import psutil
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -59,6 +57,8 @@ def hand_on() -> None:
 
 def forward() -> None:
     """From now on tell the processes that this one starts, and wait for them, instead of ending."""
+    import psutil  # noqa: F401  now: a signal's handler should find it imported
+
     global _forwards
     _forwards = True
 
@@ -91,9 +91,16 @@ def _take(number: int, frame: FrameType | None) -> None:
     _came.append(number)
     if not first or _held:  # a second signal must not disturb what the first one has begun to tidy up
         return
-    children = psutil.Process().children() if _forwards else []
+    if not (_forwards and _terminate_children()):
+        check()
+
+
+def _terminate_children() -> bool:
+    """Tell the processes that this one has started to end; whether there are any."""
+    import psutil
+
+    children = psutil.Process().children()
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.terminate()
-    if not children:
-        check()
+    return bool(children)

@@ -37,14 +37,14 @@ def count() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
-def rank() -> int:
-    """Which of them this one is, from 0."""
+def index() -> int:
+    """Which of them this one is, from 0: what torch.distributed calls its rank."""
     return int(os.environ["RANK"]) if launched() else 0
 
 
 def first() -> bool:
     """Whether this is the process that writes."""
-    return rank() == 0
+    return index() == 0
 
 
 def start(cpu: bool) -> None:
@@ -105,27 +105,27 @@ def once(function: Callable[[], T]) -> T:
         return function()
     from torch import distributed
 
-    found: list[Any] = [None, None]
+    shared: list[Any] = [None, None]  # the value, the exit code of an error
     if first():
         try:
-            found[0] = function()
+            shared[0] = function()
         except Exception as error:
             distributed.broadcast_object_list([None, getattr(error, "exit_code", 1)])
             raise
-    distributed.broadcast_object_list(found)
-    if found[1] is not None:
-        sys.exit(found[1])
-    return found[0]
+    distributed.broadcast_object_list(shared)
+    if shared[1] is not None:
+        sys.exit(shared[1])
+    return shared[0]
 
 
 def collected(value: T) -> list[T]:
-    """Everybody's value, by rank."""
-    found = [value] * count()
+    """Everybody's value, in the order of the processes."""
+    values = [value] * count()
     if count() > 1:
         from torch import distributed
 
-        distributed.all_gather_object(found, value)
-    return found
+        distributed.all_gather_object(values, value)
+    return values
 
 
 def anywhere(*flags: bool) -> tuple[bool, ...]:
@@ -146,9 +146,9 @@ def unite(flags: "torch.Tensor") -> None:
         import torch
         from torch import distributed
 
-        found = flags.to(torch.uint8)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX)
-        flags.copy_(found)
+        united = flags.to(torch.uint8)
+        distributed.all_reduce(united, distributed.ReduceOp.MAX)
+        flags.copy_(united)
 
 
 @contextlib.contextmanager

@@ -121,7 +121,7 @@ def tables_and_figures(output: Path, table: str) -> list[Path]:
 
 
 def _read(output: Path) -> dict[str, Any]:
-    nothing = {"everything": False, "inputs": None, "files": {}}
+    nothing: dict[str, Any] = {"everything": False, "inputs": None, "files": {}}
     try:
         manifest = json.loads((output / MANIFEST).read_text())
     except (OSError, ValueError):

@@ -9,16 +9,16 @@ from flora import names
 
 _HOMES = {
     "Csv": "loggers",
-    "Experiment": "experiment",
     "NoLogger": "loggers",
-    "Outcome": "experiment",
-    "Paths": "paths",
+    "Outcome": "run",
+    "Paths": "settings",
     "Protocol": "settings",
+    "Run": "run",
     "TensorBoard": "loggers",
     "Trainer": "trainer",
     "TrainerSettings": "settings",
     "Wandb": "loggers",
-    "evaluate": "experiment",
+    "evaluate": "run",
 }
 __all__ = [*_HOMES]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from flora.training.internals import approach
 from flora.training.sharding import like, local, whole
 
 
@@ -34,8 +35,8 @@ class Ema(TrainerCallback):
         """Take the step's weights in."""
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         with torch.no_grad():
-            averages, weights = ([local(one.detach()) for one in ones] for ones in (self.averages, self.parameters))
-            torch._foreach_lerp_(averages, weights, 1 - decay)
+            averages, weights = ([local(t.detach()) for t in tensors] for tensors in (self.averages, self.parameters))
+            approach(averages, weights, 1 - decay)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Keep the averages."""

@@ -1,4 +1,4 @@
-"""Experiment loggers: W&B (offline by default), TensorBoard, CSV or none. None of them can end a run."""
+"""Loggers: W&B (offline by default), TensorBoard, CSV or none. None of them can end a run."""
 
 import csv
 import json
@@ -86,8 +86,8 @@ class Log(TrainerCallback):
 
     def repeat(self, history: list[dict[str, float]]) -> None:
         """Log the history of what an earlier process did."""
-        for entry in history:
-            self.write(self._named(entry), int(entry.get("step", 0)), entry.get("epoch", 0.0))
+        for row in history:
+            self.write(self._named(row), int(row.get("step", 0)), row.get("epoch", 0.0))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Log what the trainer logs."""
@@ -110,14 +110,14 @@ class Log(TrainerCallback):
             self._write = _nowhere
 
     def _named(self, logs: dict[str, Any]) -> dict[str, float]:
-        found = {}
+        named = {}
         for name, value in logs.items():
             if name in ("step", "epoch") or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             kind, _, rest = name.partition("_")
             if kind != "test":  # `result` logs it
-                found[self._fit + (f"validation/{rest}" if kind == "eval" else f"train/{name}")] = float(value)
-        return found
+                named[self._fit + (f"validation/{rest}" if kind == "eval" else f"train/{name}")] = float(value)
+        return named
 
 
 class NoLogger:
@@ -138,7 +138,7 @@ class Csv:
         with (folder / "metrics.csv").open("w", newline="", buffering=1) as file:
             lines = csv.writer(file, lineterminator="\n")
             lines.writerow(["step", "epoch", "name", "value"])
-            yield Log(lambda numbers, step, epoch: lines.writerows([step, epoch, *one] for one in numbers.items()))
+            yield Log(lambda numbers, step, epoch: lines.writerows([step, epoch, *item] for item in numbers.items()))
 
 
 class TensorBoard:
@@ -275,7 +275,7 @@ def _rows_in(content: bytes) -> int:
     from wandb.proto import wandb_internal_pb2
 
     messages: Any = wandb_internal_pb2
-    at, whole, found = 7, b"", 0
+    at, whole, rows = 7, b"", 0
     while at + 7 <= len(content):
         if (left := 32768 - at % 32768) < 7:
             at += left
@@ -284,9 +284,9 @@ def _rows_in(content: bytes) -> int:
         whole += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4) and at <= len(content):  # a whole record, or the last part of one
-            found += messages.Record.FromString(whole).HasField("history")
+            rows += messages.Record.FromString(whole).HasField("history")
             whole = b""
-    return found
+    return rows
 
 
 def warn(text: str) -> None:

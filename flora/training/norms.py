@@ -58,10 +58,10 @@ class DeltaNorms(TrainerCallback):
 
     def measure(self) -> dict[str, float]:
         """The two numbers now."""
-        found = [norm_and_amplification(w, d, self.rank) for w, d in self._changes() if d.any()]
-        if not found:
+        measured = [norm_and_amplification(w, d, self.rank) for w, d in self._changes() if d.any()]
+        if not measured:
             return {"delta_norm": 0.0}
-        norms, factors = zip(*found, strict=True)
+        norms, factors = zip(*measured, strict=True)
         return {"delta_norm": statistics.fmean(norms), "amplification": statistics.fmean(factors)}
 
     def _changes(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,7 +1,7 @@
 """Batches in parts, one for each process, so that several processes see what one process would see.
 
 All draw the same batches. Of a training batch each takes a slice, whose loss counts by the share of the batch's targets
-in it. In an evaluation a draw is a batch for each, and what they found is gathered in the order of the examples.
+in it. In an evaluation a draw is a batch for each, and their outputs are gathered in the order of the examples.
 """
 
 from collections.abc import Sequence
@@ -40,13 +40,13 @@ class Part(Dataset[dict[str, Tensor]]):
         """The part of these examples; where it is empty, one of them that does not count: none may stand by."""
         if self.each is None:
             start, stop = (
-                len(indices) * rank // processes.count() for rank in (processes.rank(), processes.rank() + 1)
+                len(indices) * index // processes.count() for index in (processes.index(), processes.index() + 1)
             )
         else:
-            start, stop = (self.each * rank for rank in (processes.rank(), processes.rank() + 1))
+            start, stop = (self.each * index for index in (processes.index(), processes.index() + 1))
         own = indices[start:stop]
-        found = self.dataset.__getitems__(own or indices[:1])
-        return found | {COUNTS: torch.tensor(bool(own)) & found.get(COUNTS, True)}
+        batch = self.dataset.__getitems__(own or indices[:1])
+        return batch | {COUNTS: torch.tensor(bool(own)) & batch.get(COUNTS, True)}
 
 
 def undivided(loader: Any) -> Any:
@@ -68,11 +68,11 @@ def share(batch: dict[str, Tensor]) -> Tensor:
 
 
 def joined(counts: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Parts put together, by rank, without those that do not count; rows are filled up with -100 to one length."""
+    """Parts of all processes in their order, without those that do not count; rows are filled up with -100."""
     sizes = processes.collected(len(tensors[0]) if counts else 0)
-    found = []
+    whole = []
     for tensor in tensors:
         padded = pad_across_processes(pad_across_processes(tensor, dim=1, pad_index=-100), dim=0)
         parts = gather(padded).split(len(padded))
-        found.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
-    return tuple(found)
+        whole.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
+    return tuple(whole)

@@ -179,8 +179,8 @@ class Progress:
         if not self.resume:
             if processes.first():
                 self.checkpoints.remove()
-        elif (found := self.checkpoints.newest()) is not None:
-            self.newest, state = found
+        elif (checkpoint := self.checkpoints.newest()) is not None:
+            self.newest, state = checkpoint
             self._began -= state["seconds"]
             self.notes = state["notes"]
             for label, (facts, meters, weights) in state["done"].items():
@@ -204,14 +204,14 @@ class Progress:
             return step is None or step % self.every == 0
         return time.monotonic() - self._last >= max(SECONDS, self._cost / SHARE)
 
-    def write(self, fit: dict[str, Any] | None, trainer_state: str) -> Path | None:
+    def write(self, unfinished: dict[str, Any] | None, trainer_state: str) -> Path | None:
         """Write a checkpoint of all that is done, and of the fit that the run is in; all processes must ask."""
         started = time.monotonic()
         done = {
-            label: (json.dumps(one.state), one.meters, None if one.weights is None else one.weights())
-            for label, one in self.done.items()
+            label: (json.dumps(fit.state), fit.meters, None if fit.weights is None else fit.weights())
+            for label, fit in self.done.items()
         }
-        state = {"seconds": self.seconds, "notes": self.notes, "done": done, "fit": fit}
+        state = {"seconds": self.seconds, "notes": self.notes, "done": done, "fit": unfinished}
         if processes.first():
             self.newest = self.checkpoints.write(state, trainer_state)
         self.unfinished = None

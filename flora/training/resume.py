@@ -41,22 +41,22 @@ def load_weights(model: nn.Module, saved: dict[str, Tensor]) -> None:
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state dict, whole where parameters are in shards; all processes must ask."""
     state = optimizer.state_dict()
-    found = {i: {name: whole(value) for name, value in one.items()} for i, one in state["state"].items()}
-    return state | {"state": found}
+    gathered = {i: {name: whole(value) for name, value in own.items()} for i, own in state["state"].items()}
+    return state | {"state": gathered}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Put back what ``optimizer_state`` gave."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    found = {i: {name: like(value, parameters[i]) for name, value in one.items()} for i, one in saved["state"].items()}
-    optimizer.load_state_dict(saved | {"state": found})
+    state = {i: {name: like(value, parameters[i]) for name, value in own.items()} for i, own in saved["state"].items()}
+    optimizer.load_state_dict(saved | {"state": state})
 
 
 def _changing(model: nn.Module) -> dict[str, Tensor]:
     reshard(model)
     kept = model.state_dict().keys()
-    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return found | {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained | {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def rng_state(cuda: bool) -> dict[str, Any]:
@@ -133,11 +133,11 @@ class Keeper(TrainerCallback):
 
     def train(self) -> None:
         """Train the trainer's model from the start, or from the checkpoint of an earlier process."""
-        found = self.progress.resumable(self.label)
-        if found is None:
+        checkpoint = self.progress.resumable(self.label)
+        if checkpoint is None:
             self.trainer.train()
             return
-        path, self.saved = found
+        path, self.saved = checkpoint
         self.progress.unfinished = None
         print(f"{self.label}: going on from checkpoint {path}", file=sys.stderr)
         self.trainer.go_on(path, self.saved)
@@ -148,10 +148,8 @@ class Keeper(TrainerCallback):
             return
         for callback, saved in zip(self._stateful(), self.saved["callbacks"], strict=True):
             callback.load_state_dict(saved)
-        trainer, loss = self.trainer, self.saved["loss"]
-        trainer._tr_loss.fill_(loss["since_log"])
-        trainer._total_loss_scalar, trainer._globalstep_last_logged = loss["before"], loss["last_logged"]
-        trainer._initial_global_step = 0
+        trainer = self.trainer
+        trainer.restore_losses(self.saved["loss"])
         trainer.seconds_before, trainer.resumed_at = self.saved["seconds"], [*self.saved["resumed"], state.global_step]
         self.saved = None
 
@@ -175,8 +173,8 @@ class Keeper(TrainerCallback):
         preemption.check(stop)
 
     def _check_finite(self, state: Any) -> None:
-        sound = [torch.isfinite(local(p)).all() for p in [self.trainer._tr_loss, *self.trainer.trained]]
-        if any(processes.anywhere(*(not bool(one) for one in sound))):
+        finite = [torch.isfinite(local(p)).all() for p in [self.trainer.running_loss, *self.trainer.trained]]
+        if any(processes.anywhere(*(not bool(flag) for flag in finite))):
             raise TrainingDiverged(f"the loss or a weight was not finite at step {state.global_step}: lower trainer.lr")
 
     def _state(self) -> dict[str, Any]:
@@ -189,17 +187,13 @@ class Keeper(TrainerCallback):
             "rng": processes.collected(rng_state(trainer.on_gpu)),
             "order": self._order,
             "callbacks": [callback.state_dict() for callback in self._stateful()],
-            "loss": {
-                "since_log": trainer.accelerator.reduce(trainer._tr_loss, "mean").item(),
-                "before": trainer._total_loss_scalar,
-                "last_logged": trainer._globalstep_last_logged,
-            },
+            "loss": trainer.losses(),
             "seconds": trainer.seconds,
             "resumed": trainer.resumed_at,
         }
 
     def _stateful(self) -> list[Any]:
-        return [one for one in self.trainer.callback_handler.callbacks if hasattr(one, "load_state_dict")]
+        return [c for c in self.trainer.callback_handler.callbacks if hasattr(c, "load_state_dict")]
 
 
 def facts(state: Any) -> str:

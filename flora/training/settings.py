@@ -1,12 +1,17 @@
-"""Settings that Hydra instantiates: how to train, what to select on."""
+"""Settings that Hydra instantiates: how to train, what to select on, where things live."""
 
+import os
 from dataclasses import dataclass
-
-from transformers import SchedulerType
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flora.errors import ConfigError
 from flora.launch import processes
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+CHECKPOINTS = "checkpoints"  # their folder in a run's folder
 _DTYPES = ("fp32", "bf16")
 
 
@@ -101,8 +106,10 @@ class TrainerSettings:
             raise ConfigError(f"trainer.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         if self.device not in ("auto", "cpu"):
             raise ConfigError(f"trainer.device must be auto or cpu, got {self.device!r}")
-        if self.schedule not in (known := [kind.value for kind in SchedulerType]):
-            raise ConfigError(f"trainer.schedule must be one of {', '.join(known)}, got {self.schedule!r}")
+        from transformers import SchedulerType  # here, as what only reads records and paths needs no transformers
+
+        if self.schedule not in (schedules := [kind.value for kind in SchedulerType]):
+            raise ConfigError(f"trainer.schedule must be one of {', '.join(schedules)}, got {self.schedule!r}")
         for name in ("cuda_graph", "compile", "gradient_checkpointing", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"trainer.{name} must be true or false, got {getattr(self, name)!r}")
@@ -132,6 +139,70 @@ class TrainerSettings:
             )
         if self.cuda_graph and processes.count() > 1:
             raise ConfigError("trainer.cuda_graph is for one process: set it to false under torchrun")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether training runs on a GPU."""
+        import torch
+
+        return self.device != "cpu" and torch.cuda.is_available()
+
+    def arguments(
+        self, folder: Path, seed: int, metric: str, validates: bool, skips_parameters: bool
+    ) -> "TrainingArguments":
+        """What transformers' trainer takes.
+
+        Args:
+            folder: the run's; nothing is written there.
+            seed: seeds data order and dropout.
+            metric: which metric of an evaluation counts, the higher the better.
+            validates: look at validation while training.
+            skips_parameters: some steps use only some of the trained parameters.
+        """
+        import torch
+        from transformers import TrainingArguments
+
+        checkpointing: dict[str, Any] = {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        }
+        every = "steps" if self.eval_steps else "epoch"
+        return TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=self.epochs,
+            max_steps=self.max_steps or -1,
+            # Every process draws the whole batch and takes its part (flora.training.parts).
+            per_device_train_batch_size=self.batch_size // self.gradient_accumulation,
+            per_device_eval_batch_size=self.eval_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation,
+            learning_rate=self.lr,
+            weight_decay=self.weight_decay,
+            lr_scheduler_type=self.schedule,
+            warmup_steps=self.warmup_steps or self.warmup_ratio,
+            max_grad_norm=self.max_grad_norm,
+            **(checkpointing if self.gradient_checkpointing else {}),
+            bf16=self.dtype == "bf16",
+            ddp_find_unused_parameters=skips_parameters,
+            use_cpu=self.device == "cpu" or not torch.accelerator.is_available(),
+            seed=seed,
+            data_seed=seed,
+            full_determinism=self.deterministic,
+            eval_strategy=every if validates else "no",
+            eval_steps=self.eval_steps,
+            save_strategy="no",  # see flora.training.resume
+            metric_for_best_model=metric,
+            greater_is_better=True,
+            logging_steps=self.log_every,
+            logging_nan_inf_filter=False,
+            dataloader_num_workers=self.num_workers,
+            dataloader_pin_memory=self.on_gpu,
+            accelerator_config={"non_blocking": self.on_gpu},
+            remove_unused_columns=False,
+            label_names=["labels"],
+            report_to="none",  # ours is a callback (flora.training.loggers)
+            disable_tqdm=True,
+            log_level="error",
+        )
 
 
 @dataclass(frozen=True)
@@ -172,3 +243,38 @@ class Protocol:
 
 def _positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where things live; relative paths start at the working directory.
+
+    Attributes:
+        data: dataset folders, ``DATASET/{train*,validation,test}.parquet``.
+        output: adapters, checkpoints and logs, one folder per run id.
+        results: records, one JSON file per run.
+    """
+
+    data: str
+    output: str
+    results: str
+
+    def __post_init__(self) -> None:
+        for key in ("data", "output", "results"):
+            if not isinstance(getattr(self, key), str) or not getattr(self, key):
+                raise ConfigError(f"paths.{key} must be a folder, got {getattr(self, key)!r}")
+
+    def prepare(self, run: str) -> Path:
+        """Make the run's output folder and the results folder; ConfigError when one cannot be written."""
+        for key, folder in (("output", Path(self.output) / run), ("results", Path(self.results))):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".write-test-{os.getpid()}"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                reason = error.strerror or error
+                raise ConfigError(
+                    f"paths.{key}: cannot write to {folder} ({reason}); choose another folder with paths.{key}=DIR"
+                ) from error
+        return Path(self.output) / run

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flora.launch import processes
+from flora.training.internals import mark_sharded, own_parameters
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
@@ -25,18 +26,17 @@ def shard(model: nn.Module, device: torch.device) -> None:
     network = model.get_base_model() if isinstance(model, peft.PeftModel) else model  # is called by itself to generate
     for module in dict.fromkeys([*reversed(_blocks(network)), network, model]):
         fully_shard(module, mesh=mesh)
-    # transformers' mark: processes whose texts are written go on until the others' are.
-    network._is_fsdp_managed_module = True  # type: ignore[assignment]
+    mark_sharded(network)
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
     """Modules with parts of their own that lie in a list beside others of their class, outer before inner."""
-    found = []
+    blocks = []
     for container in network.modules():
         if isinstance(container, nn.Sequential | nn.ModuleList):
             kinds = Counter(type(child) for child in container)
-            found += [child for child in container if kinds[type(child)] > 1 and any(child.children())]
-    return found
+            blocks += [child for child in container if kinds[type(child)] > 1 and any(child.children())]
+    return blocks
 
 
 def reshard(model: nn.Module) -> None:
@@ -68,12 +68,12 @@ def like(tensor: Tensor, sharded: Tensor) -> Tensor:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, the first process has the whole model, on the CPU, as what saves an adapter expects; all must ask."""
     reshard(model)
-    own = [(module._parameters, name) for module in model.modules() for name in module._parameters]
+    own = [(own_parameters(module), name) for module in model.modules() for name in own_parameters(module)]
     places: list[tuple[Any, str, Any]] = [(h, n, p) for h, n in own if isinstance(p := h[n], DTensor)]
     for held, name, parameter in places:
-        gathered_one = whole(parameter)
+        tensor = whole(parameter)
         if processes.first():
-            held[name] = nn.Parameter(gathered_one.detach().cpu(), parameter.requires_grad)
+            held[name] = nn.Parameter(tensor.detach().cpu(), parameter.requires_grad)
     try:
         yield
     finally:

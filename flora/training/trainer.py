@@ -1,4 +1,4 @@
-"""The shared trainer: transformers' loop with our forward pass, parameter groups, meters and progress bar."""
+"""The shared trainer: transformers' loop with our forward pass, data, optimizer, meters and progress bar."""
 
 import contextlib
 import sys
@@ -11,34 +11,27 @@ from typing import Any, cast
 import torch
 import transformers
 from accelerate.utils import broadcast
-from timm.models import group_parameters
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from flora.errors import ConfigError
 from flora.launch import processes
-from flora.methods.heads import in_head
 from flora.tasks.base import Forward, cross_entropy
-from flora.training import parts, sharding
+from flora.training import internals, parts, sharding
 from flora.training.callbacks import EpochLines, ProgressBar, StepMeter, StopOnDivergence, TellEpoch
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once
 from flora.training.ema import Ema
+from flora.training.groups import layer_scales, parameter_groups
 from flora.training.progress import Fit
 from flora.training.resume import KeepBest, load_optimizer, load_weights, set_rng_state
 from flora.training.settings import TrainerSettings
 
 CACHED_SHARE = 0.1  # of the free GPU memory, that a dataset may take by itself
-
-_CHECKPOINTING: dict[str, Any] = {
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
-}
 Loss = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
-class Trainer(transformers.Trainer):
+class Trainer(internals.Loop):
     """Fine-tunes any module whose forward pass is given as a function.
 
     Args:
@@ -85,52 +78,17 @@ class Trainer(transformers.Trainer):
         self._clip: Callable[[], torch.Tensor] | None = None
         self._in_training_mode = False
         self._placed: dict[Any, Any] = {}  # datasets on the device, by the ones they copy
-        self.on_gpu = settings.device != "cpu" and torch.cuda.is_available()
-        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self.on_gpu = settings.on_gpu
+        norms = [module for module in model.modules() if isinstance(module, internals.BatchNorm)]
         # Where their parameters are frozen, their statistics stay frozen too: otherwise an adapter's base model would
         # drift, and the saved adapter could not reproduce the run.
         self._frozen_norms = [norm for norm in norms if not any(p.requires_grad for p in norm.parameters())]
         self._statistics_move = len(norms) > len(self._frozen_norms)
-        every = "steps" if settings.eval_steps else "epoch"
-        keep_best = select == "best" and validation is not None and train is not None
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            num_train_epochs=settings.epochs,
-            max_steps=settings.max_steps or -1,
-            # Every process draws the whole batch and takes its part (flora.training.parts).
-            per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation,
-            per_device_eval_batch_size=settings.eval_batch_size,
-            gradient_accumulation_steps=settings.gradient_accumulation,
-            learning_rate=settings.lr,
-            weight_decay=settings.weight_decay,
-            lr_scheduler_type=settings.schedule,
-            warmup_steps=settings.warmup_steps or settings.warmup_ratio,
-            max_grad_norm=settings.max_grad_norm,
-            **(_CHECKPOINTING if settings.gradient_checkpointing else {}),
-            bf16=settings.dtype == "bf16",
-            # Every trained parameter is used in every step, but for a projector where a batch shows no image.
-            ddp_find_unused_parameters=hasattr(getattr(model, "config", None), "vision_config"),
-            use_cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
-            seed=seed,
-            data_seed=seed,
-            full_determinism=settings.deterministic,
-            eval_strategy=every if validation is not None and train is not None else "no",
-            eval_steps=settings.eval_steps,
-            save_strategy="no",  # see flora.training.resume
-            metric_for_best_model=metric_name,
-            greater_is_better=True,
-            logging_steps=settings.log_every,
-            logging_nan_inf_filter=False,
-            dataloader_num_workers=settings.num_workers,
-            dataloader_pin_memory=self.on_gpu,
-            accelerator_config={"non_blocking": self.on_gpu},
-            remove_unused_columns=False,
-            label_names=["labels"],
-            report_to="none",  # ours is a callback (flora.training.loggers)
-            disable_tqdm=True,
-            log_level="error",
-        )
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # several would mean nn.DataParallel
+        validates = validation is not None and train is not None
+        # Every trained parameter is used in every step, but for a projector where a batch shows no image.
+        skips = hasattr(getattr(model, "config", None), "vision_config")
+        arguments = settings.arguments(folder, seed, metric_name, validates, skips)
+        internals.use_one_gpu(arguments)
         if processes.count() == 1 and self.on_gpu and (gpus := torch.cuda.device_count()) > 1:
             say_once(f"one of {gpus} GPUs is used: torchrun --nproc-per-node {gpus} train.py ... uses all")
         if settings.frozen_dtype == "bf16":
@@ -145,7 +103,6 @@ class Trainer(transformers.Trainer):
         self._saved: dict[str, Any] | None = None
         self._ran: dict[str, Any] | None = None  # how the steps were run, where that was in another process
         self.resumed_at: list[int] = []
-        self.seconds_before = 0.0
         super().__init__(
             model=model,
             args=arguments,
@@ -158,15 +115,15 @@ class Trainer(transformers.Trainer):
                 StopOnDivergence(),
                 TellEpoch(),
                 *([self.ema] if self.ema else []),
-                *([KeepBest(model, metric_name)] if keep_best else []),
+                *([KeepBest(model, metric_name)] if validates and select == "best" else []),
                 *extra_callbacks,
             ],
         )
         if settings.distributed == "fsdp":  # accelerate need not wrap it
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-            cast(Any, model)._is_accelerate_prepared = True
+            internals.mark_prepared(model)
         if processes.count() > 1:
-            self.gather_function = lambda found: found  # `prediction_step` has gathered them
+            self.gather_function = lambda tensors: tensors  # `prediction_step` has gathered them
         self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each of the accumulated batches
         self.remove_callback(PrinterCallback)
         self.add_callback(ProgressBar(progress) if sys.stderr.isatty() else EpochLines(progress))
@@ -204,7 +161,7 @@ class Trainer(transformers.Trainer):
                 module.eval()
             self._in_training_mode = True
         step = self.captured or self._forward_backward
-        return step(self._prepare_inputs(inputs), self.current_gradient_accumulation_steps)
+        return step(self.on_device(inputs), self.current_gradient_accumulation_steps)
 
     def _forward_backward(self, batch: dict[str, torch.Tensor], parts: int) -> torch.Tensor:
         """The loss of one of ``parts`` micro-batches over their number; adds its gradients."""
@@ -213,24 +170,25 @@ class Trainer(transformers.Trainer):
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _prepare_for_training(self, *args, **kwargs):
-        model, loader = super()._prepare_for_training(*args, **kwargs)
+    def prepared(self, model):
+        """Compile or capture the step as the settings ask, seed what differs between processes."""
         self._in_training_mode = False
         self._running = torch.compile(model) if self.settings.compile else model
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not processes.first():  # what is drawn for other examples is drawn otherwise
-            transformers.set_seed(self.args.seed + processes.rank())
+            transformers.set_seed(self.args.seed + processes.index())
         # Module.zero_grad walks all modules, and transformers calls it at every step.
         model.zero_grad = partial(_zero_grad, self.trained)
         if isinstance(self._adamw, CapturedAdamW):
             self.captured, self._clip = CapturedStep(self._forward_backward, self.trained), None
             self._adamw.follow(self.captured)
-        return model, loader
 
-    def _inner_training_loop(self, *args, **kwargs):
+    @contextlib.contextmanager
+    def fitting(self):
+        """Time a fit, and leave the model as it was."""
         self._began = time.perf_counter()
         try:
-            return super()._inner_training_loop(*args, **kwargs)
+            yield
         finally:
             self.model_wrapped.__dict__.pop("zero_grad", None)
             self.meter.close()
@@ -240,20 +198,23 @@ class Trainer(transformers.Trainer):
         self._saved = saved
         self.train(resume_from_checkpoint=str(checkpoint))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def restore_weights(self):
+        """Put back the weights of a checkpoint."""
         assert self._saved is not None
         load_weights(self._module, self._saved["weights"])
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def restore_optimizer(self):
+        """Put back the optimizer, the schedule and the order of texts."""
         if self._saved is not None:
             load_optimizer(self._adamw, self._saved["optimizer"])
             cast(Any, self.lr_scheduler).load_state_dict(self._saved["scheduler"])
             if self._order is not None:
                 self._order.set_state(self._saved["order"])
 
-    def _load_rng_state(self, checkpoint):
+    def restore_random_state(self):
+        """Put back the random numbers; what comes next is as it would have been."""
         if self._saved is not None:
-            for saved in self._saved["rng"][processes.rank() :][:1]:  # there may have been fewer processes before
+            for saved in self._saved["rng"][processes.index() :][:1]:  # there may have been fewer processes before
                 set_rng_state(saved, self.on_gpu)
             self._saved = None
 
@@ -267,22 +228,12 @@ class Trainer(transformers.Trainer):
         """Wall time of the fit, with that before it was resumed."""
         return self.seconds_before + time.perf_counter() - self._began
 
-    def _finalize_training(self, trial, num_train_samples, start_time):
-        self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
-        return super()._finalize_training(trial, num_train_samples, start_time - self.seconds_before)
-
-    def _clip_grad_norm(self, model):
-        return self._clipped(self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        return self._clipped(float("inf")) if grad_norm is None else grad_norm
-
     def get_total_train_batch_size(self, args):
         """Examples of an optimiser step."""
         return self.settings.batch_size
 
-    def _clipped(self, limit: float) -> torch.Tensor:
-        """The norm of the gradients before they are clipped."""
+    def clipped(self, limit: float) -> torch.Tensor:
+        """Clip the gradients to a norm; gives their norm before."""
         if self.captured is None or not self.captured.captured:
             return sharding.whole(nn.utils.clip_grad_norm_(self.trained, limit))
         if self._clip is None:
@@ -313,17 +264,18 @@ class Trainer(transformers.Trainer):
         """Not counted: transformers would walk the model at every step."""
         return 0
 
-    def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
+    def loader(self, make, dataset, batch_size, is_training):
+        """Batches from the GPU where the data lies there; of several processes each has its part of them."""
         placed = self._place(dataset)
         self.args.dataloader_pin_memory = self.on_gpu and placed is dataset
         self.args.dataloader_num_workers = self.settings.num_workers if placed is dataset else 0
         if processes.count() == 1:
-            return super()._get_dataloader(placed, description, batch_size, *args, **kwargs)
-        if kwargs.get("is_training"):
+            return make(dataset=placed, batch_size=batch_size)
+        if is_training:
             part = parts.Part(placed)
         else:
             part, batch_size = parts.Part(placed, each=batch_size), batch_size * processes.count()
-        return parts.undivided(super()._get_dataloader(part, description, batch_size, *args, **kwargs))
+        return parts.undivided(make(dataset=part, batch_size=batch_size))
 
     def _place(self, dataset: Any) -> Any:
         """The dataset on the GPU if the settings want it there and it can move, else the dataset."""
@@ -336,49 +288,29 @@ class Trainer(transformers.Trainer):
         return self._placed[dataset]
 
     def create_optimizer(self, model=None):
-        """AdamW with one learning rate for the adapter or backbone and one for the head; no decay on 1-D parameters.
-
-        With ``layer_decay`` a backbone's rates fall from its last layer to its first.
-        """
+        """AdamW over the groups of ``flora.training.groups``."""
         if self.optimizer is None:
-            groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
             trained: Any = model or self.model
-            scale = layer_scales(self._module, self.settings.layer_decay)
-            for name, parameter in trained.named_parameters():
-                if parameter.requires_grad:
-                    name = name.removeprefix("module.")
-                    key = (in_head(name, self.head), parameter.ndim > 1, scale.get(name, 1.0))
-                    groups.setdefault(key, []).append(parameter)
+            scales = layer_scales(self._module, self.settings.layer_decay)
+            groups = parameter_groups(trained.named_parameters(), self.head, scales, self.settings)
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = (CapturedAdamW if self._captures() else optimizer_class)(
-                [
-                    {
-                        "params": parameters,
-                        "lr": ((is_head and self.settings.head_lr) or self.settings.lr) * scale,
-                        "weight_decay": self.settings.weight_decay if decays else 0.0,
-                    }
-                    for (is_head, decays, scale), parameters in groups.items()
-                ],
-                **kwargs,
-            )
+            self.optimizer = (CapturedAdamW if self._captures() else optimizer_class)(groups, **kwargs)
             self._adamw = self.optimizer  # accelerate wraps it
         return self.optimizer
 
-    def _get_train_sampler(self, train_dataset=None):
+    def train_order(self, dataset):
         """Batches of similar length where the examples have ``lengths``, in an order that every process shares."""
-        lengths = getattr(self.train_dataset if train_dataset is None else train_dataset, "lengths", None)
-        if lengths is None:
-            return super()._get_train_sampler(train_dataset)
+        if (lengths := getattr(dataset, "lengths", None)) is None:
+            return None
         if self._order is None:
             self._order = torch.Generator().manual_seed(self.args.seed)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(batch, lengths=list(lengths), generator=self._order)
 
-    def _get_eval_sampler(self, eval_dataset):
+    def evaluation_order(self, dataset):
         """Longest first where the examples have ``lengths``: little padding, and memory runs out at once or never."""
-        lengths = getattr(eval_dataset, "lengths", None)
-        if lengths is None:
-            return super()._get_eval_sampler(eval_dataset)
+        if (lengths := getattr(dataset, "lengths", None)) is None:
+            return None
         return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -406,23 +338,6 @@ class Trainer(transformers.Trainer):
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return self.ema.applied() if self.ema is not None and self.ema.averages else contextlib.nullcontext()
-
-
-def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
-    """Factors of the learning rates by parameter: 1 for the last layer, ``decay`` for the one before, and so on.
-
-    Layers are those that timm counts; without decay there is nothing to scale.
-
-    Raises:
-        ConfigError: a network that does not say what its layers are.
-    """
-    if decay in (0, 1):
-        return {}
-    if not hasattr(model, "group_matcher"):
-        raise ConfigError("trainer.layer_decay: only networks of timm that are trained in full have layers to scale")
-    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
-    last = max(layers.values())
-    return {name: decay ** (last - layer) for name, layer in layers.items()}
 
 
 def _zero_grad(parameters: list[nn.Parameter], set_to_none: bool = True) -> None:

@@ -16,9 +16,9 @@ from flora.tasks.imagefolder import draw_confusion
 from flora.tasks.images import as_rgb
 from flora.tasks.metrics import TopFive
 from flora.tasks.mix import boxes, erase, mix
-from flora.training import Experiment, Protocol, TrainerSettings
+from flora.training import Protocol, Run, TrainerSettings
 from flora.training.parts import Part
-from tests.training.test_experiment import ToyModel
+from tests.training.test_run import ToyModel
 
 from .conftest import png
 
@@ -148,7 +148,7 @@ def trained(folder, data, workers, **settings):
     settings = TrainerSettings(epochs=2, lr=1e-2, batch_size=4, num_workers=workers, log_every=1, **settings)
     protocol = Protocol("holdout", "last", "train")
     splits = one.load_for(Network(), data)
-    return Experiment(one, Network(), Full("full", 1e-2, 1e-2), settings, protocol, splits, 0, folder)
+    return Run(one, Network(), Full("full", 1e-2, 1e-2), settings, protocol, splits, 0, folder)
 
 
 def weights(outcome):

@@ -9,7 +9,7 @@ from torch.utils.data import RandomSampler
 from flora.tasks.text import TextDataset, starts_of
 from flora.training import TrainerSettings
 from flora.training.trainer import Trainer
-from tests.training.test_experiment import channels
+from tests.training.test_run import channels
 
 LENGTHS = np.random.RandomState(0).permutation(np.arange(1, 257)).tolist()
 

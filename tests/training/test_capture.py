@@ -14,7 +14,7 @@ from flora.tasks.augment import Augment
 from flora.tasks.base import ImageDataset
 from flora.training import TrainerSettings, capture
 from flora.training.meters import BusyShare
-from tests.training.test_experiment import SPLITS, ToyModel, ToyTask, experiment, lora
+from tests.training.test_run import SPLITS, ToyModel, ToyTask, lora, toy_run
 
 FULL = Full("full", 1e-2, 1e-2)
 
@@ -121,8 +121,8 @@ def test_a_step_that_draws_on_the_cpu_is_refused_once_in_plain_words(recorded, m
 
 def test_on_a_cpu_the_run_goes_on_eagerly_and_says_so(tmp_path, capsys):
     capture.say_once.cache_clear()
-    plain = experiment(tmp_path, FULL, max_steps=4, device="cpu").train()
-    asked = experiment(tmp_path, FULL, max_steps=4, device="cpu", cuda_graph=True, cache_on_device=True).train()
+    plain = toy_run(tmp_path, FULL, max_steps=4, device="cpu").train()
+    asked = toy_run(tmp_path, FULL, max_steps=4, device="cpu", cuda_graph=True, cache_on_device=True).train()
     assert asked.metrics == plain.metrics
     assert capsys.readouterr().err.count("warning: trainer.cuda_graph needs a GPU") == 1
     assert not any(asked.trainer.execution.values())
@@ -131,7 +131,7 @@ def test_on_a_cpu_the_run_goes_on_eagerly_and_says_so(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_compiled_run_equals_the_eager_one(tmp_path):
     both = [{"max_steps": 8, "device": "cpu", "log_every": 1, "compile": compiled} for compiled in (False, True)]
-    eager, compiled = (experiment(tmp_path, lora(), **settings).train() for settings in both)
+    eager, compiled = (toy_run(tmp_path, lora(), **settings).train() for settings in both)
     assert_same_run(compiled, eager)
     assert compiled.trainer.execution["compile"]
 
@@ -165,7 +165,7 @@ def assert_same_run(run, other, rtol=1e-4, atol=1e-5):
 
 def pair(tmp_path, method, **settings):
     """A captured run and an eager one, of equal seeds."""
-    return [experiment(tmp_path, method, cuda_graph=c, log_every=1, **settings).train() for c in (True, False)]
+    return [toy_run(tmp_path, method, cuda_graph=c, log_every=1, **settings).train() for c in (True, False)]
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_random_numbers_on_the_gpu_are_those_of_the_eager_run(tmp_path, exact, m
 @pytest.mark.gpu
 def test_every_replay_draws_anew(tmp_path, exact, monkeypatch):
     add_layer(monkeypatch, lambda: nn.Dropout(0.3))
-    one = experiment(tmp_path, FULL, cuda_graph=True, log_every=1, max_steps=20, epochs=20, lr=1e-12, head_lr=1e-12)
+    one = toy_run(tmp_path, FULL, cuda_graph=True, log_every=1, max_steps=20, epochs=20, lr=1e-12, head_lr=1e-12)
     one.splits = dataclasses.replace(SPLITS, train=SPLITS.train.subset(16))  # one batch, always the same
     assert len(set(logged(one.train())[capture.WARM_UP :])) > 10
 
@@ -263,7 +263,7 @@ def test_batches_gathered_on_the_gpu_are_those_of_the_host(tmp_path, grey):
         batch, expected = there.__getitems__(chosen), data.__getitems__(chosen)
         assert batch["pixel_values"].is_cuda
         assert all(torch.equal(batch[key].cpu(), expected[key]) for key in expected)
-    cached, copied = (experiment(tmp_path, lora(), cache_on_device=c, log_every=1).train() for c in (True, False))
+    cached, copied = (toy_run(tmp_path, lora(), cache_on_device=c, log_every=1).train() for c in (True, False))
     assert cached.trainer.execution["cached_on_device"]
     assert not copied.trainer.execution["cached_on_device"]
     assert_same_run(cached, copied, rtol=1e-6)

@@ -28,8 +28,8 @@ from flora.tasks.text import TextDataset, classify
 from flora.training import Trainer, TrainerSettings, evaluate
 from flora.training.sharding import gathered, shard
 from tests.training.processes import start, together
-from tests.training.test_experiment import ToyModel, ToyTask, channels
-from tests.training.test_resume import experiment, interrupted, result
+from tests.training.test_resume import checkpointed_run, interrupted, result
+from tests.training.test_run import ToyModel, ToyTask, channels
 
 pytestmark = pytest.mark.dist
 
@@ -233,7 +233,7 @@ def written(count):
     if count > 1:
         shard(model, torch.device("cpu"))
     prompts = torch.arange(4, 9)[None]
-    lengths = [3, 7] if count == 1 else [3 + 4 * processes.rank()]
+    lengths = [3, 7] if count == 1 else [3 + 4 * processes.index()]
     return [model.generate(input_ids=prompts, max_new_tokens=n, do_sample=False, eos_token_id=None) for n in lengths]
 
 
@@ -257,9 +257,9 @@ def run(folder, *overrides, signalled=None, broken=None):
 
     class Event(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 1 and processes.rank() == signalled:
+            if state.global_step == 1 and processes.index() == signalled:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if state.global_step == 2 and processes.rank() == broken:
+            if state.global_step == 2 and processes.index() == broken:
                 raise ValueError("a cable was cut")
 
     apply = Peft.apply
@@ -346,7 +346,7 @@ def test_an_error_in_one_process_ends_all_and_is_told_once(tmp_path, broken):
 def resumable(folder, writes=None, **options):
     """A run to its end, or until it has written so many checkpoints and every process dies."""
     processes.start(cpu=True)
-    made = experiment(folder, method=Full("full", 1e-2, 1e-2), **options)
+    made = checkpointed_run(folder, method=Full("full", 1e-2, 1e-2), **options)
     if writes is not None:
         with pytest.MonkeyPatch.context() as patch:
             interrupted(made, patch, writes)
@@ -369,11 +369,11 @@ def test_a_run_of_two_processes_goes_on_where_it_was(tmp_path, options):
 def test_workers_and_single_processes_are_no_ranks(tmp_path, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "PMI_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    assert (processes.rank(), processes.count(), processes.first()) == (1, 2, False)
+    assert (processes.index(), processes.count(), processes.first()) == (1, 2, False)
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE"} & Worker(None, tmp_path).environment.keys()
     monkeypatch.undo()
     monkeypatch.setenv("SLURM_NTASKS", "8")  # of a batch script that starts what it likes
-    assert (processes.rank(), processes.count(), processes.first()) == (0, 1, True)
+    assert (processes.index(), processes.count(), processes.first()) == (0, 1, True)
     with pytest.raises(ConfigError, match="torchrun"):
         TrainerSettings(epochs=1, lr=1, distributed="ddp")
 

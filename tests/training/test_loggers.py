@@ -17,14 +17,14 @@ from flora.launch.entry import main
 from flora.secrets import without_secrets
 from flora.training import Csv, Protocol, TensorBoard, Wandb
 from flora.training.loggers import About, Log
-from tests.training.test_experiment import experiment
+from tests.training.test_run import toy_run
 
 SECRET = "c0ffee" * 7
 
 
 def trained(logger, folder, run_id="0123456789ab", anew=False, **settings):
     """A toy run under a logger: its outcome."""
-    one = experiment(folder, **{"epochs": 1, "log_every": 2} | settings)
+    one = toy_run(folder, **{"epochs": 1, "log_every": 2} | settings)
     with logger.run(About(run_id, "toy", "group", "cell", anew=anew), folder) as one.log:
         outcome = one.train()
         one.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
@@ -285,7 +285,7 @@ def test_a_log_that_fails_is_told_once_and_asked_no_more(capsys):
 
 def test_a_resumed_run_repeats_its_history_where_the_logger_starts_anew(tmp_path):
     seen = []
-    one = experiment(tmp_path, epochs=1, log_every=1)
+    one = toy_run(tmp_path, epochs=1, log_every=1)
     one.log = Log(lambda numbers, step, epoch: seen.append((step, sorted(numbers))))
     outcome = one.train()
     before = list(seen)

@@ -16,9 +16,9 @@ from flora.launch import preemption
 from flora.methods import Full
 from flora.methods.adalora import AdaLora
 from flora.tasks.augment import Augment
-from flora.training import Experiment, TrainerSettings
+from flora.training import Run, TrainerSettings
 from flora.training.progress import KEPT, Checkpoints, Progress
-from tests.training.test_experiment import HOLDOUT, SPLITS, VTAB, ToyModel, ToyTask, lora
+from tests.training.test_run import HOLDOUT, SPLITS, VTAB, ToyModel, ToyTask, lora
 
 EPOCHS, STEPS = 3, 6  # of 96 examples in batches of 16
 
@@ -49,13 +49,13 @@ class RandomTask(ToyTask):
         return Augment(crop=True, flip=True)
 
 
-def experiment(folder, method=None, protocol=HOLDOUT, analysis=None, **settings):
+def checkpointed_run(folder, method=None, protocol=HOLDOUT, analysis=None, **settings):
     settings = TrainerSettings(
         **({"epochs": EPOCHS, "lr": 1e-2, "batch_size": 16, "log_every": 4, "checkpoint_every": 1} | settings)
     )
     method = method or Full("full", 1e-2, 1e-2)
     folder.mkdir(exist_ok=True)
-    return Experiment(RandomTask(), RandomModel(), method, settings, protocol, SPLITS, 0, folder, analysis=analysis)
+    return Run(RandomTask(), RandomModel(), method, settings, protocol, SPLITS, 0, folder, analysis=analysis)
 
 
 def interrupted(run, monkeypatch, writes):
@@ -107,10 +107,10 @@ SLOW = ("norms", "evaluation by steps", "grid, then all data")
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
 def test_a_run_that_was_killed_twice_ends_as_if_left_alone(tmp_path, monkeypatch, case):
     options = CASES[case]
-    calm = result(experiment(tmp_path / "calm", **options).train())
+    calm = result(checkpointed_run(tmp_path / "calm", **options).train())
     for writes in (3, 5):  # after step 3, and 5 steps later in the second epoch
-        interrupted(experiment(tmp_path / "killed", **options), monkeypatch, writes)
-    last = experiment(tmp_path / "killed", **options)
+        interrupted(checkpointed_run(tmp_path / "killed", **options), monkeypatch, writes)
+    last = checkpointed_run(tmp_path / "killed", **options)
     outcome = last.train()
     assert result(outcome) == calm
     assert last.progress.seconds > outcome.trainer.meter.train_seconds > 0
@@ -118,25 +118,25 @@ def test_a_run_that_was_killed_twice_ends_as_if_left_alone(tmp_path, monkeypatch
 
 def test_fits_of_the_grid_that_were_done_are_not_done_again(tmp_path, monkeypatch, capsys):
     options = {"protocol": dataclasses.replace(HOLDOUT, lr_grid=GRID), "epochs": 1}
-    calm = result(experiment(tmp_path / "calm", **options).train())
-    interrupted(experiment(tmp_path / "killed", **options), monkeypatch, STEPS + 2)  # within the second
+    calm = result(checkpointed_run(tmp_path / "calm", **options).train())
+    interrupted(checkpointed_run(tmp_path / "killed", **options), monkeypatch, STEPS + 2)  # within the second
     capsys.readouterr()
-    assert result(experiment(tmp_path / "killed", **options).train()) == calm
+    assert result(checkpointed_run(tmp_path / "killed", **options).train()) == calm
     said = capsys.readouterr().err
     assert "lr 0.001 epoch" not in said
     assert "lr 0.03: going on from checkpoint" in said
-    assert result(experiment(tmp_path / "killed", **options).train()) == calm, "nothing is left to train"
+    assert result(checkpointed_run(tmp_path / "killed", **options).train()) == calm, "nothing is left to train"
     assert "epoch" not in capsys.readouterr().err
 
 
 def test_without_a_setting_short_runs_write_nothing(tmp_path):
-    experiment(tmp_path, checkpoint_every=None).train()
+    checkpointed_run(tmp_path, checkpoint_every=None).train()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_resume_false_starts_over(tmp_path, monkeypatch, capsys):
-    interrupted(experiment(tmp_path), monkeypatch, 3)
-    outcome = experiment(tmp_path, resume=False).train()
+    interrupted(checkpointed_run(tmp_path), monkeypatch, 3)
+    outcome = checkpointed_run(tmp_path, resume=False).train()
     assert outcome.trainer.resumed_at == []
     assert "going on" not in capsys.readouterr().err
 
@@ -176,21 +176,21 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, dama
 
 
 def test_a_resumed_run_survives_a_torn_checkpoint(tmp_path, monkeypatch, capsys):
-    calm = result(experiment(tmp_path / "calm").train())
-    interrupted(experiment(tmp_path / "torn"), monkeypatch, 9)
+    calm = result(checkpointed_run(tmp_path / "calm").train())
+    interrupted(checkpointed_run(tmp_path / "torn"), monkeypatch, 9)
     damage_truncate(tmp_path / "torn" / "checkpoints" / "9" / "state.pt")
-    outcome = experiment(tmp_path / "torn").train()
+    outcome = checkpointed_run(tmp_path / "torn").train()
     assert "is damaged" in capsys.readouterr().err
     assert outcome.trainer.resumed_at == [8]
     assert result(outcome) == calm
 
 
 def test_where_no_checkpoint_is_whole_the_run_starts_over(tmp_path, monkeypatch, capsys):
-    calm = result(experiment(tmp_path / "calm").train())
-    interrupted(experiment(tmp_path / "torn"), monkeypatch, 9)
+    calm = result(checkpointed_run(tmp_path / "calm").train())
+    interrupted(checkpointed_run(tmp_path / "torn"), monkeypatch, 9)
     for path in (tmp_path / "torn" / "checkpoints").glob("*/sha256.json"):
         path.write_text("{}")
-    assert result(experiment(tmp_path / "torn").train()) == calm
+    assert result(checkpointed_run(tmp_path / "torn").train()) == calm
     assert capsys.readouterr().err.count("is damaged") == KEPT
 
 
@@ -257,11 +257,11 @@ def test_a_checkpoint_runs_no_code(tmp_path, capsys):
 @pytest.mark.parametrize("number", preemption.SIGNALS)
 @pytest.mark.parametrize("step", [4, 2 * STEPS])
 def test_a_signal_is_answered_by_a_checkpoint_at_the_next_step(tmp_path, monkeypatch, number, step):
-    calm = result(experiment(tmp_path / "calm", checkpoint_every=None).train())
+    calm = result(checkpointed_run(tmp_path / "calm", checkpoint_every=None).train())
     before = [signal.getsignal(one) for one in preemption.SIGNALS]
     preemption.install()
     try:
-        run = experiment(tmp_path / "told", checkpoint_every=None)
+        run = checkpointed_run(tmp_path / "told", checkpoint_every=None)
 
         def tell(trainer, args, state, control, **kwargs):
             if state.global_step == step:
@@ -272,7 +272,7 @@ def test_a_signal_is_answered_by_a_checkpoint_at_the_next_step(tmp_path, monkeyp
             with pytest.raises(preemption.Preempted):
                 run.train()
         preemption.install()
-        again = experiment(tmp_path / "told", checkpoint_every=None)
+        again = checkpointed_run(tmp_path / "told", checkpoint_every=None)
         outcome = again.train()
     finally:
         for one, handler in zip(preemption.SIGNALS, before, strict=True):
@@ -293,19 +293,21 @@ def test_a_divergence_names_the_last_good_checkpoint(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(ToyTask, "loss", explode)
     with pytest.raises(TrainingDiverged, match=rf"at step 6: .*last good checkpoint: {tmp_path}/checkpoints/5\)"):
-        experiment(tmp_path, log_every=100).train()
+        checkpointed_run(tmp_path, log_every=100).train()
     assert Checkpoints(tmp_path / "checkpoints").newest()[1]["fit"]["label"] == "train"
 
 
 def test_a_run_that_diverges_after_its_last_log_has_no_result(tmp_path):
     with pytest.raises(TrainingDiverged, match="step 8"):
-        experiment(tmp_path, lr=1e30, max_grad_norm=1e30, max_steps=8, log_every=100, checkpoint_every=None).train()
+        checkpointed_run(
+            tmp_path, lr=1e30, max_grad_norm=1e30, max_steps=8, log_every=100, checkpoint_every=None
+        ).train()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
-    interrupted(experiment(tmp_path), monkeypatch, 1)
+    interrupted(checkpointed_run(tmp_path), monkeypatch, 1)
     with pytest.raises(ConfigError, match=r"another model .*: trainer.resume=false starts over"):
-        experiment(tmp_path, lora()).train()
+        checkpointed_run(tmp_path, lora()).train()
 
 
 @pytest.mark.parametrize("change", [{"resume": "always"}, {"checkpoint_every": 0}, {"checkpoint_every": "epoch"}])
@@ -318,4 +320,4 @@ def test_a_loss_that_explodes_ends_the_run_before_it_is_infinite(tmp_path, monke
     loss = ToyTask.loss
     monkeypatch.setattr(ToyTask, "loss", lambda *arguments: loss(*arguments) * 1e9)
     with pytest.raises(TrainingDiverged, match=r"training loss was \d.*at step 4: lower trainer.lr"):
-        experiment(tmp_path, checkpoint_every=None).train()
+        checkpointed_run(tmp_path, checkpoint_every=None).train()

@@ -11,7 +11,7 @@ from flora.methods import Full, LinearProbe, Peft
 from flora.methods.base import load
 from flora.methods.heads import in_head
 from flora.tasks import ImageDataset, ImageTask, Splits
-from flora.training import Experiment, Protocol, TrainerSettings, evaluate
+from flora.training import Protocol, Run, TrainerSettings, evaluate
 
 HOLDOUT = Protocol("holdout", "best", "train")
 VTAB = Protocol("vtab1k", "last", "train+validation")
@@ -71,10 +71,10 @@ def channels(count, seed):
 SPLITS = Splits(channels(96, 0), channels(32, 1), channels(64, 2), 3, ["r", "g", "b"], {})
 
 
-def experiment(folder, method=None, protocol=HOLDOUT, **settings):
+def toy_run(folder, method=None, protocol=HOLDOUT, **settings):
     method = method or LinearProbe("linear_probe", 1e-2, 1e-2)
     settings = TrainerSettings(**({"epochs": 3, "lr": 1e-2, "head_lr": 1e-2, "batch_size": 16} | settings))
-    return Experiment(ToyTask(), ToyModel(), method, settings, protocol, SPLITS, 0, folder)
+    return Run(ToyTask(), ToyModel(), method, settings, protocol, SPLITS, 0, folder)
 
 
 def lora(**options):
@@ -82,12 +82,12 @@ def lora(**options):
 
 
 def test_full_fine_tuning_solves_the_toy_problem(tmp_path):
-    outcome = experiment(tmp_path, Full("full", 1e-2, 1e-2), epochs=8).train()
+    outcome = toy_run(tmp_path, Full("full", 1e-2, 1e-2), epochs=8).train()
     assert outcome.metrics["accuracy"] > 0.9
 
 
 def test_metrics_equal_a_plain_loop(tmp_path):
-    run = experiment(tmp_path)
+    run = toy_run(tmp_path)
     outcome = run.train()
     model = outcome.adapted.model.eval()
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_metrics_equal_a_plain_loop(tmp_path):
 
 
 def test_adapter_and_head_have_their_own_learning_rates_and_vectors_do_not_decay(tmp_path):
-    outcome = experiment(tmp_path, lora(), lr=3e-3, head_lr=7e-3, weight_decay=0.1, max_steps=1).train()
+    outcome = toy_run(tmp_path, lora(), lr=3e-3, head_lr=7e-3, weight_decay=0.1, max_steps=1).train()
     names = {id(p): n for n, p in outcome.adapted.model.named_parameters()}
     seen = set()
     for group in outcome.trainer.optimizer.param_groups:
@@ -112,7 +112,7 @@ def test_adapter_and_head_have_their_own_learning_rates_and_vectors_do_not_decay
 
 
 def test_only_adapter_and_head_move_and_frozen_statistics_stay(tmp_path):
-    run = experiment(tmp_path, lora(), max_steps=5)
+    run = toy_run(tmp_path, lora(), max_steps=5)
     before = run._base().state_dict()
     model = run.train().adapted.model
     after = model.unload().state_dict()
@@ -121,20 +121,20 @@ def test_only_adapter_and_head_move_and_frozen_statistics_stay(tmp_path):
 
 
 def test_full_fine_tuning_moves_the_statistics(tmp_path):
-    run = experiment(tmp_path, Full("full", 1e-2, 1e-2), max_steps=2)
+    run = toy_run(tmp_path, Full("full", 1e-2, 1e-2), max_steps=2)
     before = run._base().state_dict()
     after = run.train().adapted.model.state_dict()
     assert not torch.equal(before["1.running_mean"], after["1.running_mean"])
 
 
 def test_lora_skips_depthwise_layers_and_says_so(tmp_path):
-    outcome = experiment(tmp_path, lora(), max_steps=1).train()
+    outcome = toy_run(tmp_path, lora(), max_steps=1).train()
     assert outcome.adapted.skipped == ["3"]
     assert outcome.adapted.ranks == {"0": [2], "6": [2]}
 
 
 def test_holdout_reports_the_epoch_that_is_best_on_validation(tmp_path):
-    run = experiment(tmp_path, Full("full", 1e-2, 1e-2), epochs=6)
+    run = toy_run(tmp_path, Full("full", 1e-2, 1e-2), epochs=6)
     wrong = (SPLITS.validation.labels + 1) % 3  # the better the model, the worse its validation accuracy
     run.splits = dataclasses.replace(SPLITS, validation=ImageDataset(SPLITS.validation.images, wrong))
     outcome = run.train()
@@ -146,7 +146,7 @@ def test_holdout_reports_the_epoch_that_is_best_on_validation(tmp_path):
 
 def test_the_grid_chooses_on_validation_and_its_cost_is_recorded(tmp_path):
     protocol = dataclasses.replace(HOLDOUT, lr_grid=[1e-7, 1e-2])
-    outcome = experiment(tmp_path, Full("full", 1e-2, 1e-7), protocol, epochs=6).train()
+    outcome = toy_run(tmp_path, Full("full", 1e-2, 1e-7), protocol, epochs=6).train()
     assert outcome.lr == 1e-2
     assert set(outcome.selection["values"]) == {"1e-07", "0.01"}
     assert outcome.selection["values"]["0.01"] > outcome.selection["values"]["1e-07"]
@@ -155,22 +155,22 @@ def test_the_grid_chooses_on_validation_and_its_cost_is_recorded(tmp_path):
 
 
 def test_vtab_protocol_chooses_on_800_200_then_trains_on_all(tmp_path):
-    outcome = experiment(tmp_path, protocol=dataclasses.replace(VTAB, lr_grid=[1e-3, 1e-2]), epochs=1).train()
+    outcome = toy_run(tmp_path, protocol=dataclasses.replace(VTAB, lr_grid=[1e-3, 1e-2]), epochs=1).train()
     assert len(outcome.trainer.train_dataset) == 96 + 32
     assert outcome.trainer.state.global_step == (96 + 32) // 16
     assert not any("eval_accuracy" in entry for entry in outcome.trainer.state.log_history)
 
 
 def test_equal_seeds_give_equal_runs_and_other_seeds_do_not(tmp_path):
-    first, again = (experiment(tmp_path, lora()).train() for _ in range(2))
-    other = dataclasses.replace(experiment(tmp_path, lora()), seed=1).train()
+    first, again = (toy_run(tmp_path, lora()).train() for _ in range(2))
+    other = dataclasses.replace(toy_run(tmp_path, lora()), seed=1).train()
     state, same = first.adapted.model.state_dict(), again.adapted.model.state_dict()
     assert all(torch.equal(state[name], same[name]) for name in state)
     assert any(not torch.equal(state[n], t) for n, t in other.adapted.model.state_dict().items())
 
 
 def test_counts_separate_adapter_and_head(tmp_path):
-    run = experiment(tmp_path, lora(), max_steps=1)
+    run = toy_run(tmp_path, lora(), max_steps=1)
     # convolution 3 -> 8 with 3 x 3 kernel: 2 * (3 * 9 + 8); linear 32 -> 8: 2 * (32 + 8); head 8 -> 3
     base = 8 * 27 + 8 + 16 + 8 * 9 + 8 + 32 * 8 + 8 + 27
     expected = {"trainable_params": 2 * 35 + 2 * 40, "head_params": 27, "total_params": base}
@@ -179,7 +179,7 @@ def test_counts_separate_adapter_and_head(tmp_path):
 
 @pytest.mark.parametrize("method", [lora(), LinearProbe("linear_probe", 1e-2, 1e-2), Full("full", 1e-2, 1e-2)])
 def test_what_was_saved_evaluates_to_the_same_logits(tmp_path, method):
-    run = experiment(tmp_path, method, max_steps=4)
+    run = toy_run(tmp_path, method, max_steps=4)
     outcome = run.train()
     method.save(outcome.adapted.model, tmp_path / "saved")
     again = run.evaluate(tmp_path / "saved")
@@ -190,7 +190,7 @@ def test_what_was_saved_evaluates_to_the_same_logits(tmp_path, method):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    run = experiment(tmp_path, Full("full", 1e-2, 1e-2), max_steps=1)
+    run = toy_run(tmp_path, Full("full", 1e-2, 1e-2), max_steps=1)
     run.method.save(run.train().adapted.model, tmp_path / "saved")
     with pytest.raises(ValueError, match="does not fit this model"):
         load(nn.Sequential(nn.Linear(2, 2)), ["0"], tmp_path / "saved")
@@ -201,12 +201,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_a_diverging_loss_stops_the_run(tmp_path):
     with pytest.raises(TrainingDiverged, match="step"):
-        experiment(tmp_path, Full("full", 1e-2, 1e-2), lr=1e30, max_grad_norm=1e30, epochs=10, log_every=1).train()
+        toy_run(tmp_path, Full("full", 1e-2, 1e-2), lr=1e30, max_grad_norm=1e30, epochs=10, log_every=1).train()
 
 
 def test_gradient_accumulation_equals_the_large_batch(tmp_path):
     whole, parts = (
-        experiment(tmp_path, max_steps=4, gradient_accumulation=n).train().adapted.model.state_dict() for n in (1, 4)
+        toy_run(tmp_path, max_steps=4, gradient_accumulation=n).train().adapted.model.state_dict() for n in (1, 4)
     )
     for name in whole:
         assert torch.allclose(whole[name], parts[name], atol=1e-6), name

@@ -20,18 +20,18 @@ from flora.errors import ConfigError, TrainingDiverged, WorkerLost
 from flora.launch import preemption, processes
 from flora.methods.base import Adapted, effective_ranks, load
 from flora.methods.heads import trained
+from flora.training.internals import raise_for_killed_workers
 from flora.training.loggers import Log
 from flora.training.norms import DeltaNorms
-from flora.training.paths import CHECKPOINTS
 from flora.training.progress import Progress
 from flora.training.resume import Keeper, facts, finished
-from flora.training.settings import Protocol, TrainerSettings
+from flora.training.settings import CHECKPOINTS, Protocol, TrainerSettings
 from flora.training.trainer import Trainer
 
 
 @dataclass
 class Outcome:
-    """What a run found.
+    """What a run comes to.
 
     Attributes:
         adapted: the trained model.
@@ -49,7 +49,7 @@ class Outcome:
 
 
 @dataclass
-class Experiment:
+class Run:
     """A task, a pretrained model and a fine-tuning method, ready to run.
 
     Attributes:
@@ -90,11 +90,11 @@ class Experiment:
             adapted, trainer = self._fit(lr, both, None, "train")
         return Outcome(adapted, trainer, self._test(trainer), lr, selection)
 
-    def evaluate(self, checkpoint: Path) -> Outcome:
-        """Load what an earlier run saved and test it."""
+    def evaluate(self, adapter: Path) -> Outcome:
+        """Test the adapter that an earlier run has saved in a folder."""
         model = self._base()
         try:
-            adapted = load(model, self.model.classifier, checkpoint)
+            adapted = load(model, self.model.classifier, adapter)
         except (ValueError, KeyError) as error:
             raise ConfigError(f"checkpoint: {error}") from error
         trainer = self._trainer(adapted, self.settings, None, None, "evaluate")
@@ -121,7 +121,7 @@ class Experiment:
                 fitted = self._fit(lr, self.splits.train, self.splits.validation, label, reuse)
             elif reuse and self.log is not None:
                 self.log.fit(label).repeat(done[label].state["log_history"])
-            history = [entry[name] for entry in done[label].state["log_history"] if name in entry]
+            history = [row[name] for row in done[label].state["log_history"] if name in row]
             value = max(history) if self.protocol.select == "best" else history[-1]
             values[f"{lr:g}"] = value
             if value > best[0]:
@@ -222,15 +222,15 @@ class Experiment:
         )
 
     def _test(self, trainer: Trainer) -> dict[str, float]:
-        found = self._test_on(trainer, self.splits.test)
+        metrics = self._test_on(trainer, self.splits.test)
         for split in (self.splits.train, self.splits.validation, self.splits.test):
             if (unreadable := getattr(split, "unreadable", None)) is not None:
                 processes.unite(unreadable)
         if processes.first():
             self.task.report(trainer.metric, self.splits, self.folder)
         for name, more in self.splits.further_tests.items():
-            found |= {f"{name}_{metric}": value for metric, value in self._test_on(trainer, more).items()}
-        return found
+            metrics |= {f"{name}_{metric}": value for metric, value in self._test_on(trainer, more).items()}
+        return metrics
 
     def _test_on(self, trainer: Trainer, test: Any) -> dict[str, float]:
         test = _limited(test, self.settings.max_eval_examples)
@@ -257,7 +257,7 @@ def _killed_worker() -> str:
     """What torch says of a data-loading process that has ended by a signal, if one does within a second."""
     try:
         for _ in range(10):
-            torch._C._error_if_any_worker_fails()
+            raise_for_killed_workers()
             time.sleep(0.1)
     except RuntimeError as error:
         return str(error)
@@ -286,10 +286,10 @@ def evaluate(
         return _metrics(trainer.evaluate(dataset, metric_key_prefix="test"))
 
 
-def _metrics(found: dict[str, float]) -> dict[str, float]:
+def _metrics(evaluated: dict[str, float]) -> dict[str, float]:
     """Test metrics without their prefix and without transformers' timings."""
     skip = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    named = {k.removeprefix("test_"): float(v) for k, v in found.items() if k.startswith("test_")}
+    named = {k.removeprefix("test_"): float(v) for k, v in evaluated.items() if k.startswith("test_")}
     return {k: v for k, v in named.items() if k not in skip}
 
 
