@@ -19,7 +19,7 @@ from flora.results.plots import DPI, style
 from flora.results.store import read
 from flora.training import saved
 
-FORMS = {"tucker": "flora", "flattened": "flora_flat", "shuffled": "flora_shuffled"}
+STRUCTURES = {"tucker": "flora", "flattened": "flora_flat", "shuffled": "flora_shuffled"}
 
 
 def analyze_delta() -> None:
@@ -65,22 +65,22 @@ def analyze_delta() -> None:
     figure = arguments.output / "figures" / f"{stem}.png"
     draw(layers, f"{title}, kernel rank {arguments.kernel_rank}", figure)
     convolutions = [k for k in layers if k.shuffled is not None]
-    means = {form: mean(convolutions, form) for form in FORMS}
+    means = {structure: mean(convolutions, structure) for structure in STRUCTURES}
     print(json.dumps({"layers": len(layers), "convolutions": len(convolutions)} | means))
     print(table, figure, sep="\n")
 
 
-def mean(layers: list[Kept], form: str) -> float | None:
-    """The mean share over layers that a form keeps."""
-    return round(sum(getattr(k, form) for k in layers) / len(layers), 4) if layers else None
+def mean(layers: list[Kept], structure: str) -> float | None:
+    """The mean share over layers that a structure keeps."""
+    return round(sum(getattr(k, structure) for k in layers) / len(layers), 4) if layers else None
 
 
 def write_table(layers: list[Kept], path: Path) -> None:
-    """One line per layer: shape, parameters, shares kept by form and by mode."""
+    """One line per layer: shape, parameters, shares kept by structure and by mode."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["layer", "shape", "params", *FORMS, "modes"])
+        writer.writerow(["layer", "shape", "params", *STRUCTURES, "modes"])
         for k in layers:
             shares = ["" if share is None else f"{share:.6f}" for share in (k.tucker, k.flattened, k.shuffled)]
             modes = " ".join(f"{share:.4f}" for share in k.modes)
@@ -88,13 +88,15 @@ def write_table(layers: list[Kept], path: Path) -> None:
 
 
 def draw(layers: list[Kept], title: str, path: Path) -> None:
-    """Shares kept per layer, one marker per form."""
+    """Shares kept per layer, one marker per structure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(6.4, 0.9 + 0.16 * len(layers)), layout="constrained")
-    for form, method in FORMS.items():
+    for structure, method in STRUCTURES.items():
         colour, marker = style(method)
-        points = [(getattr(k, form), i) for i, k in enumerate(layers) if getattr(k, form) is not None]
-        axes.plot(*zip(*points, strict=True) if points else ([], []), marker, color=colour, label=form, markersize=4)
+        points = [(getattr(k, structure), i) for i, k in enumerate(layers) if getattr(k, structure) is not None]
+        axes.plot(
+            *zip(*points, strict=True) if points else ([], []), marker, color=colour, label=structure, markersize=4
+        )
     axes.set_yticks(range(len(layers)), [k.layer for k in layers], fontsize=6)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)

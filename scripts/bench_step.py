@@ -16,6 +16,7 @@ from flora.bench.networks import add_options, network
 from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
 from flora.bench.timing import SPREAD, Measured, Plan, measure, spread
 from flora.errors import ConfigError
+from flora.results.markdown import formatted
 
 
 def bench_step() -> None:
@@ -115,8 +116,7 @@ def shown(result: dict[str, Any]) -> str:
         peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 1e9
         cells = [(row["ms"], ".2f"), (row["ms_spread"], ".2f"), (row["ratio"], ".3f"), (peak, ".2f")]
         cells += [(row["layers"], "d"), (row["trainable_params"], ",d")]
-        text = ["-" if value is None else format(value, form) for value, form in cells]
-        lines.append([row["method"], *text, row.get("error", "")])
+        lines.append([row["method"], *(formatted(value, spec) for value, spec in cells), row.get("error", "")])
     head = f"{result['model']}, batch {result['batch']}, {', '.join(settings)}; {result['device']}"
     return f"{head}\n{table(lines)}\nmedians; spread: {result['spread']}; ratio: to floor"
 

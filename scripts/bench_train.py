@@ -31,6 +31,7 @@ from flora.bench.timing import Step, spread, timed
 from flora.errors import ConfigError
 from flora.launch import processes
 from flora.methods.base import Adapted
+from flora.results.markdown import formatted
 from flora.tasks import ImageDataset, ImageTask, Splits
 from flora.training import Protocol, Run, TrainerSettings
 
@@ -209,11 +210,11 @@ def bare_seconds(methods: Methods, name: str, device: torch.device, arguments: a
 
 def row(name: str, loss: float, train: list[float], bare: list[float] | None) -> dict[str, Any]:
     """A method's loss, rates in examples per second, and the share of the bare step's that training reaches."""
-    row = {"method": name, "loss": loss, "train": round(statistics.median(train), 1)}
-    row["train_spread"] = round(spread(train), 1)
+    listed = {"method": name, "loss": loss, "train": round(statistics.median(train), 1)}
+    listed["train_spread"] = round(spread(train), 1)
     if bare is None:
-        return row | {"bare": None, "bare_spread": None, "share": None}
-    return row | {
+        return listed | {"bare": None, "bare_spread": None, "share": None}
+    return listed | {
         "bare": round(statistics.median(bare), 1),
         "bare_spread": round(spread(bare), 1),
         "share": round(statistics.median(train) / statistics.median(bare), 4),
@@ -224,9 +225,8 @@ def shown(result: dict[str, Any]) -> str:
     """The result as a table for a terminal."""
     lines = [["method", "train.py", "spread", "bare step", "spread", "share"]]
     for row in result["rows"]:
-        rates = [row[key] for key in ("train", "train_spread", "bare", "bare_spread")]
-        share = "-" if row["share"] is None else f"{row['share']:.3f}"
-        lines.append([row["method"], *("-" if rate is None else f"{rate:,.1f}" for rate in rates), share])
+        rates = [formatted(row[key], ",.1f") for key in ("train", "train_spread", "bare", "bare_spread")]
+        lines.append([row["method"], *rates, formatted(row["share"], ".3f")])
     head = f"{result['model']}, batch {result['batch']}, {result['size']} px, {result['dtype']}; {result['device']}"
     head += f", {result['processes']} processes" if result["processes"] > 1 else ""
     return f"{head}\n{table(lines)}\nexamples per second, medians; spread: {result['spread']}"

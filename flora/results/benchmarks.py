@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flora.errors import DataError
-from flora.results.markdown import markdown_table
+from flora.results.markdown import formatted, markdown_table
 
-DASH = "-"
 SETTINGS = (
     "model",
     "batch",
@@ -133,7 +132,7 @@ def _step_cells(result: dict[str, Any]) -> list[list[str]]:
         against_lora = row["ms"] / lora if lora and row["ms"] else None
         cells = [(row["ms"], ".2f"), (row["ms_spread"], ".2f"), (row["ratio"], ".2f"), (against_lora, ".2f")]
         cells += [(peak, ".2f"), (row["layers"], "d"), (row["trainable_params"], ",d")]
-        rows.append([row["method"], *(DASH if value is None else format(value, form) for value, form in cells)])
+        rows.append([row["method"], *(formatted(value, spec) for value, spec in cells)])
     return rows
 
 
@@ -143,11 +142,8 @@ def _infer_cells(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _train_cells(result: dict[str, Any]) -> list[list[str]]:
-    forms = {"train": ",.0f", "train_spread": ",.0f", "bare": ",.0f", "bare_spread": ",.0f", "share": ".3f"}
-    return [
-        [row["method"], *(DASH if row[key] is None else format(row[key], form) for key, form in forms.items())]
-        for row in result["rows"]
-    ]
+    specs = {"train": ",.0f", "train_spread": ",.0f", "bare": ",.0f", "bare_spread": ",.0f", "share": ".3f"}
+    return [[row["method"], *(formatted(row[key], spec) for key, spec in specs.items())] for row in result["rows"]]
 
 
 def _source(result: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where the energy of a weight's change lies: how much of it each form keeps at equal parameters."""
+"""Where the energy of a weight's change lies: how much of it each structure keeps at equal parameters."""
 
 import statistics
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ class Kept:
 
     Attributes:
         layer, shape: the weight.
-        params: of the Tucker form with these ranks, which the other forms may spend as well.
-        tucker: kept by the best Tucker form found (HOOI).
+        params: of the Tucker form with these ranks, which the other structures may spend as well.
+        tucker: kept by the best Tucker form (HOOI).
         flattened: kept by the best matrix [out, in k...] of as many parameters; between two ranks, interpolated.
         shuffled: as ``tucker``, kernel positions shuffled first; mean over shuffles. None without kernel modes.
         modes: kept by the ranks of each mode alone, the others whole.

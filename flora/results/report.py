@@ -16,10 +16,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from flora.results.cells import Table
+from flora.results.markdown import DASH
 from flora.results.plots import Plot, style
 from flora.results.rows import Row, blocks
 from flora.results.statistics import mean_std
-from flora.results.tables import COLUMNS, DASH, cells_as_text, notes
+from flora.results.tables import COLUMNS, cells_as_text, notes
 
 FILTERS = ("task", "model", "method")
 _ALWAYS = (*FILTERS, "ours")

@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Sequence
 
 from flora.results.cells import Table
-from flora.results.markdown import markdown_table
+from flora.results.markdown import DASH, formatted, markdown_table
 from flora.results.rows import Row, blocks, by_task, digest
 from flora.results.statistics import mean_std
 
-DASH = "-"
 COLUMNS = (
     "task",
     "model",
@@ -59,7 +58,7 @@ def _groups_markdown(rows: Sequence[Row], groups: dict[str, list[str]]) -> list[
 def cells_as_text(row: Row) -> list[str]:
     """A line's cells, in the order of COLUMNS; what is missing is a dash. Marks are left to the format."""
     printed = row.published.value if row.published else None
-    text = [row.task, row.model, row.name, DASH if printed is None else f"{printed:.4f}"]
+    text = [row.task, row.model, row.name, formatted(printed, ".4f")]
     if not row.records:
         return text + [DASH] * (len(COLUMNS) - len(text))
     mean, std = mean_std(row.values)
@@ -70,19 +69,15 @@ def cells_as_text(row: Row) -> list[str]:
     return [
         *text,
         f"{mean:.4f}" + (f" ± {std:.4f}" if std is not None else "") + f" ({n})",
-        DASH if printed is None else f"{mean - printed:+.4f}",
+        formatted(None if printed is None else mean - printed, "+.4f"),
         first["metric"],
         f"{first['trainable_params']:,}",
         f"{100 * first['trainable_params'] / first['total_params']:.2f}",
-        _ratio(row.relative("train_seconds")),
-        _ratio(row.relative("peak_memory_bytes")),
+        formatted(row.relative("train_seconds"), ".2f"),
+        formatted(row.relative("peak_memory_bytes"), ".2f"),
         ", ".join(sorted({f"{r['lr']:g}" for r in row.records.values() if r.get("lr")})) or DASH,
         str(len(first["skipped_layers"])),
     ]
-
-
-def _ratio(value: float | None) -> str:
-    return DASH if value is None else f"{value:.2f}"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:

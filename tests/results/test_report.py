@@ -1,6 +1,8 @@
 """results/report.html: one page that needs nothing else, says what the records say, and runs nothing they hold."""
 
+import base64
 import json
+import shutil
 import statistics
 from functools import partial
 from html.parser import HTMLParser
@@ -184,3 +186,18 @@ def test_a_browser_shows_what_the_records_say(store, render, tmp_path):
             assert len(shown.run(LINES)) == 8
         assert shown.run("return window.planted === undefined && document.images.length === 1")
         assert shown.run("return document.images[0].naturalWidth") > 500
+
+
+def test_the_page_of_what_was_measured_holds_the_tables_and_figures_that_are_in_git(tmp_path, monkeypatch, script):
+    monkeypatch.setattr("flora.results.render.names", lambda: ["classification", "eurosat"])
+    out, results = tmp_path / "out", ROOT / "results"
+    shutil.copytree(results / "figures", out / "figures")
+    run = partial(main, make_tables, trace=lambda: False)
+    assert script(run, "make_tables.py", "--results", results / "measured", "--output", out)[0] == 0
+    page = (out / "report.html").read_text()
+    for table in ("classification", "eurosat"):
+        assert (out / "tables" / f"{table}.md").read_text() == (results / "tables" / f"{table}.md").read_text()
+        for figure in (results / "figures" / table).iterdir():
+            assert base64.b64encode(figure.read_bytes()).decode() in page
+    finished = [cell.run_id for cell in load("eurosat").cells]
+    assert all(f"{run_id}.json" in page for run_id in finished)
