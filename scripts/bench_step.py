@@ -86,23 +86,23 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
+def rows(results: dict[str, Measured]) -> list[dict[str, Any]]:
     """A JSON object per method; ``ratio`` is to the floor, null where that was not measured."""
-    medians = {name: statistics.median(m.milliseconds) for name, m in measured.items() if m.milliseconds}
+    medians = {name: statistics.median(m.milliseconds) for name, m in results.items() if m.milliseconds}
     listed = []
-    for name, timing in measured.items():
-        ran = timing.error is None
+    for name, measured in results.items():
+        ran = measured.error is None
         row = {
             "method": name,
             "ms": round(medians[name], 4) if ran else None,
-            "ms_spread": round(spread(timing.milliseconds), 4) if ran else None,
-            "ms_rounds": [round(statistics.median(steps), 4) for steps in timing.rounds],
+            "ms_spread": round(spread(measured.milliseconds), 4) if ran else None,
+            "ms_rounds": [round(statistics.median(steps), 4) for steps in measured.rounds],
             "ratio": round(medians[name] / medians["floor"], 4) if ran and "floor" in medians else None,
-            "peak_bytes": timing.peak_bytes if ran else None,
-            "layers": timing.layers,
-            "trainable_params": timing.trainable_params,
+            "peak_bytes": measured.peak_bytes if ran else None,
+            "layers": measured.layers,
+            "trainable_params": measured.trainable_params,
         }
-        listed.append(row if ran else row | {"error": timing.error})
+        listed.append(row if ran else row | {"error": measured.error})
     return listed
 
 
