@@ -1,6 +1,7 @@
 """Shared fixtures. The hub is offline: nothing here may depend on it."""
 
 import os
+import resource
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+
+MEMORY = 24 << 30  # of addresses: a hostile config may ask for more than the machine has
 
 
 @pytest.fixture
@@ -27,6 +30,21 @@ def script(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch):
+    """A folder to work in, a home and a cache, all below one that is watched; memory is bounded."""
+    for name in ("work", "home", "cache"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("FLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, limits[1]))
+    yield tmp_path
+    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.fixture(autouse=True)

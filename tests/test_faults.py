@@ -77,7 +77,7 @@ class Place:
     def command(self, *overrides):
         """The overrides of a run; the last one of a key wins."""
         places = (f"paths.output={self.outputs}", f"paths.results={self.results}")
-        return list({one.split("=")[0]: one for one in (*QUICK, *places, *overrides)}.values())
+        return list({override.split("=")[0]: override for override in (*QUICK, *places, *overrides)}.values())
 
     def run(self, *overrides, at=None, do=None):
         """Exit code and stderr of train.py in this process; ``do`` happens after step ``at``."""
@@ -354,11 +354,11 @@ def test_a_fault_shows_and_keeps_what_the_table_says(name, tmp_path, monkeypatch
     assert any(re.fullmatch(pattern, line) for line in err.splitlines()), err
     statuses = {record["status"] for record in place.records()} or {"none"}
     assert statuses == {row.record}
-    found = {
+    files = {
         "adapter": list(place.outputs.glob("*/adapter/*.safetensors")),
         "checkpoint": place.checkpoints(),
     }
-    kept = " ".join(kind for kind, files in found.items() if files) or "nothing"
+    kept = " ".join(kind for kind, paths in files.items() if paths) or "nothing"
     assert kept == row.kept
     assert not list(tmp_path.rglob("*.tmp")), "nothing half-written"
     if mend is not None:

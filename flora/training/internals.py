@@ -146,7 +146,7 @@ class Loop(transformers.Trainer):
         """The sum of the losses since the last log."""
         return self._tr_loss
 
-    def losses(self) -> dict[str, Any]:
+    def loss_sums(self) -> dict[str, Any]:
         """What the loop has added up so far, for a checkpoint; all processes must ask."""
         return {
             "since_log": self.accelerator.reduce(self._tr_loss, "mean").item(),
@@ -154,8 +154,8 @@ class Loop(transformers.Trainer):
             "last_logged": self._globalstep_last_logged,
         }
 
-    def restore_losses(self, saved: dict[str, Any]) -> None:
-        """Put back what ``losses`` gave, when a fit begins."""
+    def restore_loss_sums(self, saved: dict[str, Any]) -> None:
+        """Put back what ``loss_sums`` gave, when a fit begins."""
         self._tr_loss.fill_(saved["since_log"])
         self._total_loss_scalar, self._globalstep_last_logged = saved["before"], saved["last_logged"]
         self._initial_global_step = 0

@@ -149,7 +149,7 @@ class Keeper(TrainerCallback):
         for callback, saved in zip(self._stateful(), self.saved["callbacks"], strict=True):
             callback.load_state_dict(saved)
         trainer = self.trainer
-        trainer.restore_losses(self.saved["loss"])
+        trainer.restore_loss_sums(self.saved["loss"])
         trainer.seconds_before, trainer.resumed_at = self.saved["seconds"], [*self.saved["resumed"], state.global_step]
         self.saved = None
 
@@ -187,7 +187,7 @@ class Keeper(TrainerCallback):
             "rng": processes.collected(rng_state(trainer.on_gpu)),
             "order": self._order,
             "callbacks": [callback.state_dict() for callback in self._stateful()],
-            "loss": trainer.losses(),
+            "loss": trainer.loss_sums(),
             "seconds": trainer.seconds,
             "resumed": trainer.resumed_at,
         }

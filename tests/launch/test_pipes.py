@@ -76,6 +76,6 @@ def test_every_script_ends_quietly(run):
         runpy.run_path(str(path), run_name="__main__")
 
     scripts = [ROOT / "train.py", *(ROOT / "scripts").glob("*.py")]
-    found = {path.name: run(lambda path=path: help(path), unread=[1]) for path in scripts}
-    assert {name: said for name, (_, _, said) in found.items() if said} == {}
-    assert {code for code, *_ in found.values()} == {141, -signal.SIGPIPE}  # a shell shows both as 141
+    ends = {path.name: run(lambda path=path: help(path), unread=[1]) for path in scripts}
+    assert {name: said for name, (_, _, said) in ends.items() if said} == {}
+    assert {code for code, *_ in ends.values()} == {141, -signal.SIGPIPE}  # a shell shows both as 141

@@ -7,7 +7,12 @@ import pickle
 import socket
 import sys
 
-PRELOADED = ["tests.training.test_distributed", "torch.distributed.fsdp", "transformers.models.bert.modeling_bert"]
+PRELOADED = [
+    "tests.training.test_distributed",
+    "tests.launch.test_processes",
+    "torch.distributed.fsdp",
+    "transformers.models.bert.modeling_bert",
+]
 
 
 def start(folder, function, *arguments, count=2, **options):
@@ -18,7 +23,7 @@ def start(folder, function, *arguments, count=2, **options):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    places = [(folder, rank, count, port) for rank in range(count)]
+    places = [(folder, index, count, port) for index in range(count)]
     processes = [context.Process(target=_run, args=(place, function, arguments, options)) for place in places]
     for process in processes:
         process.start()
@@ -26,26 +31,31 @@ def start(folder, function, *arguments, count=2, **options):
 
 
 def together(folder, function, *arguments, count=2, **options):
-    """What ``function(*arguments)`` gives in each of ``count`` processes, by rank."""
+    """What ``function(*arguments)`` gives in each of ``count`` processes, in their order."""
     processes = start(folder, function, *arguments, count=count, **options)
     for process in processes:
         process.join(200)
     said = (folder / "said.log").read_text()
     assert [process.exitcode for process in processes] == [0] * count, said
-    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)]
+    return [pickle.loads((folder / f"{index}.pickle").read_bytes()) for index in range(count)]
 
 
 def _run(place, function, arguments, options):
-    folder, rank, count, port = place
+    folder, index, count, port = place
     with open(folder / "said.log", "a") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {
+        "RANK": str(index),
+        "WORLD_SIZE": str(count),
+        "LOCAL_RANK": str(index),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     gc.freeze()  # what was imported stays in memory shared with the process forked from
     import torch
 
     torch.set_num_threads(1)
-    found = function(*arguments, **options)
-    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    result = function(*arguments, **options)
+    (folder / f"{index}.pickle").write_bytes(pickle.dumps(result))
     sys.exit(0)

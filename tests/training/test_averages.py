@@ -6,7 +6,7 @@ import torch
 
 from flora.errors import ConfigError
 from flora.methods import Full
-from flora.training.trainer import layer_scales
+from flora.training.groups import layer_scales
 from tests.training.test_run import VTAB, toy_run
 
 
@@ -28,9 +28,9 @@ def test_the_average_is_that_of_the_steps_and_is_what_is_kept(tmp_path, monkeypa
     run = toy_run(tmp_path, Full("full", 1e-2, 1e-2), VTAB, max_steps=6, ema_decay=0.5)
     expected = weights(run._base())
     outcome = run.train()
-    for step, found in enumerate(seen, 1):
+    for step, weight in enumerate(seen, 1):
         decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * found
+        expected = decay * expected + (1 - decay) * weight
     assert torch.allclose(weights(outcome.adapted.model), expected, atol=1e-6)
     assert not torch.allclose(expected, seen[-1], atol=1e-4)
 

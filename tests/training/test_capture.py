@@ -226,9 +226,9 @@ def test_random_numbers_on_the_gpu_are_those_of_the_eager_run(tmp_path, exact, m
 @pytest.mark.gpu
 def test_every_replay_draws_anew(tmp_path, exact, monkeypatch):
     add_layer(monkeypatch, lambda: nn.Dropout(0.3))
-    one = toy_run(tmp_path, FULL, cuda_graph=True, log_every=1, max_steps=20, epochs=20, lr=1e-12, head_lr=1e-12)
-    one.splits = dataclasses.replace(SPLITS, train=SPLITS.train.subset(16))  # one batch, always the same
-    assert len(set(logged(one.train())[capture.WARM_UP :])) > 10
+    run = toy_run(tmp_path, FULL, cuda_graph=True, log_every=1, max_steps=20, epochs=20, lr=1e-12, head_lr=1e-12)
+    run.splits = dataclasses.replace(SPLITS, train=SPLITS.train.subset(16))  # one batch, always the same
+    assert len(set(logged(run.train())[capture.WARM_UP :])) > 10
 
 
 class Waiting(nn.Module):

@@ -1,23 +1,12 @@
-"""Two processes train, evaluate, resume and fail as one does."""
-
-import json
-import os
-import signal
-import subprocess
-import sys
+"""Two processes train, evaluate and resume as one does."""
 
 import peft
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import TrainerCallback
 
 import flora.models
-import train
-from flora.errors import ConfigError
 from flora.launch import processes
-from flora.launch.entry import main
-from flora.launch.worker import Worker
 from flora.methods import Full, Peft
 from flora.methods.heads import in_head
 from flora.models import TransformersModel
@@ -27,7 +16,7 @@ from flora.tasks.metrics import Classification
 from flora.tasks.text import TextDataset, classify
 from flora.training import Trainer, TrainerSettings, evaluate
 from flora.training.sharding import gathered, shard
-from tests.training.processes import start, together
+from tests.training.processes import together
 from tests.training.test_resume import checkpointed_run, interrupted, result
 from tests.training.test_run import ToyModel, ToyTask, channels
 
@@ -105,9 +94,9 @@ def fit(folder, name, dtype=torch.float64, precision="fp32", **options):
     model = method.apply(spec.build(10), spec.classifier).model.to(dtype)
 
     def cast(module, batch, training):
-        found = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
-        outputs = forward(module, found, training)
-        batch["labels"] = found["labels"]
+        converted = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+        outputs = forward(module, converted, training)
+        batch["labels"] = converted["labels"]
         return outputs
 
     if name == "convnext":
@@ -133,13 +122,17 @@ def fit(folder, name, dtype=torch.float64, precision="fp32", **options):
 def same_as_one(folder, name, tolerance=1e-9, **options):
     """Both runs' results; losses of the passes agree, and so do the adapters."""
     both = together(folder / "two", fit, folder / "two", name, **options)
-    one = fit(folder, name, **{k: v for k, v in options.items() if k != "distributed"})
-    found = [sum(losses) / 2 for losses in zip(*(rank["losses"] for rank in both), strict=True)]
-    assert len(found) == STEPS * options.get("gradient_accumulation", 1)
-    assert found == pytest.approx(one["losses"], rel=tolerance, abs=0)
+    alone = fit(folder, name, **{k: v for k, v in options.items() if k != "distributed"})
+    losses = mean_losses(both)
+    assert len(losses) == STEPS * options.get("gradient_accumulation", 1)
+    assert losses == pytest.approx(alone["losses"], rel=tolerance, abs=0)
     assert both[0]["losses"] != both[1]["losses"], "each has its own part"
-    assert both[0]["history"] == both[1]["history"] == pytest.approx(one["history"], rel=max(tolerance, 1e-6))
-    return both, one
+    assert both[0]["history"] == both[1]["history"] == pytest.approx(alone["history"], rel=max(tolerance, 1e-6))
+    return both, alone
+
+
+def mean_losses(both):
+    return [sum(losses) / 2 for losses in zip(*(process["losses"] for process in both), strict=True)]
 
 
 def slow(*values):
@@ -174,10 +167,9 @@ def test_shards_train_other_networks(tmp_path, name):
 def test_a_frozen_model_in_bf16_carries_adapters_in_fp32_in_shards(tmp_path):
     options = {"dtype": torch.float32, "precision": "bf16"}
     both = together(tmp_path / "two", fit, tmp_path / "two", "llama", **options, distributed="fsdp")
-    one = fit(tmp_path, "llama", **options)
+    alone = fit(tmp_path, "llama", **options)
     assert both[0]["kinds"] == ({"DTensor"}, {"torch.bfloat16", "torch.float32"})
-    found = [sum(losses) / 2 for losses in zip(*(rank["losses"] for rank in both), strict=True)]
-    assert found == pytest.approx(one["losses"], rel=2e-2)
+    assert mean_losses(both) == pytest.approx(alone["losses"], rel=2e-2)
     compare_adapters("llama", tmp_path, both[0]["trained"], rtol=0.2, atol=0.02)
 
 
@@ -215,18 +207,18 @@ def scored(counts):
 
 def test_every_example_is_counted_once_in_an_evaluation(tmp_path):
     counts = [2003, 129, 65, 64, 3, 1]  # the last batches: full, one example too many, and fewer than processes
-    one, both = scored(counts), together(tmp_path, scored, counts)
+    alone, both = scored(counts), together(tmp_path, scored, counts)
     assert both[0] == both[1]
-    for found in (one[-1], both[0][-1]):
-        del found["loss"]  # one process counts the mean of every batch alike, however many of it could be read
-    for found, expected in zip(both[0], one, strict=True):
-        assert found.pop("loss", 0) == pytest.approx(expected.pop("loss", 0), rel=1e-6)
-        assert found == expected
-    assert 0.2 < one[0]["accuracy"] != one[-1]["accuracy"] < 0.5
+    for metrics in (alone[-1], both[0][-1]):
+        del metrics["loss"]  # one process counts the mean of every batch alike, however many of it could be read
+    for metrics, expected in zip(both[0], alone, strict=True):
+        assert metrics.pop("loss", 0) == pytest.approx(expected.pop("loss", 0), rel=1e-6)
+        assert metrics == expected
+    assert 0.2 < alone[0]["accuracy"] != alone[-1]["accuracy"] < 0.5
 
 
 def written(count):
-    """What a language model writes, in shards; each process's text is as long as its rank asks."""
+    """What a language model writes, in shards; each process's text is as long as its place asks."""
     processes.start(cpu=True)
     torch.manual_seed(0)
     model = network("llama")[0].build(0).eval()
@@ -239,108 +231,8 @@ def written(count):
 
 @pytest.mark.slow
 def test_shards_write_texts_of_different_lengths(tmp_path):
-    one, both = written(1), together(tmp_path, written, 2)
-    assert [found.tolist() for (found,) in both] == [found.tolist() for found in one]
-
-
-RUN = (
-    *("task=digits", "model=timm", "model.timm_name=resnet10t", "model.pretrained=false", "model.image_size=32"),
-    *("trainer.max_steps=4", "trainer.max_eval_examples=33", "trainer.batch_size=8", "trainer.device=cpu"),
-    *("logger=csv", "trainer.log_every=2"),
-)
-
-
-def run(folder, *overrides, signalled=None, broken=None):
-    """`python train.py` in this process; a signal comes to one rank after its first step, or a rank breaks."""
-    places = [f"paths.output={folder}/outputs", f"paths.results={folder}/results"]
-    sys.argv = ["train.py", *RUN, *places, *overrides]
-
-    class Event(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 1 and processes.index() == signalled:
-                os.kill(os.getpid(), signal.SIGTERM)
-            if state.global_step == 2 and processes.index() == broken:
-                raise ValueError("a cable was cut")
-
-    apply = Peft.apply
-
-    def with_event(self, model, head):
-        adapted = apply(self, model, head)
-        adapted.callbacks.append(Event())
-        return adapted
-
-    Peft.apply = with_event
-    main(train.job, trace=lambda: False)
-
-
-def ended(folder, *overrides, **events):
-    """Exit codes, the lines that were said, and the records, of a run in two processes."""
-    (folder / "said.log").unlink(missing_ok=True)
-    processes = start(folder, run, folder, *overrides, **events)
-    for process in processes:
-        process.join(200)
-    said = [line for line in (folder / "said.log").read_text().splitlines() if line.strip()]
-    records = [json.loads(path.read_text()) for path in folder.glob("results/*.json")]
-    return [process.exitcode for process in processes], said, records
-
-
-def lines(said, beginning):
-    return [line for line in said if line.startswith(beginning)]
-
-
-def test_a_run_of_two_processes_is_one_run(tmp_path):
-    codes, said, records = ended(tmp_path, "trainer=ddp")
-    (record,) = records
-    assert codes == [0, 0], said
-    assert lines(said, "record: ") == [f"record: {tmp_path}/results/{record['run_id']}.json"]
-    assert len(lines(said, "digits/digits resnet10t flora seed 0: test accuracy")) == 1
-    assert record["execution"]["processes"] == 2
-    assert (record["status"], record["execution"]["distributed"]) == ("finished", "ddp")
-    assert len((tmp_path / "outputs" / record["run_id"] / "metrics.csv").read_text().splitlines()) > 3
-    assert list((tmp_path / "results" / ".locks").iterdir()) == []
-
-    codes, said, _ = ended(tmp_path, "trainer=fsdp")  # how it is shared out is not what is run
-    assert (codes, len(lines(said, "record: "))) == ([0, 0], 1)
-    assert "finished before" in said[0]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["trainer.batch_size=9"], "trainer.batch_size=9 cannot be divided over 2 processes"),
-        slow(["adapter.r=0"], "r: must be a positive"),
-        slow(["trainer.cuda_graph=true"], "trainer.cuda_graph is for one process"),
-        (["-m", "seed=0,1"], "torchrun"),
-    ],
-)
-def test_bad_input_is_one_line_of_all_processes(tmp_path, overrides, message):
-    codes, said, records = ended(tmp_path, *overrides)
-    assert codes == [2, 2], said
-    (line,) = lines(said, "error: ")
-    assert message in line
-    assert records == []
-    assert not any("Traceback" in line for line in said)
-
-
-@pytest.mark.parametrize("signalled", [slow(0), 1])
-def test_a_signal_to_one_process_preempts_all(tmp_path, signalled):
-    codes, said, (record,) = ended(tmp_path, signalled=signalled)
-    assert codes == [75, 75], said
-    assert len(lines(said, "interrupted: the scheduler asked for the machine")) == 1
-    assert record["status"] == "interrupted"
-
-    codes, said, (record,) = ended(tmp_path)
-    assert codes == [0, 0], said
-    assert (record["status"], record["execution"]["resumed_at_steps"]) == ("finished", [1])
-
-
-@pytest.mark.parametrize("broken", [slow(0), 1])
-def test_an_error_in_one_process_ends_all_and_is_told_once(tmp_path, broken):
-    codes, said, (record,) = ended(tmp_path, broken=broken)
-    assert codes == [1, 1], said
-    assert len(lines(said, "failed: a cable was cut")) == 1
-    assert len(lines(said, "ValueError: a cable was cut")) == 1
-    assert (record["status"], "a cable was cut" in record["error"]) == ("failed", True)
+    alone, both = written(1), together(tmp_path, written, 2)
+    assert [text.tolist() for (text,) in both] == [text.tolist() for text in alone]
 
 
 def resumable(folder, writes=None, **options):
@@ -364,32 +256,3 @@ def test_a_run_of_two_processes_goes_on_where_it_was(tmp_path, options):
     resumed = together(tmp_path / "killed", resumable, tmp_path / "killed", **options)
     assert resumed[0] == (calm[0][0], [4])
     assert resumed[1] == (None, [4])
-
-
-def test_workers_and_single_processes_are_no_ranks(tmp_path, monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "PMI_SIZE": "8"}.items():
-        monkeypatch.setenv(name, value)
-    assert (processes.index(), processes.count(), processes.first()) == (1, 2, False)
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE"} & Worker(None, tmp_path).environment.keys()
-    monkeypatch.undo()
-    monkeypatch.setenv("SLURM_NTASKS", "8")  # of a batch script that starts what it likes
-    assert (processes.index(), processes.count(), processes.first()) == (0, 1, True)
-    with pytest.raises(ConfigError, match="torchrun"):
-        TrainerSettings(epochs=1, lr=1, distributed="ddp")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["torch.distributed.run", "--nproc-per-node=2"],
-        ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"],
-    ],
-)
-def test_launchers_start_a_run(tmp_path, launcher):
-    places = [f"paths.output={tmp_path}/outputs", f"paths.results={tmp_path}/results"]
-    command = [sys.executable, "-m", *launcher, "train.py", *RUN, *places, "trainer=fsdp"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert len(lines(done.stdout.splitlines(), "record: ")) == 1
-    assert done.stdout.splitlines()[-1].startswith(f"record: {tmp_path}/results/")

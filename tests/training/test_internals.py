@@ -34,9 +34,9 @@ def parameters(function):
 def test_a_method_of_transformers_takes_what_the_table_says(name):
     table = {n: wanted for n, (wanted, _) in internals.PRIVATE_METHODS.items()} | internals.PUBLIC_METHODS
     method = getattr(transformers.Trainer, name, None)
-    found = parameters(method) if method else "nothing of that name"
-    said = f"transformers {transformers.__version__} changed Trainer.{name}: it has ({found}), not ({table[name]}): "
-    assert found == table[name], said + ADVICE
+    there = parameters(method) if method else "nothing of that name"
+    said = f"transformers {transformers.__version__} changed Trainer.{name}: it has ({there}), not ({table[name]}): "
+    assert there == table[name], said + ADVICE
 
 
 def test_the_tables_name_every_method_that_is_overridden():

@@ -24,10 +24,10 @@ SECRET = "c0ffee" * 7
 
 def trained(logger, folder, run_id="0123456789ab", anew=False, **settings):
     """A toy run under a logger: its outcome."""
-    one = toy_run(folder, **{"epochs": 1, "log_every": 2} | settings)
-    with logger.run(About(run_id, "toy", "group", "cell", anew=anew), folder) as one.log:
-        outcome = one.train()
-        one.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
+    run = toy_run(folder, **{"epochs": 1, "log_every": 2} | settings)
+    with logger.run(About(run_id, "toy", "group", "cell", anew=anew), folder) as run.log:
+        outcome = run.train()
+        run.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
     return outcome
 
 
@@ -43,12 +43,12 @@ def lines(folder):
 def test_csv_holds_every_number_of_the_history_and_the_test(tmp_path):
     trained(Csv(), tmp_path)
     outcome = trained(Csv(), tmp_path)  # again: the file starts anew
-    found = lines(tmp_path)
-    assert {int(o["step"]): float(o["value"]) for o in found if o["name"] == "train/loss"} == losses(outcome)
+    rows = lines(tmp_path)
+    assert {int(row["step"]): float(row["value"]) for row in rows if row["name"] == "train/loss"} == losses(outcome)
     assert len(losses(outcome)) == 3
     history = [e["eval_accuracy"] for e in outcome.trainer.state.log_history if "eval_accuracy" in e]
-    assert [float(o["value"]) for o in found if o["name"] == "validation/accuracy"] == history
-    assert [float(o["value"]) for o in found if o["name"] == "test/accuracy"] == [outcome.metrics["accuracy"]]
+    assert [float(row["value"]) for row in rows if row["name"] == "validation/accuracy"] == history
+    assert [float(row["value"]) for row in rows if row["name"] == "test/accuracy"] == [outcome.metrics["accuracy"]]
 
 
 def test_each_learning_rate_of_a_grid_logs_under_its_own_name(tmp_path):
@@ -106,26 +106,26 @@ def whole(path):
     """The records of a .wandb file once its run's exit is among them: ``finish`` may return before that is written."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        found = list(messages(path.read_bytes()))
-        if any(one.HasField("exit") for one in found):
-            return found
+        records = list(messages(path.read_bytes()))
+        if any(record.HasField("exit") for record in records):
+            return records
         time.sleep(0.1)
     raise AssertionError(f"{path} was never finished")
 
 
 def wandb_files(folder):
     """What W&B wrote, per offline run: its facts, config, numbers by name and raw bytes."""
-    found = []
+    runs = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):  # the names begin with the time
         facts, config, numbers = None, {}, {}
-        for one in whole(path):
-            if one.HasField("run"):
-                facts = facts or one.run
-                config |= {item.key: json.loads(item.value_json) for item in one.run.config.update}
-            for item in one.history.item:
+        for record in whole(path):
+            if record.HasField("run"):
+                facts = facts or record.run
+                config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            for item in record.history.item:
                 numbers.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
-        found.append((facts, config, numbers, path.read_bytes()))
-    return found
+        runs.append((facts, config, numbers, path.read_bytes()))
+    return runs
 
 
 @pytest.fixture
@@ -285,11 +285,11 @@ def test_a_log_that_fails_is_told_once_and_asked_no_more(capsys):
 
 def test_a_resumed_run_repeats_its_history_where_the_logger_starts_anew(tmp_path):
     seen = []
-    one = toy_run(tmp_path, epochs=1, log_every=1)
-    one.log = Log(lambda numbers, step, epoch: seen.append((step, sorted(numbers))))
-    outcome = one.train()
+    run = toy_run(tmp_path, epochs=1, log_every=1)
+    run.log = Log(lambda numbers, step, epoch: seen.append((step, sorted(numbers))))
+    outcome = run.train()
     before = list(seen)
-    one.log.on_train_begin(outcome.trainer.args, outcome.trainer.state, outcome.trainer.control)
+    run.log.on_train_begin(outcome.trainer.args, outcome.trainer.state, outcome.trainer.control)
     assert seen[len(before) :] == before
     assert (1, ["train/grad_norm", "train/learning_rate", "train/loss"]) in before
 

@@ -166,12 +166,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, dama
     second = checkpoints.write(STATE | {"seconds": 2.0}, "{}")
     assert Checkpoints(tmp_path).newest()[0] == second
     damage(second / file)
-    found = Checkpoints(tmp_path)
-    path, state = found.newest()
+    checkpoints = Checkpoints(tmp_path)
+    path, state = checkpoints.newest()
     assert (path, state["seconds"]) == (first, 1.0)
     assert torch.equal(state["fit"]["weights"]["w"], torch.arange(5.0))
     assert f"warning: checkpoint {second} is damaged" in capsys.readouterr().err
-    third = found.write(STATE, "{}")
+    third = checkpoints.write(STATE, "{}")
     assert sorted(tmp_path.iterdir()) == [first, third], "the damaged one is not what is kept to fall back on"
 
 
@@ -258,7 +258,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, capsys):
 @pytest.mark.parametrize("step", [4, 2 * STEPS])
 def test_a_signal_is_answered_by_a_checkpoint_at_the_next_step(tmp_path, monkeypatch, number, step):
     calm = result(checkpointed_run(tmp_path / "calm", checkpoint_every=None).train())
-    before = [signal.getsignal(one) for one in preemption.SIGNALS]
+    before = [signal.getsignal(number) for number in preemption.SIGNALS]
     preemption.install()
     try:
         run = checkpointed_run(tmp_path / "told", checkpoint_every=None)
@@ -275,8 +275,8 @@ def test_a_signal_is_answered_by_a_checkpoint_at_the_next_step(tmp_path, monkeyp
         again = checkpointed_run(tmp_path / "told", checkpoint_every=None)
         outcome = again.train()
     finally:
-        for one, handler in zip(preemption.SIGNALS, before, strict=True):
-            signal.signal(one, handler)
+        for other, handler in zip(preemption.SIGNALS, before, strict=True):
+            signal.signal(other, handler)
     assert outcome.trainer.resumed_at == [step]
     assert outcome.trainer.execution["resumed_at_steps"] == [step]
     assert result(outcome) == calm
@@ -286,9 +286,9 @@ def test_a_divergence_names_the_last_good_checkpoint(tmp_path, monkeypatch):
     loss = ToyTask.loss
 
     def explode(self, outputs, labels, smoothing):
-        found = loss(self, outputs, labels, smoothing)
-        calls.append(found)
-        return found * float("nan") if len(calls) > 5 else found
+        value = loss(self, outputs, labels, smoothing)
+        calls.append(value)
+        return value * float("nan") if len(calls) > 5 else value
 
     calls = []
     monkeypatch.setattr(ToyTask, "loss", explode)
