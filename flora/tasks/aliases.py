@@ -1,5 +1,6 @@
 """Data sets with two names, known without importing a task: a run has one id whichever name it is asked for by."""
 
+from collections.abc import Mapping
 from typing import Any
 
 # VTAB's names in tensorflow_datasets and in published recipes -> the names of DATASETS.
@@ -13,7 +14,7 @@ VTAB = {
 _OF_CLASS = {"Vtab": VTAB}
 
 
-def canonical(task: dict[str, Any]) -> Any:
+def canonical(task: Mapping[Any, Any]) -> Any:
     """What a task's config calls its data set, under the name that records hold; as it stands where there is no other.
 
     Args:
