@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hydra
 from omegaconf import DictConfig
 
-from flora.config import METHOD_VERSION, check_shape, instantiate, run_id, semantic_config
+from flora.config import METHOD_VERSION, check_shape, instantiate, instantiate_method, run_id, semantic_config
 from flora.errors import CheckpointError, ConfigError, DataError, ProcessLost, WeightsError, WorkerLost
 from flora.launch import processes
 from flora.launch.entry import main, quietly
@@ -61,7 +61,7 @@ def found(store: Store, done: dict[str, Any], folder: Path) -> Path:
 
 def execute(cfg: DictConfig, identity: str, task: Any, checkpoint: Path | None, folder: Path, store: Store) -> Record:
     """Train or evaluate; returns the finished record, or writes one of the failure."""
-    model, method = instantiate(cfg.model), instantiate(cfg.adapter)
+    model, method = instantiate(cfg.model), instantiate_method(cfg.adapter)
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
     logger = logger if processes.first() else NoLogger()
     label = f"{task.name}/{task.dataset} {model.name} {method.name} seed {cfg.seed}"

@@ -12,7 +12,7 @@ import torch
 import yaml
 from omegaconf import DictConfig
 
-from flora.config import ROOT, composed, instantiate, run_id
+from flora.config import ROOT, composed, instantiate, instantiate_method, run_id
 from flora.errors import ConfigError
 from flora.methods.heads import trained
 
@@ -28,7 +28,7 @@ def count(cfg: DictConfig) -> dict[str, int]:
     Raises:
         ConfigError: a setting that does not fit the model.
     """
-    model, method = instantiate(cfg.model), instantiate(cfg.adapter)
+    model, method = instantiate(cfg.model), instantiate_method(cfg.adapter)
     base = model.skeleton()
     total = sum(p.numel() for p in base.parameters())
     try:

@@ -16,7 +16,7 @@ from flora.training import TrainerSettings, capture
 from flora.training.meters import BusyShare
 from tests.training.test_experiment import SPLITS, ToyModel, ToyTask, experiment, lora
 
-FULL = Full("full", 1e-2, 1e-2)
+FULL = Full("full")
 
 
 class Recorder:

@@ -101,7 +101,7 @@ def fit(folder, name, dtype=torch.float64, precision="fp32", **options):
     spec, dataset, forward = network(name)
     torch.manual_seed(0)
     targets = "all" if name in ("bert", "llama") else spec.adapter_targets
-    method = Peft("flora", "flora.FloraConfig", 1e-2, 1e-2, targets, r=3, kernel_rank=2, init_weights=False, scale=0.1)
+    method = Peft("flora", "flora.FloraConfig", targets, r=3, kernel_rank=2, init_weights=False, scale=0.1)
     model = method.apply(spec.build(10), spec.classifier).model.to(dtype)
 
     def cast(module, batch, training):
@@ -346,7 +346,7 @@ def test_an_error_in_one_process_ends_all_and_is_told_once(tmp_path, broken):
 def resumable(folder, writes=None, **options):
     """A run to its end, or until it has written so many checkpoints and every process dies."""
     processes.start(cpu=True)
-    made = experiment(folder, method=Full("full", 1e-2, 1e-2), **options)
+    made = experiment(folder, method=Full("full"), **options)
     if writes is not None:
         with pytest.MonkeyPatch.context() as patch:
             interrupted(made, patch, writes)
