@@ -14,7 +14,7 @@ from typing import Any
 from flora.bench.methods import METHODS, Methods, Ranks
 from flora.bench.networks import add_options, network
 from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
-from flora.bench.timing import SPREAD, Measured, Plan, measure, spread
+from flora.bench.timing import SPREAD, Measured, TimingSettings, measure, spread
 from flora.errors import ConfigError
 
 
@@ -32,13 +32,15 @@ def bench_step() -> None:
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
     ranks = Ranks(arguments.r, arguments.kernel_rank, arguments.match)
     shape = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
-    plan = Plan(arguments.rounds, arguments.steps, arguments.warmup, arguments.capture, arguments.stay, arguments.seed)
+    settings = TimingSettings(
+        arguments.rounds, arguments.steps, arguments.warmup, arguments.capture, arguments.stay, arguments.seed
+    )
     try:
         net = network(arguments.model, arguments.batch, DTYPES[dtype], **shape)
         methods = Methods(net, ranks, arguments.layers)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    found = measure(methods, names, plan, device, lambda line: print(line, file=sys.stderr, flush=True))
+    measured = measure(methods, names, settings, device, lambda line: print(line, file=sys.stderr, flush=True))
     result = {
         **facts("step", device),
         "model": arguments.model,
@@ -56,7 +58,7 @@ def bench_step() -> None:
         "rounds": arguments.rounds,
         "steps": arguments.steps,
         "spread": SPREAD,
-        "rows": rows(found),
+        "rows": rows(measured),
     }
     print(shown(result))
     write(arguments.json, result)
@@ -85,11 +87,11 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rows(found: dict[str, Measured]) -> list[dict[str, Any]]:
+def rows(results: dict[str, Measured]) -> list[dict[str, Any]]:
     """A JSON object per method; ``ratio`` is to the floor, null where that was not measured."""
-    medians = {name: statistics.median(m.milliseconds) for name, m in found.items() if m.milliseconds}
+    medians = {name: statistics.median(m.milliseconds) for name, m in results.items() if m.milliseconds}
     listed = []
-    for name, measured in found.items():
+    for name, measured in results.items():
         ran = measured.error is None
         row = {
             "method": name,

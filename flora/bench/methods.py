@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from flora.bench.dense import make_dense
 from flora.bench.networks import Network
-from flora.methods.budget import Budget
 from flora.methods.full import Full
 from flora.methods.heads import trained
 from flora.methods.peft import Peft
@@ -142,7 +141,7 @@ class Methods:
         options: dict[str, Any] = {"r": self.ranks.r, "kernel_rank": self.ranks.kernel_rank, "init_weights": False}
         options["rank_pattern"] = dict(self._rank_pattern)
         tuning = Peft("flora", "flora.FloraConfig", self.targets, forward=forward, **options)
-        tuning.budget = None if budget is None else Budget(budget)
+        tuning.set_budget(budget)
         return tuning
 
 

@@ -158,10 +158,10 @@ def network(
         return Network(spec, batch or IMAGE_BATCH, dtype, channels_last=channels_last)
     if size is not None or channels_last:
         raise ConfigError(f"--size, --channels-last: {name} reads text, or images of one size; leave them out")
-    made = Network(spec, batch or BATCH[spec.kind], dtype, tokens or TOKENS[spec.kind])
-    if made.tokens and made.tokens > spec.max_length:
-        raise ConfigError(f"--tokens: {name} reads at most {spec.max_length}, got {made.tokens}")
-    return made
+    net = Network(spec, batch or BATCH[spec.kind], dtype, tokens or TOKENS[spec.kind])
+    if net.tokens and net.tokens > spec.max_length:
+        raise ConfigError(f"--tokens: {name} reads at most {spec.max_length}, got {net.tokens}")
+    return net
 
 
 def _transformers(name: str) -> TransformersModel:

@@ -83,8 +83,10 @@ class Peft:
         """Whether a budget can set the ranks, layer by layer."""
         return has_ranks(self.config_class)
 
-    def set_budget(self, size: str | int | float | None, allocation: str | None, matched: Matched | None) -> None:
-        """Let a budget set the ranks, where the method has any; None for none. See ``Budget``, also for its errors."""
+    def set_budget(
+        self, size: str | int | float | None, allocation: str | None = None, matched: Matched | None = None
+    ) -> None:
+        """Let a budget set the ranks of a method that has some; None: the options do. See ``Budget`` for the rest."""
         check_allocation(allocation)
         self.budget = None if size is None else Budget(size, allocation, matched)
 

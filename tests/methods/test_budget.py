@@ -69,7 +69,7 @@ def test_lands_within_one_percent_below(networks, name, model, percent):
         with pytest.raises(ValueError, match="below the smallest adapter") as refused:
             chosen.apply(copy.deepcopy(skeleton), spec.classifier)
         nearest = int(re.search(r"choose (\d+)$", str(refused.value)).group(1))
-        chosen.budget = Budget(nearest)
+        chosen.set_budget(nearest)
         assert_lands(chosen, skeleton, spec.classifier, nearest)
         return
     assert_lands(chosen, skeleton, spec.classifier, math.floor(backbone * percent / 100))
@@ -132,7 +132,7 @@ def test_layers_with_several_weights():
             self.fc = nn.Linear(16, 4)
 
     chosen = Peft("flora", "flora.FloraConfig", target_modules=["attention"], r=1)
-    chosen.budget = Budget(1200)
+    chosen.set_budget(1200)
     adapted = chosen.apply(Attentive(), ["fc"])
     trainable = [p.numel() for n, p in adapted.model.named_parameters() if "tucker_" in n]
     assert 1188 <= sum(trainable) <= 1200
@@ -165,6 +165,11 @@ def test_methods_without_ranks_refuse(name):
     refused = rf"adapter\.budget: {name} has no ranks that a budget could set layer by layer; leave the budget out$"
     with pytest.raises(ConfigError, match=refused):
         method(name, "adapter.budget=2%")
+
+
+def test_an_allocation_without_ranks_is_refused_as_well():
+    with pytest.raises(ConfigError, match=r"adapter\.allocation: bitfit has no ranks .*; leave the allocation out$"):
+        method("bitfit", "adapter.allocation=spectral")
 
 
 @pytest.mark.parametrize("name", sorted({*ADAPTERS} - FIXED))
