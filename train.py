@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hydra
 from omegaconf import DictConfig
 
-from flora.config import METHOD_VERSION, check_shape, instantiate, run_id, semantic_config
+from flora.config import METHOD_VERSION, check_shape, instantiate, instantiate_method, run_id, semantic_config
 from flora.errors import CheckpointError, ConfigError, DataError, ProcessLost, WeightsError, WorkerLost
 from flora.launch import processes
 from flora.launch.entry import main, quietly
@@ -69,7 +69,7 @@ def execute(cfg: DictConfig, identity: str, task: Any, adapter: Path | None, fol
     from flora.training.loggers import about
     from flora.training.run import data_workers
 
-    model, method = instantiate(cfg.model), instantiate(cfg.adapter)
+    model, method = instantiate(cfg.model), instantiate_method(cfg.adapter)
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
     logger = logger if processes.first() else NoLogger()
     label = f"{task.name}/{task.dataset} {model.name} {method.name} seed {cfg.seed}"

@@ -1,5 +1,6 @@
 """Configs: what train.py composes, safe instantiation, and the run's identity."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -12,9 +13,10 @@ from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from flora import names
@@ -30,6 +32,9 @@ _ALLOWED_FUNCTIONS = ("flora.models.presets",)
 # Bumped whenever the same config would give other numbers; older records then show as stale.
 METHOD_VERSION = 1
 
+# Keys of configs/adapter that are no settings of the method: configs/trainer/default.yaml takes its rates from them.
+_TRAINER_DEFAULTS = ("lr", "head_lr")
+
 # What decides the result. Everything else (paths, logging, debugging) may differ between two equal runs.
 _SEMANTIC = ("mode", "checkpoint", "task", "model", "adapter", "trainer", "protocol", "seed")
 _GROUPS = ("task", "model", "adapter", "trainer", "protocol", "logger", "paths", "analysis")
@@ -38,9 +43,8 @@ _NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
         *("num_workers", "device", "log_every", "cuda_graph", "compile", "cache_on_device"),
         *("resume", "checkpoint_every", "distributed"),
     ),
-    "adapter": ("lr", "head_lr", "explain"),  # the first two are only defaults of trainer.lr and trainer.head_lr
+    "adapter": (*_TRAINER_DEFAULTS, "explain"),
 }
-
 
 # Options where zero, false or an empty list says something else than null.
 _ZERO_COUNTS = ("scale", "alpha", "init_weights", "init_lora_weights", "stack_modes", "color_jitter")
@@ -66,8 +70,13 @@ def composed(overrides: Sequence[str]) -> DictConfig:
 
 @cache
 def _choice(groups: tuple[str, ...]) -> DictConfig:
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+    with _initialized():
         return compose("train", overrides=list(groups))
+
+
+def _initialized() -> Any:
+    """The context in which Hydra composes from our configs."""
+    return initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs"))
 
 
 def check_shape(cfg: DictConfig) -> None:
@@ -100,25 +109,88 @@ def _check_values(node: Any, name: str) -> None:
         raise ConfigError(f"{name} must be a finite number or plain text, got {node!r}")
 
 
-def instantiate(node: DictConfig, **kwargs: Any) -> Any:
+def instantiate(node: DictConfig) -> Any:
     """Build the object that a config node's ``_target_`` names, refusing targets outside the package.
 
     Raises:
         ConfigError: a target that is not ours, an unknown key, or a value the constructor rejects.
     """
+    return _built(_settings(node))
+
+
+def instantiate_method(node: DictConfig) -> Any:
+    """Build the fine-tuning method that a node of the group ``adapter`` describes: a ``flora.methods.Method``.
+
+    Its constructor does not get what the node says to others: learning rates, which are the trainer's, and the budget,
+    which train.yaml asks of every method and a method with ranks takes by ``set_budget``.
+
+    Raises:
+        ConfigError: as ``instantiate``, or a budget for a method without ranks.
+    """
+    settings = {key: value for key, value in _settings(node).items() if key not in _TRAINER_DEFAULTS}
+    budget, allocation = settings.pop("budget", None), settings.pop("allocation", None)
+    method = _built(settings)
+    if budget is None and allocation is None:
+        return method
+    if not getattr(method, "has_ranks", False):
+        key = "allocation" if budget is None else "budget"
+        raise ConfigError(
+            f"{settings['_target_']}: adapter.{key}: {method.name} has no ranks that a budget could set layer by "
+            f"layer; leave the {key} out"
+        )
+    try:
+        method.set_budget(budget, allocation, matched_method)
+    except ValueError as error:
+        raise ConfigError(f"{settings['_target_']}: {error}") from error
+    return method
+
+
+def matched_method(name: str, rank: int | None, targets: str | Sequence[str]) -> Any:
+    """The method of configs/adapter that a budget ``match:NAME:RANK`` is counted by.
+
+    Args:
+        name: of the config.
+        rank: sets ``adapter.r``; None leaves the config's.
+        targets: layers, by pattern or names, in place of those that a model's config names.
+
+    Raises:
+        ValueError: no such config, or none with such a rank.
+    """
+    overrides = [f"adapter={name}", *([f"adapter.r={rank}"] if rank else [])]
+    # A run composes from what Hydra was started with, which may have folders of the user's own.
+    started = GlobalHydra.instance().is_initialized()
+    context: Any = contextlib.nullcontext() if started else _initialized()
+    try:
+        with context:
+            cfg = compose("train", overrides)
+    except HydraException as error:
+        methods = ", ".join(sorted(path.stem for path in (ROOT / "configs" / "adapter").glob("*.yaml")))
+        raise ValueError(
+            f"adapter.budget: no method {name!r} with such a rank to match; there are {methods}"
+        ) from error
+    with open_dict(cfg):
+        cfg.model = {"adapter_targets": targets if isinstance(targets, str) else list(targets)}
+    return instantiate_method(cfg.adapter)
+
+
+def _settings(node: DictConfig) -> dict[str, Any]:
+    """A node to instantiate, resolved, with current names."""
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise ConfigError(f"{node!r} is not a config with a _target_")
-    named = names.current_targets(OmegaConf.to_container(node, resolve=True))
-    for target in _targets(named):
+    return names.current_targets(OmegaConf.to_container(node, resolve=True))
+
+
+def _built(settings: dict[str, Any]) -> Any:
+    for target in _targets(settings):
         _check_target(target)
     try:
-        return hydra.utils.instantiate(named, _convert_="all", **kwargs)
+        return hydra.utils.instantiate(settings, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, FloraError):
             raise cause from None
         if isinstance(cause, TypeError | ValueError):
-            raise ConfigError(f"{node.get('_target_', '?')}: {cause}") from error
+            raise ConfigError(f"{settings['_target_']}: {cause}") from error
         raise ConfigError(first_line(error)) from error
 
 
@@ -127,19 +199,19 @@ def _check_target(target: str) -> None:
     if not target.startswith(ALLOWED_TARGETS):
         raise ConfigError(f"_target_ {target!r} is not allowed: only {', '.join(ALLOWED_TARGETS)}* may be named")
     try:
-        found = hydra.utils.get_object(target)
+        named = hydra.utils.get_object(target)
     except Exception as error:  # whatever an import of it raises
         raise ConfigError(f"_target_ {target!r} cannot be found: {one_line(error)}") from error
-    home = str(getattr(found, "__module__", ""))
-    ours = home.startswith(ALLOWED_TARGETS) and isinstance(found, type)
-    if not ours and not (isinstance(found, FunctionType) and home in _ALLOWED_FUNCTIONS):
+    home = str(getattr(named, "__module__", ""))
+    ours = home.startswith(ALLOWED_TARGETS) and isinstance(named, type)
+    if not ours and not (isinstance(named, FunctionType) and home in _ALLOWED_FUNCTIONS):
         raise ConfigError(f"_target_ {target!r} is not allowed: it is no class of flora")
 
 
 def _targets(node: Any) -> list[str]:
     if isinstance(node, dict):
-        found = [str(node["_target_"])] if "_target_" in node else []
-        return found + [t for value in node.values() for t in _targets(value)]
+        own = [str(node["_target_"])] if "_target_" in node else []
+        return own + [t for value in node.values() for t in _targets(value)]
     if isinstance(node, list):
         return [t for value in node for t in _targets(value)]
     return []

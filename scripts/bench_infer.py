@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from flora.bench.methods import Methods, Ranks
 from flora.bench.networks import Network, add_options, network, unlabelled
 from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
-from flora.bench.timing import one_line, spread, timed
+from flora.bench.timing import spread, summary, timed
 from flora.errors import ConfigError
 
 SPREAD = "interquartile range over the rounds"
@@ -137,7 +137,7 @@ def exported(models: dict[str, nn.Module], net: Network, inputs: dict[str, Tenso
     try:
         return {"passed": True, "difference": export(models["merged"])}
     except Exception as error:  # torch.export raises many kinds; the result says which
-        report = {"passed": False, "error": one_line(error)}
+        report = {"passed": False, "error": summary(error)}
     try:
         export(models["base"])
     except Exception as error:

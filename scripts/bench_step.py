@@ -14,7 +14,7 @@ from typing import Any
 from flora.bench.methods import METHODS, Methods, Ranks
 from flora.bench.networks import add_options, network
 from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
-from flora.bench.timing import SPREAD, Measured, Plan, measure, spread
+from flora.bench.timing import SPREAD, Measured, TimingSettings, measure, spread
 from flora.errors import ConfigError
 from flora.results.markdown import formatted
 
@@ -33,13 +33,15 @@ def bench_step() -> None:
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
     ranks = Ranks(arguments.r, arguments.kernel_rank, arguments.match)
     shape = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
-    plan = Plan(arguments.rounds, arguments.steps, arguments.warmup, arguments.capture, arguments.stay, arguments.seed)
+    settings = TimingSettings(
+        arguments.rounds, arguments.steps, arguments.warmup, arguments.capture, arguments.stay, arguments.seed
+    )
     try:
         net = network(arguments.model, arguments.batch, DTYPES[dtype], **shape)
         methods = Methods(net, ranks, arguments.layers)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    measured = measure(methods, names, plan, device, lambda line: print(line, file=sys.stderr, flush=True))
+    measured = measure(methods, names, settings, device, lambda line: print(line, file=sys.stderr, flush=True))
     result = {
         **facts("step", device),
         "model": arguments.model,

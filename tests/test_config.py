@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from flora.config import _check_target, instantiate, one_line, run_id
+from flora.config import _check_target, composed, instantiate, instantiate_method, one_line, run_id
 from flora.errors import ConfigError
 
 
@@ -129,6 +129,14 @@ def test_every_target_of_our_configs_is_allowed():
     assert len(named) > 15
     for target in named:
         _check_target(target)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full", "bitfit", "adalora"])
+def test_rates_of_an_adapter_are_the_trainers_and_no_setting_of_the_method(adapter):
+    cfg = composed([f"adapter={adapter}", "adapter.lr=0.5", "adapter.head_lr=0.25"])
+    assert (cfg.trainer.lr, cfg.trainer.head_lr) == (0.5, 0.25)
+    method = instantiate_method(cfg.adapter)  # whose constructor would not take them
+    assert not {"lr", "head_lr"} & getattr(method, "options", {}).keys()
 
 
 def test_an_unknown_key_is_a_config_error_that_names_it():

@@ -134,7 +134,7 @@ def record_complaint(chance, folder):
 def saved_adapter():
     """The files of a small adapter, by name."""
     with tempfile.TemporaryDirectory() as name:
-        method = Peft("lora", "peft.LoraConfig", 1e-3, 1e-3, target_modules=["0"], r=2)
+        method = Peft("lora", "peft.LoraConfig", target_modules=["0"], r=2)
         method.save(method.apply(network(), ["1"]).model, Path(name))
         return {path.name: path.read_bytes() for path in Path(name).iterdir() if path.suffix != ".md"}
 

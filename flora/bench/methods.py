@@ -127,20 +127,22 @@ class Methods:
     def tuning(self, method: str) -> Full | Peft:
         """The fine-tuning method behind a name other than the floors."""
         if method == "full":
-            return Full("full", 1e-3, 1e-3)
+            return Full("full")
         return self._lora() if method == "lora" else self._flora(method)
 
     def _lora(self) -> Peft:
         # Updates that are not zero: arithmetic on zeros takes less power, and so less time, on some devices.
         r = self.ranks.r
         options: dict[str, Any] = {"r": r, "lora_alpha": r, "init_lora_weights": False}
-        return Peft("lora", "peft.LoraConfig", 1e-3, 1e-3, self.targets, skip_depthwise=True, **options)
+        return Peft("lora", "peft.LoraConfig", self.targets, skip_depthwise=True, **options)
 
     def _flora(self, method: str, budget: int | None = None) -> Peft:
         forward = {"flora": "auto", "dense": "factored"}.get(method, method.removeprefix("flora_"))
         options: dict[str, Any] = {"r": self.ranks.r, "kernel_rank": self.ranks.kernel_rank, "init_weights": False}
         options["rank_pattern"] = dict(self._rank_pattern)
-        return Peft("flora", "flora.FloraConfig", 1e-3, 1e-3, self.targets, budget=budget, forward=forward, **options)
+        tuning = Peft("flora", "flora.FloraConfig", self.targets, forward=forward, **options)
+        tuning.set_budget(budget)
+        return tuning
 
 
 def _still(model: nn.Module) -> nn.Module:

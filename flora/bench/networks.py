@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
+from flora.config import ROOT
 from flora.errors import ConfigError
-from flora.methods.budget import CONFIGS
 from flora.models import TimmModel, TransformersModel, get
 
 # Configs of transformers networks in configs/model, and what is smaller here.
@@ -158,15 +158,15 @@ def network(
         return Network(spec, batch or IMAGE_BATCH, dtype, channels_last=channels_last)
     if size is not None or channels_last:
         raise ConfigError(f"--size, --channels-last: {name} reads text, or images of one size; leave them out")
-    found = Network(spec, batch or BATCH[spec.kind], dtype, tokens or TOKENS[spec.kind])
-    if found.tokens and found.tokens > spec.max_length:
-        raise ConfigError(f"--tokens: {name} reads at most {spec.max_length}, got {found.tokens}")
-    return found
+    net = Network(spec, batch or BATCH[spec.kind], dtype, tokens or TOKENS[spec.kind])
+    if net.tokens and net.tokens > spec.max_length:
+        raise ConfigError(f"--tokens: {name} reads at most {spec.max_length}, got {net.tokens}")
+    return net
 
 
 def _transformers(name: str) -> TransformersModel:
     config, smaller = TRANSFORMERS[name]
-    path = CONFIGS / "model" / f"{config}.yaml"
+    path = ROOT / "configs" / "model" / f"{config}.yaml"
     if not path.exists():
         raise ConfigError(f"--model {name}: there is no configs/model/{config}.yaml yet; choose another")
     fields = yaml.safe_load(path.read_text())

@@ -20,7 +20,7 @@ SPREAD = "interquartile range over all steps"
 
 
 @dataclass(frozen=True)
-class Plan:
+class TimingSettings:
     """How much is measured.
 
     Attributes:
@@ -48,7 +48,6 @@ class Measured:
         rounds: milliseconds of every timed step, by round.
         peak_bytes: the device allocator's peak with nothing else on the device, warm-up included; None on a CPU.
         layers, trainable_params: see ``Prepared``.
-        prepared: layers and parameters.
         error: why the method could not run.
     """
 
@@ -67,57 +66,57 @@ class Measured:
 def measure(
     methods: Methods,
     names: Sequence[str],
-    plan: Plan,
+    settings: TimingSettings,
     device: torch.device,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Measured]:
     """Time a step of every method; one that fails keeps its error and is left out of later rounds.
 
     On a GPU a model is built for its turn and dropped after it, so that its peak is its own. On a CPU, and where
-    ``plan`` says so, all models stay, so that turns can be short and many: other processes then disturb every method
-    alike. The peak on a GPU is then that of the warm-up before the first round, alone.
+    ``settings`` says so, all models stay, so that turns can be short and many: other processes then disturb every
+    method alike. The peak on a GPU is then that of the warm-up before the first round, alone.
 
     Args:
         methods: on which network, with which ranks.
         names: which methods.
-        plan: how often.
+        settings: how often.
         device: where.
         report: told of every pass.
     """
     network = methods.network
-    torch.manual_seed(plan.seed)
+    torch.manual_seed(settings.seed)
     base = network.build(device)
-    found = {name: Measured() for name in names}
+    results = {name: Measured() for name in names}
     ready: dict[str, Callable[[], None]] = {}
-    order = random.Random(plan.seed)
+    order = random.Random(settings.seed)
     on_gpu = device.type == "cuda"
-    for number in range(0 if on_gpu and plan.stay else 1, 1 + plan.rounds):
+    for number in range(0 if on_gpu and settings.stay else 1, 1 + settings.rounds):
         for name in order.sample(list(names), len(names)):
-            measured = found[name]
+            measured = results[name]
             if measured.error is None:
-                alone = on_gpu and not (plan.stay and number)
+                alone = on_gpu and not (settings.stay and number)
                 try:
                     if name not in ready:
                         _free(device)
-                        ready[name] = _ready(methods, name, base, plan, device, measured)
+                        ready[name] = _ready(methods, name, base, settings, device, measured)
                     if number:
-                        measured.rounds.append(timed(ready[name], plan.steps, device))
+                        measured.rounds.append(timed(ready[name], settings.steps, device))
                     if alone:
                         measured.peak_bytes = max(measured.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
                     done = f"{statistics.median(measured.rounds[-1]):.2f} ms" if number else "runs"
                 except Exception as error:  # reported in the method's row; the others go on
-                    measured.error = done = one_line(error)
+                    measured.error = done = summary(error)
                 if alone or measured.error:
                     ready.pop(name, None)
-                report(f"round {number} of {plan.rounds}: {name} {done}")
-    return found
+                report(f"round {number} of {settings.rounds}: {name} {done}")
+    return results
 
 
 def _ready(
-    methods: Methods, name: str, base: nn.Module, plan: Plan, device: torch.device, measured: Measured
+    methods: Methods, name: str, base: nn.Module, settings: TimingSettings, device: torch.device, measured: Measured
 ) -> Callable[[], None]:
     """The step of a method on a fresh copy of the network, warmed up."""
-    torch.manual_seed(plan.seed)
+    torch.manual_seed(settings.seed)
     prepared = methods.prepare(name, copy.deepcopy(base).to(device))
     measured.layers, measured.trainable_params = prepared.layers, prepared.trainable_params
     inputs = methods.network.inputs(device)
@@ -125,13 +124,13 @@ def _ready(
         _free(device)
         torch.cuda.reset_peak_memory_stats(device)
     step = Step(methods.network, prepared, inputs)
-    run = Captured(step, plan.warmup) if plan.capture else step
-    for _ in range(plan.warmup):
+    run = Captured(step, settings.warmup) if settings.capture else step
+    for _ in range(settings.warmup):
         run()
     return run
 
 
-def one_line(error: BaseException) -> str:
+def summary(error: BaseException) -> str:
     """The kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

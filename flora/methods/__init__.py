@@ -20,6 +20,7 @@ _HOMES = {
     "LoconConfig": "rivals.locon",
     "LoraFlatConfig": "rivals.lora_flat",
     "LotrConfig": "rivals.lotr",
+    "Method": "base",
     "MosloraConfig": "rivals.mixed",
     "OftConfig": "rivals.oft",
     "Peft": "peft",

@@ -25,7 +25,6 @@ class AdaLora(Peft):
     def __init__(
         self,
         name: str,
-        lr: float,
         r: int,
         initial_r: int | None = None,
         warmup: float = 0.1,
@@ -42,7 +41,7 @@ class AdaLora(Peft):
             raise ValueError(f"adapter.initial_r must be at least adapter.r, got {initial_r} and {r}")
         # PEFT wants a length before the run has one; the callback sets the real schedule.
         options = {"target_r": r, "init_r": initial, "orth_reg_weight": orth_reg_weight, "total_step": 1} | options
-        super().__init__(name, "peft.AdaLoraConfig", lr, **options)
+        super().__init__(name, "peft.AdaLoraConfig", **options)
         self.warmup, self.final = warmup, final
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:

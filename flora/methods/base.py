@@ -1,13 +1,13 @@
-"""What every method shares: what it gives a run, which layers it can adapt, and how what it saved is loaded."""
+"""What a fine-tuning method is: what it must do, what it gives a run, and how what it trained is saved and loaded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import peft
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -19,13 +19,16 @@ LAYERS = (nn.Linear, *CONVS, nn.Embedding)
 
 @dataclass
 class Adapted:
-    """A model ready to train.
+    """A model ready to train: what a method gives a run.
 
     Attributes:
-        model: the wrapped model; only what the method trains requires gradients.
-        skipped: names of targeted layers that the method cannot adapt and leaves frozen.
-        ranks: effective ranks per adapted layer, in the layer's mode order.
-        callbacks: what the method wants to do while it trains.
+        model: what the trainer trains and calls as the base model is called; exactly what the method trains, and the
+            head, requires gradients.
+        skipped: names of targeted layers that the method cannot adapt and leaves frozen; the record lists them.
+        ranks: effective ranks per adapted layer, in the layer's mode order; the record holds them. Empty for a method
+            without ranks.
+        callbacks: what the method wants to do while it trains; one with ``state_dict`` and ``load_state_dict`` is
+            saved and resumed with the run.
         penalty: ``model -> scalar`` added to the training loss.
     """
 
@@ -34,6 +37,43 @@ class Adapted:
     ranks: dict[str, list[int]] = field(default_factory=dict)
     callbacks: list[TrainerCallback] = field(default_factory=list)
     penalty: Callable[[nn.Module], Tensor] | None = None
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A way to fine-tune a pretrained model: all that the suite asks of one.
+
+    A new method is a class with these three members and a file configs/adapter/NAME.yaml: its ``_target_`` names the
+    class, ``lr`` and ``head_lr`` are the rates that the trainer takes by default, and everything else goes to the
+    constructor, whose ValueErrors reach the user as one line. The class gets its public name in ``flora.methods``.
+    A method whose ranks a budget can set says so by ``has_ranks`` and takes it by ``set_budget``, as ``Peft`` does.
+
+    Attributes:
+        name: in records and tables.
+    """
+
+    name: str
+
+    def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
+        """Make a model ready to train, in place or wrapped; random numbers are torch's, which the run has seeded.
+
+        Args:
+            model: the base model with its weights, or on the meta device, where parameters are only counted.
+            head: names of the modules of its classifier, which a method trains along; empty for a language model.
+
+        Raises:
+            ValueError: a setting does not fit this model; one line that names it.
+        """
+        ...
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what was trained into a folder, such that ``load`` puts it onto a fresh base model.
+
+        Args:
+            model: the ``model`` of ``apply``'s result, trained.
+            folder: created if need be. PEFT's two files, or the trained tensors as ``save_trained`` writes them.
+        """
+        ...
 
 
 def adaptable(model: nn.Module, head: Sequence[str]) -> list[str]:
@@ -52,6 +92,13 @@ def normalisations(model: nn.Module, head: Sequence[str]) -> list[str]:
 
 def _holds_parameters(module: nn.Module) -> bool:
     return next(module.parameters(recurse=False), None) is not None
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Write the parameters that train, under the model's names for them, to ``model.safetensors``."""
+    tensors = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters() if p.requires_grad}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:

@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from flora.methods.base import Adapted, adaptable
-from flora.methods.budget import refuse
+from flora.methods.base import Adapted, adaptable, save_trained
 from flora.methods.heads import in_head
-from flora.methods.linear_probe import LinearProbe
 
 
 class BitFit:
@@ -17,14 +14,9 @@ class BitFit:
 
     Args:
         name: the method's name in records.
-        lr, head_lr: default peak learning rates, read by the trainer's config.
-        budget: refused, since its size is fixed.
     """
 
-    head_only = False
-
-    def __init__(self, name: str, lr: float, head_lr: float, budget: Any = None) -> None:
-        refuse(budget, name)
+    def __init__(self, name: str) -> None:
         self.name = name
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
@@ -43,4 +35,4 @@ class BitFit:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write biases and head to ``model.safetensors``."""
-        LinearProbe.save(self, model, folder)  # type: ignore[arg-type]
+        save_trained(model, folder)

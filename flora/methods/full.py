@@ -1,22 +1,23 @@
-"""Everything."""
+"""Full fine-tuning: everything."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from flora.methods.base import Adapted
-from flora.methods.budget import refuse
 
 
 class Full:
-    """Train every parameter; normalisation statistics move as well."""
+    """Trains every parameter; normalisation statistics move as well.
 
-    def __init__(self, name: str, lr: float, head_lr: float | None, budget: Any = None) -> None:
-        refuse(budget, name)
+    Args:
+        name: the method's name in records.
+    """
+
+    def __init__(self, name: str) -> None:
         self.name = name
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:

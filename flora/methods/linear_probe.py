@@ -2,21 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
-from flora.methods.base import Adapted
-from flora.methods.budget import refuse
+from flora.methods.base import Adapted, save_trained
 from flora.methods.heads import in_head
 
 
 class LinearProbe:
-    """Train the head on the frozen backbone."""
+    """Trains the head on the frozen backbone.
 
-    def __init__(self, name: str, lr: float, head_lr: float | None, budget: Any = None) -> None:
-        refuse(budget, name)
+    Args:
+        name: the method's name in records.
+    """
+
+    def __init__(self, name: str) -> None:
         self.name = name
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
@@ -29,6 +29,4 @@ class LinearProbe:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the head to ``model.safetensors``."""
-        trained = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters() if p.requires_grad}
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
+        save_trained(model, folder)

@@ -15,8 +15,10 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import TrainerCallback
 
-from flora.methods import budget as budgets
+from flora.methods.allocation import check_allocation
 from flora.methods.base import CONVS, LAYERS, Adapted, adaptable, effective_ranks, normalisations
+from flora.methods.budget import Budget, Matched
+from flora.methods.ladders import has_ranks
 
 _KINDS = {kind.__name__: kind for kind in LAYERS}
 
@@ -27,32 +29,31 @@ class Peft:
     Args:
         name: the method's name in records.
         config_class: import path of the PEFT config, e.g. ``flora.FloraConfig``.
-        lr, head_lr: default peak learning rates of the adapter and the head, read by the trainer's config.
         target_modules: ``all`` (every conv and linear except the head), ``norms`` (every normalisation layer with
             parameters), or what PEFT accepts: names or a regex.
         skip_depthwise: leave depthwise and grouped convolutions out, for methods that cannot adapt them.
         skip_own_padding: leave convolutions out that pad their input themselves (TensorFlow's "same" in timm), for
             methods that run their update as a convolution with the layer's ``padding``.
         layer_types: the kinds of layers that the method can adapt, e.g. ``[Linear]``; others are left out. None: all.
-        budget: how many parameters to train outside the head, which sets all ranks; see ``flora.methods.budget``.
-        allocation: how the layers share the budget.
         explain: say on stderr, when training starts, in which form every layer runs (methods that have several).
         options: everything else goes to the PEFT config; a ``*_pattern`` may be a list of ``{pattern, rank}`` (or
             ``{pattern, shape}``), since Hydra's command line cannot carry a regex as a key.
+
+    Attributes:
+        budget: how many parameters to train outside the head, which sets all ranks; None: the options do.
+
+    Raises:
+        ValueError: a setting that cannot be used.
     """
 
     def __init__(
         self,
         name: str,
         config_class: str,
-        lr: float,
-        head_lr: float,
         target_modules: str | Sequence[str] = "all",
         skip_depthwise: bool = False,
         skip_own_padding: bool = False,
         layer_types: Sequence[str] | None = None,
-        budget: str | int | float | None = None,
-        allocation: str | None = None,
         explain: bool = False,
         **options: Any,
     ) -> None:
@@ -66,10 +67,7 @@ class Peft:
             raise ValueError(f"adapter.config_class {config_class!r} cannot be found ({error})") from error
         if not (isinstance(self.config_class, type) and issubclass(self.config_class, peft.PeftConfig)):
             raise ValueError(f"adapter.config_class {config_class!r} is not allowed: it is no PEFT config")
-        if not budgets.has_ranks(self.config_class):
-            budgets.refuse(budget, name)
-        budgets.check_allocation(allocation)
-        self.budget = None if budget is None else budgets.Budget(budget, allocation)
+        self.budget: Budget | None = None
         self.explain = explain
         self.target_modules = target_modules
         self.skip_depthwise = skip_depthwise
@@ -79,6 +77,18 @@ class Peft:
             raise ValueError(f"adapter.layer_types: {unknown[0]!r} is none of {', '.join(_KINDS)}")
         self.layer_types = LAYERS if layer_types is None else tuple(_KINDS[kind] for kind in layer_types)
         self.options = {key: _pattern(key, value) for key, value in options.items()}
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether a budget can set the ranks, layer by layer."""
+        return has_ranks(self.config_class)
+
+    def set_budget(
+        self, size: str | int | float | None, allocation: str | None = None, matched: Matched | None = None
+    ) -> None:
+        """Let a budget set the ranks of a method that has some; None: the options do. See ``Budget`` for the rest."""
+        check_allocation(allocation)
+        self.budget = None if size is None else Budget(size, allocation, matched)
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
         """Wrap ``model``; raises ValueError naming the field when a setting does not fit the model."""
@@ -160,13 +170,13 @@ def _pattern(key: str, value: Any) -> Any:
         return value
     if not isinstance(value, list):
         raise ValueError(f"adapter.{key} must be a list of {{pattern, rank}} entries, got {value!r}")
-    found = {}
+    patterns = {}
     for entry in value:
         if not isinstance(entry, dict) or len(entry) != 2 or "pattern" not in entry:
             raise ValueError(f"adapter.{key} must be a list of {{pattern, rank}} entries, got {entry!r}")
-        (result,) = (v for k, v in entry.items() if k != "pattern")
-        found[str(entry["pattern"])] = result
-    return found
+        (setting,) = (v for k, v in entry.items() if k != "pattern")
+        patterns[str(entry["pattern"])] = setting
+    return patterns
 
 
 def _exactly(names: list[str], model: nn.Module) -> str | list[str]:

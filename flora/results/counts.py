@@ -3,7 +3,7 @@
 import torch
 from omegaconf import DictConfig
 
-from flora.config import instantiate
+from flora.config import instantiate, instantiate_method
 from flora.errors import ConfigError
 from flora.methods.heads import trained
 
@@ -17,7 +17,7 @@ def count(cfg: DictConfig) -> dict[str, int]:
     Raises:
         ConfigError: a setting that does not fit the model.
     """
-    model, method = instantiate(cfg.model), instantiate(cfg.adapter)
+    model, method = instantiate(cfg.model), instantiate_method(cfg.adapter)
     base = model.skeleton()
     total = sum(p.numel() for p in base.parameters())
     try:

@@ -51,9 +51,9 @@ def test_a_model_that_cannot_be_exported_says_why_and_whether_its_base_can():
 
     net = network("test_convnext", batch=1, size=32)
     inputs = unlabelled(net.inputs(CPU))
-    found = exported({"merged": Branches(), "base": torch.nn.Identity()}, net, inputs)
-    assert (found["passed"], found["base_passed"]) == (False, True)
-    assert found["error"]
+    report = exported({"merged": Branches(), "base": torch.nn.Identity()}, net, inputs)
+    assert (report["passed"], report["base_passed"]) == (False, True)
+    assert report["error"]
 
 
 def test_ratios_are_taken_within_a_round():

@@ -17,7 +17,7 @@ from flora.bench import networks
 from flora.bench.dense import DenseLayer, make_dense
 from flora.bench.methods import METHODS, Methods, Ranks
 from flora.bench.networks import network
-from flora.bench.timing import Captured, Plan, Step, measure, spread
+from flora.bench.timing import Captured, Step, TimingSettings, measure, spread
 from scripts.bench_step import bench_step
 from tests.tasks.chats import tiny_llava
 
@@ -84,12 +84,12 @@ def test_the_published_layer_gives_floras_output_and_gradients(form):
     make_dense(dense)
     images = inputs["images"].double()
     expected = ours.model(images)
-    found = dense(images)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    output = dense(images)
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
     assert not any(isinstance(m, FloraLayer) for m in dense.modules())
     layers = {n: m for n, m in ours.model.named_modules() if isinstance(m, FloraLayer)}
     assert len(layers) == sum(isinstance(m, DenseLayer) for m in dense.modules()) > 3
-    found.square().sum().backward()
+    output.square().sum().backward()
     expected.square().sum().backward()
     for name, layer in layers.items():
         core = dense.get_submodule(name).core
@@ -157,14 +157,14 @@ def test_every_round_runs_every_method_in_an_order_of_its_own_and_an_error_ends_
     methods = Methods(net, Ranks(r=2))
     lines = []
     names = ["floor", "floor_cast", "full", "dense"]
-    found = measure(methods, names, Plan(rounds=4, steps=2, warmup=0), CPU, lines.append)
+    results = measure(methods, names, TimingSettings(rounds=4, steps=2, warmup=0), CPU, lines.append)
     orders = [[line.split()[4] for line in lines if line.startswith(f"round {n} ")] for n in (1, 2, 3, 4)]
     assert sorted(orders[0]) == sorted(names)
     assert all(sorted(order) == sorted(names[:3]) for order in orders[1:])
     assert len({tuple(order) for order in orders[1:]}) > 1
-    assert [len(steps) for steps in found["floor"].rounds] == [2, 2, 2, 2]
-    assert found["dense"].error is not None
-    assert found["dense"].rounds == []
+    assert [len(steps) for steps in results["floor"].rounds] == [2, 2, 2, 2]
+    assert results["dense"].error is not None
+    assert results["dense"].rounds == []
 
 
 def test_the_spread_is_the_interquartile_range():

@@ -13,7 +13,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from flora.config import instantiate
+from flora.config import instantiate_method
 from flora.training import TrainerSettings
 from flora.training.trainer import Trainer
 
@@ -98,7 +98,7 @@ def adapter(name: str, family: Family | None = None, **changes: Any) -> Any:
     config = OmegaConf.create({**nodes, "trainer": {"lr": 1e-3}})
     for key, value in changes.items():
         config.adapter[key] = value
-    return instantiate(config.adapter)
+    return instantiate_method(config.adapter)
 
 
 class Batch(torch.utils.data.Dataset):

@@ -1,114 +1,23 @@
-"""Budgets: counts against formulas and wrapped models, landings, allocations, refusals."""
+"""Budgets: sizes, landings, refusals, and budgets that match another method."""
 
 import copy
 import math
 import re
 
-import numpy as np
-import peft
 import pytest
 import torch
 import transformers
-from hydra import compose, initialize_config_dir
 from torch import nn
 
-from flora.config import instantiate
+from flora.config import matched_method
 from flora.errors import ConfigError
 from flora.methods import Peft
-from flora.methods.budget import CONFIGS, Budget, Ladder, Rung, climb, ladders
+from flora.methods.budget import Budget
 from flora.models import get
+from tests.methods.families import ADAPTERS
+from tests.methods.small import Small, method, outside
 
 FLOOR = {"lora_flat", "dora_flat"}  # above 2 % on networks with depthwise convolutions
-
-
-def method(name, *overrides):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", [f"adapter={name}", *overrides])
-    cfg.adapter.target_modules = "all"
-    return instantiate(cfg.adapter)
-
-
-class Small(nn.Module):
-    """A convolution, a depthwise one, a pointwise one and linear layers, one of them in the head."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 24, 5)
-        self.depthwise = nn.Conv2d(24, 24, 3, groups=24)
-        self.point = nn.Conv2d(24, 32, 1)
-        self.up = nn.Linear(32, 96)
-        self.block = nn.ModuleDict({"up": nn.Linear(32, 96)})  # a name that ends like another
-        self.head = nn.Linear(96, 5)
-
-    backbone = (3 * 25 + 1) * 24 + 10 * 24 + 25 * 32 + 2 * 33 * 96
-
-
-def outside(model, head="head"):
-    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and f"{head}." not in n)
-
-
-def clip(sizes, ranks):
-    ranks = [min(pair) for pair in zip(sizes, ranks, strict=True)]
-    return [min(rank, math.prod(ranks[:n] + ranks[n + 1 :])) for n, rank in enumerate(ranks)]
-
-
-def tucker(sizes, r, kernel_rank=2):
-    ranks = clip(sizes, [r, r, *[kernel_rank] * (len(sizes) - 2)])
-    carried = [(size, rank) for size, rank in zip(sizes, ranks, strict=True) if size > 1]
-    return int(np.prod(ranks)) + sum(size * rank for size, rank in carried)
-
-
-# Parameters of a weight [out, in / groups, k, k] or [out, in] at rank r, as the methods' papers and codes have them.
-FORMULAS = {
-    "flora": lambda o, i, k, g, r: tucker((o, i // g, k, k) if k else (o, i), r),
-    "flora_shuffled": lambda o, i, k, g, r: tucker((o, i // g, k, k) if k else (o, i), r),
-    "lora": lambda o, i, k, g, r: r * (i * max(k, 1) ** 2 + o),
-    "dora": lambda o, i, k, g, r: r * (i * max(k, 1) ** 2 + o) + o,
-    "rslora": lambda o, i, k, g, r: r * (i * max(k, 1) ** 2 + o),
-    "lora_flat": lambda o, i, k, g, r: r * max(k, 1) ** 2 * (i + o // g),
-    "dora_flat": lambda o, i, k, g, r: r * max(k, 1) ** 2 * (i + o // g) + o,
-    "loha": lambda o, i, k, g, r: 2 * r * (i // g * max(k, 1) ** 2 + o),
-    "locon_tucker": lambda o, i, k, g, r: r * (i // g + o) + (r * r * k * k if k > 1 else 0),
-    "trilora": lambda o, i, k, g, r: r * (i // g * max(k, 1) ** 2 + o) + r,
-    "moslora": lambda o, i, k, g, r: r * (i // g * max(k, 1) ** 2 + o) + r * r,
-    "flora_flat": lambda o, i, k, g, r: r * (i // g * max(k, 1) ** 2 + o) + r * r,
-    "flora_nocore": lambda o, i, k, g, r: r * (o + (i // g if i > g else 0) + (2 * k if k > 1 else 0)),
-}
-
-
-@pytest.mark.parametrize("name", FORMULAS)
-def test_costs_are_the_published_formulas_and_what_peft_builds(name):
-    formula, skips = FORMULAS[name], name in ("lora", "dora", "rslora")
-    layers = {"stem": (24, 3, 5, 1), "depthwise": (24, 24, 3, 24), "point": (32, 24, 1, 1), "up": (96, 32, 0, 1)}
-    chosen = method(name)
-    model = Small()
-    targets = [layer for layer in layers if not (skips and layer == "depthwise")]
-    config = chosen.config_class(target_modules=targets, **chosen.options)
-    for ladder in ladders(config, model):
-        if ladder.name not in layers:
-            continue  # block.up ends like up
-        assert [rung.rank for rung in ladder.rungs] == list(range(1, len(ladder.rungs) + 1))
-        for rung in ladder.rungs:
-            assert rung.params == formula(*layers[ladder.name], rung.rank), (ladder.name, rung)
-        for rung in (ladder.rungs[0], ladder.rungs[len(ladder.rungs) // 2], ladder.rungs[-1]):
-            alone = copy.deepcopy(config)
-            alone.target_modules, alone.rank_pattern = {f"{ladder.name}"}, {".*": rung.pattern}
-            alone.exclude_modules = ["block.up"]
-            assert outside(peft.get_peft_model(Small(), alone)) == rung.params, (ladder.name, rung)
-
-
-def test_lokr_counts_what_peft_builds_and_takes_no_product_larger_than_the_matrix():
-    model = nn.Sequential(nn.Conv2d(6, 24, 3), nn.Flatten(), nn.Linear(24, 60))
-    for options in ({}, {"decompose_factor": 2}, {"decompose_both": True}, {"use_effective_conv2d": True}):
-        config = peft.LoKrConfig(target_modules=["0", "2"], **options)
-        for ladder in ladders(config, model):
-            counts = [rung.params for rung in ladder.rungs]
-            assert counts == sorted(set(counts))
-            for rung in ladder.rungs:
-                alone = peft.LoKrConfig(target_modules=[ladder.name], r=rung.rank, **options)
-                assert outside(peft.get_peft_model(copy.deepcopy(model), alone)) == rung.params
-    linear = ladders(peft.LoKrConfig(target_modules=["2"], decompose_factor=2), model)[0]
-    assert linear.rungs[-1].params == 2 * 2 + 12 * 30  # both sides whole
 
 
 @pytest.mark.parametrize(
@@ -127,12 +36,6 @@ def test_sizes(size, parameters):
 def test_malformed_sizes_name_the_setting(size):
     with pytest.raises(ValueError, match=r"^adapter\.budget must be"):
         Budget(size)
-
-
-def test_an_unknown_allocation_is_refused_with_or_without_a_budget():
-    for overrides in ((), ("adapter.budget=2%",)):
-        with pytest.raises(ConfigError, match=r"adapter\.allocation must be one of uniform"):
-            method("lora", "adapter.allocation=fair", *overrides)
 
 
 # ---------------------------------------------------------------------- landings
@@ -166,7 +69,7 @@ def test_lands_within_one_percent_below(networks, name, model, percent):
         with pytest.raises(ValueError, match="below the smallest adapter") as refused:
             chosen.apply(copy.deepcopy(skeleton), spec.classifier)
         nearest = int(re.search(r"choose (\d+)$", str(refused.value)).group(1))
-        chosen.budget = Budget(nearest)
+        chosen.set_budget(nearest)
         assert_lands(chosen, skeleton, spec.classifier, nearest)
         return
     assert_lands(chosen, skeleton, spec.classifier, math.floor(backbone * percent / 100))
@@ -204,78 +107,6 @@ def test_the_solution_is_printed_and_recorded_layer_by_layer(capsys):
     assert sum(int(params.replace(",", "")) for *_, params in rows) == total == outside(adapted.model)
 
 
-def test_names_that_end_alike_keep_their_own_ranks():
-    rows = [
-        Ladder(name, f"{name}.weight", (96, 32), (0,), tuple(Rung(r, r, 128 * r) for r in range(1, 33)))
-        for name in ("up", "block.up")
-    ]
-    chosen = climb(rows, lambda row, rung: rung * (2 - row), 128 * 6)  # the second is raised twice as often
-    assert [rung.rank for rung in chosen] == [2, 4]
-    adapted = method("lora", f"adapter.budget={24 * 32 + 2 * 56 + 128 * 5}").apply(Small(), ["head"])
-    wrapped = dict(adapted.model.named_modules())
-    for name, ranks in adapted.ranks.items():
-        assert wrapped[f"base_model.model.{name}"].lora_A["default"].weight.shape[0] == ranks[0]
-
-
-# ---------------------------------------------------------------------- allocations
-
-
-def test_proportional_gives_every_layer_the_same_share_of_its_size():
-    model = nn.Sequential(*[nn.Linear(n, n) for n in (32, 64, 256, 512)])
-    adapted = method("lora", "adapter.budget=10%", "adapter.allocation=proportional").apply(model, ["none"])
-    # r (n + n) = 10 % of n n, to the next rank below, and one more where the remainder pays for it
-    for n, (rank,) in zip((32, 64, 256, 512), adapted.ranks.values(), strict=True):
-        assert math.floor(0.05 * n) <= max(rank, 2) <= math.floor(0.05 * n) + 2
-
-
-def test_spectral_follows_the_energy_of_the_weights():
-    """Two layers of known rank: the one whose energy is spread gets the ranks."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    basis = [torch.linalg.qr(torch.randn(64, 64))[0] for _ in range(2)]
-    spectra = [torch.tensor([10.0] * 3 + [1e-4] * 61), torch.tensor([1.0] * 40 + [1e-4] * 24)]
-    for layer, q, spectrum in zip(model, basis, spectra, strict=True):
-        layer.weight.data = q @ torch.diag(spectrum) @ q.T
-    budget = 128 * 43
-    adapted = method("lora", f"adapter.budget={budget}", "adapter.allocation=spectral").apply(model, ["none"])
-    assert adapted.ranks == {"0": [3], "1": [40]}
-    small = method("lora", f"adapter.budget={128 * 20}", "adapter.allocation=spectral")
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    for layer, q, spectrum in zip(model, basis, spectra, strict=True):
-        layer.weight.data = q @ torch.diag(spectrum) @ q.T
-    ranks = [rank for (rank,) in small.apply(model, ["none"]).ranks.values()]
-    kept = [spectrum.square().cumsum(0) / spectrum.square().sum() for spectrum in spectra]
-    shares = [float(energy[rank - 1]) for energy, rank in zip(kept, ranks, strict=True)]
-    assert sum(ranks) == 20
-    assert abs(shares[0] - shares[1]) < 1 / 3  # one rank of the first layer keeps a third
-
-
-def test_spectral_reads_the_modes_of_a_convolution():
-    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3))
-    kernel = torch.randn(3, 3)
-    model[0].weight.data = torch.einsum("oi,hw->oihw", torch.ones(16, 16), kernel)  # rank 1 in every mode
-    model[1].weight.data = torch.einsum("oi,hw->oihw", torch.eye(16), kernel)  # rank 16 in its channels
-    adapted = method("flora", "adapter.budget=572", "adapter.allocation=spectral").apply(model, ["none"])
-    assert adapted.ranks["0"][:2] == [1, 1]
-    assert adapted.ranks["1"][0] > 5
-
-
-def test_spectral_needs_values():
-    with pytest.raises(ValueError, match=r"adapter\.allocation=spectral reads the pretrained weights"):
-        method("lora", "adapter.budget=2000", "adapter.allocation=spectral").apply(Small().to("meta"), ["head"])
-
-
-def test_solving_changes_neither_the_weights_nor_the_generator():
-    model = Small()
-    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    chosen = method("flora", "adapter.budget=2000", "adapter.allocation=spectral")
-    config = chosen.config_class(target_modules=["stem", "point"], modules_to_save=["head"], **chosen.options)
-    chosen.budget.solve(config, model, ["head"], "all")
-    assert torch.equal(torch.get_rng_state(), state)
-    assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
 # ---------------------------------------------------------------------- FLoRA's own settings
 
 
@@ -300,7 +131,8 @@ def test_layers_with_several_weights():
             self.attention = nn.MultiheadAttention(16, 2)
             self.fc = nn.Linear(16, 4)
 
-    chosen = Peft("flora", "flora.FloraConfig", 1.0, 1.0, target_modules=["attention"], budget=1200, r=1)
+    chosen = Peft("flora", "flora.FloraConfig", target_modules=["attention"], r=1)
+    chosen.set_budget(1200)
     adapted = chosen.apply(Attentive(), ["fc"])
     trainable = [p.numel() for n, p in adapted.model.named_parameters() if "tucker_" in n]
     assert 1188 <= sum(trainable) <= 1200
@@ -324,16 +156,25 @@ def test_a_budget_between_two_sizes_is_refused():
         method("lora", "adapter.budget=39").apply(model, ["none"])
 
 
-FIXED = ("ia3", "bitfit", "norm_tuning", "full", "linear_probe", "adalora", "lotr")
+FIXED = {"full", "bitfit", "linear_probe", "ia3", "norm_tuning", "oft", "vpt", "adalora", "lotr"}
+FIXED |= {"houlsby", "pfeiffer", "parallel_adapter"}
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", sorted(FIXED))
 def test_methods_without_ranks_refuse(name):
-    with (
-        initialize_config_dir(str(CONFIGS), version_base="1.3"),
-        pytest.raises(ConfigError, match=rf"adapter\.budget: {name} has no ranks"),
-    ):
-        instantiate(compose("train", [f"adapter={name}", "adapter.budget=2%"]).adapter)
+    refused = rf"adapter\.budget: {name} has no ranks that a budget could set layer by layer; leave the budget out$"
+    with pytest.raises(ConfigError, match=refused):
+        method(name, "adapter.budget=2%")
+
+
+def test_an_allocation_without_ranks_is_refused_as_well():
+    with pytest.raises(ConfigError, match=r"adapter\.allocation: bitfit has no ranks .*; leave the allocation out$"):
+        method("bitfit", "adapter.allocation=spectral")
+
+
+@pytest.mark.parametrize("name", sorted({*ADAPTERS} - FIXED))
+def test_all_others_take_a_budget(name):
+    assert method(name, "adapter.budget=2%").budget.size == "2%"
 
 
 def test_ranks_given_besides_are_refused():
@@ -355,18 +196,39 @@ def test_match_takes_the_parameters_of_the_other_config():
     model = transformers.BertForSequenceClassification(bert)
     targets = get("minilm_l6").adapter_targets
     lora = 2 * 6 * (4 * 64 + 2 * 96)  # rank 6: four square projections and two of the MLP per layer
-    assert Budget("match:lora:6").parameters(model, ["classifier"], targets) == lora
-    assert Budget("match:linear_probe").parameters(model, ["classifier"], targets) == 0
-    assert Budget("match:full").parameters(model, ["classifier"], targets) == sum(
+
+    def matching(size):
+        return Budget(size, matched=matched_method).parameters(model, ["classifier"], targets)
+
+    assert matching("match:lora:6") == lora
+    assert matching("match:linear_probe") == 0
+    assert matching("match:full") == sum(
         p.numel() for n, p in model.named_parameters() if not n.startswith("classifier")
     )
     chosen = method("flora", "adapter.budget=match:lora:6")
     chosen.target_modules = targets
-    found = outside(chosen.apply(model, ["classifier"]).model, "modules_to_save.default")
-    assert 0.99 * lora <= found <= lora
+    assert 0.99 * lora <= outside(chosen.apply(model, ["classifier"]).model, "modules_to_save.default") <= lora
+
+
+def test_a_match_is_what_it_is_given_and_is_applied_to_a_copy():
+    model, asked = Small(), []
+
+    def matched(name, rank, targets):
+        asked.append((name, rank, targets))
+        return Peft("lora", "peft.LoraConfig", ["up"], r=rank)
+
+    expected = 2 * 3 * (32 + 96)  # two layers' names end in up
+    assert Budget("match:mine:3", matched=matched).parameters(model, ["head"], ["up"]) == expected
+    assert asked == [("mine", 3, ["up"])]
+    assert all(p.requires_grad and not p.is_meta for p in model.parameters())
+
+
+def test_a_match_needs_what_makes_methods():
+    with pytest.raises(ValueError, match=r"^adapter\.budget=match:lora:6: nothing here makes the method"):
+        Budget("match:lora:6")
 
 
 @pytest.mark.parametrize("size", ["match:nothing:8", "match:ia3:8"])
 def test_an_unknown_match_is_refused(size):
     with pytest.raises(ValueError, match=r"adapter\.budget: no method .* there are adalora, bitfit"):
-        Budget(size).parameters(Small(), ["head"], "all")
+        Budget(size, matched=matched_method).parameters(Small(), ["head"], "all")

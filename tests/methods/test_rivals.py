@@ -430,7 +430,7 @@ def test_targets_are_not_taken_for_endings_of_other_names():
         def forward(self, x):
             return self.head(self.inner(self.conv(x)).mean((2, 3)))
 
-    method = Peft("lora", "peft.LoraConfig", 1e-3, 1e-3, skip_depthwise=True, r=2)
+    method = Peft("lora", "peft.LoraConfig", skip_depthwise=True, r=2)
     adapted = method.apply(Outer(), ["head"])
     assert adapted.skipped == ["inner.conv"]
     assert list(adapted.ranks) == ["conv"]

@@ -97,7 +97,7 @@ def test_a_map_of_features_is_read_row_by_row(tmp_path):
 def test_the_projector_of_stage_1_starts_stage_2_and_one_adapter_holds_all(tmp_path, grid):
     spec = tiny_llava(tmp_path, grid=grid)
     torch.manual_seed(0)
-    probe = LinearProbe("linear_probe", 1e-3, None)
+    probe = LinearProbe("linear_probe")
     first = probe.apply(spec.build(0), spec.classifier).model
     assert trained(first, spec.classifier)[0] == 0
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_the_projector_of_stage_1_starts_stage_2_and_one_adapter_holds_all(tmp_p
     assert all(name.startswith(PROJECTOR) for name in load_file(tmp_path / "stage1" / "adapter" / "model.safetensors"))
 
     options = {"target_modules": r".*language_model.*\.(q_proj|up_proj)", "r": 2}
-    method = Peft("flora", "flora.FloraConfig", 1e-3, 1e-3, **options)
+    method = Peft("flora", "flora.FloraConfig", **options)
     starts = tiny_llava(tmp_path, grid=grid, projector=str(tmp_path / "stage1"))
     torch.manual_seed(0)
     base = starts.build(0)

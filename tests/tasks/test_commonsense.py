@@ -289,7 +289,7 @@ def test_a_language_model_trained_in_full_is_saved_with_its_tied_weights(tmp_pat
     config = language_model().config
     config.tie_word_embeddings = True
     model, fresh = (transformers.LlamaForCausalLM(config) for _ in range(2))
-    Full("full", 1e-3, None).save(model, tmp_path)
+    Full("full").save(model, tmp_path)
     loaded = load_saved(fresh, [], tmp_path).model
     tokens = torch.tensor([[2, 5, 6, 3]])
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)

@@ -148,7 +148,7 @@ def trained(folder, data, workers, **settings):
     settings = TrainerSettings(epochs=2, lr=1e-2, batch_size=4, num_workers=workers, log_every=1, **settings)
     protocol = Protocol("holdout", "last", "train")
     splits = one.load_for(Network(), data)
-    return Run(one, Network(), Full("full", 1e-2, 1e-2), settings, protocol, splits, 0, folder)
+    return Run(one, Network(), Full("full"), settings, protocol, splits, 0, folder)
 
 
 def weights(outcome):

@@ -25,7 +25,7 @@ def test_the_average_is_that_of_the_steps_and_is_what_is_kept(tmp_path, monkeypa
         take(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(Ema, "on_step_end", watch)
-    run = toy_run(tmp_path, Full("full", 1e-2, 1e-2), VTAB, max_steps=6, ema_decay=0.5)
+    run = toy_run(tmp_path, Full("full"), VTAB, max_steps=6, ema_decay=0.5)
     expected = weights(run._base())
     outcome = run.train()
     for step, weight in enumerate(seen, 1):
@@ -36,7 +36,7 @@ def test_the_average_is_that_of_the_steps_and_is_what_is_kept(tmp_path, monkeypa
 
 
 def test_what_the_best_epoch_was_measured_with_is_what_is_restored(tmp_path):
-    run = toy_run(tmp_path, Full("full", 1e-2, 1e-2), epochs=4, ema_decay=0.9)
+    run = toy_run(tmp_path, Full("full"), epochs=4, ema_decay=0.9)
     outcome = run.train()
     best = max(e["eval_accuracy"] for e in outcome.trainer.state.log_history if "eval_accuracy" in e)
     assert outcome.trainer.evaluate(run.splits.validation)["eval_accuracy"] == best
@@ -55,4 +55,4 @@ def test_rates_fall_from_the_last_layer_to_the_first():
 
 def test_networks_without_known_layers_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="layer_decay"):
-        toy_run(tmp_path, Full("full", 1e-2, 1e-2), max_steps=1, layer_decay=0.5).train()
+        toy_run(tmp_path, Full("full"), max_steps=1, layer_decay=0.5).train()

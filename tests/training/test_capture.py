@@ -16,7 +16,7 @@ from flora.training import TrainerSettings, capture
 from flora.training.meters import BusyShare
 from tests.training.test_run import SPLITS, ToyModel, ToyTask, lora, toy_run
 
-FULL = Full("full", 1e-2, 1e-2)
+FULL = Full("full")
 
 
 class Recorder:

@@ -90,7 +90,7 @@ def fit(folder, name, dtype=torch.float64, precision="fp32", **options):
     spec, dataset, forward = network(name)
     torch.manual_seed(0)
     targets = "all" if name in ("bert", "llama") else spec.adapter_targets
-    method = Peft("flora", "flora.FloraConfig", 1e-2, 1e-2, targets, r=3, kernel_rank=2, init_weights=False, scale=0.1)
+    method = Peft("flora", "flora.FloraConfig", targets, r=3, kernel_rank=2, init_weights=False, scale=0.1)
     model = method.apply(spec.build(10), spec.classifier).model.to(dtype)
 
     def cast(module, batch, training):
@@ -238,7 +238,7 @@ def test_shards_write_texts_of_different_lengths(tmp_path):
 def resumable(folder, writes=None, **options):
     """A run to its end, or until it has written so many checkpoints and every process dies."""
     processes.start(cpu=True)
-    made = checkpointed_run(folder, method=Full("full", 1e-2, 1e-2), **options)
+    made = checkpointed_run(folder, method=Full("full"), **options)
     if writes is not None:
         with pytest.MonkeyPatch.context() as patch:
             interrupted(made, patch, writes)

@@ -53,7 +53,7 @@ def checkpointed_run(folder, method=None, protocol=HOLDOUT, analysis=None, **set
     settings = TrainerSettings(
         **({"epochs": EPOCHS, "lr": 1e-2, "batch_size": 16, "log_every": 4, "checkpoint_every": 1} | settings)
     )
-    method = method or Full("full", 1e-2, 1e-2)
+    method = method or Full("full")
     folder.mkdir(exist_ok=True)
     return Run(RandomTask(), RandomModel(), method, settings, protocol, SPLITS, 0, folder, analysis=analysis)
 
@@ -94,7 +94,7 @@ CASES = {
     "average": {"ema_decay": 0.9},
     "accumulation": {"gradient_accumulation": 4, "max_steps": 11},
     "evaluation by steps": {"eval_steps": 4},
-    "adalora": {"method": AdaLora("adalora", 1e-2, 2, target_modules=["7"], layer_types=["Linear"], head_lr=1e-2)},
+    "adalora": {"method": AdaLora("adalora", 2, target_modules=["7"], layer_types=["Linear"])},
     "norms": {"analysis": {"every_n_steps": 2, "rank": 2}},
     "grid": {"protocol": dataclasses.replace(HOLDOUT, lr_grid=GRID), "epochs": 2},
     "grid, then all data": {"protocol": dataclasses.replace(VTAB, lr_grid=GRID), "epochs": 2},

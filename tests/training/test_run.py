@@ -72,17 +72,17 @@ SPLITS = Splits(channels(96, 0), channels(32, 1), channels(64, 2), 3, ["r", "g",
 
 
 def toy_run(folder, method=None, protocol=HOLDOUT, **settings):
-    method = method or LinearProbe("linear_probe", 1e-2, 1e-2)
+    method = method or LinearProbe("linear_probe")
     settings = TrainerSettings(**({"epochs": 3, "lr": 1e-2, "head_lr": 1e-2, "batch_size": 16} | settings))
     return Run(ToyTask(), ToyModel(), method, settings, protocol, SPLITS, 0, folder)
 
 
 def lora(**options):
-    return Peft("lora", "peft.LoraConfig", 1e-2, 1e-2, skip_depthwise=True, r=2, **options)
+    return Peft("lora", "peft.LoraConfig", skip_depthwise=True, r=2, **options)
 
 
 def test_full_fine_tuning_solves_the_toy_problem(tmp_path):
-    outcome = toy_run(tmp_path, Full("full", 1e-2, 1e-2), epochs=8).train()
+    outcome = toy_run(tmp_path, Full("full"), epochs=8).train()
     assert outcome.metrics["accuracy"] > 0.9
 
 
@@ -121,7 +121,7 @@ def test_only_adapter_and_head_move_and_frozen_statistics_stay(tmp_path):
 
 
 def test_full_fine_tuning_moves_the_statistics(tmp_path):
-    run = toy_run(tmp_path, Full("full", 1e-2, 1e-2), max_steps=2)
+    run = toy_run(tmp_path, Full("full"), max_steps=2)
     before = run._base().state_dict()
     after = run.train().adapted.model.state_dict()
     assert not torch.equal(before["1.running_mean"], after["1.running_mean"])
@@ -134,7 +134,7 @@ def test_lora_skips_depthwise_layers_and_says_so(tmp_path):
 
 
 def test_holdout_reports_the_epoch_that_is_best_on_validation(tmp_path):
-    run = toy_run(tmp_path, Full("full", 1e-2, 1e-2), epochs=6)
+    run = toy_run(tmp_path, Full("full"), epochs=6)
     wrong = (SPLITS.validation.labels + 1) % 3  # the better the model, the worse its validation accuracy
     run.splits = dataclasses.replace(SPLITS, validation=ImageDataset(SPLITS.validation.images, wrong))
     outcome = run.train()
@@ -146,7 +146,7 @@ def test_holdout_reports_the_epoch_that_is_best_on_validation(tmp_path):
 
 def test_the_grid_chooses_on_validation_and_its_cost_is_recorded(tmp_path):
     protocol = dataclasses.replace(HOLDOUT, lr_grid=[1e-7, 1e-2])
-    outcome = toy_run(tmp_path, Full("full", 1e-2, 1e-7), protocol, epochs=6).train()
+    outcome = toy_run(tmp_path, Full("full"), protocol, epochs=6).train()
     assert outcome.lr == 1e-2
     assert set(outcome.selection["values"]) == {"1e-07", "0.01"}
     assert outcome.selection["values"]["0.01"] > outcome.selection["values"]["1e-07"]
@@ -177,7 +177,7 @@ def test_counts_separate_adapter_and_head(tmp_path):
     assert run.counts(run.train().adapted) == expected
 
 
-@pytest.mark.parametrize("method", [lora(), LinearProbe("linear_probe", 1e-2, 1e-2), Full("full", 1e-2, 1e-2)])
+@pytest.mark.parametrize("method", [lora(), LinearProbe("linear_probe"), Full("full")])
 def test_what_was_saved_evaluates_to_the_same_logits(tmp_path, method):
     run = toy_run(tmp_path, method, max_steps=4)
     outcome = run.train()
@@ -190,7 +190,7 @@ def test_what_was_saved_evaluates_to_the_same_logits(tmp_path, method):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    run = toy_run(tmp_path, Full("full", 1e-2, 1e-2), max_steps=1)
+    run = toy_run(tmp_path, Full("full"), max_steps=1)
     run.method.save(run.train().adapted.model, tmp_path / "saved")
     with pytest.raises(ValueError, match="does not fit this model"):
         load(nn.Sequential(nn.Linear(2, 2)), ["0"], tmp_path / "saved")
@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_a_diverging_loss_stops_the_run(tmp_path):
     with pytest.raises(TrainingDiverged, match="step"):
-        toy_run(tmp_path, Full("full", 1e-2, 1e-2), lr=1e30, max_grad_norm=1e30, epochs=10, log_every=1).train()
+        toy_run(tmp_path, Full("full"), lr=1e30, max_grad_norm=1e30, epochs=10, log_every=1).train()
 
 
 def test_gradient_accumulation_equals_the_large_batch(tmp_path):

@@ -138,6 +138,11 @@ class CpForm(Form):
     The factor of the outputs starts at zero, the others with orthonormal columns.
     """
 
+    @classmethod
+    @override
+    def highest_rank(cls, shape: tuple[int, ...], groups: int = 1) -> int:
+        return math.prod(shape) // max(shape)
+
     @override
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {str(mode): (size, self.rank) for mode, size in enumerate(self.shape) if size > 1 or mode == 0}

@@ -42,6 +42,11 @@ class Form:
     def __init__(self, shape: tuple[int, ...], rank: int, groups: int = 1) -> None:
         self.shape, self.rank, self.groups = shape, rank, groups
 
+    @classmethod
+    def highest_rank(cls, shape: tuple[int, ...], groups: int = 1) -> int:
+        """The largest rank that makes an update of a weight of this shape more expressive."""
+        return min(shape[0], math.prod(shape[1:]))
+
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of the weight flattened to a matrix, ``[out, in/groups * kernel...]``."""
@@ -71,6 +76,7 @@ class RivalConfig(FloraConfig):
 
     method: ClassVar[PeftMethod]
     form: ClassVar[type[Form]] = Form
+    shares_factors: ClassVar[bool] = False  # between layers, so that no layer's rank can be set by itself
     accepts: ClassVar[tuple[str, ...]] = ()
     _unused: ClassVar[tuple[str, ...]] = (
         "kernel_rank",

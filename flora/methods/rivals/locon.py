@@ -18,6 +18,11 @@ class LoconForm(Form):
     Matrices, and kernels of size 1, have no mid. Shapes, start and product are the package's.
     """
 
+    @classmethod
+    @override
+    def highest_rank(cls, shape: tuple[int, ...], groups: int = 1) -> int:
+        return min(shape[:2])
+
     @override
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._drawn("meta").items()}

@@ -26,6 +26,11 @@ class LoraFlatForm(Form):
             raise ValueError(f"flattening is defined for matrices and square 2-D kernels, not for {list(shape)}")
         self.side = kernel[0] if kernel else 1
 
+    @classmethod
+    @override
+    def highest_rank(cls, shape: tuple[int, ...], groups: int = 1) -> int:
+        return min(shape[0] // groups, shape[1] * groups)  # B A is [out/groups k, in k] of inner width r k
+
     @override
     def shapes(self) -> dict[str, tuple[int, ...]]:
         inner, side = self.rank * self.side, self.side

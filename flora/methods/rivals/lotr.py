@@ -39,6 +39,7 @@ class LotrConfig(RivalConfig):
 
     method: ClassVar[PeftMethod] = PeftMethod("LOTR")
     form: ClassVar[type[Form]] = LotrForm
+    shares_factors: ClassVar[bool] = True
 
 
 class LotrModel(RivalModel):

@@ -1,0 +1,55 @@
+"""What a method must do: the protocol, and a method of ten lines that a run takes like any other."""
+
+import pytest
+import torch
+from tests.training.test_experiment import ToyModel, experiment
+
+from flora.methods import Adapted, Method
+from flora.methods.base import load, save_trained
+from tests.methods.families import ADAPTERS, adapter
+
+
+class FirstLayer:
+    """Trains the first convolution and the head."""
+
+    name = "first_layer"
+
+    def apply(self, model, head):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(("0.", *(f"{h}." for h in head))))
+        return Adapted(model)
+
+    def save(self, model, folder):
+        save_trained(model, folder)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_adapter_config_makes_a_method(name):
+    assert isinstance(adapter(name), Method)
+
+
+def test_what_lacks_a_part_is_no_method():
+    assert isinstance(FirstLayer(), Method)
+    assert not isinstance(object(), Method)
+
+
+def test_a_method_of_ten_lines_trains_is_saved_and_evaluated(tmp_path):
+    run = experiment(tmp_path, FirstLayer(), max_steps=2)
+    before = run._base().state_dict()
+    outcome = run.train()
+    assert outcome.trainer.state.global_step == 2
+    after = outcome.adapted.model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    trained = {name for name, p in outcome.adapted.model.named_parameters() if p.requires_grad}
+    assert moved == trained > {"7.fc.weight", "7.fc.bias"}
+    run.method.save(outcome.adapted.model, tmp_path / "saved")
+    assert run.evaluate(tmp_path / "saved").metrics == outcome.metrics
+
+
+def test_only_what_trains_is_saved(tmp_path):
+    adapted = FirstLayer().apply(ToyModel().build(3), ToyModel.classifier)
+    save_trained(adapted.model, tmp_path / "new" / "folder")
+    loaded = load(ToyModel().build(3), ToyModel.classifier, tmp_path / "new" / "folder").model
+    trains = {name: p for name, p in adapted.model.named_parameters() if p.requires_grad}
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trains.keys()
+    assert all(torch.equal(loaded.get_parameter(name), p) for name, p in trains.items())
