@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.training.test_experiment import ToyModel, experiment
+from tests.training.test_run import ToyModel, toy_run
 
 from flora.methods import Adapted, Method
 from flora.methods.base import load, save_trained
@@ -34,7 +34,7 @@ def test_what_lacks_a_part_is_no_method():
 
 
 def test_a_method_of_ten_lines_trains_is_saved_and_evaluated(tmp_path):
-    run = experiment(tmp_path, FirstLayer(), max_steps=2)
+    run = toy_run(tmp_path, FirstLayer(), max_steps=2)
     before = run._base().state_dict()
     outcome = run.train()
     assert outcome.trainer.state.global_step == 2

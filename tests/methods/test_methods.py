@@ -234,7 +234,7 @@ def test_adalora_takes_a_run_of_one_step(tmp_path):
 @pytest.mark.parametrize("name", ["adalora", "lotr", "norm_tuning", "bitfit", "lora"])
 def test_a_run_restores_its_best_epoch_and_evaluates_what_it_saved(name, tmp_path):
     method = adapter(name)
-    run = experiment(tmp_path, method, epochs=3)
+    run = toy_run(tmp_path, method, epochs=3)
     outcome = run.train()
     history = [entry["eval_accuracy"] for entry in outcome.trainer.state.log_history if "eval_accuracy" in entry]
     assert outcome.trainer.evaluate(run.splits.validation)["eval_accuracy"] == max(history)
