@@ -30,8 +30,8 @@ from flora.launch.entry import main
 from flora.methods import Peft
 from flora.methods.base import load as load_adapter
 from flora.results import Store
-from flora.tasks.images import decode
-from flora.tasks.parquet import open_pool, read_class_names
+from flora.tasks.images.decode import decode
+from flora.tasks.images.parquet import open_pool, read_class_names
 from tests.results.test_store import record
 
 FAST, ALL = range(25), range(500)
