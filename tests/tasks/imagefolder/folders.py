@@ -4,8 +4,7 @@ import numpy as np
 from PIL import Image
 
 from flora.tasks import ImageFolder
-
-from .conftest import png
+from tests.tasks.conftest import png
 
 
 def write_tree(folder, splits=("train", "val"), classes=("ant", "bee"), each=10, start=0):

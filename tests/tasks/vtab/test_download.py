@@ -9,8 +9,7 @@ from PIL import Image
 from flora.errors import DataError
 from flora.tasks import Vtab
 from flora.tasks.vtab import download
-
-from .conftest import numbers, png
+from tests.tasks.conftest import numbers, png
 
 
 def load(dataset: str):

@@ -10,9 +10,8 @@ from flora.tasks.prepare.folder import prepare
 from flora.tasks.prepare.items import find
 from flora.tasks.vtab import rules
 from flora.tasks.vtab.datasets import DATASETS
-
-from .conftest import numbers, png
-from .texts import write_rows
+from tests.tasks.conftest import numbers, png
+from tests.tasks.texts import write_rows
 
 
 def load(folder, dataset="eurosat", **options):

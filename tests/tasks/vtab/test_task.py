@@ -16,10 +16,9 @@ from flora.config import instantiate
 from flora.errors import ConfigError, DataError
 from flora.tasks import Vtab
 from flora.tasks.vtab.datasets import ALIASES, DATASETS
+from tests.tasks.conftest import numbers, png
 
-from .conftest import numbers, png
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def vtab(dataset: str = "eurosat", **settings) -> Vtab:
