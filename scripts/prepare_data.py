@@ -11,7 +11,8 @@ from pathlib import Path
 from flora.errors import DataError
 from flora.launch.entry import main
 from flora.tasks import manifest
-from flora.tasks.prepare import catalogue, find, prepare, state
+from flora.tasks.prepare.folder import prepare, state
+from flora.tasks.prepare.items import catalogue, find
 
 
 def prepare_data() -> None:

@@ -20,8 +20,8 @@ from flora.errors import DataError, FloraError
 from flora.methods import Peft
 from flora.methods.base import load as load_adapter
 from flora.results import Store
-from flora.tasks.images import decode
-from flora.tasks.parquet import open_pool, read_class_names
+from flora.tasks.images.decode import decode
+from flora.tasks.images.parquet import open_pool, read_class_names
 from tests.results.test_store import record
 
 FAST = range(25)

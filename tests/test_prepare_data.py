@@ -14,9 +14,11 @@ from PIL import Image
 
 from flora.errors import DataError
 from flora.launch.entry import main
-from flora.tasks import Vtab, download, manifest, prepare
-from flora.tasks.images import Pool
-from flora.tasks.prepare import catalogue, find
+from flora.tasks import Vtab, manifest
+from flora.tasks.images.decode import Pool
+from flora.tasks.prepare.folder import prepare, state
+from flora.tasks.prepare.items import catalogue, find
+from flora.tasks.vtab import download
 from scripts.prepare_data import prepare_data
 from tests.tasks.conftest import numbers
 from tests.tasks.texts import write_rows
@@ -73,7 +75,7 @@ def test_what_changed_or_vanished_since_is_refused(call, source, tmp_path):
 def test_a_manifest_of_something_else_is_refused(source, content):
     (source / "glue" / "rte" / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=r"manifest\.json is no manifest \(it lists no files\): delete it"):
-        prepare.prepare(find("glue/rte"), source)
+        prepare(find("glue/rte"), source)
 
 
 def test_bad_files_leave_nothing_behind_and_say_where_they_lie(call, source, tmp_path):
@@ -87,9 +89,9 @@ def test_bad_files_leave_nothing_behind_and_say_where_they_lie(call, source, tmp
 
 def test_a_folder_of_the_users_gets_a_manifest_where_it_lies(source):
     item = find("glue/rte")
-    assert prepare.state(item, source) == "without manifest"
-    assert prepare.prepare(item, source)["source"] == "found there"
-    assert prepare.state(item, source) == "ready"
+    assert state(item, source) == "without manifest"
+    assert prepare(item, source)["source"] == "found there"
+    assert state(item, source) == "ready"
 
 
 def test_what_an_interrupted_call_left_is_swept_away(call, source, tmp_path):
@@ -120,7 +122,7 @@ def server(monkeypatch):
 
 
 def test_a_download_becomes_vtabs_splits_with_their_images(tmp_path, server):
-    described = prepare.prepare(find("eurosat"), tmp_path)
+    described = prepare(find("eurosat"), tmp_path)
     assert described["rows"] == {"train": 800, "validation": 200, "test": 300}
     assert described["warnings"] == ["test: 300 rows, officially 5400"]
     splits = Vtab(name="vtab", dataset="eurosat", epochs=1).load(image_size=8, data_dir=tmp_path)
@@ -134,16 +136,16 @@ def test_a_download_becomes_vtabs_splits_with_their_images(tmp_path, server):
 
 def test_of_two_at_once_one_waits_and_finds_it_ready(tmp_path, server):
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: prepare.prepare(find("eurosat"), tmp_path), range(2))
+        first, second = pool.map(lambda _: prepare(find("eurosat"), tmp_path), range(2))
     assert server == ["eurosat"]
     assert first == second
 
 
 def test_what_no_server_offers_says_so(tmp_path):
     with pytest.raises(DataError, match=r"dmlab: no server offers it to a program; give a folder .* --from"):
-        prepare.prepare(find("dmlab"), tmp_path)
+        prepare(find("dmlab"), tmp_path)
     with pytest.raises(DataError, match=r"glue/qqp: HF_HUB_OFFLINE is set; give a folder"):
-        prepare.prepare(find("glue/qqp"), tmp_path)
+        prepare(find("glue/qqp"), tmp_path)
 
 
 def test_every_dataset_is_listed_with_its_official_rows(call):
@@ -167,7 +169,7 @@ OFFICIAL = ("glue/cola", "glue/sst2", "glue/mrpc", "glue/stsb", "glue/rte", "glu
 @pytest.mark.data
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_the_real_files_have_the_official_numbers_of_rows_and_classes(tmp_path, name):
-    described = prepare.prepare(find(name), tmp_path, Path(os.environ["FLORA_DATA"]))
+    described = prepare(find(name), tmp_path, Path(os.environ["FLORA_DATA"]))
     assert described["warnings"] == []
     assert described["rows"] == described["official_rows"]
     json.dumps(described)

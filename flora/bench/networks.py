@@ -45,7 +45,7 @@ class Network:
     kind: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.kind = getattr(self.spec, "kind", "image")
+        self.kind = self.spec.kind
 
     @property
     def casts_weights(self) -> bool:

@@ -54,9 +54,9 @@ class GridLlavaModel(transformers.LlavaModel):
 
     def get_image_features(self, pixel_values: Tensor, **options: Any) -> Any:
         """The tower's output; its ``pooler_output`` lists one ``[T, width]`` of embeddings an image."""
-        found = self.vision_tower(pixel_values, return_dict=True)
-        found.pooler_output = list(self.multi_modal_projector(found.last_hidden_state.flatten(2).mT))
-        return found
+        features = self.vision_tower(pixel_values, return_dict=True)
+        features.pooler_output = list(self.multi_modal_projector(features.last_hidden_state.flatten(2).mT))
+        return features
 
 
 class GridLlava(transformers.LlavaForConditionalGeneration):
@@ -78,6 +78,8 @@ transformers.AutoModelForImageTextToText.register(GridLlavaConfig, GridLlava, ex
 
 class Llava(TransformersModel):
     """A vision-language model; adapters go to its language model, and its projector, the head, is trained in full.
+
+    It is an ``ImageTextSpec`` (flora.models.spec).
 
     Args:
         name: the name in records.
@@ -120,25 +122,20 @@ class Llava(TransformersModel):
     ) -> None:
         self.parts = parts
         super().__init__(name, "image_text", architecture, [PROJECTOR], pretrained, weights, adapter_targets, tokenizer)
-        for key, value, known in (("chat", chat, tuple(CHATS)), ("aspect", aspect, ("pad", "squash"))):
-            if value not in known:
-                raise ConfigError(f"model.{key}={value} is unknown; choose one of {', '.join(known)}")
+        for key, value, allowed in (("chat", chat, tuple(CHATS)), ("aspect", aspect, ("pad", "squash"))):
+            if value not in allowed:
+                raise ConfigError(f"model.{key}={value} is unknown; choose one of {', '.join(allowed)}")
         tower: Any = self.config().vision_config
         self.chat = CHATS[chat].saying(system)
-        self._image_size = int(getattr(tower, "image_size", 0)) if image_size is None else image_size
+        self.image_size = int(getattr(tower, "image_size", 0)) if image_size is None else image_size
         patch = patch_size or int(getattr(tower, "patch_size", 0))
-        if patch < 1 or self._image_size < patch or self._image_size % patch:
-            raise ConfigError(f"model.image_size={self._image_size} must be a multiple of the patch size {patch}")
-        self.image_tokens = (self._image_size // patch) ** 2
+        if patch < 1 or self.image_size < patch or self.image_size % patch:
+            raise ConfigError(f"model.image_size={self.image_size} must be a multiple of the patch size {patch}")
+        self.image_tokens = (self.image_size // patch) ** 2
         self.mean, self.std = tuple(mean), tuple(std)
         self.interpolation = interpolation
         self.aspect = aspect
         self.projector = projector
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square input in pixels."""
-        return self._image_size
 
     @property
     def image_id(self) -> int:
@@ -149,15 +146,15 @@ class Llava(TransformersModel):
     def facts(self) -> dict[str, Any]:
         """What a record says of the weights of the whole, or of its parts, and of the projector."""
         if self.parts is None or not self.pretrained:
-            found = super().facts
+            facts = super().facts
         else:
             vision, language = self.parts
-            found = {"model_type": self.architecture["model_type"], "pretrained": True}
-            found |= {"vision": vision.facts, "language": language.facts}
+            facts = {"model_type": self.architecture["model_type"], "pretrained": True}
+            facts |= {"vision": vision.facts, "language": language.facts}
         if self.projector:
             path = self._projector_file()
-            found["projector"] = {"path": str(path), "sha256": sha256_of(path)}
-        return found
+            facts["projector"] = {"path": str(path), "sha256": sha256_of(path)}
+        return facts
 
     def build(self, num_classes: int, drop_path: float = 0.0) -> nn.Module:
         """Make the network, see TransformersModel; a fresh projector comes from torch's global seed."""
@@ -168,12 +165,12 @@ class Llava(TransformersModel):
 
     def tokenizer(self) -> Any:
         """See TransformersModel; ConfigError where it lacks the token that ends answers."""
-        found = super().tokenizer()
-        if self.chat.end not in found.get_vocab():
+        tokenizer = super().tokenizer()
+        if self.chat.end not in tokenizer.get_vocab():
             raise ConfigError(
                 f"model.tokenizer: it has no token {self.chat.end}, which ends the answers of {self.name}"
             )
-        return found
+        return tokenizer
 
     def normalize(self, images: Tensor) -> Tensor:
         """Map uint8 images ``[N, 3, H, W]`` to float ``(x / 255 - mean) / std`` on their device."""

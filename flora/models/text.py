@@ -16,9 +16,10 @@ from flora.errors import ConfigError, WeightsError, first_line
 from flora.methods.heads import in_head
 from flora.models.gguf import converted
 from flora.models.quiet import quietly
+from flora.models.spec import Kind
 from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve
 
-KINDS: dict[str, Any] = {
+KINDS: dict[Kind, Any] = {
     "sequence_classification": transformers.AutoModelForSequenceClassification,
     "causal_lm": transformers.AutoModelForCausalLM,
     "image_text": transformers.AutoModelForImageTextToText,
@@ -29,7 +30,7 @@ _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 
 
 class TransformersModel:
-    """A transformers architecture with its weights.
+    """A transformers architecture with its weights: a ``TextSpec`` (flora.models.spec).
 
     Args:
         name: the name in records.
@@ -53,7 +54,7 @@ class TransformersModel:
     def __init__(
         self,
         name: str,
-        kind: str,
+        kind: Kind,
         architecture: Mapping[str, Any],
         classifier: Sequence[str] = (),
         pretrained: bool = True,
@@ -78,11 +79,6 @@ class TransformersModel:
             raise ConfigError(f"model.weights: name a place for the weights of {name}, or set model.pretrained=false")
 
     @property
-    def image_size(self) -> int:
-        """Text models take no images: raises ConfigError."""
-        raise ConfigError(f"model={self.name} reads text and cannot run an image task: choose an image model")
-
-    @property
     def facts(self) -> dict[str, Any]:
         """What a record says of the weights: architecture, place and checksum."""
         facts: dict[str, Any] = {"model_type": self.architecture["model_type"], "pretrained": self.pretrained}
@@ -105,14 +101,14 @@ class TransformersModel:
         """
         place = self.tokenizer_place or self._tokenizer_beside()
         try:
-            found = transformers.AutoTokenizer.from_pretrained(place)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = first_line(error)
             raise WeightsError(f"no tokenizer of {self.name} at {place} ({reason}): set model.tokenizer") from error
         size = self.config().get_text_config().vocab_size
-        if len(found) > size:
-            raise ConfigError(f"model.tokenizer: {place} has {len(found)} tokens, but {self.name} knows {size}")
-        return found
+        if len(tokenizer) > size:
+            raise ConfigError(f"model.tokenizer: {place} has {len(tokenizer)} tokens, but {self.name} knows {size}")
+        return tokenizer
 
     def _tokenizer_beside(self) -> str:
         if self.weights is None:
@@ -123,8 +119,8 @@ class TransformersModel:
                 return str(converted(place))
             return str(place if place.is_dir() else place.parent)
         if self.weights.package:
-            found = resolve(self.weights)
-            return str(converted(found) if found.suffix == ".gguf" else found.parent)
+            file = resolve(self.weights)
+            return str(converted(file) if file.suffix == ".gguf" else file.parent)
         return str(self.weights.hub)
 
     def config(self, num_classes: int | None = None) -> Any:
@@ -195,10 +191,10 @@ class TransformersModel:
         folder = Path(self.weights.path or "").expanduser()
         if not self.weights.path or not folder.is_dir():
             return self.weights
-        found = next((folder / name for name in _FILES if (folder / name).is_file()), None)
-        if found is None:
+        file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+        if file is None:
             raise WeightsError(f"{folder} holds none of {', '.join(_FILES)}: correct model.weights")
-        return replace(self.weights, path=str(found))
+        return replace(self.weights, path=str(file))
 
 
 def _read(source: Source) -> dict[str, Tensor]:

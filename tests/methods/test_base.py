@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.training.test_run import ToyModel, toy_run
 
 from flora.methods import Adapted, Method
 from flora.methods.base import load, save_trained
 from tests.methods.families import ADAPTERS, adapter
+from tests.training.test_run import ToyModel, toy_run
 
 
 class FirstLayer:

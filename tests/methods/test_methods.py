@@ -17,7 +17,7 @@ from flora.methods import Peft
 from flora.methods.base import load
 from flora.methods.heads import in_head
 from tests.methods.families import ADAPTERS, CLASSES, CONFIGS, EXAMPLES, FAMILIES, Batch, adapter, logits, trainer
-from tests.training.test_run import experiment
+from tests.training.test_run import toy_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

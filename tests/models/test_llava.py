@@ -85,12 +85,12 @@ def test_a_map_of_features_is_read_row_by_row(tmp_path):
     model = spec.build(0).eval().model
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        found = torch.stack(model.get_image_features(images).pooler_output)
+        features = torch.stack(model.get_image_features(images).pooler_output)
         grid = model.vision_tower(images).last_hidden_state
-        assert found.shape == (2, spec.image_tokens, 16)
+        assert features.shape == (2, spec.image_tokens, 16)
         for token, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
             expected = model.multi_modal_projector(grid[:, :, row, column])
-            assert torch.allclose(found[:, token], expected, atol=1e-6)
+            assert torch.allclose(features[:, token], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("grid", [True, False])

@@ -35,9 +35,9 @@ def test_a_full_crop_without_rotation_is_the_image_or_its_mirror(monkeypatch):
     monkeypatch.setattr(pretrain, "uniform", lambda n, low, high, device: torch.full((n,), min(high, max(low, 1.0))))
     monkeypatch.setattr(torch, "exp", lambda x: torch.ones_like(x))  # no change of aspect ratio
     x = torch.rand(16, 3, 64, 64)
-    found = pretrain.warp(x, smallest=1.0, degrees=0.0)
-    mirrored = [torch.allclose(a, b.flip(-1), atol=1e-4) for a, b in zip(found, x, strict=True)]
-    same = [torch.allclose(a, b, atol=1e-4) for a, b in zip(found, x, strict=True)]
+    warped = pretrain.warp(x, smallest=1.0, degrees=0.0)
+    mirrored = [torch.allclose(a, b.flip(-1), atol=1e-4) for a, b in zip(warped, x, strict=True)]
+    same = [torch.allclose(a, b, atol=1e-4) for a, b in zip(warped, x, strict=True)]
     assert all(m != s for m, s in zip(mirrored, same, strict=True))
     assert any(mirrored)
     assert any(same)

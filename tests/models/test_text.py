@@ -155,8 +155,6 @@ def test_settings_that_cannot_work_are_refused():
         tiny(architecture={"model_type": "brt"})
     with pytest.raises(ConfigError, match="drop_path"):
         tiny().build(2, drop_path=0.1)
-    with pytest.raises(ConfigError, match="reads text"):
-        _ = tiny().image_size
 
 
 def test_llava_adapts_the_language_model_only():

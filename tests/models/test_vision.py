@@ -140,9 +140,9 @@ def test_efficientnet_lite0_computes_what_its_file_means(lite0):
     weights = torch.load(resolve(flora.models.efficientnet_lite0().weights), weights_only=True)
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
-        found = lite0.eval().forward_head(lite0.forward_features(x), pre_logits=True)
-    torch.testing.assert_close(found, lite0_features(weights, x), rtol=1e-4, atol=1e-4)
-    assert found.std() > 0.1  # features, not zeros
+        features = lite0.eval().forward_head(lite0.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(features, lite0_features(weights, x), rtol=1e-4, atol=1e-4)
+    assert features.std() > 0.1  # features, not zeros
 
 
 def test_any_timm_name_starts_random_without_a_network():

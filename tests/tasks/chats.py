@@ -29,9 +29,9 @@ def chatml_tokenizer(pad: str | None = "<|im_end|>") -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\?| ?[^\s?]+"), "isolated")
     core.add_special_tokens(special)
     names = {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": pad}
-    found = PreTrainedTokenizerFast(tokenizer_object=core, **names)
-    found.chat_template = SMOLLM2_TEMPLATE
-    return found
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **names)
+    tokenizer.chat_template = SMOLLM2_TEMPLATE
+    return tokenizer
 
 
 def vicuna_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,72 +1,41 @@
-import numpy as np
+"""The contract of a task: which models it accepts, asked before anything is read."""
+
 import pytest
-import torch
-from torch.utils.data import DataLoader
 
-from flora.tasks import ImageDataset
+import flora.models
+from flora.errors import ConfigError
+from flora.models.spec import ImageSpec, ImageTextSpec, TextSpec
+from flora.tasks import Commonsense, Digits, Glue, ImageFolder, Instruct, Vtab
 
-
-def dataset(count: int, start: int = 0) -> ImageDataset:
-    """Image and label i are both number start + i."""
-    values = torch.arange(start, start + count)
-    return ImageDataset(values.to(torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4), values)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_loader_gets_whole_batches_without_collating(workers):
-    loader = DataLoader(dataset(10), batch_size=4, collate_fn=lambda batch: batch, num_workers=workers)
-    batches = list(loader)
-    assert [batch["pixel_values"].shape for batch in batches] == [(4, 3, 4, 4), (4, 3, 4, 4), (2, 3, 4, 4)]
-    assert torch.cat([batch["labels"] for batch in batches]).tolist() == list(range(10))
-    assert batches[1]["pixel_values"][:, 2, 3, 3].tolist() == [4, 5, 6, 7]
-    assert batches[0]["pixel_values"].is_contiguous()
-
-
-def test_a_batch_is_its_items_stacked():
-    data = dataset(10)
-    batch = data.__getitems__([7, 2])
-    for key, value in batch.items():
-        assert torch.equal(value, torch.stack([data[7][key], data[2][key]]))
+# A model of each kind, what it is, and the tasks that accept it.
+MODELS = {
+    "convnext": (ImageSpec, {"digits", "imagefolder", "vtab"}),
+    "minilm_l6": (TextSpec, {"glue"}),
+    "smollm2_135m": (TextSpec, {"commonsense"}),
+    "llava_mini": (ImageTextSpec, {"instruct"}),
+}
+TASKS = {
+    "commonsense": Commonsense(name="commonsense", dataset="boolq", epochs=1),
+    "digits": Digits(name="digits", dataset="digits", epochs=1),
+    "glue": Glue(name="glue", dataset="rte", epochs=1, max_length=None, held_out=0),
+    "imagefolder": ImageFolder(name="imagefolder", dataset=".", epochs=1),
+    "instruct": Instruct(name="instruct", dataset="easy_vqa", epochs=1),
+    "vtab": Vtab(name="vtab", dataset="eurosat", epochs=1),
+}
 
 
-def test_a_copy_on_a_device_keeps_grey_images_grey():
-    grey = dataset(10)
-    assert grey.nbytes == 10 * 16 + 10 * 8
-    assert grey.to("cpu").nbytes == grey.nbytes
-    assert grey.to("meta").images.stride(1) == 0
-    colour = ImageDataset(grey.images.contiguous(), grey.labels)
-    assert colour.nbytes == 10 * 48 + 10 * 8
-    for one in (grey, colour):
-        for key, value in one.__getitems__([7, 2]).items():
-            assert torch.equal(one.to("cpu").__getitems__([7, 2])[key], value)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_what_its_kind_promises(name):
+    assert isinstance(flora.models.get(name), MODELS[name][0])
 
 
-def test_concat_puts_one_after_the_other():
-    both = dataset(3).concat(dataset(2, start=50))
-    assert both.labels.tolist() == [0, 1, 2, 50, 51]
-    assert both.images[:, 0, 0, 0].tolist() == [0, 1, 2, 50, 51]
-
-
-def test_a_subset_is_drawn_not_cut_off():
-    data = dataset(100)
-    some = data.subset(10)
-    assert len(some) == 10
-    assert some.labels.tolist() == sorted(set(some.labels.tolist()))
-    assert some.labels.max() > 50
-    assert torch.equal(some.images[:, 0, 0, 0].long(), some.labels)
-    assert data.subset(10).labels.tolist() == some.labels.tolist() != data.subset(10, seed=1).labels.tolist()
-    assert len(data.subset(1000)) == 100
-
-
-@pytest.mark.parametrize(
-    ("images", "labels"),
-    [
-        (np.zeros((2, 3, 4, 4), np.float32), np.zeros(2, np.int64)),
-        (np.zeros((2, 1, 4, 4), np.uint8), np.zeros(2, np.int64)),
-        (np.zeros((2, 3, 4, 4), np.uint8), np.zeros(3, np.int64)),
-        (np.zeros((2, 3, 4, 4), np.uint8), np.zeros(2, np.int32)),
-    ],
-)
-def test_wrong_tensors_are_refused(images, labels):
-    with pytest.raises(ValueError, match="must be"):
-        ImageDataset(torch.from_numpy(images), torch.from_numpy(labels))
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("family", TASKS)
+def test_a_task_accepts_the_models_that_can_do_it_and_reads_nothing_for_others(family, name, monkeypatch):
+    task, model = TASKS[family], flora.models.get(name)
+    monkeypatch.setattr(type(task), "read", lambda self, model, data_dir: "splits")
+    if family in MODELS[name][1]:
+        assert task.load_for(model, None) == "splits"
+    else:
+        with pytest.raises(ConfigError, match=rf"^model={model.name} .*choose.*$"):
+            task.load_for(model, None)

@@ -1,3 +1,5 @@
+"""The handwritten digits: every image once, the same shares of each class in every split."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,12 +15,12 @@ def test_every_digit_is_in_one_split_with_its_label():
     splits = Digits(dataset="digits", **COMMON).load(image_size=8, data_dir=None)
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [1077, 360, 360]
     both = splits.train.concat(splits.validation).concat(splits.test)
-    found = sorted(
+    shown = sorted(
         (image[0].tobytes(), int(label)) for image, label in zip(both.images.numpy(), both.labels, strict=True)
     )
     source = load_digits()
     grey = np.round(source.images / 16 * 255).astype(np.uint8)
-    assert found == sorted((image.tobytes(), int(label)) for image, label in zip(grey, source.target, strict=True))
+    assert shown == sorted((image.tobytes(), int(label)) for image, label in zip(grey, source.target, strict=True))
 
 
 def test_classes_are_spread_evenly_and_the_split_seed_decides():
@@ -26,8 +28,8 @@ def test_classes_are_spread_evenly_and_the_split_seed_decides():
         Digits(dataset="digits", split_seed=seed, **COMMON).load(image_size=8, data_dir=None) for seed in (0, 0, 1)
     )
     for split, share in [(first.train, 0.6), (first.validation, 0.2), (first.test, 0.2)]:
-        found = np.bincount(split.labels) / np.bincount(load_digits().target)
-        assert found == pytest.approx(np.full(10, share), abs=0.01)
+        shares = np.bincount(split.labels) / np.bincount(load_digits().target)
+        assert shares == pytest.approx(np.full(10, share), abs=0.01)
     assert np.array_equal(first.test.images, again.test.images)
     assert not np.array_equal(first.test.images, other.test.images)
 

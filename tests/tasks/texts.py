@@ -23,9 +23,9 @@ def word_tokenizer(pad: bool = True) -> PreTrainedTokenizerFast:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "eos_token": "[SEP]"}
-    found = PreTrainedTokenizerFast(tokenizer_object=core, **names | ({"pad_token": "[PAD]"} if pad else {}))
-    found.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    return found
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **names | ({"pad_token": "[PAD]"} if pad else {}))
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    return tokenizer
 
 
 def write_rows(path: Path, columns: dict[str, Sequence[Any]]) -> Path:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import RandomSampler
 
-from flora.tasks.text import TextDataset, starts_of
+from flora.tasks.text.dataset import TextDataset, starts_of
 from flora.training import TrainerSettings
 from flora.training.trainer import Trainer
 from tests.training.test_run import channels

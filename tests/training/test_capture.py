@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from flora.errors import ConfigError
 from flora.methods import Full
-from flora.tasks.augment import Augment
-from flora.tasks.base import ImageDataset
+from flora.tasks.images.augment import Augment
+from flora.tasks.images.dataset import ImageDataset
 from flora.training import TrainerSettings, capture
 from flora.training.meters import BusyShare
 from tests.training.test_run import SPLITS, ToyModel, ToyTask, lora, toy_run

@@ -11,9 +11,10 @@ from flora.methods import Full, Peft
 from flora.methods.heads import in_head
 from flora.models import TransformersModel
 from flora.tasks import ImageDataset
-from flora.tasks.commonsense.task import answer_logits
 from flora.tasks.metrics import Classification
-from flora.tasks.text import TextDataset, classify
+from flora.tasks.text.causal import answer_logits
+from flora.tasks.text.dataset import TextDataset
+from flora.tasks.text.task import classify
 from flora.training import Trainer, TrainerSettings, evaluate
 from flora.training.sharding import gathered, shard
 from tests.training.processes import together
@@ -60,8 +61,7 @@ def texts(count, per_token):
 
 
 def language(module, batch, training):
-    logits, batch["labels"] = answer_logits(module, batch, batch["labels"])
-    return logits
+    return answer_logits(module, batch, batch["labels"])
 
 
 def plain_loss(outputs, labels, label_smoothing):
@@ -73,7 +73,11 @@ def network(name):
     """Model spec, dataset and forward pass of a case."""
     if name == "convnext":
         spec = flora.models.get("convnext")
-        return spec, images(EXAMPLES), lambda module, batch, training: module(spec.normalize(batch["pixel_values"]))
+
+        def forward(module, batch, training):
+            return module(spec.normalize(batch["pixel_values"])), batch["labels"]
+
+        return spec, images(EXAMPLES), forward
     if name == "minilm":
         spec = flora.models.get("minilm_l6")
         spec.head_dropout = 0.0
@@ -95,9 +99,7 @@ def fit(folder, name, dtype=torch.float64, precision="fp32", **options):
 
     def cast(module, batch, training):
         converted = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
-        outputs = forward(module, converted, training)
-        batch["labels"] = converted["labels"]
-        return outputs
+        return forward(module, converted, training)
 
     if name == "convnext":
         model.register_forward_pre_hook(lambda module, inputs: tuple(value.to(dtype) for value in inputs))

@@ -15,7 +15,7 @@ from flora.errors import CheckpointError, ConfigError, TrainingDiverged
 from flora.launch import preemption
 from flora.methods import Full
 from flora.methods.adalora import AdaLora
-from flora.tasks.augment import Augment
+from flora.tasks.images.augment import Augment
 from flora.training import Run, TrainerSettings
 from flora.training.progress import KEPT, Checkpoints, Progress
 from tests.training.test_run import HOLDOUT, SPLITS, VTAB, ToyModel, ToyTask, lora

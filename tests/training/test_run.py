@@ -29,7 +29,7 @@ class Head(nn.Module):
 class ToyModel:
     """A backbone with batch norm and a depthwise convolution, as a model spec."""
 
-    name = "toy"
+    name, kind = "toy", "image"
     classifier = ["7.fc"]
 
     def build(self, num_classes, drop_path=0.0):

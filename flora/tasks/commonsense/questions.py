@@ -1,31 +1,21 @@
-"""Questions with listed answers: the eight sets of LLM-Adapters in its words, read from their files.
+"""Questions with listed answers: the eight sets of LLM-Adapters in its words.
 
 Hu et al. 2023, "LLM-Adapters", arXiv 2304.01933. Its training mix of the eight sets is commonsense_170k.json.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from flora.errors import DataError, first_line
-from flora.models.weights import sha256_of
-from flora.tasks.rows import row_of
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
     "                ### Instruction:\n                {instruction}\n\n                ### Response:\n                "
 )
 RESPONSE = "the correct answer is {answer}"
-MIX = "commonsense_170k.json"
 _LISTED = re.compile(r"Answer format: (\S+)\s*$")
 
 
@@ -42,8 +32,8 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One dataset.
+class DatasetInfo:
+    """What is known of a dataset without its files.
 
     Attributes:
         ask: a row of the original dataset as a question; KeyError for a missing column, ValueError for a wrong label.
@@ -119,62 +109,23 @@ def _choices(stem: str, row: Row) -> Question:
 
 
 DATASETS = {
-    "boolq": Entry(_boolq, ("google/boolq", "default"), "boolq", "validation", (9427, 3270)),
-    "piqa": Entry(_piqa, ("ybisk/piqa", "plain_text"), "piqa", "validation", (16113, 1838)),
-    "siqa": Entry(_siqa, ("allenai/social_i_qa", "default"), "social_i_qa", "validation", (33410, 1954)),
-    "hellaswag": Entry(_hellaswag, ("Rowan/hellaswag", "default"), "hellaswag", "validation", (39905, 10042)),
-    "winogrande": Entry(
+    "boolq": DatasetInfo(_boolq, ("google/boolq", "default"), "boolq", "validation", (9427, 3270)),
+    "piqa": DatasetInfo(_piqa, ("ybisk/piqa", "plain_text"), "piqa", "validation", (16113, 1838)),
+    "siqa": DatasetInfo(_siqa, ("allenai/social_i_qa", "default"), "social_i_qa", "validation", (33410, 1954)),
+    "hellaswag": DatasetInfo(_hellaswag, ("Rowan/hellaswag", "default"), "hellaswag", "validation", (39905, 10042)),
+    "winogrande": DatasetInfo(
         _winogrande, ("allenai/winogrande", "winogrande_xl"), "winogrande", "validation", (40398, 1267)
     ),
-    "arc_e": Entry(partial(_choices, "question"), ("allenai/ai2_arc", "ARC-Easy"), "ARC-Easy", "test", (2251, 2376)),
-    "arc_c": Entry(
+    "arc_e": DatasetInfo(
+        partial(_choices, "question"), ("allenai/ai2_arc", "ARC-Easy"), "ARC-Easy", "test", (2251, 2376)
+    ),
+    "arc_c": DatasetInfo(
         partial(_choices, "question"), ("allenai/ai2_arc", "ARC-Challenge"), "ARC-Challenge", "test", (1119, 1172)
     ),
-    "obqa": Entry(
+    "obqa": DatasetInfo(
         partial(_choices, "question_stem"), ("allenai/openbookqa", "main"), "openbookqa", "test", (4957, 500)
     ),
 }
-
-
-class _Row(dict[str, Any]):
-    """A row whose empty cells are errors."""
-
-    def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
-        if value is None:
-            raise ValueError(f"column {key} is empty")
-        return value
-
-
-def ask_all(paths: Sequence[Path], ask: Callable[[Row], Question]) -> tuple[list[Question], dict[str, Any]]:
-    """Every row of the files as a question, and rows and sha256 of each file."""
-    questions: list[Question] = []
-    facts: dict[str, Any] = {}
-    for path in paths:
-        rows = _read(path)
-        for number, row in enumerate(rows):
-            try:
-                questions.append(ask(_Row(row)))
-            except KeyError as error:
-                raise DataError(f"{path}: no column {error.args[0]} (it has {', '.join(row)})") from error
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{row_of(path, number)}: {first_line(error)}; mend the file") from error
-        facts[path.name] = {"rows": len(rows), "sha256": sha256_of(path)}
-    if not questions:
-        raise DataError(f"{paths[0]}: no rows; fetch the file again")
-    return questions, facts
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        if path.suffix == ".json":
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-                raise ValueError("not a list of questions")
-            return found
-        return pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
 
 
 def adapters_row(row: Row) -> Question:

@@ -45,11 +45,11 @@ _WHOLE = {gap: word for word in _CONTRACTIONS.split() for gap in _with_gaps(word
 
 def without_punctuation(text: str) -> str:
     """A text without the marks that VQAv2's evaluation drops; between words they become spaces."""
-    found = text
+    plain = text
     for mark in _PUNCTUATION:
         beside_space = f"{mark} " in text or f" {mark}" in text
-        found = found.replace(mark, "" if beside_space or _COMMA.search(text) else " ")
-    return _PERIOD.sub("", found)
+        plain = plain.replace(mark, "" if beside_space or _COMMA.search(text) else " ")
+    return _PERIOD.sub("", plain)
 
 
 def normalised(text: str) -> str:
@@ -86,15 +86,15 @@ def scores(written: Sequence[str], asked: Sequence[Dialogue]) -> dict[str, float
     ``yes_no_accuracy``, ``yes_no_precision``, ``yes_no_recall``, ``yes_no_f1`` and ``yes_share``, the share of yes.
     """
     right = [normalised(text) == normalised(dialogue.answers[0]) for text, dialogue in zip(written, asked, strict=True)]
-    found = {"exact_match": float(np.mean(right))}
+    values = {"exact_match": float(np.mean(right))}
     kinds = defaultdict(list)
     for ok, dialogue in zip(right, asked, strict=True):
         kinds[dialogue.kind].append(ok)
-    found |= {f"exact_match_{kind}": float(np.mean(kinds[kind])) for kind in sorted(kinds) if len(kinds) > 1}
+    values |= {f"exact_match_{kind}": float(np.mean(kinds[kind])) for kind in sorted(kinds) if len(kinds) > 1}
     if all(len(dialogue.answers) > 1 for dialogue in asked):
         each = [vqa_accuracy(text, dialogue.answers) for text, dialogue in zip(written, asked, strict=True)]
-        found["vqa_accuracy"] = float(np.mean(each))
-    return found | _yes_no(written, [dialogue.answers[0].lower() for dialogue in asked])
+        values["vqa_accuracy"] = float(np.mean(each))
+    return values | _yes_no(written, [dialogue.answers[0].lower() for dialogue in asked])
 
 
 def _yes_no(written: Sequence[str], answers: Sequence[str]) -> dict[str, float]:

@@ -14,7 +14,9 @@ import torch
 
 from flora.errors import DataError
 from flora.models.chat import Place
-from flora.tasks.text import TextDataset, as_tensor, pad_or_end, starts_of
+from flora.models.spec import ImageTextSpec
+from flora.tasks.text.dataset import TextDataset, as_tensor, starts_of
+from flora.tasks.text.tokenise import pad_or_end
 from flora.tasks.vqa.dialogues import IMAGE, Dialogue
 
 _CHUNK = 1000  # conversations tokenised at a time
@@ -39,7 +41,7 @@ class Coder:
     """Dialogues as sequences for a model: in its words, with the loss on answers and the token that ends them.
 
     Args:
-        model: a spec of ``flora.models.llava``.
+        model: whose tokens and chat they are.
         max_length: tokens; None: as many as the model takes.
         max_new_tokens: room that is left where an answer is to be written.
 
@@ -47,7 +49,7 @@ class Coder:
         truncated: how many texts were cut, by split.
     """
 
-    def __init__(self, model: Any, max_length: int | None, max_new_tokens: int):
+    def __init__(self, model: ImageTextSpec, max_length: int | None, max_new_tokens: int):
         self.tokenizer = model.tokenizer()
         self.chat = model.chat
         self.image_id, self.image_tokens = model.image_id, model.image_tokens
@@ -59,15 +61,15 @@ class Coder:
         self.warnings = ["no pad token: the end token pads"] if self.tokenizer.pad_token_id is None else []
         self._image = self.tokenizer.convert_ids_to_tokens(self.image_id)
 
-    def answered(self, split: str, found: Sequence[Dialogue]) -> TextDataset:
+    def answered(self, split: str, dialogues: Sequence[Dialogue]) -> TextDataset:
         """Sequences to learn from: ``labels`` per token, -100 except on answers."""
-        return self._rows(split, found, [dialogue.turns for dialogue in found], 0)
+        return self._rows(split, dialogues, [dialogue.turns for dialogue in dialogues], 0)
 
-    def asked(self, split: str, found: Sequence[Dialogue], first: int) -> TextDataset:
+    def asked(self, split: str, dialogues: Sequence[Dialogue], first: int) -> TextDataset:
         """Sequences that end where the last answer begins; ``labels`` count from ``first``."""
-        open_turns: list[Any] = [(*dialogue.turns[:-1], (dialogue.turns[-1][0], None)) for dialogue in found]
-        rows = self._rows(split, found, open_turns, self.max_new_tokens)
-        numbers = {"labels": torch.arange(first, first + len(found))}
+        open_turns: list[Any] = [(*dialogue.turns[:-1], (dialogue.turns[-1][0], None)) for dialogue in dialogues]
+        rows = self._rows(split, dialogues, open_turns, self.max_new_tokens)
+        numbers = {"labels": torch.arange(first, first + len(dialogues))}
         return TextDataset({"input_ids": rows.tokens["input_ids"]}, rows.starts, numbers, rows.padding, left=True)
 
     def answer(self, dialogue: Dialogue) -> list[int]:
@@ -82,11 +84,11 @@ class Coder:
         kept = kept[: kept.index(self.end)] if self.end in kept else kept
         return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
-    def _rows(self, split: str, found: Sequence[Dialogue], turns: Sequence[Any], reserved: int) -> TextDataset:
+    def _rows(self, split: str, dialogues: Sequence[Dialogue], turns: Sequence[Any], reserved: int) -> TextDataset:
         ids, targets, lengths = array("i"), array("i"), []
         self.truncated[split] = 0
-        images, places = [len(dialogue.images) for dialogue in found], [dialogue.where for dialogue in found]
-        for encoded, dialogue in zip(self._encode(turns, images, places), found, strict=True):
+        images, places = [len(dialogue.images) for dialogue in dialogues], [dialogue.where for dialogue in dialogues]
+        for encoded, dialogue in zip(self._encode(turns, images, places), dialogues, strict=True):
             short = self._fitted(encoded, self.max_length - reserved, dialogue.where)
             self.truncated[split] += len(short.ids) < len(encoded.ids)
             ids.extend(short.ids)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from flora.errors import DataError, first_line
 from flora.models.weights import sha256_of
-from flora.tasks.parquet import opener
-from flora.tasks.rows import row_of
+from flora.tasks.images.parquet import opener
+from flora.tasks.text.rows import row_of
 
 IMAGE = "<image>"
 _SHAPES = ("circle", "rectangle", "triangle")
@@ -123,7 +123,7 @@ def _answers(row: Row) -> tuple[str, ...]:
     column = next((name for name in ("answers", "answer", "multiple_choice_answer") if name in row), "answer")
     value = row[column]
     given = value if isinstance(value, list) else [value]
-    texts = [one["answer"] if isinstance(one, dict) else one for one in given]
+    texts = [answer["answer"] if isinstance(answer, dict) else answer for answer in given]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"column {column} holds {value!r}; answers are texts, and an empty one teaches nothing")
     return tuple(text for text, count in Counter(map(str.strip, texts)).most_common() for _ in range(count))
@@ -183,26 +183,26 @@ def read_json(path: Path, images: Path, pictures: Pictures) -> list[Dialogue]:
         pictures: where images are added.
 
     Raises:
-        DataError: no such list, or an entry whose turns or images are not as they should be.
+        DataError: no such list, or a row whose turns or images are not as they should be.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
-    if not isinstance(entries, list) or not entries:
+    if not isinstance(rows, list) or not rows:
         raise DataError(f"{path}: not a list of conversations, or an empty one; fetch it again")
     dialogues = []
-    for number, entry in enumerate(entries):
+    for number, row in enumerate(rows):
         where = f"{path}, entry {number}"
         try:
-            if not isinstance(entry, dict):
-                raise ValueError(f"{type(entry).__name__} instead of a conversation")
-            where += f" (id {entry['id']})" if entry.get("id") is not None else ""
-            turns, answer_first = _turns(entry["conversations"])
-            found = entry.get("image") or []
-            files = found if isinstance(found, list) else [found]
+            if not isinstance(row, dict):
+                raise ValueError(f"{type(row).__name__} instead of a conversation")
+            where += f" (id {row['id']})" if row.get("id") is not None else ""
+            turns, answer_first = _turns(row["conversations"])
+            image = row.get("image") or []
+            files = image if isinstance(image, list) else [image]
             if not all(isinstance(file, str) for file in files):
-                raise ValueError(f"image {found!r} is neither a path nor a list of paths")
+                raise ValueError(f"image {image!r} is neither a path nor a list of paths")
             holes = sum(question.count(IMAGE) for question, _ in turns)
             if holes != len(files):
                 raise ValueError(f"{IMAGE} occurs {holes} times, but there are {len(files)} images")
@@ -212,19 +212,19 @@ def read_json(path: Path, images: Path, pictures: Pictures) -> list[Dialogue]:
         except KeyError as error:
             raise DataError(f"{where}: no key {error.args[0]}; mend the file") from error
         answer = turns[-1][1]
-        kind = _name(entry.get("type") or kind_of(answer))
+        kind = _name(row.get("type") or kind_of(answer))
         dialogues.append(Dialogue(turns, places, (answer,), kind, where, answer_first))
     return dialogues
 
 
 def _turns(conversation: Sequence[Mapping[str, str]]) -> tuple[tuple[tuple[str, str], ...], bool]:
     """Questions with their answers, and whether an answer before them was left out."""
-    speakers = [one["from"] for one in conversation]
+    speakers = [turn["from"] for turn in conversation]
     start = int(speakers[:1] == ["gpt"])
     asked = speakers[start:]
     if not asked or asked != ["human", "gpt"] * (len(asked) // 2):
         raise ValueError(f"turns must be human, gpt, human, gpt, ...; here they are {', '.join(speakers) or 'none'}")
-    values = [one["value"] for one in conversation[start:]]
+    values = [turn["value"] for turn in conversation[start:]]
     texts = [value.strip() if isinstance(value, str) else "" for value in values]
     if not all(texts):
         raise ValueError(f"turn {start + texts.index('')} is {values[texts.index('')]!r} instead of a text")

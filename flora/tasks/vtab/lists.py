@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,26 +13,18 @@ from PIL import Image
 from flora.errors import DataError
 from flora.models.weights import sha256_of
 from flora.tasks import manifest
-from flora.tasks.images import Pool
+from flora.tasks.images.decode import Pool
 
 FILES = {"train": "train800.txt", "validation": "val200.txt", "test": "test.txt"}
 
 
-class Labelled(Protocol):
-    """What is asked of a dataset's row in the table."""
-
-    @property
-    def classes(self) -> int:
-        """How many there are."""
-
-
-def is_one(folder: Path) -> bool:
+def in_folder(folder: Path) -> bool:
     """Whether a folder holds official lists."""
     return (folder / FILES["train"]).is_file()
 
 
-def open_folder(folder: Path, entry: Labelled) -> tuple[dict[str, Pool], list[str], dict[str, Any]]:
-    """Pools of the three lists, class names, and facts on the source.
+def open_folder(folder: Path, classes: int) -> tuple[dict[str, Pool], list[str], dict[str, Any]]:
+    """Pools of the three lists, class names, and facts on the source; labels lie in ``0..classes-1``.
 
     Raises:
         DataError: a list is missing, empty, has changed, or holds a line that does not fit.
@@ -43,9 +35,9 @@ def open_folder(folder: Path, entry: Labelled) -> tuple[dict[str, Pool], list[st
         path = folder / name
         if not path.is_file():
             raise DataError(f"{folder}: no {name} beside the other official lists; fetch it again")
-        pools[split] = _pool(path, entry.classes)
+        pools[split] = _pool(path, classes)
         files[name] = {"rows": len(pools[split]), "sha256": sha256_of(path)}
-    names = [str(index) for index in range(entry.classes)]
+    names = [str(index) for index in range(classes)]
     return pools, names, {"source": "paths.data, official lists", "files": files}
 
 

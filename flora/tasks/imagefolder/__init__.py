@@ -1,0 +1,1 @@
+"""Any folder of labelled images, decoded batch by batch."""

@@ -1,0 +1,100 @@
+"""The splits that a folder of images has: folders of classes, or parquet files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from flora.errors import DataError
+from flora.tasks import manifest
+from flora.tasks.imagefolder.dataset import Catalogue
+from flora.tasks.images import parquet
+
+_IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
+# Of a split: what opens each image, their labels, and their names for messages.
+Part = tuple[list[Callable[[], Image.Image]], np.ndarray, list[str]]
+
+
+def open_folder(
+    folder: Path, classes: int | None
+) -> tuple[Catalogue, dict[str, np.ndarray], list[str], dict[str, Any]]:
+    """All images, the rows of each split, the names of the classes, and facts of the files.
+
+    Args:
+        folder: with ``train``, and ``val`` or ``test``.
+        classes: how many there must be; None: as many as there are.
+
+    Raises:
+        DataError: a split is missing, or does not fit the others or ``classes``.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}: set paths.data, and task.dataset to a folder in it")
+    files = {
+        split: sorted({path for name in names for path in folder.rglob(f"{name}*.parquet")})
+        for split, names in _NAMES.items()
+    }
+    read = partial(_parquet, folder, files) if files["train"] else partial(_tree, folder)
+    splits, names, facts = read(classes)
+    if "train" not in splits or len(splits) == 1:
+        raise DataError(f"{folder} needs train and val or test, as folders of classes or parquet files")
+    if classes is not None and len(names) != classes:
+        raise DataError(f"{folder} has {len(names)} classes, task.classes={classes}")
+    if len(names) < 2:
+        raise DataError(f"{folder} has one class, {names[0]}: there is nothing to tell apart")
+    openers, labels, called = (list(chain(*parts)) for parts in zip(*splits.values(), strict=True))
+    unreadable = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+    catalogue = Catalogue(openers, np.array(labels, np.int64), called, unreadable)
+    starts = np.cumsum([0, *(len(members) for members, _, _ in splits.values())])
+    rows = {split: np.arange(*place) for split, place in zip(splits, pairwise(starts), strict=True)}
+    return catalogue, rows, names, {"source": "paths.data"} | facts
+
+
+def _tree(folder: Path, classes: int | None) -> tuple[dict[str, Part], list[str], dict[str, Any]]:
+    """Splits that are folders of class folders."""
+    places = {split: place for split, names in _NAMES.items() for name in names if (place := folder / name).is_dir()}
+    classes_of = {
+        split: sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+        for split, place in places.items()
+    }
+    names = classes_of.get("train", [])
+    splits = {}
+    for split, place in places.items():
+        if unknown := sorted(set(classes_of[split]) - set(names)):
+            raise DataError(f"{place}: class {unknown[0]} is not in train; check that both are of the same dataset")
+        files = [(file, label) for label, name in enumerate(names) for file in _images(place / name)]
+        if not files:
+            raise DataError(f"{place} holds no folders with images ({', '.join(_IMAGES)})")
+        openers: list[Callable[[], Image.Image]] = [partial(Image.open, file) for file, _ in files]
+        splits[split] = openers, np.array([label for _, label in files], np.int64), [str(file) for file, _ in files]
+    return splits, names, {}
+
+
+def _images(folder: Path) -> list[Path]:
+    files = folder.rglob("*") if folder.is_dir() else ()
+    return sorted(file for file in files if file.suffix.lower() in _IMAGES and file.is_file())
+
+
+def _parquet(
+    folder: Path, files: dict[str, list[Path]], classes: int | None
+) -> tuple[dict[str, Part], list[str], dict[str, Any]]:
+    """Splits that are parquet files; their encoded images stay in memory."""
+    everything = [path for members in files.values() for path in members]
+    manifest.check(folder, everything)
+    names = parquet.read_class_names(everything, classes)
+    splits: dict[str, Part] = {}
+    facts: dict[str, Any] = {}
+    for split, members in files.items():
+        if members:
+            pool, described = parquet.open_pool(members, names)
+            rows = np.arange(len(pool))
+            splits[split] = list(pool.open_rows(rows)), pool.labels, [pool.where(int(row)) for row in rows]
+            facts |= described
+    return splits, names, {"files": facts}

@@ -1,0 +1,150 @@
+"""Any folder of labelled images: class folders or parquet, decoded batch by batch, augmented as timm does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+
+from flora.errors import ConfigError, DataError
+from flora.models.spec import ImageSpec
+from flora.tasks.base import Batch, Forward, Splits, draw
+from flora.tasks.imagefolder.confusion import draw_confusion
+from flora.tasks.imagefolder.dataset import LazyImages
+from flora.tasks.imagefolder.files import open_folder
+from flora.tasks.imagefolder.mix import erase, mix
+from flora.tasks.images.task import ImageTask
+from flora.tasks.metrics import TopFive
+
+
+class ImageFolder(ImageTask):
+    """Image classification on ``paths.data/DATASET``: ``train``, ``val`` and ``test`` as class folders or parquet.
+
+    Without a test set the validation set is the test, and a part of train is held out to choose on.
+
+    Args:
+        dataset: the folder's name; ``.``: ``paths.data`` itself.
+        classes: how many there must be; None: as many as there are.
+        held_out: share of train that is validation where none is left beside the test.
+        unreadable: ``error``, or ``skip`` to leave out and count images that cannot be decoded.
+        auto_augment: timm's name of a policy, ``rand-m9-mstd0.5-inc1``; None: random resized crops and flips alone.
+        color_jitter: strength, where ``auto_augment`` is None; None: none.
+        crop_scale: least share of an image that a training crop covers.
+        random_erasing: probability of an image to lose a rectangle.
+        mixup, cutmix: see ``flora.tasks.imagefolder.mix``.
+        crop_pct: share of an image that evaluation looks at.
+        **common: of ImageTask; ``augment=none`` trains on whole images as evaluation sees them.
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+
+    safe_augmentation = "flip"
+
+    def __init__(
+        self,
+        *,
+        dataset: str,
+        classes: int | None = None,
+        held_out: float = 0.1,
+        unreadable: str = "error",
+        auto_augment: str | None = None,
+        color_jitter: float | None = None,
+        crop_scale: float = 0.08,
+        random_erasing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        crop_pct: float = 0.875,
+        **common: Any,
+    ):
+        super().__init__(dataset=dataset, **common)
+        if unreadable not in ("error", "skip"):
+            raise ConfigError(f"task.unreadable={unreadable} must be error or skip")
+        for key, value, low, high in (
+            *(("held_out", held_out, 0, 1), ("random_erasing", random_erasing, 0, 1), ("crop_pct", crop_pct, 0.1, 1)),
+            *(("mixup", mixup, 0, 100), ("cutmix", cutmix, 0, 100), ("crop_scale", crop_scale, 0.001, 1)),
+        ):
+            if not low <= value <= high:
+                raise ConfigError(f"task.{key}={value} must lie in [{low}, {high}]")
+        self.classes, self.held_out, self.unreadable = classes, held_out, unreadable
+        self.auto_augment, self.color_jitter, self.crop_scale = auto_augment, color_jitter, crop_scale
+        self.random_erasing, self.mixup, self.cutmix, self.crop_pct = random_erasing, mixup, cutmix, crop_pct
+        self._num_classes = 0
+
+    def augment(self) -> None:
+        """Nothing on batches: training images are cropped and changed one by one."""
+        return None
+
+    def metrics(self) -> TopFive:
+        """Accuracy among the first and the first five guesses, and mean per-class accuracy."""
+        return TopFive()
+
+    def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
+        """See ImageTask.load; nothing is decoded yet."""
+        folder = Path(data_dir or ".") / self.dataset
+        catalogue, rows, names, facts = open_folder(folder, self.classes)
+        draws, skip = self._augment != "none", self.unreadable == "skip"
+        whole = self._transform(image_size, interpolation, False)
+        plain = partial(LazyImages, catalogue, transform=whole, skip=skip, once=True)
+        train, test = rows["train"], rows["test" if "test" in rows else "validation"]
+        if "test" in rows and "validation" in rows:
+            validation = rows["validation"]
+            rule = "as in the files"
+        else:
+            order = draw(len(train), self.split_seed)
+            count = round(self.held_out * len(order))
+            if not 0 < count < len(order):
+                raise DataError(f"{folder}: task.held_out={self.held_out} of {len(order)} images leaves a split empty")
+            train, validation = train[order[count:]], train[np.sort(order[:count])]
+            rule = f"validation a drawn {self.held_out:.0%} of train, seed {self.split_seed}"
+        self._num_classes = len(names)
+        changed = self._transform(image_size, interpolation, draws)
+        splits: dict[str, Any] = {
+            "train": LazyImages(catalogue, train, changed, draws, skip),
+            "validation": plain(validation),
+            "test": plain(test),
+        }
+        facts |= {
+            "counts": {split: len(part) for split, part in splits.items()},
+            "split_rule": rule,
+            "unreadable": {"policy": self.unreadable},
+            "warnings": [],
+        }
+        return Splits(**splits, num_classes=len(names), class_names=names, facts=facts)
+
+    def forward(self, model: ImageSpec) -> Forward:
+        """Normalise; in training erase and mix as well: targets are then the share of each class, ``[B, C]``."""
+        plain = super().forward(model)
+
+        def forward(module: nn.Module, batch: Batch, training: bool) -> tuple[Tensor, Tensor]:
+            if not training or not (self.mixup or self.cutmix or self.random_erasing):
+                return plain(module, batch, training)
+            images = self.normalised(model, batch["pixel_values"])
+            if self.random_erasing:
+                images = erase(images, self.random_erasing)
+            images, shares = mix(images, batch["labels"], self._num_classes, self.mixup, self.cutmix)
+            return module(images), shares
+
+        return forward
+
+    def report(self, metric: Any, splits: Splits, folder: Path) -> None:
+        """Write ``confusion.png``, how the test images of each class were called; say which were not readable."""
+        assert isinstance(splits.test, LazyImages)
+        skipped = splits.test.catalogue.skipped()
+        splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10]}
+        draw_confusion(metric.confusion, splits.class_names, folder / "confusion.png")
+
+    def _transform(self, size: int, interpolation: str, training: bool) -> Callable[[Image.Image], np.ndarray]:
+        options: dict[str, Any] = {"is_training": training, "use_prefetcher": True, "interpolation": interpolation}
+        if training:
+            options |= {"scale": (self.crop_scale, 1.0), "auto_augment": self.auto_augment}
+            options |= {"color_jitter": self.color_jitter, "hflip": 0.0 if self._augment == "crop" else 0.5}
+        else:
+            options |= {"crop_pct": self.crop_pct}
+        return create_transform(size, **options)

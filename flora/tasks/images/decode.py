@@ -1,0 +1,168 @@
+"""From encoded images to one uint8 tensor: opening, resizing, and what happens to an image that cannot be read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+
+from flora.errors import ConfigError, DataError, first_line
+from flora.tasks.images.dataset import ImageDataset
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Labelled images not decoded yet.
+
+    Attributes:
+        labels: int64 ``[N]``, class indices.
+        open_rows: given ascending rows int64 ``[n]``, yields for each, in order, a function that opens its image. The
+            function may raise anything if the image is broken.
+        where: names a row for an error message, ``train.parquet, row 17``.
+    """
+
+    labels: np.ndarray
+    open_rows: Callable[[np.ndarray], Iterator[Callable[[], Image.Image]]]
+    where: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def interpolation_mode(name: str) -> Image.Resampling:
+    """Pillow's resampling filter of a name; ConfigError if there is none."""
+    if name not in INTERPOLATIONS:
+        raise ConfigError(f"interpolation {name!r} is unknown; choose one of {', '.join(INTERPOLATIONS)}")
+    return INTERPOLATIONS[name]
+
+
+def as_rgb(open_image: Callable[[], Image.Image], name: str) -> Image.Image:
+    """A decoded image; DataError with its name where it cannot be decoded."""
+    try:
+        with open_image() as image:
+            return _eight_bits(image).convert("RGB")
+    # Pillow's decoders raise almost any type on broken bytes: OSError, SyntaxError, struct.error, zlib.error, ...
+    except Exception as error:
+        raise DataError(
+            f"{name}: image cannot be decoded ({first_line(error)}); mend it or set task.unreadable=skip"
+        ) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image whose pixels fit into 0..255: Pillow's conversion would show all above as white."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of Pillow's mode {image.mode} have no fixed range: save it with 8 or 16 bits")
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+
+
+def as_square(
+    image: Image.Image, size: int, interpolation: str, how: str = "squash", fill: tuple[int, ...] = (0, 0, 0)
+) -> np.ndarray:
+    """An image as a square: uint8 ``[size, size, bands]``.
+
+    ``squash`` gives the aspect ratio up, as VTAB does; ``crop`` keeps it and cuts the middle out of 8/7 of the size, as
+    ImageNet's evaluation does; ``pad`` keeps the whole image in the middle of the colour ``fill``, as LLaVA does.
+    """
+    if how == "pad":
+        side = max(image.size)
+        square = Image.new(image.mode, (side, side), fill)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    if how == "crop":
+        scale = size * 8 / 7 / min(image.size)
+        image = image.resize(
+            (max(size, round(image.width * scale)), max(size, round(image.height * scale))),
+            interpolation_mode(interpolation),
+        )
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    if image.size != (size, size):
+        image = image.resize((size, size), interpolation_mode(interpolation))
+    return np.asarray(image).reshape(size, size, -1)
+
+
+def decode(
+    pool: Pool, rows: np.ndarray, *, image_size: int, interpolation: str, unreadable: str, resize: str = "squash"
+) -> tuple[ImageDataset, list[str]]:
+    """Decode the given rows of a pool, in ascending order.
+
+    Args:
+        pool: where they come from.
+        rows: int64 ``[n]``.
+        image_size: side in pixels.
+        interpolation: a key of INTERPOLATIONS.
+        unreadable: ``error``, or ``skip`` to leave out an image that cannot be decoded.
+        resize: ``squash`` or ``crop``, see ``as_square``.
+
+    Returns:
+        The images, and where the ones left out lie.
+
+    Raises:
+        DataError: for an unreadable image under ``error``, or if nothing is left.
+    """
+    interpolation_mode(interpolation)
+    rows = np.sort(rows)
+    images = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8)
+    pixels = images.numpy()
+
+    def decode_one(position: int, open_image: Callable[[], Image.Image]) -> str | None:
+        place = pool.where(int(rows[position]))
+        try:
+            rgb = as_rgb(open_image, place)
+        except DataError:
+            if unreadable == "skip":
+                return place
+            raise
+        pixels[position] = as_square(rgb, image_size, interpolation, resize).transpose(2, 0, 1)
+        return None
+
+    outcomes: list[str | None] = []
+    openers = pool.open_rows(rows)
+    # Pillow frees the interpreter lock while it decodes. Chunks bound the encoded bytes held at a time.
+    with ThreadPoolExecutor() as threads:
+        while chunk := list(islice(openers, _CHUNK)):
+            outcomes += threads.map(decode_one, range(len(outcomes), len(outcomes) + len(chunk)), chunk)
+    kept = np.array([outcome is None for outcome in outcomes])
+    if not kept.any():
+        raise DataError(f"{pool.where(int(rows[0]))} and all others asked for: no image can be decoded")
+    labels = torch.from_numpy(pool.labels[rows])
+    if not kept.all():
+        chosen = torch.from_numpy(np.flatnonzero(kept))
+        images, labels = images[chosen], labels[chosen]
+    return ImageDataset(images, labels), [outcome for outcome in outcomes if outcome is not None]
+
+
+def from_grey(grey: np.ndarray, labels: np.ndarray, image_size: int, interpolation: str) -> ImageDataset:
+    """A dataset of grey images uint8 ``[N, h, w]``, resized, their one channel shown as three."""
+    interpolation_mode(interpolation)
+    if grey.shape[1:] != (image_size, image_size):
+        resized = np.empty((len(grey), image_size, image_size), np.uint8)
+        for target, source in zip(resized, grey, strict=True):
+            target[:] = as_square(Image.fromarray(source), image_size, interpolation)[..., 0]
+        grey = resized
+    images = torch.from_numpy(grey)[:, None].expand(-1, 3, -1, -1)
+    return ImageDataset(images, torch.from_numpy(labels.astype(np.int64)))
+
+
+def stand_in(index: int, count: int, can_be_read: Callable[[int], bool]) -> list[int]:
+    """The next of ``count`` examples that can be read, for a batch that would be empty without it.
+
+    Images may be skipped, and a batch may be of one. A hundred are tried, then the list is empty.
+    """
+    tried = (following % count for following in range(index + 1, index + 101))
+    return list(itertools.islice(filter(can_be_read, tried), 1))

@@ -1,0 +1,198 @@
+"""The datasets that can be prepared: what each must hold, and where it can come from."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Features
+from datasets import Image as ImageFeature
+
+from flora.errors import ConfigError, DataError, FloraError
+from flora.tasks.commonsense import files as commonsense_files
+from flora.tasks.commonsense import questions
+from flora.tasks.glue import datasets as glue_datasets
+from flora.tasks.glue import files as glue_files
+from flora.tasks.images.decode import Pool
+from flora.tasks.prepare import easy_vqa
+from flora.tasks.vqa import dialogues
+from flora.tasks.vtab import datasets as vtab_datasets
+from flora.tasks.vtab import download
+from flora.tasks.vtab import files as vtab_files
+from flora.tasks.vtab.rendered import RENDERED
+from flora.tasks.vtab.task import Vtab
+
+# VTAB's test sets (Zhai et al. 2019, table 2); stand-ins have no official numbers.
+_VTAB_TEST = {
+    "caltech101": 6084,
+    "cifar100": 10000,
+    "dtd": 1880,
+    "flowers102": 6149,
+    "pets": 3669,
+    "sun397": 21750,
+    "svhn": 26032,
+    "patch_camelyon": 32768,
+    "eurosat": 5400,
+    "resisc45": 6300,
+    "diabetic_retinopathy": 42670,
+    "clevr_count": 15000,
+    "clevr_distance": 15000,
+    "dmlab": 22735,
+    "kitti": 711,
+    "smallnorb_azimuth": 12150,
+    "smallnorb_elevation": 12150,
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A dataset to prepare.
+
+    Attributes:
+        name: what the user types; also its folder in the data folder.
+        others: names of its folder elsewhere.
+        rows: official number of rows of each split; empty for stand-ins.
+        classes: official number; 0 for regressions and questions.
+        read: folder -> number of rows and of classes that occur, of each split; raises DataError on bad files.
+        fetch: makes the files of a folder from what can be reached, and says where they come from.
+    """
+
+    name: str
+    others: tuple[str, ...]
+    rows: dict[str, int]
+    classes: int
+    read: Callable[[Path], dict[str, tuple[int, int]]]
+    fetch: Callable[[Path], str]
+
+
+def catalogue() -> dict[str, Item]:
+    """Every dataset, by name; those that are rendered need no file and are left out."""
+    items = [*map(_glue, glue_datasets.DATASETS), *map(_commonsense, questions.DATASETS)]
+    items += [_vtab(name) for name in vtab_datasets.DATASETS if name not in RENDERED]
+    items += [
+        Item("easy_vqa", (), {"train": 38575, "test": 9673}, 13, _questions(dialogues.easy_vqa), easy_vqa.fetch),
+        Item("nlvr", (), {}, 2, _questions(dialogues.nlvr), _no_server("nlvr")),
+    ]
+    return {item.name: item for item in items}
+
+
+def find(name: str) -> Item:
+    """A dataset by name, ConfigError with near names if there is none."""
+    items = catalogue()
+    if name in items:
+        return items[name]
+    close = difflib.get_close_matches(name, items, cutoff=0.5)
+    raise ConfigError(
+        f"dataset {name!r} is unknown: " + (f"did you mean {' or '.join(close)}?" if close else "see --list")
+    )
+
+
+def _glue(dataset: str) -> Item:
+    info = glue_datasets.DATASETS[dataset]
+
+    def read(folder: Path) -> dict[str, tuple[int, int]]:
+        return {s: (len(r), len(np.unique(r.labels))) for s, r in glue_files.read_folder(folder, info).items()}
+
+    def fetch(folder: Path) -> str:
+        try:
+            for path in sorted(glue_files.from_hub(dataset).glob("*.parquet")):
+                shutil.copyfile(path, folder / path.name)
+        except FloraError as error:
+            raise DataError(f"glue/{dataset}: {error}; give a folder that has it with --from") from error
+        return f"hub {glue_files.HUB}"
+
+    return Item(f"glue/{dataset}", (f"glue/{info.folder}", info.folder), info.rows, len(info.classes), read, fetch)
+
+
+def _commonsense(dataset: str) -> Item:
+    info = questions.DATASETS[dataset]
+
+    def read(folder: Path) -> dict[str, tuple[int, int]]:
+        splits = ("train", info.test)
+        return {split: (len(commonsense_files.read_folder(folder, info, split)[0]), 0) for split in splits}
+
+    def fetch(folder: Path) -> str:
+        try:
+            copy = commonsense_files.from_hub(info)
+        except DataError as error:
+            raise DataError(f"{dataset}: {error}; give a folder that has it with --from") from error
+        for path in sorted(copy.rglob("*.parquet")):  # SPLIT/0000.parquet
+            shutil.copyfile(path, folder / f"{path.parent.name}-{path.name}")
+        return f"hub {info.hub[0]}"
+
+    rows = dict(zip(("train", info.test), info.rows, strict=True))
+    return Item(dataset, (info.folder,), rows, 0, read, fetch)
+
+
+def _vtab(dataset: str) -> Item:
+    info = vtab_datasets.DATASETS[dataset]
+    test = _VTAB_TEST.get(dataset)
+    sizes = {"train": vtab_datasets.TRAIN_SIZE, "validation": vtab_datasets.VALIDATION_SIZE} | (
+        {"test": test} if test else {}
+    )
+
+    def read(folder: Path) -> dict[str, tuple[int, int]]:
+        pools, _, _ = vtab_files.open_folder(folder, info)
+        return {split: (len(pool), len(np.unique(pool.labels))) for split, pool in pools.items()}
+
+    def fetch(folder: Path) -> str:
+        if dataset not in download.SOURCES:
+            return _no_server(dataset)(folder)
+        pools, names, facts = download.download(dataset, split_seed=0)
+        task = Vtab(name="vtab", dataset=dataset, epochs=1)
+        rows, rule, _ = task.choose(pools)
+        for split, chosen in rows.items():
+            _write_images(pools.get(split, pools["train"]), np.sort(chosen), names, folder / f"{split}.parquet")
+        return f"{facts['source']}; {rule}"
+
+    others = (info.folder,) if info.folder else ()
+    return Item(dataset, others, {} if info.stands_for else sizes, info.classes, read, fetch)
+
+
+def _no_server(dataset: str) -> Callable[[Path], str]:
+    def fetch(folder: Path) -> str:
+        raise DataError(f"{dataset}: no server offers it to a program; give a folder that has it with --from")
+
+    return fetch
+
+
+def _questions(ask: Callable[[dialogues.Row], dialogues.Asked]) -> Callable[[Path], dict[str, tuple[int, int]]]:
+    """How to read splits of questions about images: classes are the answers that occur."""
+
+    def read(folder: Path) -> dict[str, tuple[int, int]]:
+        splits = {}
+        for path in sorted(folder.glob("*.parquet")):
+            rows = dialogues.read_parquet([path], ask, dialogues.Pictures())
+            splits[path.stem] = len(rows), len({row.answers[0] for row in rows})
+        if "train" not in splits:
+            raise DataError(f"{folder} holds no train.parquet")
+        return splits
+
+    return read
+
+
+_ROWS = 1000  # of a row group: as many encoded images are held at a time
+
+
+def _write_images(pool: Pool, rows: np.ndarray, names: list[str], path: Path) -> None:
+    """Images as PNG in the parquet layout, a thousand at a time."""
+    features = Features(image=ImageFeature(), label=ClassLabel(names=names))
+    openers = pool.open_rows(rows)
+    with pq.ParquetWriter(path, features.arrow_schema) as writer:
+        for start in range(0, len(rows), _ROWS):
+            part = rows[start : start + _ROWS]
+            cells = []
+            for _, open_image in zip(part, openers, strict=False):
+                stream = io.BytesIO()
+                with open_image() as image:
+                    image.convert("RGB").save(stream, "PNG")
+                cells.append({"bytes": stream.getvalue(), "path": None})
+            columns = {"image": cells, "label": pool.labels[part].tolist()}
+            writer.write_table(pa.table(columns, schema=features.arrow_schema))

@@ -1,0 +1,125 @@
+"""Folders of images: what is read and held out, what is done to training images, top-5, the picture, bad folders."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flora.models
+from flora.errors import ConfigError, DataError
+from flora.tasks.imagefolder.confusion import draw_confusion
+from flora.tasks.metrics import TopFive
+from tests.tasks.imagefolder.folders import crops, load, numbers, task, write_tree
+
+
+def test_without_a_test_folder_val_is_the_test_and_a_part_of_train_is_held_out(tmp_path):
+    write_tree(tmp_path)
+    splits = load(tmp_path, held_out=0.25)
+    parts = [numbers(part) for part in (splits.train, splits.validation, splits.test)]
+    assert sorted(parts[0] + parts[1]) == list(range(20))
+    assert len(parts[1]) == 5
+    assert parts[2] == list(range(20, 40))
+    assert splits.class_names == ["ant", "bee"]
+    assert splits.test.labels.tolist() == [0] * 10 + [1] * 10
+    assert "validation a drawn 25% of train" in splits.facts["split_rule"]
+
+
+def test_three_folders_are_taken_as_they_are(tmp_path):
+    write_tree(tmp_path, ("train", "val", "test"))
+    splits = load(tmp_path)
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [20, 20, 20]
+    assert splits.facts["split_rule"] == "as in the files"
+
+
+def test_parquet_is_read_as_well(write_split, tmp_path):
+    write_split("train-00000-of-00001", 30, folder="data")
+    write_split("validation", 10, start=100, folder="data")
+    splits = load(tmp_path, dataset="data", classes=10)
+    assert numbers(splits.test) == list(range(100, 110))
+    assert splits.facts["files"]["validation.parquet"]["rows"] == 10
+    assert splits.train.subset(4).labels.tolist() == [n % 10 for n in numbers(splits.train.subset(4))]
+
+
+def test_training_images_are_cropped_and_evaluated_ones_are_not(tmp_path):
+    write_tree(tmp_path)
+    for path in tmp_path.rglob("*.png"):
+        side = np.tile(np.arange(16, dtype=np.uint8) * 16, (16, 1))
+        Image.fromarray(np.stack([side] * 3, -1)).save(path)
+    splits = load(tmp_path)
+    plain = splits.test.__getitems__([0, 1])["pixel_values"]
+    assert torch.equal(plain[0], plain[1])
+    assert plain.dtype == torch.uint8
+    assert len({crops(splits.train, 0, epoch)[0].numpy().tobytes() for epoch in range(8)}) > 1
+    whole = load(tmp_path, augment="none").train.__getitems__([0])["pixel_values"]
+    assert torch.equal(whole[0], plain[0])
+
+
+def test_only_what_is_seen_in_a_folder_counts(tmp_path):
+    """Jupyter leaves hidden folders behind, and a folder may be named like an image."""
+    write_tree(tmp_path)
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "ant" / "old.png").mkdir()
+    splits = load(tmp_path)
+    assert splits.class_names == ["ant", "bee"]
+    assert len(splits.train.catalogue.names) == 40
+
+
+def test_dollars_in_names_of_classes_are_no_formula(tmp_path):
+    draw_confusion(np.eye(2, dtype=int), ["$1_2_3$", r"$\bill$"], tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (None, {"classes": 3}, r"has 2 classes, task\.classes=3"),
+        (None, {"dataset": "nowhere"}, "there is no folder .*nowhere"),
+        (None, {"held_out": 0.0}, "leaves a split empty"),
+        (("val", "wasp"), {}, "class wasp is not in train"),
+    ],
+)
+def test_folders_that_do_not_fit(tmp_path, change, options, message):
+    write_tree(tmp_path)
+    if change:
+        write_tree(tmp_path, change[:1], change[1:])
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, **options)
+    with pytest.raises(DataError, match="needs train and val or test"):
+        load(tmp_path / "val")
+    write_tree(tmp_path / "one", classes=("ant",))
+    with pytest.raises(DataError, match="one has one class, ant: there is nothing to tell apart"):
+        load(tmp_path / "one")
+
+
+@pytest.mark.parametrize("option", [{"mixup": -1}, {"random_erasing": 2}, {"held_out": 1.5}, {"unreadable": "maybe"}])
+def test_settings_out_of_range_are_refused(option):
+    with pytest.raises(ConfigError, match=f"task.{next(iter(option))}="):
+        task(**option)
+
+
+def test_mixed_labels_reach_the_loss():
+    torch.manual_seed(0)
+    mixing = task(mixup=0.8)
+    mixing._num_classes = 3
+    batch = {"pixel_values": torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([0, 1, 2, 0])}
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    forward = mixing.forward(flora.models.get("convnext"))
+    logits, shares = forward(module, batch, True)
+    assert shares.shape == (4, 3)
+    assert batch["labels"].tolist() == [0, 1, 2, 0], "the batch stays as it is"
+    expected = -(shares * torch.log_softmax(logits, 1)).sum(1).mean()
+    assert mixing.loss(logits, shares, 0.0).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_top_five_counts_the_five_best_and_the_matrix_counts_confusions():
+    logits = np.zeros((3, 8))
+    logits[0, 2] = 9  # right
+    logits[1, [0, 1, 3, 4]], logits[1, 2] = (5, 4, 3, 2), 1  # fifth guess
+    logits[2, [0, 1, 3, 4, 5]] = 5  # not among five
+    metric = TopFive()
+    scores = metric.compute(predictions=logits, references=[2, 2, 2])
+    assert scores["accuracy"] == pytest.approx(1 / 3)
+    assert scores["top5_accuracy"] == pytest.approx(2 / 3)
+    assert metric.confusion[2].tolist() == [2, 0, 1, 0, 0, 0, 0, 0]
+    nan = np.full((1, 8), np.nan)
+    assert TopFive().compute(predictions=nan, references=[7])["top5_accuracy"] == 0
