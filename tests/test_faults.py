@@ -30,7 +30,7 @@ from flora.results import Store
 from flora.results.cells import Cell
 from scripts import reproduce
 from tests.launch.test_sweep import LAUNCHERS, LONG, TINY, needs, sweeping, wait_for
-from tests.tasks.test_imagefolder import photographs
+from tests.tasks.imagefolder.folders import photographs
 
 QUICK = (*TINY, "model.image_size=32", "trainer.max_steps=6", "trainer.checkpoint_every=1", "trainer.device=cpu")
 FOLDER = ("task=imagefolder", "trainer.batch_size=4", "trainer.epochs=10")
