@@ -28,6 +28,7 @@ from flora.launch.entry import main
 from flora.launch.worker import _run
 from flora.results import Store
 from flora.results.cells import Cell
+from flora.training import Run
 from scripts import reproduce
 from tests.launch.test_sweep import LAUNCHERS, LONG, TINY, needs, sweeping, wait_for
 from tests.tasks.imagefolder.folders import photographs
@@ -195,8 +196,8 @@ def file_size(place):
 def adapter_not_saved(place):
     with disk(place.outputs, "size=64m"):
         with place.patch.context() as patch:
-            evaluate = train.Run._test
-            patch.setattr(train.Run, "_test", lambda *a: (evaluate(*a), fill(place.outputs))[0])
+            evaluate = Run._test
+            patch.setattr(Run, "_test", lambda *a: (evaluate(*a), fill(place.outputs))[0])
             ended = place.run()
         (place.outputs / "filler").unlink()
         shutil.copytree(place.outputs, place.folder / "copy")
