@@ -67,6 +67,8 @@ SLOW = {
     "python scripts/make_tables.py step_cost",
     "python scripts/make_tables.py first_table --results results/measured --output outputs/first_table",
     "python scripts/bench_train.py --model convnext --batch 256 --size 64",
+    "python scripts/bench_step.py --model resnet50 --batch 64 --methods floor,full,lora,flora",
+    "python train.py -m task=digits adapter=flora,lora seed=0,1",
     "python train.py -m seed=0,1 hydra/launcher=joblib hydra.launcher.n_jobs=2",
     "python train.py -m seed=0,1 launcher=gpu_pool workers=2",
     "torchrun --nproc-per-node 2 train.py task=digits trainer.device=cpu",
@@ -143,9 +145,6 @@ def test_every_block_is_of_a_language_that_is_tested_and_every_entry_is_needed()
     assert {b.language for b in BLOCKS} <= {"sh", "python", "yaml", "text"}
     assert all(b.file and b.page == OWN for b in BLOCKS if b.language == "yaml")
     assert set(APPENDED) | SLOW | set(ELSEWHERE) <= set(COMMANDS)
-
-
-# ------------------------------------------------------------------ where commands run
 
 
 def png(number):
@@ -292,8 +291,6 @@ def test_a_python_block_runs(block, place, monkeypatch):
     exec(compile(text, str(block), "exec"), {"__name__": "pasted"})
 
 
-# ------------------------------------------------------------------ own tasks, models, methods, tables
-
 # Each word for word a command of docs/extending.md; they run in one process, to import once.
 DRIVER = """
 import runpy, sys
@@ -364,9 +361,6 @@ def test_the_table_of_the_examples_is_filled_and_rendered(house):
     assert "stripes" in ended.stdout
     lines = (house / "outputs/stripes/tables/stripes.md").read_text().splitlines()
     assert sum("(n = 2)" in line for line in lines) == 3
-
-
-# ------------------------------------------------------------------ links
 
 
 def slug(heading):
