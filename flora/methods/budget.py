@@ -30,15 +30,13 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from flora.adapters.config import FloraConfig
-from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import parameter_count, unfold
-from flora.adapters.weights import AdaptedWeight, ranks_of
+from flora.adapters.weights import ranks_of
 from flora.methods.heads import in_head, trained
-from flora.methods.rivals.ablations import CpForm
-from flora.methods.rivals.form import Form, FormLayer
-from flora.methods.rivals.locon import LoconForm
-from flora.methods.rivals.lora_flat import LoraFlatForm
-from flora.methods.rivals.lotr import LotrConfig
+from flora.methods.rivals.base import Parametrization, RivalLayer
+from flora.replaced.config import ReplacedConfig
+from flora.replaced.layer import ReplacedLayer
+from flora.replaced.weights import AdaptedWeight
 
 ALLOCATIONS = ("uniform", "proportional", "spectral")
 TOLERANCE = 0.01
@@ -194,9 +192,9 @@ def check_allocation(allocation: str | None) -> str:
 
 def has_ranks(config_class: type) -> bool:
     """Whether the budget solver knows the ranks of a method: one per layer, independent of each other, fixed."""
-    if issubclass(config_class, LotrConfig):
-        return False  # layers share factors
-    return issubclass(config_class, FloraConfig) or config_class in (peft.LoraConfig, peft.LoHaConfig, peft.LoKrConfig)
+    if issubclass(config_class, ReplacedConfig):
+        return not config_class.shares_factors
+    return config_class in (peft.LoraConfig, peft.LoHaConfig, peft.LoKrConfig)
 
 
 def refuse(budget: Any, name: str) -> None:
@@ -268,8 +266,8 @@ def ladders(config: Any, model: nn.Module) -> list[Ladder]:
     with _wrapped(probe, model) as wrapped:
         tuner: Any = wrapped.base_model
         for name, layer in tuner.model.named_modules():
-            if isinstance(layer, FloraLayer):
-                name = name.removesuffix(getattr(layer, "child_name", "")).removesuffix(".")
+            if isinstance(layer, ReplacedLayer):
+                name = name.removesuffix(layer.child_name).removesuffix(".")
                 found += [
                     _flora_ladder(config, name, layer, weight, tucker_rungs)
                     for weight in layer.weights["default"].values()
@@ -280,13 +278,13 @@ def ladders(config: Any, model: nn.Module) -> list[Ladder]:
 
 
 def _flora_ladder(
-    config: FloraConfig, name: str, layer: FloraLayer, weight: AdaptedWeight, tucker_rungs: Callable[..., Any]
+    config: Any, name: str, layer: ReplacedLayer, weight: AdaptedWeight, tucker_rungs: Callable[..., Any]
 ) -> Ladder:
     outputs = math.prod(weight.weight_shape) if weight.output_dim is None else weight.weight_shape[weight.output_dim]
     magnitudes = outputs if config.use_dora else 0
     groups = getattr(layer.get_base_layer(), "groups", 1)
-    if isinstance(layer, FormLayer):
-        rungs = _form_rungs(type(config).form, weight.shape, groups, magnitudes)  # type: ignore[attr-defined]
+    if isinstance(layer, RivalLayer):
+        rungs = _rival_rungs(config.parametrization, weight.shape, groups, magnitudes)
         modes: tuple[int, ...] = (0,)
     else:
         rungs = tucker_rungs(weight.shape, weight.kinds, magnitudes)
@@ -314,15 +312,11 @@ def _tucker_rungs(
 
 
 @functools.cache
-def _form_rungs(form: type[Form], shape: tuple[int, ...], groups: int, magnitudes: int) -> tuple[Rung, ...]:
-    highest = min(shape[0], math.prod(shape[1:]))
-    if issubclass(form, LoraFlatForm):  # B A is [out/groups k, in k] of inner width r k
-        highest = min(shape[0] // groups, shape[1] * groups)
-    elif issubclass(form, LoconForm):
-        highest = min(shape[:2])
-    elif issubclass(form, CpForm):
-        highest = math.prod(shape) // max(shape)
-    sizes = [[math.prod(s) for s in form(shape, rank, groups).shapes().values()] for rank in range(1, highest + 1)]
+def _rival_rungs(
+    parametrization: type[Parametrization], shape: tuple[int, ...], groups: int, magnitudes: int
+) -> tuple[Rung, ...]:
+    ranks = range(1, parametrization.highest_rank(shape, groups) + 1)
+    sizes = [[math.prod(s) for s in parametrization(shape, rank, groups).shapes().values()] for rank in ranks]
     return tuple(Rung(rank, rank, sum(size) + magnitudes) for rank, size in enumerate(sizes, start=1))
 
 

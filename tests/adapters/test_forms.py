@@ -69,8 +69,8 @@ def test_training_curves_agree_between_forms():
 
 def test_auto_takes_the_thin_products_for_wide_matrices_only():
     wide, narrow = nn.Linear(512, 512), nn.Linear(8, 8)
-    assert adapter(adapt(Holder(wide))).prefers_adding("default")
-    assert not adapter(adapt(Holder(narrow))).prefers_adding("default")
+    assert adapter(adapt(Holder(wide))).form_for(["default"]) == "factored"
+    assert adapter(adapt(Holder(narrow))).form_for(["default"]) == "merged"
 
 
 @pytest.mark.parametrize("form", ["factored", "merged"])
@@ -134,7 +134,7 @@ def test_every_form_of_an_embedding_trains_by_the_rows_that_torch_trains(kind):
     weight = layer.base_layer.weight + torch.einsum("ab,ia,jb->ij", core, rows, columns)
     expected = torch.autograd.grad(F.embedding(ids, weight, **kind).sin().sum(), [core, rows, columns])
     for form in ("auto", "factored", "merged"):
-        layer.form["default"] = form
+        layer.configured_form["default"] = form
         actual = torch.autograd.grad(model(ids).sin().sum(), [core, rows, columns])
         torch.testing.assert_close(actual, expected)
 

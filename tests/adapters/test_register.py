@@ -9,8 +9,9 @@ import peft
 import pytest
 
 import flora
-from flora.adapters.config import FLORA, PeftMethod
+from flora.adapters.config import FLORA
 from flora.adapters.register import register
+from flora.replaced.config import PeftMethod
 
 
 def test_peft_finds_the_method_by_its_name():
@@ -39,13 +40,13 @@ def test_the_name_acts_like_one_of_the_enum():
 def test_other_versions_of_peft_are_refused(version, monkeypatch):
     monkeypatch.setattr(peft, "__version__", version)
     with pytest.raises(ImportError, match=rf"flora needs peft>=0.21,<0.22, found {version}"):
-        register()
+        register(flora.FloraConfig, flora.FloraModel)
 
 
 @pytest.mark.parametrize("version", ["0.21.0", "0.21.9", "0.21.3.dev0"])
 def test_the_whole_series_is_accepted(version, monkeypatch):
     monkeypatch.setattr(peft, "__version__", version)
-    register()
+    register(flora.FloraConfig, flora.FloraModel)
 
 
 def test_importing_flora_registers_everything_and_is_light():

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from tensorly.decomposition import tucker
 from torch import nn
 
-from flora import FloraConfig
+from flora import FloraConfig, FloraLayer
 from flora.methods.heads import trained
 from flora.methods.rivals import FloraFlatConfig, FloraNocoreConfig, FloraShuffledConfig
-from flora.methods.rivals.ablations import kernel_order, solve_ranks
+from flora.methods.rivals.flora_shuffled import kernel_order
+from flora.methods.rivals.matched_ranks import solve_ranks
 from tests.methods.families import FAMILIES, adapter
 
 LAYERS = [
@@ -33,11 +34,12 @@ def filled(layer, config):
     """The layer with an adapter whose parameters are drawn, and they as arrays."""
     config.target_modules = {"0"}
     adapted = peft.get_peft_model(nn.Sequential(layer), config).base_model.model[0]
-    held = [*adapted.tucker_core["default"].items()] if "default" in adapted.tucker_core else []
-    held += [*adapted.tucker_factors["default"].items()]
-    for _, parameter in held:
+    parameters = dict(adapted.tucker_factors["default"].items())
+    if isinstance(adapted, FloraLayer):
+        parameters = {**adapted.tucker_core["default"], **parameters}
+    for parameter in parameters.values():
         nn.init.normal_(parameter)
-    return adapted, {name: parameter.detach().double().numpy() for name, parameter in held}
+    return adapted, {name: parameter.detach().double().numpy() for name, parameter in parameters.items()}
 
 
 def update_of(adapted):

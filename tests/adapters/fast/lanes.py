@@ -39,10 +39,11 @@ class Watch:
                 super().__call__(*operands)
                 assert self.written == sum(product.m * product.n for product in one.products)
 
-        def launched(one, kind, arguments):
+        def launched(one, kind, tensors, *settings):
             self.tiles = one.tiles
-            self.tables = [addresses(table) for table in arguments[4:] if isinstance(table, Tensor)]
-            launch(one, kind, arguments)
+            tables = [table for name, table in tensors.items() if name not in ("a", "b", "c", "base")]
+            self.tables = [addresses(table) for table in (*tables, one.tiles)]
+            launch(one, kind, tensors, *settings)
 
         def reads(builder, pointers, mask, *rest):
             self.check("read", pointers, mask)

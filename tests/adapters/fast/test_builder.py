@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flora
 from flora.adapters.fast import torch_plan as stackwise
-from flora.adapters.fast.builder import BatchedWeights, plans
+from flora.adapters.fast.builder import Builder, plans
 
 
 class Net(nn.Module):
@@ -57,14 +57,14 @@ def adapt(base: nn.Module, **settings: Any) -> peft.PeftModel:
     return peft.get_peft_model(copy.deepcopy(base), flora.FloraConfig(**settings))
 
 
-def batched(model: peft.PeftModel) -> BatchedWeights:
-    return model.base_model.batched
+def builder(model: peft.PeftModel) -> Builder:
+    return model.base_model.builder
 
 
 def layer_by_layer(model: peft.PeftModel) -> peft.PeftModel:
     """The same model with every layer building its own weight."""
     twin = copy.deepcopy(model)
-    batched(twin).detach(twin.base_model.model)
+    builder(twin).detach(twin.base_model.model)
     return twin
 
 
@@ -199,7 +199,7 @@ def test_evaluation_leaves_nothing_behind(x):
     with torch.no_grad():
         first = model(x)
         torch.testing.assert_close(model(x), first)
-    assert not batched(model)._built
+    assert not builder(model)._prepared
 
 
 @pytest.mark.parametrize("captured", [True, False])
@@ -208,10 +208,10 @@ def test_a_plan_lives_on_for_the_cuda_graphs_that_read_its_tables(x, captured, m
     monkeypatch.setattr("flora.adapters.fast.builder.capturing", lambda tensor: captured)
     model(x)
     monkeypatch.undo()
-    plan = weakref.ref(batched(model)._plans[0])
+    plan = weakref.ref(builder(model)._plans[0])
     model.eval()(x)  # as between two replays of a training step
     gc.collect()
-    assert batched(model)._plans[0] is not plan()
+    assert builder(model)._plans[0] is not plan()
     assert (plan() is not None) == captured
 
 
@@ -254,7 +254,7 @@ def test_layers_that_cannot_share_build_their_own(x, setting, monkeypatch):
     model = adapt(Net(), **setting)
     model(x)
     assert not built
-    assert not plans(batched(model).layers)
+    assert not plans(builder(model).layers)
 
 
 def test_sharded_offloaded_and_trained_weights_are_left_out():
@@ -262,10 +262,10 @@ def test_sharded_offloaded_and_trained_weights_are_left_out():
     fc = model.base_model.model.fc
     fc[0].base_layer.weight.requires_grad_(True)
     fc[1].base_layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # as ZeRO-3 leaves it between uses
-    (plan,) = plans(batched(model).layers)
+    (plan,) = plans(builder(model).layers)
     (stack,) = [stack for stack in plan.stacks if stack.described.shape == (5, 5)]
     assert stack.layers == (fc[2],)
-    assert not plans(batched(model.to("meta")).layers)
+    assert not plans(builder(model.to("meta")).layers)
 
 
 @pytest.mark.parametrize("form", ["merged", "factored"])
@@ -275,11 +275,11 @@ def test_layers_whose_factors_differ_in_dtype_build_their_own(form):
     x = torch.randn(4, 6)
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
-        assert len(batched(model)._built) == 2
+        assert len(builder(model)._prepared) == 2
         factor = model.base_model.model[0].tucker_factors["default"].weight_0
         factor.data = factor.data.half()  # past the module, so that nothing else tells
         torch.testing.assert_close(model(x), layer_by_layer(model)(x), rtol=0, atol=0)
-        assert not batched(model)._built
+        assert not builder(model)._prepared
     if form == "merged":
         with pytest.raises(RuntimeError, match="same dtype"):  # torch's own, as layer by layer
             model(x)
@@ -330,8 +330,8 @@ def test_autocast_rounds_the_sum_once(form):
     if form == "merged":
         layer = model.base_model.model[0]
         exact = layer.base_layer.weight + layer.get_delta_weight("default")
-        torch.testing.assert_close(batched(model)._built[id(layer)]["weight"], exact.bfloat16(), rtol=2**-8, atol=0)
-        assert not torch.equal(batched(model)._built[id(layer)]["weight"], layer.base_layer.weight.bfloat16())
+        torch.testing.assert_close(builder(model)._prepared[id(layer)]["weight"], exact.bfloat16(), rtol=2**-8, atol=0)
+        assert not torch.equal(builder(model)._prepared[id(layer)]["weight"], layer.base_layer.weight.bfloat16())
 
 
 class Sharing(nn.Module):
@@ -427,16 +427,16 @@ def test_frozen_biases_are_converted_together_and_trained_ones_train(trained):
     model = adapt(base, target_modules=["0", "1", "3"], forward="merged", bias=trained)
     x = torch.randn(2, 3, 3, 3)
     for _ in range(2):  # the second time after a change past autograd
-        for layer in batched(model).layers:
+        for layer in builder(model).layers:
             layer.base_layer.bias.data.mul_(1.5)
         with torch.autocast("cpu", torch.bfloat16):
             ours, alone = model(x), layer_by_layer(model)(x)
         torch.testing.assert_close(ours, alone, rtol=0.02, atol=0.02)
-    with_bias = [built for built in batched(model)._built.values() if "bias" in built]
+    with_bias = [built for built in builder(model)._prepared.values() if "bias" in built]
     assert len({built["bias"].untyped_storage().data_ptr() for built in with_bias}) == (trained == "none")
     assert len(with_bias) == (3 if trained == "none" else 0)
     ours.float().sum().backward()
-    for layer in batched(model).layers:
+    for layer in builder(model).layers:
         grad = layer.base_layer.bias.grad
         assert grad is None if trained == "none" else grad.dtype == torch.float32 and grad.abs().sum() > 0
 
@@ -461,7 +461,7 @@ def test_weights_are_handed_out_after_an_error_in_a_hook_or_a_layer(x):
     with pytest.raises(RuntimeError, match="channels"):
         model(x[:, :2])
     layer = model.base_model.model.fc[0]
-    layer.register_forward_hook(lambda *args: handed.append(batched(model).built_for(layer)))
+    layer.register_forward_hook(lambda *args: handed.append(builder(model).prepared_for(layer)))
     model(x)
     assert isinstance(handed[0]["weight"], Tensor)
 
@@ -471,7 +471,7 @@ def test_weights_are_handed_out_after_an_error_in_a_hook_or_a_layer(x):
 def test_a_deleted_model_is_freed(form, backward):
     model = adapt(Net(), target_modules=r"(conv|fc)\.\d", forward=form)
     kept = [
-        weakref.ref(part) for part in (batched(model), model.base_model.model.fc[0], model.base_model.model.stem.weight)
+        weakref.ref(part) for part in (builder(model), model.base_model.model.fc[0], model.base_model.model.stem.weight)
     ]
     output = model(torch.randn(2, 3, 6, 6)).sum()
     if backward:
@@ -487,13 +487,13 @@ def test_a_copied_and_a_pickled_model_build_their_own_weights(again):
     twin = again(model)
     built = {}
     with torch.no_grad():
-        for layer in batched(twin).layers:
+        for layer in builder(twin).layers:
             layer.core("default").mul_(2)
             layer.register_forward_hook(
-                lambda one, args, output: built.update({one: batched(twin)._built.get(id(one))})
+                lambda one, args, output: built.update({one: builder(twin)._prepared.get(id(one))})
             )
     assert not torch.allclose(twin(x), model(x))
-    assert len(built) == len(batched(model).layers) > 0
+    assert len(built) == len(builder(model).layers) > 0
     assert all(isinstance(one["weight"], Tensor) for one in built.values())
 
 

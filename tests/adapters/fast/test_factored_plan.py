@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import flora
-from tests.adapters.fast.test_builder import assert_same, batched, double, layer_by_layer  # noqa: F401
+from tests.adapters.fast.test_builder import assert_same, builder, double, layer_by_layer  # noqa: F401
 
 
 class Net(nn.Module):
@@ -60,7 +60,7 @@ def test_outputs_and_gradients_added_up_over_batches_are_those_of_layer_by_layer
     for part in x.split(2):
         found, expected = gradients(model, part), gradients(alone, part)
     assert_same(found, expected)
-    (plan,) = batched(model)._plans
+    (plan,) = builder(model)._plans
     assert [len(stack.layers) for stack in plan.stacks] == [2, 2]
     assert {stack.core_side for stack in plan.stacks} == {"rows", "columns"}
 
@@ -96,6 +96,6 @@ def test_the_update_is_that_of_the_factors(x):
 def test_dropout_leaves_layers_alone_while_it_acts(x):
     model = adapted(flora_dropout=0.5)
     model(x)
-    assert not batched(model)._plans
+    assert not builder(model)._plans
     torch.testing.assert_close(model.eval()(x), layer_by_layer(model)(x))
-    assert len(batched(model)._plans) == 1
+    assert len(builder(model)._plans) == 1

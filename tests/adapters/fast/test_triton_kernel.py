@@ -9,7 +9,7 @@ from torch import nn
 
 import flora
 from flora.adapters.fast.builder import INTERPRETED
-from tests.adapters.fast.test_builder import batched
+from tests.adapters.fast.test_builder import builder
 from tests.adapters.fast.test_triton_plan import DEVICE, ready
 
 pytestmark = ready
@@ -69,7 +69,7 @@ def test_several_elements_are_moved_at_once_where_all_is_aligned_and_half_precis
         for i in range(2)
     ]
     together = kernels.Products(products, (64, 64, 32), c.device)
-    assert [launch.pattern[-1] for launch in together.launches] == [True]
+    assert [launch.layout.aligned for launch in together.launches] == [True]
     together(a, b, c)
     torch.testing.assert_close(c.double(), a.half().double() @ b.double(), rtol=1e-5, atol=1e-4)
 
@@ -112,10 +112,10 @@ def test_every_lane_stays_within_its_own_product(watch, monkeypatch, tile):
         monkeypatch.setattr("flora.adapters.fast.triton_plan._tile", lambda step, products: tile)
     with torch.autocast(DEVICE, torch.bfloat16):
         model(torch.randn(1, 3, 14, 14)).sum().backward()
-    (plan,) = batched(model)._plans
+    (plan,) = builder(model)._plans
     assert len(plan.layers) == 7
     assert {one for products in watch.calls for one in products} == {one for _, one in plan._products()}
-    assert {launch.pattern[-1] for step in plan._steps.values() for launch in step.launches} == {True, False}
+    assert {launch.layout.aligned for step in plan._steps.values() for launch in step.launches} == {True, False}
 
 
 ROW = 16
