@@ -81,9 +81,8 @@ class FloraLayer(ReplacedLayer):
     def factors(self, adapter_name: str, weight_name: str = "weight") -> list[nn.Parameter | None]:
         """Factors of one adapted weight, d_n x r_n per mode; ``None`` for modes without one."""
         weight = self.weights[adapter_name][weight_name]
-        held = self.tucker_factors[adapter_name]
-        names = [f"{weight.key}_{mode}" for mode in range(len(weight.shape))]
-        return [held.get(name) for name in names]
+        factors = self.tucker_factors[adapter_name]
+        return [factors.get(f"{weight.key}_{mode}") for mode in range(len(weight.shape))]
 
     @override
     def get_delta_weight(self, adapter: str, weight: str | None = None) -> Tensor:

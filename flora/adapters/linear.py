@@ -132,8 +132,8 @@ class Embedding(_Matrix):
         # max_norm renormalises rows of the sum, scale_grad_by_freq divides gradients of its rows; scaled embeddings
         # multiply it by a constant, which can be applied here.
         op_known = type(base).forward is nn.Embedding.forward or self._get_embed_scale() is not None
-        additive = base.max_norm is None and not base.scale_grad_by_freq
-        return "factored" if op_known and additive and self.has_thin_matrices(adapter_name) else None
+        a_sum = base.max_norm is None and not base.scale_grad_by_freq
+        return "factored" if op_known and a_sum and self.has_thin_matrices(adapter_name) else None
 
     @override
     def cheaper_form(self, adapter_name: str) -> Form:

@@ -2,26 +2,14 @@
 
 from typing import Any
 
-import peft
-from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-
-SUPPORTED = ("0.21", "0.22")
 
 
 def register(config_class: Any, tuner_class: Any) -> None:
     """Write the method that ``config_class.method`` names into PEFT's tables of methods.
 
     PEFT's ``register_peft_method`` accepts only names of its ``PeftType`` enum, so the tables are written directly.
-
-    Raises:
-        ImportError: if the installed PEFT is not of the series this is tested with.
     """
-    first, end = SUPPORTED
-    if not Version(first) <= Version(Version(peft.__version__).base_version) < Version(end):
-        raise ImportError(
-            f"flora needs peft>={first},<{end}, found {peft.__version__}; install a version in that range"
-        )
     tables: tuple[tuple[dict[Any, Any], Any], ...] = (
         (PEFT_TYPE_TO_CONFIG_MAPPING, config_class),
         (PEFT_TYPE_TO_TUNER_MAPPING, tuner_class),

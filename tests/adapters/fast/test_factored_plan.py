@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import flora
-from tests.adapters.fast.test_builder import assert_same, builder, double, layer_by_layer  # noqa: F401
+from tests.adapters.fast.nets import assert_same, builder, layer_by_layer
+
+pytestmark = pytest.mark.usefixtures("double")
 
 
 class Net(nn.Module):

@@ -1,4 +1,4 @@
-"""The GPU kernel against float64; without a GPU test_grouped.py runs these tests in Triton's interpreter."""
+"""The GPU kernel against float64; without a GPU test_triton_plan.py runs these tests in Triton's interpreter."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from torch import nn
 
 import flora
 from flora.adapters.fast.builder import INTERPRETED
-from tests.adapters.fast.test_builder import builder
+from tests.adapters.fast.nets import builder
 from tests.adapters.fast.test_triton_plan import DEVICE, ready
 
 pytestmark = ready

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import flora
 from flora.adapters.fast.builder import INTERPRETED, Grouped
-from tests.adapters.fast.test_builder import TARGETS, Net, builder
+from tests.adapters.fast.nets import TARGETS, Net, builder
 
 ready = pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
