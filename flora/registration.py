@@ -51,9 +51,8 @@ def when_peft_is_imported() -> None:
     Raises:
         ImportError: if PEFT is imported and not of the series this is tested with; otherwise its import raises it.
     """
-    peft = sys.modules.get("peft")
-    if peft is not None:
-        _register(peft)
+    if sys.modules.get("peft") is not None:
+        _register(importlib.import_module("peft"))  # which waits where another thread is importing it
     elif not any(isinstance(finder, _AfterPeft) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterPeft())
 

@@ -184,16 +184,16 @@ def test_layers_with_a_forward_of_their_own_keep_it():
 )
 def test_magnitude_times_direction_with_the_norm_held_constant(layer, x, dims):
     model = adapt(Holder(layer), use_dora=True)
-    held = adapter(model)
-    magnitude = held.tucker_magnitude["default"]["weight"]
+    adapted = adapter(model)
+    magnitude = adapted.tucker_magnitude["default"]["weight"]
     magnitude.data.mul_(torch.rand_like(magnitude) + 0.5)
-    parameters = [held.core("default"), *(f for f in held.factors("default") if f is not None), magnitude]
+    parameters = [adapted.core("default"), *(f for f in adapted.factors("default") if f is not None), magnitude]
     actual = torch.autograd.grad(model(x).square().sum(), parameters)
 
-    updated = held.base_layer.weight + held.get_delta_weight("default")
+    updated = adapted.base_layer.weight + adapted.get_delta_weight("default")
     norm = torch.linalg.vector_norm(updated.detach(), dim=dims, keepdim=True)
     weight = magnitude.view(norm.shape) * updated / norm
-    output = torch.func.functional_call(held.base_layer, {"weight": weight}, (x,))
+    output = torch.func.functional_call(adapted.base_layer, {"weight": weight}, (x,))
     torch.testing.assert_close(model(x), output)
     expected = torch.autograd.grad(output.square().sum(), parameters)
     for ours, theirs in zip(actual, expected, strict=True):

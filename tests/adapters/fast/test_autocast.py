@@ -77,8 +77,8 @@ def test_layers_on_one_input_keep_one_copy_of_it_under_autocast(form, changes, s
     assert len(kept) == (3 if changes else 2)  # what the first layer takes, and what the three share
     model.zero_grad()
     loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert_same(found, exact, rtol=0.05)
+    rounded = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert_same(rounded, exact, rtol=0.05)
 
 
 class Checkpointed(nn.Module):
@@ -109,11 +109,11 @@ def test_gradient_checkpointing_under_autocast(form, reentrant, sharing):
 def test_a_layer_outside_of_the_models_autocast_computes_in_full_precision(form, sharing):
     sharing.leaves = True
     model = adapt(sharing, target_modules=SHARING, forward=form)
-    value, seen = model.base_model.model.value, []
-    value.register_forward_hook(lambda layer, inputs, output: seen.append((*inputs, output)))
+    value, calls = model.base_model.model.value, []
+    value.register_forward_hook(lambda layer, inputs, output: calls.append((*inputs, output)))
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(5, 8))
-    ((x, output),) = seen
+    ((x, output),) = calls
     exact = F.linear(x, value.base_layer.weight + value.get_delta_weight("default"), value.base_layer.bias)
     torch.testing.assert_close(output, exact)
 

@@ -43,12 +43,14 @@ def test_outputs_and_gradients_are_those_of_layer_by_layer(x, memory_format, mon
 
 def test_built_weights_keep_the_memory_format_of_the_base():
     model = adapt(Net().to(memory_format=torch.channels_last))
-    seen = []
+    weights = []
     layer = model.base_model.model.conv[0]
-    layer.base_layer._conv_forward = lambda x, weight, bias: seen.append(weight) or F.conv2d(x, weight, bias, padding=1)
+    layer.base_layer._conv_forward = lambda x, weight, bias: (
+        weights.append(weight) or F.conv2d(x, weight, bias, padding=1)
+    )
     model(torch.randn(1, 3, 6, 6))
-    assert seen[0].is_contiguous(memory_format=torch.channels_last)
-    assert not seen[0].is_contiguous()
+    assert weights[0].is_contiguous(memory_format=torch.channels_last)
+    assert not weights[0].is_contiguous()
 
 
 def test_gradients_of_gradients(x):
@@ -81,8 +83,8 @@ def test_gradient_accumulation(x):
     model = adapt(Net())
     alone = layer_by_layer(model)
     for part in x.split(2):
-        for one in (model, alone):
-            one(part).square().sum().backward()
+        for each in (model, alone):
+            each(part).square().sum().backward()
     pairs = zip(model.named_parameters(), alone.named_parameters(), strict=True)
     assert_same(*({name: p.grad for name, p in side if p.requires_grad} for side in zip(*pairs, strict=True)))
 
@@ -100,11 +102,11 @@ def test_gradient_checkpointing(x, reentrant, monkeypatch):
 def test_training_steps_see_new_parameters(x):
     model = adapt(Net())
     alone = layer_by_layer(model)
-    for one in (model, alone):
-        optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.5)
+    for each in (model, alone):
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.5)
         for _ in range(3):
             optimizer.zero_grad()
-            one(x).square().sum().backward()
+            each(x).square().sum().backward()
             optimizer.step()
     torch.testing.assert_close(model(x), alone(x))
     inner, expected = model.base_model.model, alone.base_model.model
@@ -154,8 +156,8 @@ def test_several_disabled_merged_and_renewed_adapters(x):
     model(x)
     alone = layer_by_layer(model)
     for name, change in states:
-        for one in (model, alone):
-            change(one)
+        for each in (model, alone):
+            change(each)
         torch.testing.assert_close(model(x), alone(x), msg=lambda text, name=name: f"{name}: {text}")
     with model.disable_adapter():
         torch.testing.assert_close(model(x), model.get_base_model()(x))

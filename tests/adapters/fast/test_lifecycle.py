@@ -40,7 +40,7 @@ def test_a_deleted_model_is_freed(form, backward):
         output.backward()
     del model, output
     gc.collect()
-    assert [one() for one in kept] == [None, None, None]
+    assert [part() for part in kept] == [None, None, None]
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -52,18 +52,18 @@ def test_a_copied_and_a_pickled_model_build_their_own_weights(again):
         for layer in builder(twin).layers:
             layer.core("default").mul_(2)
             layer.register_forward_hook(
-                lambda one, args, output: built.update({one: builder(twin)._prepared.get(id(one))})
+                lambda layer, args, output: built.update({layer: builder(twin)._prepared.get(id(layer))})
             )
     assert not torch.allclose(twin(x), model(x))
     assert len(built) == len(builder(model).layers) > 0
-    assert all(isinstance(one["weight"], Tensor) for one in built.values())
+    assert all(isinstance(weights["weight"], Tensor) for weights in built.values())
 
 
 @pytest.mark.parametrize("form", ["merged", "factored"])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_of_a_base_layer_are_called(form, kind):
-    model, seen = adapt(nn.Sequential(nn.Linear(4, 4)), target_modules=["0"], forward=form), []
+    model, called = adapt(nn.Sequential(nn.Linear(4, 4)), target_modules=["0"], forward=form), []
     base = model.base_model.model[0].base_layer
-    getattr(base, f"register_{kind}_hook")(lambda *args: seen.append(kind))
+    getattr(base, f"register_{kind}_hook")(lambda *args: called.append(kind))
     model(torch.randn(2, 4, requires_grad=True)).sum().backward()
-    assert seen == [kind]
+    assert called == [kind]

@@ -84,7 +84,7 @@ def test_each_weight_is_the_base_plus_the_delta_rounded_once(memory_format):
     built = {}
     for layer in builder(model).layers:
         layer.register_forward_hook(
-            lambda one, args, output: built.update({one: builder(model)._prepared[id(one)]["weight"]})
+            lambda layer, args, output: built.update({layer: builder(model)._prepared[id(layer)]["weight"]})
         )
     with torch.autocast(DEVICE, torch.bfloat16):
         model(images())
@@ -144,13 +144,13 @@ def test_a_factor_of_another_dtype_is_not_read_as_float32(dtype):
 @ready
 def test_a_gradient_can_be_differentiated_again():
     model, x = adapted(), images()
-    twin, found = exact(model), []
-    for one, inputs in ((model, x), (twin, x.double())):
-        parameters = [p for p in one.parameters() if p.requires_grad]
-        once = torch.autograd.grad(one(inputs).square().mean(), parameters, create_graph=True)
+    twin, gradients_of_both = exact(model), []
+    for each, inputs in ((model, x), (twin, x.double())):
+        parameters = [p for p in each.parameters() if p.requires_grad]
+        once = torch.autograd.grad(each(inputs).square().mean(), parameters, create_graph=True)
         twice = torch.autograd.grad(sum(g.square().sum() for g in once), parameters)
-        found.append({str(i): g.double() for i, g in enumerate(twice)})
-    assert_near(*found, 1e-3)
+        gradients_of_both.append({str(i): g.double() for i, g in enumerate(twice)})
+    assert_near(*gradients_of_both, 1e-3)
 
 
 @ready
@@ -171,9 +171,9 @@ def test_a_weight_of_more_elements_than_the_kernel_counts_is_not_taken():
 
     model = adapted()
     model(images())
-    stack = next(one for one in builder(model)._plans[0].stacks if len(one.described.shape) == 2)
+    stack = next(stack for stack in builder(model)._plans[0].stacks if len(stack.described.shape) == 2)
     sizes = {elements: replace(stack.described, shape=(elements // 2**10, 2**10)) for elements in (2**31, 2**32)}
-    assert [takes(replace(stack, described=one)) for one in sizes.values()] == [True, False]
+    assert [takes(replace(stack, described=described)) for described in sizes.values()] == [True, False]
 
 
 SHAPES = [
@@ -202,11 +202,11 @@ def test_weights_of_any_shape(memory_format, base, kind):
     x = torch.randn(2, base[0].in_channels, *[8] * (base[0].weight.dim() - 2), device=DEVICE)
     ours, theirs = model(x), twin(x.double())
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
-    found = []
-    for one, output in ((model, ours), (twin, theirs)):
+    gradients_of_both = []
+    for each, output in ((model, ours), (twin, theirs)):
         output.sin().sum().backward()
-        found.append({name: p.grad.double() for name, p in one.named_parameters() if p.requires_grad})
-    assert_near(*found, 1e-4)
+        gradients_of_both.append({name: p.grad.double() for name, p in each.named_parameters() if p.requires_grad})
+    assert_near(*gradients_of_both, 1e-4)
     assert kinds(model) == {kind if isinstance(kind, str) else kind[memory_format == torch.channels_last]: 1}
 
 

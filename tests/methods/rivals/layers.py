@@ -15,10 +15,10 @@ def filled(layer, name="0", **config):
     kind = config.pop("config")
     model = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), kind(target_modules=[name], **config))
     adapted = model.base_model.model[0]
-    held = adapted.tucker_factors["default"]
-    for parameter in held.values():
+    factors = adapted.tucker_factors["default"]
+    for parameter in factors.values():
         nn.init.normal_(parameter)
-    return model, adapted, {key: parameter.detach().double().numpy() for key, parameter in held.items()}
+    return model, adapted, {key: parameter.detach().double().numpy() for key, parameter in factors.items()}
 
 
 def update_of(adapted):

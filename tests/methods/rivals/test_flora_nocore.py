@@ -23,9 +23,9 @@ def test_nocore_is_a_sum_of_outer_products(layer):
 def test_nocore_starts_at_zero_with_outputs_that_can_move():
     model = peft.get_peft_model(nn.Sequential(nn.Conv2d(6, 8, 3)), FloraNocoreConfig(r=8, target_modules=["0"]))
     adapted = model.base_model.model[0]
-    held = adapted.tucker_factors["default"]
+    factors = adapted.tucker_factors["default"]
     assert not adapted.get_delta_weight("default").any()
     (model(torch.randn(2, 6, 5, 5)) ** 2).sum().backward()
-    assert held["0"].grad.abs().min() > 0
-    assert not held["0"].any()
-    assert all(held[mode].any() and not held[mode].grad.any() for mode in "123")
+    assert factors["0"].grad.abs().min() > 0
+    assert not factors["0"].any()
+    assert all(factors[mode].any() and not factors[mode].grad.any() for mode in "123")

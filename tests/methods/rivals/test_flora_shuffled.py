@@ -56,12 +56,12 @@ def test_at_full_kernel_rank_shuffled_reaches_every_update_of_flora(layer):
     order = kernel_order(kernel, 3).numpy()
     moved = np.empty_like(flat)
     moved[..., order] = flat
-    held = shuffled.tucker_factors["default"]
+    factors = shuffled.tucker_factors["default"]
     shuffled.tucker_core["default"]["weight"].data = torch.from_numpy(moved.reshape(core.shape)).float()
     for mode in range(layer.weight.dim()):
-        if f"weight_{mode}" in held:
+        if f"weight_{mode}" in factors:
             factor = parts[f"weight_{mode}"] if mode < 2 else np.eye(kernel[mode - 2])
-            held[f"weight_{mode}"].data = torch.from_numpy(factor).float()
+            factors[f"weight_{mode}"].data = torch.from_numpy(factor).float()
     np.testing.assert_allclose(update_of(shuffled), wanted, rtol=1e-3, atol=1e-4)
 
 

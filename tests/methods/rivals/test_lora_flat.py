@@ -23,12 +23,12 @@ def test_lora_flat_is_loralibs_conv_lora(conv):
     oracle = loralib.Conv2d(inputs, outputs, kernel, r=3, lora_alpha=6, merge_weights=False, **settings)
     nn.init.normal_(oracle.lora_B)
     model, adapted, _ = filled(oracle.conv, config=LoraFlatConfig, r=3, alpha=6)
-    held = adapted.tucker_factors["default"]
-    assert {key: tuple(p.shape) for key, p in held.items()} == {
+    factors = adapted.tucker_factors["default"]
+    assert {key: tuple(p.shape) for key, p in factors.items()} == {
         "A": tuple(oracle.lora_A.shape),
         "B": tuple(oracle.lora_B.shape),
     }
-    held["A"].data, held["B"].data = oracle.lora_A.data.clone(), oracle.lora_B.data.clone()
+    factors["A"].data, factors["B"].data = oracle.lora_A.data.clone(), oracle.lora_B.data.clone()
     expected = (oracle.lora_B @ oracle.lora_A).view(oracle.conv.weight.shape) * oracle.scaling
     torch.testing.assert_close(adapted.get_delta_weight("default"), expected)
     x = torch.randn(2, inputs, 9, 9)
@@ -41,8 +41,8 @@ def test_lora_flat_is_loralibs_linear():
     base = nn.Linear(7, 5)
     base.load_state_dict({"weight": oracle.weight.data, "bias": oracle.bias.data})
     model, adapted, _ = filled(base, config=LoraFlatConfig, r=2, alpha=6)
-    held = adapted.tucker_factors["default"]
-    held["A"].data, held["B"].data = oracle.lora_A.data.clone(), oracle.lora_B.data.clone()
+    factors = adapted.tucker_factors["default"]
+    factors["A"].data, factors["B"].data = oracle.lora_A.data.clone(), oracle.lora_B.data.clone()
     x = torch.randn(3, 7)
     torch.testing.assert_close(model(x), oracle(x))
 

@@ -18,24 +18,26 @@ def lotr_model():
 def test_lotr_shares_factors_between_layers_of_one_shape(tmp_path):
     model = lotr_model()
     layers = list(model.base_model.model)
-    held = [layer.tucker_factors["default"] for layer in layers]
-    shared = {(i, j) for i in range(5) for j in range(i) if held[i]["L"] is held[j]["L"]}
-    assert shared == {(1, 0), (4, 2)} == {(i, j) for i in range(5) for j in range(i) if held[i]["R"] is held[j]["R"]}
-    assert len({id(h["M"]) for h in held}) == 5
+    factors = [layer.tucker_factors["default"] for layer in layers]
+    shared = {(i, j) for i in range(5) for j in range(i) if factors[i]["L"] is factors[j]["L"]}
+    assert (
+        shared == {(1, 0), (4, 2)} == {(i, j) for i in range(5) for j in range(i) if factors[i]["R"] is factors[j]["R"]}
+    )
+    assert len({id(h["M"]) for h in factors}) == 5
     # three shapes, r (out + in) each, and five cores
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (12 + 10 + 10) + 5 * 4
 
-    for h in held:
+    for h in factors:
         nn.init.normal_(h["M"])
     x = torch.randn(3, 6)
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).zero_grad()
     model(x).sum().backward()
-    assert all(h["L"].grad is not None for h in held)
+    assert all(h["L"].grad is not None for h in factors)
     model.save_pretrained(str(tmp_path))
     again = lotr_model().base_model.model
     base = nn.Sequential(*[layer.get_base_layer() for layer in again])
     base.load_state_dict(nn.Sequential(*[layer.get_base_layer() for layer in layers]).state_dict())
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path))
     torch.testing.assert_close(loaded(x), model(x))
-    held = [layer.tucker_factors["default"] for layer in loaded.base_model.model]
-    assert held[0]["L"] is held[1]["L"]
+    factors = [layer.tucker_factors["default"] for layer in loaded.base_model.model]
+    assert factors[0]["L"] is factors[1]["L"]

@@ -60,10 +60,10 @@ def test_locon_is_lycoris_module_and_a_tucker_2_form(layer):
     np.testing.assert_allclose(update_of(adapted), expected, rtol=1e-4, atol=1e-5)
 
     module = LoConModule("x", copy.deepcopy(layer), lora_dim=3, alpha=6, use_tucker=True)
-    held = adapted.tucker_factors["default"]
-    module.lora_down.weight.data = held["down"].data
-    module.lora_up.weight.data = held["up"].data
-    module.lora_mid.weight.data = held["mid"].data
+    factors = adapted.tucker_factors["default"]
+    module.lora_down.weight.data = factors["down"].data
+    module.lora_up.weight.data = factors["up"].data
+    module.lora_mid.weight.data = factors["mid"].data
     difference, _ = module.get_diff_weight()
     torch.testing.assert_close(adapted.get_delta_weight("default"), difference, rtol=1e-4, atol=1e-5)
 

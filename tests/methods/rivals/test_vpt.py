@@ -27,13 +27,13 @@ def test_prompts_are_tokens_between_the_class_token_and_the_patches(deep):
 
     x = torch.randn(2, 3, 16, 16)
     tokens = plain._pos_embed(plain.patch_embed(x))
-    seen = []
+    lengths = []
     for index, block in enumerate(plain.blocks):
         if index < len(prompts):
             tokens = torch.cat([tokens[:, :1], prompts[index].expand(2, 4, 24), tokens[:, -16:]], dim=1)
         tokens = block(tokens)
-        seen.append(tokens.shape[1])
-    assert seen == [21, 21, 21]
+        lengths.append(tokens.shape[1])
+    assert lengths == [21, 21, 21]
     expected = plain.forward_head(plain.norm(torch.cat([tokens[:, :1], tokens[:, -16:]], dim=1)))
     torch.testing.assert_close(model(x), expected)
     with model.disable_adapter():
