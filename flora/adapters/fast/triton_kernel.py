@@ -20,6 +20,8 @@ _CM_OUTER, _CM_INNER, _CM_SPLIT = map(tl.constexpr, range(7, 10))
 _AK_OUTER, _AK_INNER, _AK_SPLIT = map(tl.constexpr, range(10, 13))
 _BK_OUTER, _BK_INNER, _BK_SPLIT = map(tl.constexpr, range(13, 16))
 _B_N, _C_N, _COLUMNS = map(tl.constexpr, range(16, 19))
+# Columns of the list of tiles: the product's number, the tile's place among its rows and columns.
+_NUMBER, _DOWN, _ACROSS, _TILE_COLUMNS = map(tl.constexpr, range(4))
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -79,10 +81,9 @@ def _products(
     ak_unit: tl.constexpr, bk_unit: tl.constexpr, bn_unit: tl.constexpr, cn_unit: tl.constexpr,
     aligned: tl.constexpr, adds: tl.constexpr, operand: tl.constexpr,
 ):  # fmt: skip
-    # A tile of c = base + scale * einsum("mk,kn->mn", a, b), of the product that ``tiles`` says: its number in the
-    # table, and the tile's place in rows and columns.
-    tile = tiles + 3 * tl.program_id(0).to(tl.int64)
-    number = tl.load(tile).to(tl.int64)
+    # One tile of one product: c = base + scale * einsum("mk,kn->mn", a, b).
+    tile = tiles + tl.program_id(0).to(tl.int64) * _TILE_COLUMNS
+    number = tl.load(tile + _NUMBER).to(tl.int64)
     row = table + number * _COLUMNS
     m, n, k = tl.load(row + _M).to(tl.int32), tl.load(row + _N).to(tl.int32), tl.load(row + _K).to(tl.int32)
     a_start, b_start, c_start = tl.load(a_starts + number), tl.load(b_starts + number), tl.load(row + _C_START)
@@ -101,8 +102,8 @@ def _products(
         am_outer, cm_outer = tl.multiple_of(am_outer, 8), tl.multiple_of(cm_outer, 8)
         ak_outer, bk_outer = tl.multiple_of(ak_outer, 8), tl.multiple_of(bk_outer, 8)
         b_n, c_n = tl.multiple_of(b_n, 8), tl.multiple_of(c_n, 8)
-    i = tl.load(tile + 1) * tile_m + tl.arange(0, tile_m)
-    j = tl.load(tile + 2) * tile_n + tl.arange(0, tile_n)
+    i = tl.load(tile + _DOWN) * tile_m + tl.arange(0, tile_m)
+    j = tl.load(tile + _ACROSS) * tile_n + tl.arange(0, tile_n)
     a_rows = _offset(i, am_outer, am_inner, am_split, m_splits, am_unit)[:, None]
     b_columns = (j if bn_unit else j * b_n)[None, :]
     inside_m, inside_n = (i < m)[:, None], (j < n)[None, :]
