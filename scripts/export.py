@@ -45,7 +45,7 @@ def export(arguments: Sequence[str] | None = None) -> None:
     print(f"{options.to}: {options.output}")
 
 
-def _forms(options: argparse.Namespace, model: nn.Module) -> dict[str, convert.Form]:
+def _forms(options: argparse.Namespace, model: nn.Module) -> dict[str, convert.TuckerUpdate]:
     """What the source holds, as Tucker forms by layer."""
     if options.source_kind == "lora":
         return convert.from_lora(model, options.source)

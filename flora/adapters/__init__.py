@@ -7,6 +7,6 @@ from flora.adapters.layer import FloraLayer
 from flora.adapters.model import FloraModel
 from flora.adapters.register import register
 
-register()
+register(FloraConfig, FloraModel)
 
 __all__ = ["FloraConfig", "FloraLayer", "FloraModel"]

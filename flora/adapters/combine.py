@@ -41,7 +41,7 @@ def add_weighted_adapter(
     config.kernel_rank = config.kernel_rank if kernel_rank is None else kernel_rank
     combined = {}
     for name in adapters:
-        for full_name, layer, weight in model._adapted_weights(name):
+        for full_name, layer, weight in model.adapted_weights(name):
             if full_name not in combined:
                 combined[full_name] = _combine(layer, weight, full_name, adapters, weights, combination_type, config)
 
@@ -59,7 +59,7 @@ def add_weighted_adapter(
         del model.peft_config[adapter_name]
         raise
     model._cast_adapter_dtype(adapter_name)
-    for full_name, layer, weight in model._adapted_weights(adapter_name):
+    for full_name, layer, weight in model.adapted_weights(adapter_name):
         core, factors = combined[full_name]
         layer.core(adapter_name, weight).copy_(core)
         for own, factor in zip(layer.factors(adapter_name, weight), factors, strict=True):
@@ -83,13 +83,13 @@ def _combine(
     return core, factors
 
 
-def _union(configs: list[Any], field: str, found: list[str]) -> set[str]:
-    """Names (of those found in the model) that at least one configuration targets."""
+def _union(configs: list[Any], field: str, names: list[str]) -> set[str]:
+    """The names that at least one configuration targets."""
     union: set[str] = set()
     for config in configs:
         targets = getattr(config, field)
         if isinstance(targets, str):
-            union |= {name for name in found if re.fullmatch(targets, name)}
+            union |= {name for name in names if re.fullmatch(targets, name)}
         else:
             union |= set(targets or ())
     return union

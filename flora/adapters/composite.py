@@ -7,7 +7,8 @@ from typing_extensions import override
 
 from flora.adapters.config import FloraConfig
 from flora.adapters.layer import FloraLayer
-from flora.adapters.weights import AdaptedWeight, ModeKind, plain, stacked_kinds
+from flora.adapters.weights import stacked_kinds
+from flora.replaced.weights import AdaptedWeight, ModeKind, plain
 
 
 def _stacked(name: str, weight: Tensor, parts: int) -> AdaptedWeight:

@@ -1,4 +1,4 @@
-"""Adapted convolutions of one, two and three dimensions, plain and transposed, with any number of groups."""
+"""FLoRA of convolutions of one, two and three dimensions, plain and transposed, with any number of groups."""
 
 import math
 from typing import Any
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from flora.adapters.config import FloraConfig
-from flora.adapters.fast.cost import Work, additive_is_cheaper
-from flora.adapters.layer import FloraLayer, compute_dtype
-from flora.adapters.linear import runs_plain_op
+from flora.adapters.cost import Work, factored_is_cheaper
+from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import to_tensor
-from flora.adapters.weights import AdaptedWeight, ModeKind, plain
+from flora.replaced.conv import ReplacedConv, conv_modes
+from flora.replaced.layer import Form, compute_dtype
+from flora.replaced.weights import AdaptedWeight
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
@@ -28,20 +28,28 @@ class _Conv(FloraLayer):
 
     @override
     def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
-        base = self.get_base_layer()
-        kernel: list[ModeKind] = ["kernel"] * len(base.kernel_size)
-        return [plain("weight", base.weight.shape, ["channel", "channel", *kernel], output_dim=self.output_dim)]
+        return [conv_modes(self.get_base_layer().weight, self.output_dim)]
 
     @property
     @override
     def stackable(self) -> bool:  # type: ignore[override]
-        return self._plain_op()
+        return self.plain_op
 
     @override
-    def prefers_adding(self, adapter_name: str) -> bool:
-        base, described = self.get_base_layer(), self.weights[adapter_name]["weight"]
-        if base.groups > 1 or described.folded or not self._plain_op():
-            return False
+    def form_apart(self, adapter_name: str) -> Form | None:
+        base = self.get_base_layer()
+        if self.plain_op:
+            # Groups share the input factor but not the channels it acts on: no thin product, so the update runs dense.
+            thin = base.groups == 1 and not self.weights[adapter_name]["weight"].folded
+            return "factored" if thin else "dense"
+        # timm's Conv2dSame pads by the size of its input, as TensorFlow does; other unknown forwards may be anything.
+        return "dense" if type(base).__name__ == "Conv2dSame" else None
+
+    @override
+    def cheaper_form(self, adapter_name: str) -> Form:
+        base = self.get_base_layer()
+        if self.form_apart(adapter_name) != "factored":
+            return "merged"
         ranks, strides = self.effective_ranks[adapter_name]["weight"], math.prod(base.stride)
         work = Work(
             base.in_channels,
@@ -51,19 +59,13 @@ class _Conv(FloraLayer):
             kernel=math.prod(base.kernel_size),
             inputs_per_output=1 / strides if self.output_dim == 1 else strides,
         )
-        return additive_is_cheaper(work, base.weight.device.type, compute_dtype(base.weight))
-
-    @override
-    def can_add(self, adapter_name: str) -> bool:
-        # timm's Conv2dSame pads by the size of its input, as TensorFlow does; other unknown forwards may be anything.
-        return self._plain_op() or type(self.get_base_layer()).__name__ == "Conv2dSame"
+        cheaper = factored_is_cheaper(work, base.weight.device.type, compute_dtype(base.weight))
+        return "factored" if cheaper else "merged"
 
     @override
     def delta_output(self, adapter_name: str, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        described = self.weights[adapter_name]["weight"]
-        input = self.tucker_dropout[adapter_name](input)
-        if self.get_base_layer().groups > 1 or described.folded or not self._plain_op():
-            # Groups share the input factor but not the channels it acts on: no thin product, so the update runs dense.
+        input = self.drop(adapter_name, input)
+        if self.form_apart(adapter_name) == "dense":
             return self._op(input, self.get_delta_weight(adapter_name).to(input.dtype), *args, **kwargs)
         factors = self.factors(adapter_name)
         kernel = to_tensor(self.core(adapter_name) * self.scaling[adapter_name], [None, None, *factors[2:]])
@@ -76,37 +78,25 @@ class _Conv(FloraLayer):
         dims = len(self.get_base_layer().kernel_size)
         return _CONV[dims](input, matrix.reshape(*matrix.shape, *[1] * dims).to(input.dtype))
 
-    def _plain_op(self) -> bool:
+    @property
+    def plain_op(self) -> bool:
+        """Whether the layer's class does nothing but the convolution."""
         raise NotImplementedError
 
     def _op(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError
 
 
-class ConvNd(_Conv):
+class ConvNd(ReplacedConv, _Conv):
     """nn.Conv1d, nn.Conv2d or nn.Conv3d, weight [out, in/groups, kernel...], and subclasses with their own forward."""
-
-    @override
-    def _plain_op(self) -> bool:
-        base = self.get_base_layer()
-        kind = _PLAIN[len(base.kernel_size)]
-        return type(base).forward is kind.forward and type(base)._conv_forward is kind._conv_forward
 
     @override
     def _op(self, input: Tensor, weight: Tensor) -> Tensor:
         base = self.get_base_layer()
-        if self._plain_op():
+        if self.plain_op:
             return base._conv_forward(input, weight, None)
         swapped = {"weight": weight} if base.bias is None else {"weight": weight, "bias": torch.zeros_like(base.bias)}
         return torch.func.functional_call(base, swapped, (input,))
-
-    @override
-    def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self._modules["base_layer"]  # past nn.Module's attribute lookup
-        if runs_plain_op(base, _PLAIN[len(base.kernel_size)]):
-            bias = weights.get("bias", base.bias)
-            return base._conv_forward(*args, **kwargs, weight=weights["weight"], bias=bias)
-        return super().run_base(weights, *args, **kwargs)
 
 
 class ConvTransposeNd(_Conv):
@@ -115,15 +105,16 @@ class ConvTransposeNd(_Conv):
     output_dim = 1
 
     @override
-    def _check_config(self, config: FloraConfig, name: str) -> None:
-        super()._check_config(config, name)
+    def check_config(self, config: FloraConfig, name: str) -> None:
+        super().check_config(config, name)
         if config.use_dora and self.get_base_layer().groups > 1:
             raise ValueError(
                 f"use_dora: {name} is a grouped transposed convolution, whose outputs share rows; not supported"
             )
 
+    @property
     @override
-    def _plain_op(self) -> bool:
+    def plain_op(self) -> bool:
         base = self.get_base_layer()
         return type(base).forward is _TRANSPOSED[len(base.kernel_size)].forward
 

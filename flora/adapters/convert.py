@@ -1,7 +1,7 @@
 """Adapters from and to other layouts: published FLoRA checkpoints, PEFT's LoRA, LyCORIS, and full fine-tunes.
 
-What comes in becomes a ``Form`` per layer, then an adapter of a model (``attach``); what goes out is written from the
-adapter of a model (``to_lora``, ``to_lycoris``).
+What comes in becomes a ``TuckerUpdate`` per layer, then an adapter of a model (``attach``); what goes out is written
+from the adapter of a model (``to_lora``, ``to_lycoris``).
 """
 
 import json
@@ -27,7 +27,7 @@ from flora.adapters.tucker import clip_ranks, hooi, hosvd, mode_product, ranks_f
 
 
 @dataclass
-class Form:
+class TuckerUpdate:
     """An update in Tucker form, its scale multiplied into the core; modes in the order of the stored weight."""
 
     core: Tensor
@@ -37,7 +37,7 @@ class Form:
 # ---------------------------------------------------------------------- from other layouts
 
 
-def from_published(state: Mapping[str, Tensor], scale: float) -> dict[str, Form]:
+def from_published(state: Mapping[str, Tensor], scale: float) -> dict[str, TuckerUpdate]:
     """Read a checkpoint of the paper's repository (SJTU-DeepVisionLab/FLoRA, flora/layers.py).
 
     Its layers hold ``LAYER.flora_layer.param_G`` and ``param_0`` .. ``param_N-1`` with modes [in, out, kernel...]; the
@@ -50,10 +50,10 @@ def from_published(state: Mapping[str, Tensor], scale: float) -> dict[str, Form]
     Raises:
         ValueError: if nothing of that layout is found, or a factor is missing.
     """
-    forms = {}
+    updates = {}
     for key, core in state.items():
-        layer, found, _ = key.partition(".flora_layer.param_G")
-        if not found:
+        layer, marker, _ = key.partition(".flora_layer.param_G")
+        if not marker:
             continue
         names = [f"{layer}.flora_layer.param_{mode}" for mode in range(core.dim())]
         missing = [name for name in names if name not in state]
@@ -62,13 +62,13 @@ def from_published(state: Mapping[str, Tensor], scale: float) -> dict[str, Form]
         factors = [state[name] for name in names]
         factors[:2] = factors[1::-1]
         # The repository's wrapper keeps the model in an attribute named `model`.
-        forms[layer.removeprefix("model.")] = Form(core.transpose(0, 1) * scale, factors)
-    if not forms:
+        updates[layer.removeprefix("model.")] = TuckerUpdate(core.transpose(0, 1) * scale, factors)
+    if not updates:
         raise ValueError("checkpoint: no *.flora_layer.param_G in it; is it from SJTU-DeepVisionLab/FLoRA?")
-    return forms
+    return updates
 
 
-def from_published_nlp(state: Mapping[str, Tensor], alpha: float) -> dict[str, Form]:
+def from_published_nlp(state: Mapping[str, Tensor], alpha: float) -> dict[str, TuckerUpdate]:
     """Read a checkpoint of the published NLP code (Chongjie-Si/Subspace-Tuning), update = scale * B E A.
 
     Both of its layouts are known by their keys: ``LAYER.lora_A`` / ``lora_E`` / ``lora_B`` (loralib; divides alpha by
@@ -81,7 +81,7 @@ def from_published_nlp(state: Mapping[str, Tensor], alpha: float) -> dict[str, F
     Raises:
         ValueError: if nothing of either layout is found.
     """
-    forms = {}
+    updates = {}
     for key, middle in state.items():
         match = re.fullmatch(r"(.*)\.lora_E(\.weight)?", key)
         if match is None:
@@ -90,13 +90,13 @@ def from_published_nlp(state: Mapping[str, Tensor], alpha: float) -> dict[str, F
         inward, outward = state[f"{layer}.lora_A{suffix}"], state[f"{layer}.lora_B{suffix}"]
         rank = middle.shape[0]
         scale = alpha / rank if suffix else (alpha if alpha > 0 else rank) / (rank + 1e-5)
-        forms[layer.removeprefix("base_model.model.")] = Form(middle * scale, [outward, inward.mT])
-    if not forms:
+        updates[layer.removeprefix("base_model.model.")] = TuckerUpdate(middle * scale, [outward, inward.mT])
+    if not updates:
         raise ValueError("checkpoint: no *.lora_E in it; is it from Subspace-Tuning's FLoRA?")
-    return forms
+    return updates
 
 
-def from_lora(model: nn.Module, folder: str | Path) -> dict[str, Form]:
+def from_lora(model: nn.Module, folder: str | Path) -> dict[str, TuckerUpdate]:
     """Read a PEFT LoRA adapter (linear, Conv1D, embedding and convolution layers), exactly.
 
     Args:
@@ -104,7 +104,7 @@ def from_lora(model: nn.Module, folder: str | Path) -> dict[str, Form]:
         folder: holds adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        ValueError: for another method, a pickle checkpoint, use_dora, a trained lora_bias, or layers without a form.
+        ValueError: for another method, a pickle file, use_dora, a trained lora_bias, or layers without a Tucker form.
     """
     folder = Path(folder)
     weights_file = folder / SAFETENSORS_WEIGHTS_NAME
@@ -115,7 +115,7 @@ def from_lora(model: nn.Module, folder: str | Path) -> dict[str, Form]:
         raise ValueError(f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')}, not LORA")
     if config.get("use_dora") or config.get("lora_bias"):
         raise ValueError(f"{folder / CONFIG_NAME}: use_dora and lora_bias have no form as an update of the weight")
-    forms = {}
+    updates = {}
     state = load_file(weights_file)
     for key, inward in state.items():
         match = re.fullmatch(r"base_model\.model\.(.*)\.lora_(embedding_)?A(\.weight)?", key)
@@ -128,21 +128,21 @@ def from_lora(model: nn.Module, folder: str | Path) -> dict[str, Form]:
         layer = model.get_submodule(name)
         if getattr(layer, "groups", 1) > 1:
             raise ValueError(f"{name}: LoRA of a grouped convolution is not a Tucker form of its weight")
-        forms[name] = _from_factors(inward, outward.flatten(1), scale)
+        updates[name] = _from_factors(inward, outward.flatten(1), scale)
         if isinstance(layer, nn.Embedding | Conv1D):  # stored as [in, out]
-            forms[name] = Form(forms[name].core.mT, forms[name].factors[::-1])
-    if not forms:
+            updates[name] = TuckerUpdate(updates[name].core.mT, updates[name].factors[::-1])
+    if not updates:
         raise ValueError(f"{weights_file}: no LoRA matrices in it")
-    return forms
+    return updates
 
 
-def _from_factors(inward: Tensor, outward: Tensor, scale: float) -> Form:
+def _from_factors(inward: Tensor, outward: Tensor, scale: float) -> TuckerUpdate:
     """Exact Tucker form of outward (out x r) times inward (r x in x kernel...), at its own ranks."""
     basis, rest = torch.linalg.qr(outward.double())
     tensor = mode_product(inward.double(), rest, 0)
     core, factors = hosvd(tensor, ranks_for_energy(tensor, 1.0))
     first = basis if factors[0] is None else basis @ factors[0]
-    return Form(core * scale, [None if first.shape == (1, 1) else first, *factors[1:]])
+    return TuckerUpdate(core * scale, [None if first.shape == (1, 1) else first, *factors[1:]])
 
 
 def from_difference(
@@ -151,7 +151,7 @@ def from_difference(
     layers: Iterable[str],
     ranks: Sequence[int] | None = None,
     energy: float | None = None,
-) -> dict[str, Form]:
+) -> dict[str, TuckerUpdate]:
     """Compress a full fine-tune: Tucker forms of the differences of weights, by HOOI from the HOSVD.
 
     Args:
@@ -166,7 +166,7 @@ def from_difference(
     """
     if (ranks is None) == (energy is None):
         raise ValueError("ranks, energy: give exactly one of them")
-    forms = {}
+    updates = {}
     for name in layers:
         key = f"{name}.weight"
         if key not in base or key not in tuned:
@@ -178,19 +178,19 @@ def from_difference(
         difference = tuned[key].double() - base[key].double()
         if ranks is not None:
             wanted = [ranks[0], ranks[0], *[ranks[1]] * (difference.dim() - 2)]
-            found = clip_ranks(difference.shape, wanted)
+            kept = clip_ranks(difference.shape, wanted)
         else:
-            found = ranks_for_energy(difference, float(energy or 0))
-        forms[name] = Form(*hooi(difference, found))
-    return forms
+            kept = ranks_for_energy(difference, float(energy or 0))
+        updates[name] = TuckerUpdate(*hooi(difference, kept))
+    return updates
 
 
-def attach(model: nn.Module, forms: Mapping[str, Form], **settings: Any) -> peft.PeftModel:
-    """Give a model a FLoRA adapter whose updates are these forms; ``save_pretrained`` then writes it.
+def attach(model: nn.Module, updates: Mapping[str, TuckerUpdate], **settings: Any) -> peft.PeftModel:
+    """Give a model a FLoRA adapter with these updates; ``save_pretrained`` then writes it.
 
     Args:
         model: the base model, wrapped in place.
-        forms: by layer name.
+        updates: by layer name.
         settings: further fields of ``FloraConfig``.
 
     Raises:
@@ -198,26 +198,26 @@ def attach(model: nn.Module, forms: Mapping[str, Form], **settings: Any) -> peft
     """
     modules = dict(model.named_modules())
     reduced = {}
-    for name, form in forms.items():
+    for name, update in updates.items():
         if name not in modules:
             raise ValueError(f"{name}: the model has no such layer")
-        sizes = [1 if factor is None else factor.shape[0] for factor in form.factors]
+        sizes = [1 if factor is None else factor.shape[0] for factor in update.factors]
         expected = list(getattr(modules[name], "weight", torch.empty(0)).shape)
         if sizes != expected:
             raise ValueError(f"{name}: an update of shape {sizes} does not fit the weight, which is {expected}")
-        reduced[name] = Form(*reduce_ranks(form.core, form.factors))
+        reduced[name] = TuckerUpdate(*reduce_ranks(update.core, update.factors))
     config = FloraConfig(
         target_modules=_exactly(reduced, modules),
-        rank_pattern={f"^{re.escape(name)}$": list(form.core.shape) for name, form in reduced.items()},
+        rank_pattern={f"^{re.escape(name)}$": list(update.core.shape) for name, update in reduced.items()},
         scale=1.0,
         **settings,
     )
     wrapped = peft.get_peft_model(model, config)
     with torch.no_grad():
-        for name, form in reduced.items():
+        for name, update in reduced.items():
             layer: Any = wrapped.get_base_model().get_submodule(name)
-            layer.core("default").copy_(form.core)
-            for own, factor in zip(layer.factors("default"), form.factors, strict=True):
+            layer.core("default").copy_(update.core)
+            for own, factor in zip(layer.factors("default"), update.factors, strict=True):
                 if own is not None:
                     own.copy_(factor)
     return wrapped

@@ -1,67 +1,12 @@
-"""What a layer offers for adaptation: the modes of each of its weights, and the ranks a configuration gives them."""
+"""The modes and ranks that a configuration gives the weights of a layer."""
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 from flora.adapters.config import FloraConfig
 from flora.adapters.tucker import clip_ranks
-
-ModeKind = Literal["channel", "kernel", "stack"]
-
-
-@dataclass(frozen=True)
-class AdaptedWeight:
-    """One weight of a layer, seen as a tensor of N modes.
-
-    Attributes:
-        name: attribute path on the base layer, e.g. ``weight`` or ``out_proj.weight``.
-        weight_shape: shape in which the layer stores it.
-        shape: mode sizes; the stored weight is a reshape of this tensor.
-        kinds: what each mode counts, which decides its rank.
-        output_dim: dimension of the stored weight that counts outputs (use_dora has a magnitude for each); ``None``
-            where it is not known.
-    """
-
-    name: str
-    weight_shape: tuple[int, ...]
-    shape: tuple[int, ...]
-    kinds: tuple[ModeKind, ...]
-    output_dim: int | None = 0
-
-    @property
-    def key(self) -> str:
-        """Name of its parameters inside the adapter's containers, which allow no dots."""
-        return self.name.replace(".", "_")
-
-    @property
-    def folded(self) -> bool:
-        """Whether the modes differ from the stored dimensions."""
-        return self.shape != self.weight_shape
-
-
-def plain(name: str, shape: Sequence[int], kinds: Sequence[ModeKind], **kwargs: Any) -> AdaptedWeight:
-    """A weight whose modes are its stored dimensions."""
-    return AdaptedWeight(name, tuple(shape), tuple(shape), tuple(kinds), **kwargs)
-
-
-def matching_pattern(patterns: dict[str, Any], name: str) -> Any:
-    """Value of the first pattern that matches the whole name or an ending of it after a dot, else ``None``."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return None
-
-
-def configured(patterns: dict[str, Any], layer_name: str, weight: AdaptedWeight) -> Any:
-    """Value of the first pattern that matches the layer's name, or that followed by the weight's, else ``None``."""
-    full_name = f"{layer_name}.{weight.name}".lstrip(".")
-    for pattern, value in patterns.items():
-        if any(matching_pattern({pattern: True}, name) for name in (layer_name, full_name)):
-            return value
-    return None
+from flora.replaced.weights import AdaptedWeight, ModeKind, configured, matching_pattern
 
 
 def fold(weight: AdaptedWeight, config: FloraConfig, layer_name: str) -> AdaptedWeight:
@@ -70,8 +15,8 @@ def fold(weight: AdaptedWeight, config: FloraConfig, layer_name: str) -> Adapted
     if shape is None:
         return weight
     size = math.prod(weight.weight_shape)
-    known = math.prod(s for s in shape if s != -1)
-    sizes = tuple(size // known if s == -1 else s for s in shape)
+    given = math.prod(s for s in shape if s != -1)
+    sizes = tuple(size // given if s == -1 else s for s in shape)
     if math.prod(sizes) != size:
         raise ValueError(
             f"fold_pattern: cannot fold the weight of {layer_name}, shape {list(weight.weight_shape)}, to {list(shape)}"
@@ -121,22 +66,6 @@ def ranks_of(weight: AdaptedWeight, config: FloraConfig, layer_name: str) -> tup
                     f"{weight.shape[mode]} (modes {list(weight.shape)}); lower it or give one rank per mode"
                 )
     return clip_ranks(weight.shape, ranks, config.clip_ranks)
-
-
-def scaling_of(weight: AdaptedWeight, config: FloraConfig, layer_name: str) -> float:
-    """Factor of the update: the constant scale, or alpha / r (alpha / sqrt(r)) with r as configured, unclipped."""
-    if config.alpha is None:
-        scale = configured(config.scale_pattern, layer_name, weight)
-        return float(config.scale if scale is None else scale)  # type: ignore[arg-type]
-    alpha = configured(config.alpha_pattern, layer_name, weight)
-    alpha = config.alpha if alpha is None else alpha
-    r = configured(config.rank_pattern, layer_name, weight)
-    r = config.r if r is None else r
-    if isinstance(r, list | tuple):
-        if len(r) == len(weight.kinds):
-            r = [rank for rank, kind in zip(r, weight.kinds, strict=True) if kind == "channel"] or r
-        r = math.prod(r) ** (1 / len(r))
-    return float(alpha / math.sqrt(r) if config.rank_stabilized else alpha / r)
 
 
 def _spread(ranks: list[int], modes: Sequence[int], value: int | Sequence[int], field: str) -> None:

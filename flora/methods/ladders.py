@@ -16,10 +16,12 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from flora.adapters.config import FloraConfig
-from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import parameter_count
-from flora.adapters.weights import AdaptedWeight, ranks_of
-from flora.methods.rivals.form import Form, FormLayer, RivalConfig
+from flora.adapters.weights import ranks_of
+from flora.methods.rivals.base import Parametrization, RivalLayer
+from flora.replaced.config import ReplacedConfig
+from flora.replaced.layer import ReplacedLayer
+from flora.replaced.weights import AdaptedWeight
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Ladder:
 
 def has_ranks(config_class: type) -> bool:
     """Whether the ladders of a method are known: it has a rank per weight, independent of the others' and fixed."""
-    if issubclass(config_class, FloraConfig | RivalConfig):
-        return not getattr(config_class, "shares_factors", False)
+    if issubclass(config_class, ReplacedConfig):
+        return not config_class.shares_factors
     return config_class in (peft.LoraConfig, peft.LoHaConfig, peft.LoKrConfig)
 
 
@@ -70,8 +72,8 @@ def ladders_of(config: Any, model: nn.Module) -> list[Ladder]:
     ladders: list[Ladder] = []
     tucker_rungs = functools.cache(functools.partial(_tucker_rungs, config))
     for name, layer in wrapped_on_meta(probe, model).base_model.model.named_modules():
-        if isinstance(layer, FloraLayer | FormLayer):
-            name = name.removesuffix(getattr(layer, "child_name", "")).removesuffix(".")
+        if isinstance(layer, ReplacedLayer):
+            name = name.removesuffix(layer.child_name).removesuffix(".")
             ladders += [
                 _ladder_of_ours(config, name, layer, weight, tucker_rungs)
                 for weight in layer.weights["default"].values()
@@ -82,15 +84,14 @@ def ladders_of(config: Any, model: nn.Module) -> list[Ladder]:
 
 
 def _ladder_of_ours(
-    config: Any, name: str, layer: FloraLayer | FormLayer, weight: AdaptedWeight, tucker_rungs: Callable[..., Any]
+    config: Any, name: str, layer: ReplacedLayer, weight: AdaptedWeight, tucker_rungs: Callable[..., Any]
 ) -> Ladder:
     outputs = math.prod(weight.weight_shape) if weight.output_dim is None else weight.weight_shape[weight.output_dim]
     magnitudes = outputs if config.use_dora else 0
     modes: tuple[int, ...] = ()
-    if isinstance(config, RivalConfig) and isinstance(layer, FormLayer):
+    if isinstance(layer, RivalLayer):
         groups = getattr(layer.get_base_layer(), "groups", 1)
-        form: Any = config.form
-        rungs = _rival_rungs(form, weight.shape, groups, magnitudes)
+        rungs = _rival_rungs(config.parametrization, weight.shape, groups, magnitudes)
     else:
         rungs = tucker_rungs(weight.shape, weight.kinds, magnitudes)
         modes = tuple(mode for mode, kind in enumerate(weight.kinds) if kind == "channel" and weight.shape[mode] > 1)
@@ -117,11 +118,13 @@ def _tucker_rungs(
 
 
 @functools.cache
-def _rival_rungs(form: type[Form], shape: tuple[int, ...], groups: int, magnitudes: int) -> tuple[Rung, ...]:
+def _rival_rungs(
+    parametrization: type[Parametrization], shape: tuple[int, ...], groups: int, magnitudes: int
+) -> tuple[Rung, ...]:
     def params(rank: int) -> int:
-        return sum(math.prod(size) for size in form(shape, rank, groups).shapes().values()) + magnitudes
+        return sum(math.prod(size) for size in parametrization(shape, rank, groups).shapes().values()) + magnitudes
 
-    return tuple(Rung(rank, rank, params(rank)) for rank in range(1, form.highest_rank(shape, groups) + 1))
+    return tuple(Rung(rank, rank, params(rank)) for rank in range(1, parametrization.highest_rank(shape, groups) + 1))
 
 
 def _ladder_of_peft(config: Any, name: str, layer: Any) -> Ladder:

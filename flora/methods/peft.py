@@ -1,5 +1,6 @@
 """Any PEFT method, FLoRA included."""
 
+import dataclasses
 import importlib
 import re
 import sys
@@ -93,6 +94,9 @@ class Peft:
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
         """Wrap ``model``; raises ValueError naming the field when a setting does not fit the model."""
         targets, skipped = self._targets(model, head)
+        fields = {field.name for field in dataclasses.fields(self.config_class)}
+        if foreign := [key for key in self.options if key not in fields]:
+            raise ValueError(f"{foreign[0]}: {self.name} has no such setting; leave it out")
         layers = ", ".join(adaptable(model, head)[:3])
         if missed := self._missed(model):
             raise ValueError(f"target_modules: {', '.join(missed)} match no layer; layers are called {layers}, ...")

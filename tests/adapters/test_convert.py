@@ -227,7 +227,7 @@ def test_bad_sources(net, tmp_path):
     adapted(net).save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ValueError, match="peft_type is FLORA"):
         convert.from_lora(net, tmp_path)
-    form = convert.Form(torch.ones(1, 1), [torch.ones(3, 1), torch.ones(3, 1)])
+    form = convert.TuckerUpdate(torch.ones(1, 1), [torch.ones(3, 1), torch.ones(3, 1)])
     with pytest.raises(ValueError, match="no such layer"):
         convert.attach(net, {"nowhere": form})
     with pytest.raises(ValueError, match=r"shape \[3, 3\] does not fit the weight, which is \[4, 5\]"):

@@ -69,8 +69,8 @@ def test_training_curves_agree_between_forms():
 
 def test_auto_takes_the_thin_products_for_wide_matrices_only():
     wide, narrow = nn.Linear(512, 512), nn.Linear(8, 8)
-    assert adapter(adapt(Holder(wide))).prefers_adding("default")
-    assert not adapter(adapt(Holder(narrow))).prefers_adding("default")
+    assert adapter(adapt(Holder(wide))).form_for(["default"]) == "factored"
+    assert adapter(adapt(Holder(narrow))).form_for(["default"]) == "merged"
 
 
 @pytest.mark.parametrize("form", ["factored", "merged"])
@@ -134,7 +134,7 @@ def test_every_form_of_an_embedding_trains_by_the_rows_that_torch_trains(kind):
     weight = layer.base_layer.weight + torch.einsum("ab,ia,jb->ij", core, rows, columns)
     expected = torch.autograd.grad(F.embedding(ids, weight, **kind).sin().sum(), [core, rows, columns])
     for form in ("auto", "factored", "merged"):
-        layer.form["default"] = form
+        layer.configured_form["default"] = form
         actual = torch.autograd.grad(model(ids).sin().sum(), [core, rows, columns])
         torch.testing.assert_close(actual, expected)
 
@@ -184,16 +184,16 @@ def test_layers_with_a_forward_of_their_own_keep_it():
 )
 def test_magnitude_times_direction_with_the_norm_held_constant(layer, x, dims):
     model = adapt(Holder(layer), use_dora=True)
-    held = adapter(model)
-    magnitude = held.tucker_magnitude["default"]["weight"]
+    adapted = adapter(model)
+    magnitude = adapted.tucker_magnitude["default"]["weight"]
     magnitude.data.mul_(torch.rand_like(magnitude) + 0.5)
-    parameters = [held.core("default"), *(f for f in held.factors("default") if f is not None), magnitude]
+    parameters = [adapted.core("default"), *(f for f in adapted.factors("default") if f is not None), magnitude]
     actual = torch.autograd.grad(model(x).square().sum(), parameters)
 
-    updated = held.base_layer.weight + held.get_delta_weight("default")
+    updated = adapted.base_layer.weight + adapted.get_delta_weight("default")
     norm = torch.linalg.vector_norm(updated.detach(), dim=dims, keepdim=True)
     weight = magnitude.view(norm.shape) * updated / norm
-    output = torch.func.functional_call(held.base_layer, {"weight": weight}, (x,))
+    output = torch.func.functional_call(adapted.base_layer, {"weight": weight}, (x,))
     torch.testing.assert_close(model(x), output)
     expected = torch.autograd.grad(output.square().sum(), parameters)
     for ours, theirs in zip(actual, expected, strict=True):

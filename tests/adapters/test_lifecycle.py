@@ -227,7 +227,7 @@ def activate(model: peft.PeftModel, *names: str) -> None:
 
 
 def updates(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
-    named = model.base_model._adapted_weights(adapter)
+    named = model.base_model.adapted_weights(adapter)
     return {name: layer.get_delta_weight(adapter, weight).detach() for name, layer, weight in named}
 
 

@@ -59,8 +59,8 @@ def test_same_shaped_tensors_are_built_together(shape):
         None if column[0] is None else torch.stack(column) for column in zip(*(f for _, f in forms), strict=True)
     ]
     together = tucker.to_tensor(core, factors)
-    for one, form in zip(together, forms, strict=True):
-        np.testing.assert_allclose(one.numpy(), dense(*form), rtol=1e-12, atol=1e-12)
+    for built, form in zip(together, forms, strict=True):
+        np.testing.assert_allclose(built.numpy(), dense(*form), rtol=1e-12, atol=1e-12)
 
 
 @examples

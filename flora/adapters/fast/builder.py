@@ -1,4 +1,4 @@
-"""Adapted weights built together, once per forward pass of a model, rather than layer by layer.
+"""Weights built for many layers together, once per forward pass of a model, rather than layer by layer.
 
 Layer by layer, an adapter is bound by launching many tiny kernels. Here the cores and factors of all layers of one
 shape are stacked, contracted with a leading batch dimension (small modes first), and added to the frozen weights in the
@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from flora.adapters.fast.factored_plan import Thin, thin_stacks
 from flora.adapters.fast.plan import Plan, capturing, stacks
 from flora.adapters.fast.torch_plan import StackByStack
-from flora.adapters.layer import FloraLayer, in_transform
+from flora.adapters.layer import FloraLayer
+from flora.replaced.layer import in_transform
 
 try:
     from flora.adapters.fast.triton_kernel import INTERPRETED
@@ -26,16 +27,18 @@ except ImportError:  # Triton comes with torch for CUDA and ROCm only
     Grouped, INTERPRETED = None, False  # type: ignore[assignment,misc]
 
 
-Built = dict[str, Tensor] | tuple[Tensor, Tensor]  # a weight, perhaps with its bias, or two thin matrices
+# What a layer runs with: merged, its weight, perhaps with its bias; factored, its two thin matrices.
+Prepared = dict[str, Tensor] | tuple[Tensor, Tensor]
 
 
-class BatchedWeights:
-    """Builds the merged weights of a model's layers when its forward pass begins, and hands them out.
+class Builder:
+    """Builds what a model's layers run with when its forward pass begins, and hands it out.
 
-    Layers that run factored are handed their two thin matrices. Layers that it leaves out build their own: those with
-    several active adapters or a magnitude, folded ones that run factored, and all layers where weights are sharded or
-    offloaded (FSDP, DeepSpeed, accelerate), where cores and factors differ in dtype, inside torch.compile (which fuses
-    the layers' own contractions), under functorch transforms and in the replicas of nn.DataParallel.
+    Merged layers are handed their weights, factored ones their two thin matrices. Layers that are left out build their
+    own: those with several active adapters or a magnitude, dense ones, factored convolutions, folded ones that run
+    factored, and all layers where weights are sharded or offloaded (FSDP, DeepSpeed, accelerate), where cores and
+    factors differ in dtype, inside torch.compile (which fuses the layers' own contractions), under functorch transforms
+    and in the replicas of nn.DataParallel.
 
     Under gradient checkpointing, the recomputation in the backward pass finds the same weights again.
     """
@@ -48,7 +51,7 @@ class BatchedWeights:
     def _forget(self) -> None:
         self._planned_for: tuple[Any, Any] | None = None
         self._plans: list[Plan | Thin] = []
-        self._built: dict[int, Built] = {}
+        self._prepared: dict[int, Prepared] = {}
         self._casts: dict[str, torch.dtype | None] = {}
         self._inputs: dict[int, tuple[Any, int, Any]] = {}
         self._depth = 0
@@ -65,7 +68,7 @@ class BatchedWeights:
     def _join_layers(self) -> None:
         # Weakly: a graph kept here leads to the layers, and a cycle through autograd's nodes would never be freed.
         for layer in self.layers:
-            layer.batched = weakref.ref(self)
+            layer.builder = weakref.ref(self)
 
     def attach(self, model: nn.Module) -> None:
         """Build at the start of every forward pass of ``model``, for the adapted layers that it has now."""
@@ -82,9 +85,14 @@ class BatchedWeights:
                 del hooks[key]
         self._forget()
 
-    def built_for(self, layer: FloraLayer) -> Built | None:
-        """What was built for the layer in the running forward pass, if anything."""
-        if torch.compiler.is_compiling() or not self._built:
+    def together(self) -> dict[FloraLayer, int]:
+        """With how many layers, itself included, each layer's weight or matrices are built, as the layers stand now."""
+        groups = [*(stack.layers for stack in stacks(self.layers)), *(thin.layers for thin in thin_stacks(self.layers))]
+        return {layer: len(layers) for layers in groups for layer in layers}
+
+    def prepared_for(self, layer: FloraLayer) -> Prepared | None:
+        """What the layer runs with in the running forward pass, if anything was built for it."""
+        if torch.compiler.is_compiling() or not self._prepared:
             return None
         if self._depth == 0 and torch._C._current_graph_task_id() == -1:
             return None  # called past the model: parameters may have changed since
@@ -92,8 +100,8 @@ class BatchedWeights:
             return None  # switched off or on within the model: the layer computes in another dtype than was built
         if self._with_gradient and not torch.is_grad_enabled():
             # A checkpoint of the reentrant kind: its recomputation has a graph of its own and must not share this one.
-            self._built.pop(id(layer), None)
-        return self._built.get(id(layer))
+            self._prepared.pop(id(layer), None)
+        return self._prepared.get(id(layer))
 
     def converted(self, input: Tensor, dtype: torch.dtype) -> Tensor:
         """A layer's input as autocast would convert it to ``dtype``: once for all layers that take the same tensor.
@@ -104,12 +112,12 @@ class BatchedWeights:
             return input
         if self._depth == 0 or not torch.is_grad_enabled():
             return input
-        seen, version, held = self._inputs.get(id(input), (None, 0, None))
-        found = held() if seen is not None and seen() is input and version == input._version else None
-        if found is None:
-            found = input.to(dtype)
-            self._inputs[id(input)] = weakref.ref(input), input._version, weakref.ref(found)  # autograd keeps them
-        return found
+        source, version, copy = self._inputs.get(id(input), (None, 0, None))
+        cast = copy() if source is not None and source() is input and version == input._version else None
+        if cast is None:
+            cast = input.to(dtype)
+            self._inputs[id(input)] = weakref.ref(input), input._version, weakref.ref(cast)  # autograd keeps them
+        return cast
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -117,7 +125,7 @@ class BatchedWeights:
         self._depth += 1
         if self._depth > 1:
             return
-        self._built, self._inputs = {}, {}
+        self._prepared, self._inputs = {}, {}
         if getattr(model, "_is_replica", False) or in_transform():
             return
         signature = [_signature(layer) for layer in self.layers]
@@ -133,10 +141,10 @@ class BatchedWeights:
             sharded = any(issubclass(kind, DTensor) for kind in {type(p) for p in parameters})
             alike = len({p.dtype for p in parameters}) == 1
             if alike and not sharded and 0 not in {p.numel() for p in parameters}:
-                built = plan.build(parameters)
+                outputs = plan.build(parameters)
                 if capturing(parameters[0]):
                     self._captured.append(plan)  # a replay reads its tables, whatever was planned since
-                self._built.update(zip((id(layer) for s in plan.stacks for layer in s.layers), built, strict=True))
+                self._prepared.update(zip((id(layer) for s in plan.stacks for layer in s.layers), outputs, strict=True))
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -145,7 +153,7 @@ class BatchedWeights:
         if self._depth == 0:
             self._inputs = {}
             if not self._with_gradient:
-                self._built = {}
+                self._prepared = {}
 
 
 def plans(layers: Sequence[FloraLayer]) -> list[Plan | Thin]:
@@ -172,7 +180,7 @@ def _autocast(device: str) -> torch.dtype | None:
 
 
 def _signature(layer: FloraLayer) -> tuple[Any, ...]:
-    """What ``plan`` depends on besides autocast, cheap enough for every forward pass."""
+    """What ``plans`` depends on besides autocast, cheap enough for every forward pass."""
     own = layer.__dict__  # past nn.Module's attribute lookup
     active = own["_active_adapter"]
     weight = own["_modules"]["base_layer"]._parameters.get("weight")
@@ -185,7 +193,7 @@ def _signature(layer: FloraLayer) -> tuple[Any, ...]:
         *own["scaling"].values(),
     )
     cores = own["_modules"]["tucker_core"]._modules
-    dtypes = [core.dtype for held in cores.values() for core in held._parameters.values() if core is not None]
+    dtypes = [core.dtype for weights in cores.values() for core in weights._parameters.values() if core is not None]
     if weight is None:
         return (*state, *dtypes)
     layout = weight.numel(), weight.stride()

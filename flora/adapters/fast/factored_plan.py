@@ -1,4 +1,4 @@
-"""The two thin matrices of factored linear layers: same-shaped layers fold their cores in one product."""
+"""The two thin matrices of factored linear layers: same-shaped layers multiply their cores in with one product."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora.adapters.layer import FloraLayer, compute_dtype
+from flora.adapters.layer import FloraLayer
+from flora.replaced.layer import compute_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class ThinStack:
         """Cores, factors of the rows, and factors of the columns."""
         cores = [layer.tucker_core[self.adapter]._parameters["weight"] for layer in self.layers]
         factors = [layer.tucker_factors[self.adapter]._parameters for layer in self.layers]
-        return [*cores, *(held["weight_0"] for held in factors), *(held["weight_1"] for held in factors)]
+        return [*cores, *(modes["weight_0"] for modes in factors), *(modes["weight_1"] for modes in factors)]
 
     def matrices(self, core: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """L [n, d_out, k] and R [n, k, d_in] with L R = update, from stacked cores and factors."""
@@ -61,25 +62,25 @@ class Thin:
 
     def split(self, parameters: Sequence[Tensor], flat: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Per stack, cores [n, r_out, r_in] and factors [n, d, r], views of a flat buffer."""
-        found, start, place = [], 0, 0
+        parts, start, place = [], 0, 0
         for stack in self.stacks:
             n, blocks = len(stack.layers), []
-            for part in range(3):
-                shape = parameters[place + part * n].shape
+            for kind in range(3):
+                shape = parameters[place + kind * n].shape
                 size = n * shape.numel()
                 blocks.append(flat[start : start + size].view(n, *shape))
                 start += size
-            found.append((blocks[0], blocks[1], blocks[2]))
+            parts.append((blocks[0], blocks[1], blocks[2]))
             place += 3 * n
-        return found
+        return parts
 
     def build(self, parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """L and R of each layer, stack by stack; differentiable."""
-        built, found = iter(_Build.apply(self, *parameters)), []
+        matrices, pairs = iter(_Build.apply(self, *parameters)), []
         for stack in self.stacks:
-            lefts = [next(built) for _ in stack.layers]
-            found += [(left, next(built)) for left in lefts]
-        return found
+            lefts = [next(matrices) for _ in stack.layers]
+            pairs += [(left, next(matrices)) for left in lefts]
+        return pairs
 
 
 class _Build(torch.autograd.Function):
@@ -89,13 +90,13 @@ class _Build(torch.autograd.Function):
     def forward(ctx: Any, plan: Thin, *parameters: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(parameters[0].device.type, enabled=False):
             flat = torch._C._nn.flatten_dense_tensors(list(parameters))
-            built: list[Tensor] = []
+            outputs: list[Tensor] = []
             for stack, blocks in zip(plan.stacks, plan.split(parameters, flat), strict=True):
                 for matrices in stack.matrices(*blocks):
-                    built += matrices.to(stack.dtype).unbind(0)
+                    outputs += matrices.to(stack.dtype).unbind(0)
             ctx.plan, ctx.flat = plan, flat
             ctx.save_for_backward(*parameters)
-            return tuple(built)
+            return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -103,31 +104,31 @@ class _Build(torch.autograd.Function):
         twice = torch.is_grad_enabled()  # a gradient of this gradient is wanted
         with torch.autocast(gradients[0].device.type, enabled=False):
             flat = torch._C._nn.flatten_dense_tensors(list(parameters)) if twice else ctx.flat
-            found, place = [], 0
+            to_parameters, place = [], 0
             for stack, blocks in zip(plan.stacks, plan.split(parameters, flat), strict=True):
                 n = len(stack.layers)
                 left, right = (
                     torch.stack(gradients[place : place + n]),
                     torch.stack(gradients[place + n : place + 2 * n]),
                 )
-                found += stack.gradients(*blocks, left.to(flat.dtype), right.to(flat.dtype))
+                to_parameters += stack.gradients(*blocks, left.to(flat.dtype), right.to(flat.dtype))
                 place += 2 * n
-            together = torch._C._nn.flatten_dense_tensors(found)
+            together = torch._C._nn.flatten_dense_tensors(to_parameters)
             return None, *torch._C._nn.unflatten_dense_tensors(together, parameters)
 
 
 def thin_stacks(layers: Sequence[FloraLayer]) -> list[ThinStack]:
     """Which of the layers have their thin matrices built together, as they stand now."""
-    found: dict[tuple[Any, ...], list[FloraLayer]] = {}
+    groups: dict[tuple[Any, ...], list[FloraLayer]] = {}
     for layer in layers:
         adapters = layer._present(layer.active_adapters)
-        if layer.disable_adapters or layer.merged or len(adapters) != 1 or not layer.adds(adapters):
+        if layer.disable_adapters or layer.merged or len(adapters) != 1 or layer.form_for(adapters) == "merged":
             continue
-        side = layer.thin_side(adapters[0])
+        side = layer.thin_core_side(adapters[0])
         if side is None:
             continue
         core, weight = layer.core(adapters[0]), layer.base_weight("weight")
         key = (adapters[0], side, layer.scaling[adapters[0]], compute_dtype(weight))
         places = (weight.shape, core.shape, weight.device, core.device, core.dtype)
-        found.setdefault((key, *places), []).append(layer)
-    return [ThinStack(tuple(members), *key[0]) for key, members in found.items()]
+        groups.setdefault((key, *places), []).append(layer)
+    return [ThinStack(tuple(members), *key[0]) for key, members in groups.items()]

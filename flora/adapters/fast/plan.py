@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flora.adapters.layer import FloraLayer, compute_dtype
+from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import factor_modes, to_tensor
-from flora.adapters.weights import AdaptedWeight
+from flora.replaced.layer import compute_dtype
+from flora.replaced.weights import AdaptedWeight
 
 # Layers that do nothing with their bias but add it.
 _PLAIN = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
@@ -103,8 +104,8 @@ class Block(NamedTuple):
     mode: int | None
     shape: tuple[int, ...]
 
-    def held(self) -> list[tuple[dict[str, Any], str]]:
-        """Where the parameters are found, layer by layer."""
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """Where the parameters lie, layer by layer: the dict that holds each, and its key in it."""
         layers = [(layer, stack.adapter) for stack in self.stacks for layer in stack.layers]
         if self.mode is None:
             return [(layer.tucker_core[adapter]._parameters, "weight") for layer, adapter in layers]
@@ -130,10 +131,10 @@ class Plan:
         self.stacks = [stack for members in self.families for stack in members]
         self.blocks: list[Block] = []
         for members in self.families:
-            one = members[0]
-            self.blocks.append(Block(members, None, one.ranks))
-            for mode in one.small:
-                self.blocks.append(Block(members, mode, (one.described.shape[mode], one.ranks[mode])))
+            first = members[0]
+            self.blocks.append(Block(members, None, first.ranks))
+            for mode in first.small:
+                self.blocks.append(Block(members, mode, (first.described.shape[mode], first.ranks[mode])))
         for stack in self.stacks:
             for mode in stack.outer:
                 self.blocks.append(Block((stack,), mode, (stack.described.shape[mode], stack.ranks[mode])))
@@ -142,7 +143,7 @@ class Plan:
         for i, (layer, dtype) in enumerate((layer, stack.dtype) for stack in self.stacks for layer in stack.layers):
             if type(layer.base_layer).forward in _PLAIN:
                 self._plain.setdefault(dtype, []).append((i, layer.base_layer))
-        self._held = [place for block in self.blocks for place in block.held()]
+        self._places = [place for block in self.blocks for place in block.places()]
         counts = [sum(len(stack.layers) for stack in block.stacks) for block in self.blocks]
         self.views = [(count, *block.shape) for count, block in zip(counts, self.blocks, strict=True)]
         self.sizes = [math.prod(view) for view in self.views]
@@ -150,7 +151,7 @@ class Plan:
 
     def parameters(self) -> list[Tensor]:
         """What the adapters hold today, in the order of the blocks."""
-        return [held[key] for held, key in self._held]
+        return [parameters[key] for parameters, key in self._places]
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """The blocks of a flat buffer: cores as [n, r...], factors as [n, d, r]."""
@@ -158,7 +159,7 @@ class Plan:
 
     def build(self, parameters: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """What the layers run with, stack by stack, in the dtype that they compute in: weight, perhaps bias."""
-        built = [{"weight": weight} for weight in self.merge(parameters)]
+        prepared = [{"weight": weight} for weight in self.merge(parameters)]
         for dtype, places in self._plain.items():
             biases = [(i, layer._parameters.get("bias")) for i, layer in places]
             fixed = [(i, bias) for i, bias in biases if bias is not None and _only_converted(bias, dtype)]
@@ -166,8 +167,8 @@ class Plan:
                 together = torch.cat([bias for _, bias in fixed]).to(dtype)
                 parts = together.split_with_sizes([len(bias) for _, bias in fixed])
                 for (i, _), part in zip(fixed, parts, strict=True):
-                    built[i]["bias"] = part
-        return built
+                    prepared[i]["bias"] = part
+        return prepared
 
     def merge(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The weights of the layers, stack by stack, in the dtype that they compute in; differentiable."""
@@ -176,23 +177,25 @@ class Plan:
     def differentiable_gradients(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         """Gradients of the parameters from those of the weights, recorded so that they can be differentiated again."""
         blocks = self.split(torch._C._nn.flatten_dense_tensors(list(parameters)))
-        built: list[Tensor] = []
+        weights: list[Tensor] = []
         for members in self.families:
             start = 0
             for stack in members:
-                n, one = len(stack.layers), members[0]
-                core = blocks[self.index[one, None]][start : start + n].permute(0, *(1 + mode for mode in stack.order))
+                n, first = len(stack.layers), members[0]
+                core = blocks[self.index[first, None]][start : start + n].permute(
+                    0, *(1 + mode for mode in stack.order)
+                )
                 factors: list[Tensor] = []
                 for mode in stack.modes:
                     shared = mode in stack.small
-                    block = blocks[self.index[one if shared else stack, mode]]
+                    block = blocks[self.index[first if shared else stack, mode]]
                     factors.append(block[start : start + n] if shared else block)
                 core = core.reshape(n, *(stack.ranks[mode] for mode in stack.modes))
                 updates = stack.unstack((to_tensor(core, factors) * stack.scale).contiguous())
                 bases = (layer.base_weight("weight") for layer in stack.layers)
-                built += [(base + update).to(stack.dtype) for base, update in zip(bases, updates, strict=True)]
+                weights += [(base + update).to(stack.dtype) for base, update in zip(bases, updates, strict=True)]
                 start += n
-        return torch.autograd.grad(built, list(parameters), list(gradients), create_graph=True)
+        return torch.autograd.grad(weights, list(parameters), list(gradients), create_graph=True)
 
 
 def _only_converted(bias: Tensor, dtype: torch.dtype) -> bool:
@@ -206,7 +209,7 @@ def capturing(tensor: Tensor) -> bool:
 
 def stacks(layers: Sequence[FloraLayer]) -> list[Stack]:
     """Which of the layers are built together, as they stand now; some may be in no stack."""
-    found: dict[tuple[Any, ...], list[FloraLayer]] = {}
+    groups: dict[tuple[Any, ...], list[FloraLayer]] = {}
     for layer in layers:
         adapters = layer._present(layer.active_adapters)
         if layer.disable_adapters or layer.merged or len(adapters) != 1 or adapters[0] in layer.tucker_magnitude:
@@ -214,7 +217,7 @@ def stacks(layers: Sequence[FloraLayer]) -> list[Stack]:
         (adapter,) = adapters
         described, ranks = layer.weights[adapter]["weight"], layer.effective_ranks[adapter]["weight"]
         weight = layer.base_layer._parameters.get("weight")
-        if weight is None or not _at_hand(weight, described) or layer.adds(adapters):
+        if weight is None or not _at_hand(weight, described) or layer.form_for(adapters) != "merged":
             continue
         modes = factor_modes(described.shape, ranks)
         core = layer.core(adapter)
@@ -225,9 +228,9 @@ def stacks(layers: Sequence[FloraLayer]) -> list[Stack]:
             modes = (*(m for m in modes if m != 1), *(m for m in modes if m == 1))
         dense = channels_last or weight.is_contiguous()
         key = (adapter, described, ranks, layer.scaling[adapter], compute_dtype(weight), modes, dense)
-        found.setdefault((*key, weight.device, core.device, core.dtype), []).append(layer)
-    made = [Stack(tuple(members), *key[:-3]) for key, members in found.items()]
-    return [stack for stack in made if math.prod(stack.sizes(stack.small)) <= _SMALL]
+        groups.setdefault((*key, weight.device, core.device, core.dtype), []).append(layer)
+    candidates = (Stack(tuple(members), *key[:-3]) for key, members in groups.items())
+    return [stack for stack in candidates if math.prod(stack.sizes(stack.small)) <= _SMALL]
 
 
 def _at_hand(weight: Tensor, described: AdaptedWeight) -> bool:

@@ -29,43 +29,43 @@ class StackByStack(Plan):
 
     def small_products(self, blocks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
         """Per family, cores as [n, r_1 * r_wide, r_small], Kronecker products of small factors [n, small, r_small]."""
-        found = []
+        products = []
         for members in self.families:
-            one, core = members[0], blocks[self.index[members[0], None]]
-            core = core.permute(0, *(1 + mode for mode in one.core_order))
-            small = math.prod(one.ranks[mode] for mode in one.small)
+            first, core = members[0], blocks[self.index[members[0], None]]
+            core = core.permute(0, *(1 + mode for mode in first.core_order))
+            small = math.prod(first.ranks[mode] for mode in first.small)
             core = core.reshape(len(core), -1, small)
             kronecker = None
-            for mode in one.small:
-                factor = blocks[self.index[one, mode]]
+            for mode in first.small:
+                factor = blocks[self.index[first, mode]]
                 if kronecker is None:
                     kronecker = factor
                 else:
                     product = kronecker[:, :, None, :, None] * factor[:, None, :, None, :]
                     kronecker = product.flatten(3).flatten(1, 2)
-            found.append((core, kronecker))
-        return found
+            products.append((core, kronecker))
+        return products
 
-    def cores_back(self, one: Stack, gradient: Tensor) -> Tensor:
+    def cores_back(self, stack: Stack, gradient: Tensor) -> Tensor:
         """The inverse of the rearrangement of cores in ``small_products``."""
-        seen = gradient.reshape(len(gradient), *(one.ranks[mode] for mode in one.core_order))
-        return seen.permute(0, *(1 + one.core_order.index(mode) for mode in range(len(one.ranks))))
+        turned = gradient.reshape(len(gradient), *(stack.ranks[mode] for mode in stack.core_order))
+        return turned.permute(0, *(1 + stack.core_order.index(mode) for mode in range(len(stack.ranks))))
 
     def factors_back(self, members: tuple[Stack, ...], blocks: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
         """Gradients of the small factors from that of their Kronecker product."""
-        one = members[0]
-        factors = [blocks[self.index[one, mode]] for mode in one.small]
+        first = members[0]
+        factors = [blocks[self.index[first, mode]] for mode in first.small]
         if len(factors) == 1:
             return [gradient]
-        seen = gradient.view(len(gradient), *one.sizes(one.small), *(one.ranks[mode] for mode in one.small))
+        modes = gradient.view(len(gradient), *first.sizes(first.small), *(first.ranks[mode] for mode in first.small))
         letters = "abcde"[: len(factors)], "vwxyz"[: len(factors)]
-        found = []
+        gradients = []
         for i in range(len(factors)):
             others = [f"n{d}{r}" for k, (d, r) in enumerate(zip(*letters, strict=True)) if k != i]
             equation = ",".join([f"n{letters[0]}{letters[1]}", *others])
             rest = [factor for k, factor in enumerate(factors) if k != i]
-            found.append(torch.einsum(f"{equation}->n{letters[0][i]}{letters[1][i]}", seen, *rest))
-        return found
+            gradients.append(torch.einsum(f"{equation}->n{letters[0][i]}{letters[1][i]}", modes, *rest))
+        return gradients
 
 
 class _Build(torch.autograd.Function):
@@ -107,7 +107,7 @@ class _Build(torch.autograd.Function):
                 blocks[dtype] = plan.split(ctx.flat.to(dtype))
                 right[dtype] = _split_columns(plan, ctx.columns.to(dtype))
                 turned[dtype] = _in_one_dtype(list(ctx.turned), dtype)
-            found: list[Any] = [None] * len(plan.blocks)
+            to_blocks: list[Any] = [None] * len(plan.blocks)
             given, number = iter(gradients), iter(range(len(plan.stacks)))
             for members, (core, kronecker) in zip(plan.families, ctx.products, strict=True):
                 to_inner = []
@@ -115,25 +115,25 @@ class _Build(torch.autograd.Function):
                     dtype, i = stack.dtype, next(number)
                     gradient = _gather(stack, list(islice(given, len(stack.layers))))
                     rows = plan.index[stack, stack.modes[0]]
-                    found[rows] = gradient @ right[dtype][i].mT
+                    to_blocks[rows] = gradient @ right[dtype][i].mT
                     gradient = _from_columns(stack, blocks[dtype][rows].mT @ gradient)
                     if stack.wide is not None:
                         wide = plan.index[stack, stack.wide]
-                        found[wide] = gradient.mT @ turned[dtype][i]
+                        to_blocks[wide] = gradient.mT @ turned[dtype][i]
                         gradient = gradient @ blocks[dtype][wide]
                     to_inner.append(_turn_back(stack, gradient))
-                inner, one = to_inner[0] if len(to_inner) == 1 else torch.cat(to_inner), members[0]
+                inner, first = to_inner[0] if len(to_inner) == 1 else torch.cat(to_inner), members[0]
                 if kronecker is not None:
                     inner = inner.to(exact)
                     small = plan.factors_back(members, blocks[exact], inner.mT @ core)
-                    for mode, factor in zip(one.small, small, strict=True):
-                        found[plan.index[one, mode]] = factor
+                    for mode, factor in zip(first.small, small, strict=True):
+                        to_blocks[plan.index[first, mode]] = factor
                     inner = inner @ kronecker
-                found[plan.index[one, None]] = plan.cores_back(one, inner)
+                to_blocks[plan.index[first, None]] = plan.cores_back(first, inner)
             scales = [block.stacks[0].scale for block in plan.blocks]
             if set(scales) != {1.0}:
-                found = [part * scale for part, scale in zip(found, scales, strict=True)]
-            flat = torch._C._nn.flatten_dense_tensors(_in_one_dtype(found, exact))
+                to_blocks = [part * scale for part, scale in zip(to_blocks, scales, strict=True)]
+            flat = torch._C._nn.flatten_dense_tensors(_in_one_dtype(to_blocks, exact))
             return None, *torch._C._nn.unflatten_dense_tensors(flat, ctx.saved_tensors)
 
 
@@ -156,8 +156,8 @@ def _split_columns(plan: StackByStack, flat: Tensor) -> list[Tensor]:
 
 def _gather(stack: Stack, weights: Sequence[Tensor]) -> Tensor:
     """The inverse of ``unstack``, copied: [n, rows, rest] in memory order."""
-    seen = weights if stack.in_order else [weight.permute(stack.order) for weight in weights]
-    return torch.stack(list(seen)).reshape(len(weights), stack.described.shape[stack.modes[0]], -1)
+    ordered = weights if stack.in_order else [weight.permute(stack.order) for weight in weights]
+    return torch.stack(list(ordered)).reshape(len(weights), stack.described.shape[stack.modes[0]], -1)
 
 
 def _add(stack: Stack, left: Tensor, right: Tensor) -> Sequence[Tensor]:
@@ -188,12 +188,12 @@ def _turn_back(stack: Stack, turned: Tensor) -> Tensor:
 def _to_columns(stack: Stack, turned: Tensor, factor: Tensor, out: Tensor) -> None:
     """[n, r_1 * small, r_wide] times the factor [n, wide, r_wide], into [n, r_1, rest] in memory order."""
     n, first = len(turned), stack.ranks[stack.modes[0]]
-    seen = (*stack.small, stack.wide)
-    if stack.modes[1:] == seen:
+    order = (*stack.small, stack.wide)
+    if stack.modes[1:] == order:
         torch.bmm(turned, factor.mT, out=out.view(n, -1, factor.shape[1]))
         return
-    product = (turned @ factor.mT).view(n, first, *stack.sizes(seen))  # type: ignore[arg-type]
-    places = [2 + seen.index(mode) for mode in stack.modes[1:]]
+    product = (turned @ factor.mT).view(n, first, *stack.sizes(order))  # type: ignore[arg-type]
+    places = [2 + order.index(mode) for mode in stack.modes[1:]]
     out.view(n, first, *stack.sizes(stack.modes[1:])).copy_(product.permute(0, 1, *places))
 
 
@@ -202,8 +202,8 @@ def _from_columns(stack: Stack, gradient: Tensor) -> Tensor:
     n, first = len(stack.layers), stack.ranks[stack.modes[0]]
     if stack.wide is None:
         return gradient
-    seen = (*stack.small, stack.wide)
-    if stack.modes[1:] != seen:
-        places = [2 + stack.modes[1:].index(mode) for mode in seen]
+    order = (*stack.small, stack.wide)
+    if stack.modes[1:] != order:
+        places = [2 + stack.modes[1:].index(mode) for mode in order]
         gradient = gradient.view(n, first, *stack.sizes(stack.modes[1:])).permute(0, 1, *places)
     return gradient.reshape(n, -1, stack.described.shape[stack.wide])

@@ -13,7 +13,15 @@ from torch import Tensor
 from flora.adapters.fast.plan import capturing
 
 INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, for tests
-_FIELDS = tl.constexpr(18)
+# Columns of the table that the kernel reads, a row per product: what ``Product.numbers`` returns.
+_M, _N, _K, _C_START = map(tl.constexpr, range(4))
+_AM_OUTER, _AM_INNER, _AM_SPLIT = map(tl.constexpr, range(4, 7))
+_CM_OUTER, _CM_INNER, _CM_SPLIT = map(tl.constexpr, range(7, 10))
+_AK_OUTER, _AK_INNER, _AK_SPLIT = map(tl.constexpr, range(10, 13))
+_BK_OUTER, _BK_INNER, _BK_SPLIT = map(tl.constexpr, range(13, 16))
+_B_N, _C_N, _COLUMNS = map(tl.constexpr, range(16, 19))
+# Columns of the list of tiles: the product's number, the tile's place among its rows and columns.
+_NUMBER, _DOWN, _ACROSS, _TILE_COLUMNS = map(tl.constexpr, range(4))
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -27,7 +35,7 @@ class Walk(NamedTuple):
 
 @dataclass(frozen=True)
 class Product:
-    """c = scale * a @ b, with a [m, k], b [k, n] and c [m, n].
+    """c = scale * einsum("mk,kn->mn", a, b).
 
     Attributes:
         m, n, k: sizes.
@@ -52,7 +60,7 @@ class Product:
     scale: float = 1.0
 
     def numbers(self) -> tuple[int, ...]:
-        """What the kernel reads, in the order in which it reads it."""
+        """What the kernel reads, in the order of the table's columns."""
         walks = [number for walk in (self.a_m, self.c_m, self.a_k, self.b_k) for number in walk]
         return self.m, self.n, self.k, self.c, *walks, self.b_n, self.c_n
 
@@ -73,16 +81,19 @@ def _products(
     ak_unit: tl.constexpr, bk_unit: tl.constexpr, bn_unit: tl.constexpr, cn_unit: tl.constexpr,
     aligned: tl.constexpr, adds: tl.constexpr, operand: tl.constexpr,
 ):  # fmt: skip
-    tile = tiles + 3 * tl.program_id(0).to(tl.int64)
-    number = tl.load(tile).to(tl.int64)
-    row = table + number * _FIELDS
-    m, n, k = tl.load(row).to(tl.int32), tl.load(row + 1).to(tl.int32), tl.load(row + 2).to(tl.int32)
-    a_start, b_start, c_start = tl.load(a_starts + number), tl.load(b_starts + number), tl.load(row + 3)
-    am_outer, am_inner, am_split = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32), tl.load(row + 6)
-    cm_outer, cm_inner, cm_split = tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32), tl.load(row + 9)
-    ak_outer, ak_inner, ak_split = tl.load(row + 10).to(tl.int32), tl.load(row + 11).to(tl.int32), tl.load(row + 12)
-    bk_outer, bk_inner, bk_split = tl.load(row + 13).to(tl.int32), tl.load(row + 14).to(tl.int32), tl.load(row + 15)
-    b_n, c_n = tl.load(row + 16).to(tl.int32), tl.load(row + 17).to(tl.int32)
+    # One tile of one product: c = base + scale * einsum("mk,kn->mn", a, b).
+    tile = tiles + tl.program_id(0).to(tl.int64) * _TILE_COLUMNS
+    number = tl.load(tile + _NUMBER).to(tl.int64)
+    row = table + number * _COLUMNS
+    m, n, k = tl.load(row + _M).to(tl.int32), tl.load(row + _N).to(tl.int32), tl.load(row + _K).to(tl.int32)
+    a_start, b_start, c_start = tl.load(a_starts + number), tl.load(b_starts + number), tl.load(row + _C_START)
+    am_outer, am_inner = tl.load(row + _AM_OUTER).to(tl.int32), tl.load(row + _AM_INNER).to(tl.int32)
+    cm_outer, cm_inner = tl.load(row + _CM_OUTER).to(tl.int32), tl.load(row + _CM_INNER).to(tl.int32)
+    ak_outer, ak_inner = tl.load(row + _AK_OUTER).to(tl.int32), tl.load(row + _AK_INNER).to(tl.int32)
+    bk_outer, bk_inner = tl.load(row + _BK_OUTER).to(tl.int32), tl.load(row + _BK_INNER).to(tl.int32)
+    am_split, cm_split = tl.load(row + _AM_SPLIT), tl.load(row + _CM_SPLIT)
+    ak_split, bk_split = tl.load(row + _AK_SPLIT), tl.load(row + _BK_SPLIT)
+    b_n, c_n = tl.load(row + _B_N).to(tl.int32), tl.load(row + _C_N).to(tl.int32)
     base_start = tl.load(bases + number) if adds else c_start
     if aligned:  # so that several elements are moved at once
         m, n, k = tl.multiple_of(m, 8), tl.multiple_of(n, 8), tl.multiple_of(k, 8)
@@ -91,8 +102,8 @@ def _products(
         am_outer, cm_outer = tl.multiple_of(am_outer, 8), tl.multiple_of(cm_outer, 8)
         ak_outer, bk_outer = tl.multiple_of(ak_outer, 8), tl.multiple_of(bk_outer, 8)
         b_n, c_n = tl.multiple_of(b_n, 8), tl.multiple_of(c_n, 8)
-    i = tl.load(tile + 1) * tile_m + tl.arange(0, tile_m)
-    j = tl.load(tile + 2) * tile_n + tl.arange(0, tile_n)
+    i = tl.load(tile + _DOWN) * tile_m + tl.arange(0, tile_m)
+    j = tl.load(tile + _ACROSS) * tile_n + tl.arange(0, tile_n)
     a_rows = _offset(i, am_outer, am_inner, am_split, m_splits, am_unit)[:, None]
     b_columns = (j if bn_unit else j * b_n)[None, :]
     inside_m, inside_n = (i < m)[:, None], (j < n)[None, :]
@@ -159,29 +170,59 @@ def _on(device: torch.device, numbers: Sequence[int]) -> Tensor:
     return torch.tensor(numbers).to(device, non_blocking=True)  # so few that the device need not be waited for
 
 
+class _Layout(NamedTuple):
+    """What the kernel is compiled for: which indices split, which strides are 1, whether all else divides by 8."""
+
+    m_splits: bool
+    k_splits: bool
+    am_unit: bool
+    cm_unit: bool
+    ak_unit: bool
+    bk_unit: bool
+    bn_unit: bool
+    cn_unit: bool
+    aligned: bool
+
+
 class _Launch:
-    """Products whose layouts the kernel is compiled for alike: ``pattern``, the last of it whether all is aligned."""
+    """Products of one layout."""
 
     def __init__(
-        self, products: dict[int, Product], pattern: tuple[bool, ...], tile: tuple[int, int, int], device: torch.device
+        self, products: dict[int, Product], layout: _Layout, tile: tuple[int, int, int], device: torch.device
     ) -> None:
-        counts = {i: (triton.cdiv(one.m, tile[0]), triton.cdiv(one.n, tile[1])) for i, one in products.items()}
+        counts = {i: (triton.cdiv(p.m, tile[0]), triton.cdiv(p.n, tile[1])) for i, p in products.items()}
         tiles = [
             torch.cartesian_prod(torch.tensor([number]), torch.arange(down), torch.arange(across))
             for number, (down, across) in counts.items()
         ]
         self.tiles = torch.cat(tiles).int().to(device)
         self.grid = (len(self.tiles), 1, 1)
-        self.pattern = pattern
+        self.layout = layout
+        self._constants = (*tile, *layout[:-1])
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, kind: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
-        """Launch the kernel; ``kind`` is what it is compiled for besides the layouts."""
-        known = self.compiled.get(kind)
-        if known is None:
-            self.compiled[kind] = _products[self.grid](*arguments)
-        else:  # past the look-up of the compiled kernel, which takes longer than the launch
-            known[self.grid](*arguments)
+    def __call__(
+        self, kind: tuple[Any, ...], tensors: dict[str, Tensor], even: bool, adds: bool, operand: tl.dtype
+    ) -> None:
+        """Launch the kernel.
+
+        Args:
+            kind: what it is compiled for besides the layout.
+            tensors: its first arguments by name, in their order.
+            even: whether all starts are aligned.
+            adds: whether a base is added.
+            operand: dtype in which factors are multiplied.
+        """
+        compiled = self.compiled.get(kind)
+        aligned = self.layout.aligned and even
+        if compiled is not None:  # past the look-up of the compiled kernel, which takes longer than the launch
+            compiled[self.grid](*tensors.values(), self.tiles, *self._constants, aligned, adds, operand)
+            return
+        tile_m, tile_n, tile_k = self._constants[:3]
+        constants = self.layout._asdict() | {"aligned": aligned, "adds": adds, "operand": operand}
+        self.compiled[kind] = _products[self.grid](
+            **tensors, tiles=self.tiles, tile_m=tile_m, tile_n=tile_n, tile_k=tile_k, **constants
+        )
 
 
 class Products:
@@ -194,13 +235,12 @@ class Products:
     """
 
     def __init__(self, products: Sequence[Product], tile: tuple[int, int, int], device: torch.device) -> None:
-        groups: dict[tuple[bool, ...], dict[int, Product]] = {}
+        groups: dict[_Layout, dict[int, Product]] = {}
         for i, product in enumerate(products):
-            groups.setdefault(_pattern(product), {})[i] = product
-        self.launches = [_Launch(members, pattern, tile, device) for pattern, members in groups.items()]
-        self._tile = tile
+            groups.setdefault(_layout(product), {})[i] = product
+        self.launches = [_Launch(members, layout, tile, device) for layout, members in groups.items()]
         self._table = _on(device, [number for product in products for number in product.numbers()])
-        in_flat = [one.a for one in products], [one.b for one in products]
+        in_flat = [product.a for product in products], [product.b for product in products]
         self._in_flat = [(_on(device, starts), not any(start % 8 for start in starts)) for starts in in_flat]
         # Last and waited for, so that all tables are there for any stream.
         self._scales = torch.tensor([product.scale for product in products], dtype=torch.float32).to(device)
@@ -215,28 +255,26 @@ class Products:
             base: laid out in memory as the products' parts of ``c``: added to them.
         """
         a, b = (
-            one if isinstance(one, Operand) else Operand([one], *starts)
-            for one, starts in zip((a, b), self._in_flat, strict=True)
+            given if isinstance(given, Operand) else Operand([given], *starts)
+            for given, starts in zip((a, b), self._in_flat, strict=True)
         )
         first = a.tensors[0], b.tensors[0], c, c if base is None else base.tensors[0]
         lower = _OPERANDS[min(first[0].dtype, first[1].dtype, key=lambda dtype: dtype.itemsize)]
-        even, added = a.even and b.even and (base is None or base.even), base or a
+        even = a.even and b.even and (base is None or base.even)
         kind = (even, base is None, *((tensor.dtype, tensor.data_ptr() % 16) for tensor in first))
+        tensors = {
+            "a": first[0], "b": first[1], "c": c, "base": first[3],
+            "a_starts": a.starts, "b_starts": b.starts, "bases": (base or a).starts,
+            "table": self._table, "scales": self._scales,
+        }  # fmt: skip
         for launch in self.launches:
-            *layouts, aligned = launch.pattern
-            launch(
-                kind,
-                (
-                    *first, a.starts, b.starts, added.starts, self._table, self._scales, launch.tiles, *self._tile,
-                    *layouts, aligned and even, base is not None, lower,
-                ),
-            )  # fmt: skip
+            launch(kind, tensors, even, base is not None, lower)
 
 
-def _pattern(product: Product) -> tuple[bool, ...]:
-    """What the kernel is compiled for: whether m and k split, which strides are 1, whether all else divides by 8."""
+def _layout(product: Product) -> _Layout:
     rows, columns = (product.a_m, product.c_m), (product.a_k, product.b_k)
     m_splits, k_splits = (any(walk.split > 1 for walk in walks) for walks in (rows, columns))
     steps = *(walk.outer for walk in (*rows, *columns)), product.b_n, product.c_n
     even = not any(number % 8 for number in product.numbers()[:4]) and all(s == 1 or s % 8 == 0 for s in steps)
-    return m_splits, k_splits, *(step == 1 for step in steps), even and not m_splits and not k_splits
+    aligned = even and not m_splits and not k_splits
+    return _Layout._make([m_splits, k_splits, *(step == 1 for step in steps), aligned])

@@ -1,7 +1,7 @@
 """Weights built all together: each step of the contraction is one launch, or few, over all layers of a model.
 
 With G the core, A the factor of the rows and C that of the wide mode: inner is G times the factors of the small modes,
-one mode after the other; columns = inner C^T; weight = base + scale A columns. Backward, D being a weight's gradient:
+mode by mode; columns = inner C^T; weight = base + scale A columns. Backward, D being a weight's gradient:
 dA = scale D columns^T, dcolumns = scale A^T D, dinner = dcolumns C, dC = dcolumns^T inner, and so on to the core.
 """
 
@@ -54,11 +54,11 @@ class Grouped(Plan):
         self.layers = [layer for stack in self.stacks for layer in stack.layers]
         self.weights = [len(stack.layers) * math.prod(stack.described.shape) for stack in self.stacks]
         self.depth = max(len(stack.small) for stack in self.stacks)
-        found: dict[str, list[Product]] = {}
+        steps: dict[str, list[Product]] = {}
         for name, product in self._products():
-            found.setdefault(name, []).append(product)
+            steps.setdefault(name, []).append(product)
         device = self.layers[0].base_layer._parameters["weight"].device
-        self._steps = {name: Products(products, _tile(name, products), device) for name, products in found.items()}
+        self._steps = {name: Products(products, _tile(name, products), device) for name, products in steps.items()}
 
     def _products(self) -> Iterator[tuple[str, Product]]:
         """The products of all steps, layer by layer; notes which parameters they read, and their room."""
@@ -96,20 +96,20 @@ class Grouped(Plan):
 
     def where_they_lie(self, parameters: Sequence[Tensor]) -> dict[str, Operand | None]:
         """The operands that parameters are."""
-        found: dict[str, Operand | None] = dict.fromkeys(("core", "small_core", "wide", "small_wide"))
+        operands: dict[str, Operand | None] = dict.fromkeys(("core", "small_core", "wide", "small_wide"))
         for name, numbers in self.operands.items():
             tensors = [parameters[i] for i in numbers]
-            found[name] = scattered([one if one.is_contiguous() else one.contiguous() for one in tensors])
-        return found
+            operands[name] = scattered([t if t.is_contiguous() else t.contiguous() for t in tensors])
+        return operands
 
     def in_memory_order(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """The gradients of the weights, each dense and laid out as its weight."""
-        found, given = [], iter(gradients)
+        dense, given = [], iter(gradients)
         for stack in self.stacks:
-            for one in islice(given, len(stack.layers)):
-                seen = one if stack.in_order else one.permute(stack.order)
-                found.append(seen if seen.is_contiguous() else seen.contiguous())
-        return found
+            for gradient in islice(given, len(stack.layers)):
+                ordered = gradient if stack.in_order else gradient.permute(stack.order)
+                dense.append(ordered if ordered.is_contiguous() else ordered.contiguous())
+        return dense
 
 
 def takes(stack: Stack) -> bool:
@@ -162,7 +162,7 @@ def _steps(stack: Stack, places: dict[int | None, int], room: int, weight: int) 
         room, weight: where its intermediate results and its weight do.
     """
     (rows, rank), (wide, wide_rank), (_, rest) = _factors(stack)
-    small, scale, one = math.prod(stack.sizes(stack.small)), stack.scale, Walk(1)
+    small, scale, unit = math.prod(stack.sizes(stack.small)), stack.scale, Walk(1)
     *inners, columns = accumulate([room, *_rooms(stack)[:-1]])
     # A core is a tensor of its own, so begins at 0; its gradient begins where places say.
     before, after = [0, *inners], [places[None], *inners]
@@ -171,48 +171,106 @@ def _steps(stack: Stack, places: dict[int | None, int], room: int, weight: int) 
         of_core = Walk(r * through, 1, through) if through > 1 else Walk(r)
         of_next = Walk(d * done, 1, done) if done > 1 else Walk(d)
         m, factor = outer * through, places[_in_turn(stack)[turn]]
+        # core [o, r, i, s], factor [d, r] -> core of the next turn: "oris,dr->oids"
         yield (
             f"small_{turn}",
-            Product(m, d, r, before[turn], of_core, Walk(through), 0, one, r, inners[turn], of_next, done),
-        )
+            Product(
+                m=m, n=d, k=r,
+                a=before[turn], a_m=of_core, a_k=Walk(through),
+                b=0, b_k=unit, b_n=r,
+                c=inners[turn], c_m=of_next, c_n=done,
+            ),
+        )  # fmt: skip
+        # gradient of the next core, core -> gradient of the factor: "oids,oris->dr"
         yield (
             f"to_factor_{turn}",
-            Product(d, r, m, inners[turn], Walk(done), of_next, before[turn], of_core, through, factor, Walk(r), 1),
-        )
+            Product(
+                m=d, n=r, k=m,
+                a=inners[turn], a_m=Walk(done), a_k=of_next,
+                b=before[turn], b_k=of_core, b_n=through,
+                c=factor, c_m=Walk(r), c_n=1,
+            ),
+        )  # fmt: skip
+        # gradient of the next core, factor -> gradient of the core: "oids,dr->oris"
         yield (
             f"to_small_{turn}",
-            Product(m, r, d, inners[turn], of_next, Walk(done), 0, Walk(r), 1, after[turn], of_core, through),
-        )
+            Product(
+                m=m, n=r, k=d,
+                a=inners[turn], a_m=of_next, a_k=Walk(done),
+                b=0, b_k=Walk(r), b_n=1,
+                c=after[turn], c_m=of_core, c_n=through,
+            ),
+        )  # fmt: skip
     step = 1 if stack.modes[-1] == stack.wide else small  # of the wide mode in a row of columns
     # A row of inner [r_1, r_wide, small] or of columns is a pair of a rank and a small position.
     pairs = rank * small
     of_inner = Walk(wide_rank * small, 1, small) if small > 1 else Walk(wide_rank)
     of_columns = Walk(rest, 1, small) if step > 1 else Walk(wide)
     where = "small_" if stack.small else ""
+    # Below, r is a rank of the rows, w one of the wide mode, s a small position, y a row, x a place in the wide mode;
+    # columns, weights and their gradients lie as [.., x, s] or [.., s, x], whichever is the weight's memory order.
+    # inner, factor of the wide mode -> columns: "rws,xw->rxs"
     yield (
         where + "columns",
         Product(
-            pairs, wide, wide_rank, before[-1], of_inner, Walk(small), 0, one, wide_rank, columns, of_columns, step
+            m=pairs, n=wide, k=wide_rank,
+            a=before[-1], a_m=of_inner, a_k=Walk(small),
+            b=0, b_k=unit, b_n=wide_rank,
+            c=columns, c_m=of_columns, c_n=step,
         ),
-    )
+    )  # fmt: skip
+    # factor of the rows, columns -> weight, scaled and added to the base: "yr,rxs->yxs"
     yield (
         "weights",
-        Product(rows, rest, rank, 0, Walk(rank), one, columns, Walk(rest), 1, weight, Walk(rest), 1, scale),
-    )
+        Product(
+            m=rows, n=rest, k=rank,
+            a=0, a_m=Walk(rank), a_k=unit,
+            b=columns, b_k=Walk(rest), b_n=1,
+            c=weight, c_m=Walk(rest), c_n=1,
+            scale=scale,
+        ),
+    )  # fmt: skip
     left, right = places[stack.modes[0]], places[stack.wide]
-    yield "to_left", Product(rows, rank, rest, 0, Walk(rest), one, columns, one, rest, left, Walk(rank), 1, scale)
-    yield "to_columns", Product(rank, rest, rows, 0, one, Walk(rank), 0, Walk(rest), 1, columns, Walk(rest), 1, scale)
+    # gradient of the weight, columns -> that of the factor of the rows, scaled: "yxs,rxs->yr"
+    yield (
+        "to_left",
+        Product(
+            m=rows, n=rank, k=rest,
+            a=0, a_m=Walk(rest), a_k=unit,
+            b=columns, b_k=unit, b_n=rest,
+            c=left, c_m=Walk(rank), c_n=1,
+            scale=scale,
+        ),
+    )  # fmt: skip
+    # factor of the rows, gradient of the weight -> that of the columns, scaled: "yr,yxs->rxs"
+    yield (
+        "to_columns",
+        Product(
+            m=rank, n=rest, k=rows,
+            a=0, a_m=unit, a_k=Walk(rank),
+            b=0, b_k=Walk(rest), b_n=1,
+            c=columns, c_m=Walk(rest), c_n=1,
+            scale=scale,
+        ),
+    )  # fmt: skip
+    # gradient of the columns, factor of the wide mode -> that of inner: "rxs,xw->rws"
     yield (
         where + "to_inner",
         Product(
-            pairs, wide_rank, wide, columns, of_columns, Walk(step), 0, Walk(wide_rank), 1, after[-1], of_inner, small
+            m=pairs, n=wide_rank, k=wide,
+            a=columns, a_m=of_columns, a_k=Walk(step),
+            b=0, b_k=Walk(wide_rank), b_n=1,
+            c=after[-1], c_m=of_inner, c_n=small,
         ),
-    )
+    )  # fmt: skip
+    # gradient of the columns, inner -> that of the factor of the wide mode: "rxs,rws->xw"
     yield (
         where + "to_wide",
         Product(
-            wide, wide_rank, pairs, columns, Walk(step), of_columns, before[-1], of_inner, small, right,
-            Walk(wide_rank), 1,
+            m=wide, n=wide_rank, k=pairs,
+            a=columns, a_m=Walk(step), a_k=of_columns,
+            b=before[-1], b_k=of_inner, b_n=small,
+            c=right, c_m=Walk(wide_rank), c_n=1,
         ),
     )  # fmt: skip
 
@@ -229,7 +287,7 @@ def _odd(stack: Stack) -> bool:
 
 
 def _tile(step: str, products: Sequence[Product]) -> tuple[int, int, int]:
-    sizes = (max(one.m for one in products), max(one.n for one in products), max(one.k for one in products))
+    sizes = (max(p.m for p in products), max(p.n for p in products), max(p.k for p in products))
     most = _TILES[step.removeprefix("small_").rstrip("_0123456789") or "small"]
     rows, columns, depth = (
         min(limit, max(16, 1 << (size - 1).bit_length())) for limit, size in zip(most, sizes, strict=True)
@@ -242,17 +300,17 @@ class _Build(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Grouped, *parameters: Tensor) -> tuple[Tensor, ...]:
-        one = parameters[0]
-        with torch.cuda.device_of(one), torch.autocast(one.device.type, enabled=False):
-            room, held = one.new_empty(plan.room), plan.where_they_lie(parameters)
+        like = parameters[0]
+        with torch.cuda.device_of(like), torch.autocast(like.device.type, enabled=False):
+            room, operands = like.new_empty(plan.room), plan.where_they_lie(parameters)
             for turn in range(plan.depth):
-                plan.run(f"small_{turn}", room if turn else held["small_core"], held[f"small_{turn}"], room)
-            plan.run("columns", held["core"], held["wide"], room)
-            plan.run("small_columns", room, held["small_wide"], room)
-            weights = one.new_empty(sum(plan.weights), dtype=plan.dtype)
+                plan.run(f"small_{turn}", room if turn else operands["small_core"], operands[f"small_{turn}"], room)
+            plan.run("columns", operands["core"], operands["wide"], room)
+            plan.run("small_columns", room, operands["small_wide"], room)
+            weights = like.new_empty(sum(plan.weights), dtype=plan.dtype)
             bases: Any = [layer._modules["base_layer"] for layer in plan.layers]  # past nn.Module's attribute lookup
             base = scattered([layer._parameters["weight"] for layer in bases])
-            plan.run("weights", held["rows"], room, weights, base)
+            plan.run("weights", operands["rows"], room, weights, base)
             ctx.plan, ctx.room = plan, room
             ctx.save_for_backward(*parameters)
             parts = zip(plan.stacks, weights.split_with_sizes(plan.weights), strict=True)
@@ -265,16 +323,16 @@ class _Build(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted, which the fast path below does not record
             return None, *plan.differentiable_gradients(parameters, gradients)
         with torch.autocast(gradients[0].device.type, enabled=False):
-            before, held = ctx.room, plan.where_they_lie(parameters)
+            before, operands = ctx.room, plan.where_they_lie(parameters)
             given = scattered(plan.in_memory_order(gradients))
-            found, room = before.new_empty(sum(plan.sizes)), torch.empty_like(before)
-            plan.run("to_left", given, before, found)
-            plan.run("to_columns", held["rows"], given, room)
-            plan.run("to_inner", room, held["wide"], found)
-            plan.run("to_wide", room, held["core"], found)
-            plan.run("small_to_inner", room, held["small_wide"], room)
-            plan.run("small_to_wide", room, before, found)
+            flat, room = before.new_empty(sum(plan.sizes)), torch.empty_like(before)
+            plan.run("to_left", given, before, flat)
+            plan.run("to_columns", operands["rows"], given, room)
+            plan.run("to_inner", room, operands["wide"], flat)
+            plan.run("to_wide", room, operands["core"], flat)
+            plan.run("small_to_inner", room, operands["small_wide"], room)
+            plan.run("small_to_wide", room, before, flat)
             for turn in reversed(range(plan.depth)):
-                plan.run(f"to_factor_{turn}", room, before if turn else held["small_core"], found)
-                plan.run(f"to_small_{turn}", room, held[f"small_{turn}"], room if turn else found)
-            return None, *[gradient for part in plan.split(found) for gradient in part.unbind(0)]
+                plan.run(f"to_factor_{turn}", room, before if turn else operands["small_core"], flat)
+                plan.run(f"to_small_{turn}", room, operands[f"small_{turn}"], room if turn else flat)
+            return None, *[gradient for part in plan.split(flat) for gradient in part.unbind(0)]

@@ -1,24 +1,20 @@
 """Rivals that no kept library has, and ablations of FLoRA, as methods of PEFT, which saves, loads and merges them.
 
-``form``: what a rival adds to a weight. ``inserted``: modules added to a model. ``adalora`` and ``biases`` are classes
-beside those of ``flora.methods.base``.
+``base``: rivals that add to a weight. ``inserted``: those that add modules. ``matched_ranks``: ablations that spend
+what FLoRA would; flora_kernelfree needs no code, it is FLoRA with a large ``kernel_rank``.
 """
 
-from flora.methods.rivals.ablations import (
-    FloraFlatConfig,
-    FloraFlatModel,
-    FloraNocoreConfig,
-    FloraNocoreModel,
-    FloraShuffledConfig,
-    FloraShuffledModel,
-)
+from flora.adapters.register import register
 from flora.methods.rivals.bottleneck import BottleneckConfig, BottleneckModel
-from flora.methods.rivals.form import register
+from flora.methods.rivals.flora_flat import FloraFlatConfig, FloraFlatModel
+from flora.methods.rivals.flora_nocore import FloraNocoreConfig, FloraNocoreModel
+from flora.methods.rivals.flora_shuffled import FloraShuffledConfig, FloraShuffledModel
 from flora.methods.rivals.locon import LoconConfig, LoconModel
 from flora.methods.rivals.lora_flat import LoraFlatConfig, LoraFlatModel
 from flora.methods.rivals.lotr import LotrConfig, LotrModel
-from flora.methods.rivals.mixed import MosloraConfig, MosloraModel, TriloraConfig, TriloraModel
+from flora.methods.rivals.moslora import MosloraConfig, MosloraModel
 from flora.methods.rivals.oft import OftConfig, OftModel
+from flora.methods.rivals.trilora import TriloraConfig, TriloraModel
 from flora.methods.rivals.vpt import VptConfig, VptModel
 
 register(BottleneckConfig, BottleneckModel)

@@ -12,8 +12,8 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from typing_extensions import override
 
-from flora.adapters.config import PeftMethod
 from flora.methods.rivals.inserted import Inserted, InsertedModel
+from flora.replaced.config import PeftMethod
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.nn.functional.relu,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from flora.adapters.config import PeftMethod
-from flora.methods.rivals.form import Form, RivalConfig, RivalModel
+from flora.methods.rivals.base import Parametrization, RivalConfig, RivalModel
+from flora.replaced.config import PeftMethod
 
 
-class LoconForm(Form):
+class Locon(Parametrization):
     """up x mid x down with down ``[r, in/groups, 1, 1]``, mid ``[r, r, kernel...]``, up ``[out, r, 1, 1]``.
 
     Matrices, and kernels of size 1, have no mid. Shapes, start and product are the package's.
@@ -60,7 +60,7 @@ class LoconConfig(RivalConfig):
     """locon_tucker: r (in/groups + out) + r^2 k^2 parameters for a convolution, r (in + out) for a matrix."""
 
     method: ClassVar[PeftMethod] = PeftMethod("LOCON_TUCKER")
-    form: ClassVar[type[Form]] = LoconForm
+    parametrization: ClassVar[type[Parametrization]] = Locon
 
 
 class LoconModel(RivalModel):

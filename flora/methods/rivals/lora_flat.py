@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from flora.adapters.config import PeftMethod
-from flora.methods.rivals.form import Form, RivalConfig, RivalModel
+from flora.methods.rivals.base import Parametrization, RivalConfig, RivalModel
+from flora.replaced.config import PeftMethod
 
 
-class LoraFlatForm(Form):
+class LoraFlat(Parametrization):
     """B A with A ``[r k, in k]`` and B ``[out/groups k, r k]``, read as ``[out, in/groups, k, k]``.
 
     A convolution takes r k^2 (in + out/groups) parameters (LoRA, arXiv 2106.09685; grouped form of loralib 0.1.2); a
@@ -29,7 +29,7 @@ class LoraFlatForm(Form):
     @classmethod
     @override
     def highest_rank(cls, shape: tuple[int, ...], groups: int = 1) -> int:
-        return min(shape[0] // groups, shape[1] * groups)  # B A is [out/groups k, in k] of inner width r k
+        return min(shape[0] // groups, shape[1] * groups)  # B A is [out/groups k, in k], of inner width r k
 
     @override
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -51,8 +51,12 @@ class LoraFlatConfig(RivalConfig):
     """lora_flat, and with ``use_dora`` dora_flat: one trained magnitude per output (DoRA, arXiv 2402.09353)."""
 
     method: ClassVar[PeftMethod] = PeftMethod("LORA_FLAT")
-    form: ClassVar[type[Form]] = LoraFlatForm
-    accepts: ClassVar[tuple[str, ...]] = ("use_dora",)
+    parametrization: ClassVar[type[Parametrization]] = LoraFlat
+
+    use_dora: bool = field(
+        default=False,
+        metadata={"help": "A trained magnitude per output multiplies the normalised W + update (arXiv 2402.09353)."},
+    )
 
 
 class LoraFlatModel(RivalModel):

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from typing_extensions import override
 
-from flora.adapters.config import PeftMethod
-from flora.methods.rivals.form import Form, FormLayer, RivalConfig, RivalModel
+from flora.methods.rivals.base import Parametrization, RivalConfig, RivalModel
+from flora.replaced.config import PeftMethod
 
 
-class LotrForm(Form):
+class Lotr(Parametrization):
     """L M R with L ``[out, r]`` and R ``[r, columns]`` shared, M ``[r, r]`` the layer's; convolutions are flattened.
 
     M starts at zero, L and R are normal, as in the authors' code.
@@ -38,7 +38,7 @@ class LotrConfig(RivalConfig):
     """LoTR over n layers of one shape: r (out + columns) + n r^2 parameters."""
 
     method: ClassVar[PeftMethod] = PeftMethod("LOTR")
-    form: ClassVar[type[Form]] = LotrForm
+    parametrization: ClassVar[type[Parametrization]] = Lotr
     shares_factors: ClassVar[bool] = True
 
 
@@ -49,8 +49,7 @@ class LotrModel(RivalModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         shared: dict[tuple[int, ...], nn.ParameterDict] = {}
-        for _, layer, _ in self._adapted_weights(adapter_name):
-            assert isinstance(layer, FormLayer)
-            held, form = layer.tucker_factors[adapter_name], layer.forms[adapter_name]
-            first = shared.setdefault((*form.matrix, form.rank), held)
-            held["L"], held["R"] = first["L"], first["R"]
+        for _, layer, _ in self.adapted_weights(adapter_name):
+            parameters, own = layer.tucker_factors[adapter_name], layer.parametrizations[adapter_name]
+            first = shared.setdefault((*own.matrix, own.rank), parameters)
+            parameters["L"], parameters["R"] = first["L"], first["R"]

@@ -15,7 +15,7 @@ from peft.tuners.oft.model import OFTModel
 from torch import Tensor, nn
 from typing_extensions import override
 
-from flora.adapters.config import PeftMethod
+from flora.replaced.config import PeftMethod
 
 
 @dataclass

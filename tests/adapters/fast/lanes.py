@@ -30,19 +30,20 @@ class Watch:
         )
 
         class Watched(kernels.Products):
-            def __init__(one, products, *settings) -> None:
+            def __init__(together, products, *settings) -> None:
                 super().__init__(products, *settings)
-                one.products = products
+                together.products = products
 
-            def __call__(one, *operands) -> None:
-                self.begin(one.products, *operands)
+            def __call__(together, *operands) -> None:
+                self.begin(together.products, *operands)
                 super().__call__(*operands)
-                assert self.written == sum(product.m * product.n for product in one.products)
+                assert self.written == sum(product.m * product.n for product in together.products)
 
-        def launched(one, kind, arguments):
-            self.tiles = one.tiles
-            self.tables = [addresses(table) for table in arguments[4:] if isinstance(table, Tensor)]
-            launch(one, kind, arguments)
+        def launched(call, kind, tensors, *settings):
+            self.tiles = call.tiles
+            tables = [table for name, table in tensors.items() if name not in ("a", "b", "c", "base")]
+            self.tables = [addresses(table) for table in (*tables, call.tiles)]
+            launch(call, kind, tensors, *settings)
 
         def reads(builder, pointers, mask, *rest):
             self.check("read", pointers, mask)
@@ -63,10 +64,10 @@ class Watch:
         """Note what each product may read and write."""
         self.calls.append(products)
         self.parts, self.written = {"read": [], "write": []}, 0
-        for i, one in enumerate(products):
-            read = [part(a, i, one.a, one.m * one.k), part(b, i, one.b, one.k * one.n)]
-            self.parts["read"].append(read if base is None else [*read, part(base, i, 0, one.m * one.n)])
-            self.parts["write"].append([part(c, i, one.c, one.m * one.n)])
+        for i, product in enumerate(products):
+            read = [part(a, i, product.a, product.m * product.k), part(b, i, product.b, product.k * product.n)]
+            self.parts["read"].append(read if base is None else [*read, part(base, i, 0, product.m * product.n)])
+            self.parts["write"].append([part(c, i, product.c, product.m * product.n)])
 
     def check(self, what: str, pointers: TensorHandle, mask: TensorHandle) -> int:
         """How many lanes there are, all in one part of their product, or of a table where there is one lane."""
@@ -82,9 +83,9 @@ def part(given: Tensor | kernels.Operand, number: int, start: int, size: int) ->
     """What a product takes of an operand: its own tensor, or ``size`` elements of a flat buffer."""
     if isinstance(given, kernels.Operand):
         given, start = given.tensors[number], 0
-    found = addresses(given)[start * given.itemsize :][: size * given.itemsize]
-    assert len(found) == size * given.itemsize
-    return found
+    taken = addresses(given)[start * given.itemsize :][: size * given.itemsize]
+    assert len(taken) == size * given.itemsize
+    return taken
 
 
 def addresses(tensor: Tensor) -> range:

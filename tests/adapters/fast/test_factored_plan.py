@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import flora
-from tests.adapters.fast.test_builder import assert_same, batched, double, layer_by_layer  # noqa: F401
+from tests.adapters.fast.nets import assert_same, builder, layer_by_layer
+
+pytestmark = pytest.mark.usefixtures("double")
 
 
 class Net(nn.Module):
@@ -58,9 +60,9 @@ def test_outputs_and_gradients_added_up_over_batches_are_those_of_layer_by_layer
     x.requires_grad_()
     torch.testing.assert_close(model(x), alone(x))
     for part in x.split(2):
-        found, expected = gradients(model, part), gradients(alone, part)
-    assert_same(found, expected)
-    (plan,) = batched(model)._plans
+        ours, expected = gradients(model, part), gradients(alone, part)
+    assert_same(ours, expected)
+    (plan,) = builder(model)._plans
     assert [len(stack.layers) for stack in plan.stacks] == [2, 2]
     assert {stack.core_side for stack in plan.stacks} == {"rows", "columns"}
 
@@ -71,13 +73,13 @@ def test_new_parameters_are_seen_and_a_gradient_can_be_differentiated_again(x):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    found = []
-    for one in (model, layer_by_layer(model)):
-        parameters = [p for p in one.parameters() if p.requires_grad]
-        first = torch.autograd.grad(one(x).square().sum(), parameters, create_graph=True)
+    second = []
+    for each in (model, layer_by_layer(model)):
+        parameters = [p for p in each.parameters() if p.requires_grad]
+        first = torch.autograd.grad(each(x).square().sum(), parameters, create_graph=True)
         twice = torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
-        found.append(dict(enumerate(twice)))
-    assert_same(*found)
+        second.append(dict(enumerate(twice)))
+    assert_same(*second)
 
 
 def test_the_update_is_that_of_the_factors(x):
@@ -96,6 +98,6 @@ def test_the_update_is_that_of_the_factors(x):
 def test_dropout_leaves_layers_alone_while_it_acts(x):
     model = adapted(flora_dropout=0.5)
     model(x)
-    assert not batched(model)._plans
+    assert not builder(model)._plans
     torch.testing.assert_close(model.eval()(x), layer_by_layer(model)(x))
-    assert len(batched(model)._plans) == 1
+    assert len(builder(model)._plans) == 1

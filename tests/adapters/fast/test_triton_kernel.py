@@ -1,4 +1,4 @@
-"""The GPU kernel against float64; without a GPU test_grouped.py runs these tests in Triton's interpreter."""
+"""The GPU kernel against float64; without a GPU test_triton_plan.py runs these tests in Triton's interpreter."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from torch import nn
 
 import flora
 from flora.adapters.fast.builder import INTERPRETED
-from tests.adapters.fast.test_builder import batched
+from tests.adapters.fast.nets import builder
 from tests.adapters.fast.test_triton_plan import DEVICE, ready
 
 pytestmark = ready
@@ -27,9 +27,9 @@ def buffer(*shape):
     return torch.randn(*shape, device=DEVICE)
 
 
-def same(found, expected):
-    rtol = 4 * torch.finfo(found.dtype).eps
-    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+def same(actual, expected):
+    rtol = 4 * torch.finfo(actual.dtype).eps
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=rtol * expected.abs().max().item())
 
 
 def test_products_of_many_shapes_and_layouts_in_one_buffer_and_sums_with_tensors_elsewhere(kernels):
@@ -42,10 +42,10 @@ def test_products_of_many_shapes_and_layouts_in_one_buffer_and_sums_with_tensors
         left = left.view(k, m).T if a_turned else left.view(m, k)
         right = right.view(n, k).T if b_turned else right.view(k, n)
         a_m, a_k, b_k = (kernels.Walk(step) for step in (*left.stride(), right.stride(0)))
-        one = kernels.Product(
+        product = kernels.Product(
             m, n, k, at[0], a_m, a_k, at[1], b_k, right.stride(1), at[2], kernels.Walk(n), 1, scale / 2
         )
-        products.append(one)
+        products.append(product)
         expected.append(scale / 2 * left.double() @ right.double())
         places.append((slice(at[2], at[2] + m * n), (m, n)))
         at = [at[0] + m * k, at[1] + k * n, at[2] + m * n]
@@ -63,13 +63,13 @@ def test_products_of_many_shapes_and_layouts_in_one_buffer_and_sums_with_tensors
 
 def test_several_elements_are_moved_at_once_where_all_is_aligned_and_half_precision_is_that_of_the_operands(kernels):
     a, b, c = buffer(2, 64, 32), buffer(2, 32, 128).half(), buffer(2, 64, 128)
-    short, long, one = kernels.Walk(32), kernels.Walk(128), kernels.Walk(1)
+    short, long, unit = kernels.Walk(32), kernels.Walk(128), kernels.Walk(1)
     products = [
-        kernels.Product(64, 128, 32, i * 64 * 32, short, one, i * 32 * 128, long, 1, i * 64 * 128, long, 1)
+        kernels.Product(64, 128, 32, i * 64 * 32, short, unit, i * 32 * 128, long, 1, i * 64 * 128, long, 1)
         for i in range(2)
     ]
     together = kernels.Products(products, (64, 64, 32), c.device)
-    assert [launch.pattern[-1] for launch in together.launches] == [True]
+    assert [launch.layout.aligned for launch in together.launches] == [True]
     together(a, b, c)
     torch.testing.assert_close(c.double(), a.half().double() @ b.double(), rtol=1e-5, atol=1e-4)
 
@@ -79,8 +79,8 @@ def test_rows_and_depth_may_be_pairs_of_indices_as_in_a_convolutions_weight(kern
     core, factor, columns = buffer(rank, inside, small), buffer(wide, inside), buffer(rank, wide, small)
     of_core = kernels.Walk(inside * small, 1, small)  # a rank and a small position
     of_columns = kernels.Walk(wide * small, 1, small)
-    one, step = kernels.Walk(1), kernels.Walk(small)
-    there = kernels.Product(rank * small, wide, inside, 0, of_core, step, 0, one, inside, 0, of_columns, small)
+    unit, step = kernels.Walk(1), kernels.Walk(small)
+    there = kernels.Product(rank * small, wide, inside, 0, of_core, step, 0, unit, inside, 0, of_columns, small)
     kernels.Products([there], TILE, columns.device)(core, factor, columns)
     same(columns, torch.einsum("ris,wi->rws", core.double(), factor.double()))
 
@@ -112,10 +112,10 @@ def test_every_lane_stays_within_its_own_product(watch, monkeypatch, tile):
         monkeypatch.setattr("flora.adapters.fast.triton_plan._tile", lambda step, products: tile)
     with torch.autocast(DEVICE, torch.bfloat16):
         model(torch.randn(1, 3, 14, 14)).sum().backward()
-    (plan,) = batched(model)._plans
+    (plan,) = builder(model)._plans
     assert len(plan.layers) == 7
-    assert {one for products in watch.calls for one in products} == {one for _, one in plan._products()}
-    assert {launch.pattern[-1] for step in plan._steps.values() for launch in step.launches} == {True, False}
+    assert {product for products in watch.calls for product in products} == {product for _, product in plan._products()}
+    assert {launch.layout.aligned for step in plan._steps.values() for launch in step.launches} == {True, False}
 
 
 ROW = 16
@@ -124,9 +124,9 @@ OUTSIDE = [{"a_m": ROW + 1}, {"a_k": 2}, {"b_k": ROW + 1}, {"c_m": ROW + 1}]
 
 @pytest.mark.parametrize("wrong", OUTSIDE, ids=str)
 def test_a_lane_in_the_part_of_a_neighbour_is_seen(watch, kernels, wrong):
-    long, one = kernels.Walk(ROW), kernels.Walk(1)
+    long, unit = kernels.Walk(ROW), kernels.Walk(1)
     products = [
-        kernels.Product(ROW, ROW, ROW, i * ROW**2, long, one, i * ROW**2, long, 1, i * ROW**2, long, 1)
+        kernels.Product(ROW, ROW, ROW, i * ROW**2, long, unit, i * ROW**2, long, 1, i * ROW**2, long, 1)
         for i in range(3)
     ]
     flat = buffer(3 * ROW**2)
@@ -138,8 +138,8 @@ def test_a_lane_in_the_part_of_a_neighbour_is_seen(watch, kernels, wrong):
 
 
 def test_a_promise_that_is_not_kept_is_seen(watch, kernels):
-    long, one = kernels.Walk(ROW), kernels.Walk(1)
-    product = kernels.Product(ROW, ROW, ROW, 0, long, one, 0, long, 1, 0, long, 1)
+    long, unit = kernels.Walk(ROW), kernels.Walk(1)
+    product = kernels.Product(ROW, ROW, ROW, 0, long, unit, 0, long, 1, 0, long, 1)
     flat = buffer(4 + ROW**2)
     odd = kernels.Operand([flat[4:]], torch.tensor([4]), even=True)
     with pytest.raises(kernels.triton.TritonError, match="4 is no multiple of 8"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import flora
 from flora.adapters.fast.builder import INTERPRETED, Grouped
-from tests.adapters.fast.test_builder import TARGETS, Net, batched
+from tests.adapters.fast.nets import TARGETS, Net, builder
 
 ready = pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +40,7 @@ def adapted(memory_format=torch.contiguous_format, **settings) -> peft.PeftModel
 def exact(model: peft.PeftModel) -> peft.PeftModel:
     """A twin in float64, every layer of which builds its own weight."""
     twin = copy.deepcopy(model).double()
-    batched(twin).detach(twin.base_model.model)
+    builder(twin).detach(twin.base_model.model)
     return twin
 
 
@@ -63,7 +63,7 @@ def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
 
 def kinds(model: peft.PeftModel) -> dict[str, int]:
     """How many layers each kind of plan built."""
-    return {type(plan).__name__: sum(len(s.layers) for s in plan.stacks) for plan in batched(model)._plans}
+    return {type(plan).__name__: sum(len(s.layers) for s in plan.stacks) for plan in builder(model)._plans}
 
 
 @ready
@@ -82,9 +82,9 @@ def test_outputs_and_gradients_are_those_of_float64(memory_format, ranks):
 def test_each_weight_is_the_base_plus_the_delta_rounded_once(memory_format):
     model = adapted(memory_format)
     built = {}
-    for layer in batched(model).layers:
+    for layer in builder(model).layers:
         layer.register_forward_hook(
-            lambda one, args, output: built.update({one: batched(model)._built[id(one)]["weight"]})
+            lambda layer, args, output: built.update({layer: builder(model)._prepared[id(layer)]["weight"]})
         )
     with torch.autocast(DEVICE, torch.bfloat16):
         model(images())
@@ -105,7 +105,7 @@ def test_gradients_add_up_and_new_parameters_and_base_weights_are_seen():
         for name, parameter in model.named_parameters():
             if "tucker" in name:
                 parameter.mul_(1.1)
-        for layer in batched(model).layers:
+        for layer in builder(model).layers:
             layer.base_layer.weight.data = layer.base_layer.weight.data * 0.9  # at another address
     after = gradients(exact(model), x.double())
     assert_near(gradients(model, x), {name: before[name] + after[name] for name in before}, 1e-4)
@@ -135,8 +135,8 @@ def test_a_factor_of_another_dtype_is_not_read_as_float32(dtype):
     model, x = adapted(), images()
     with torch.autocast(DEVICE, torch.bfloat16):
         model(x)
-        assert len(batched(model)._built) == 11
-        factor = batched(model).layers[0].tucker_factors["default"].weight_0
+        assert len(builder(model)._prepared) == 11
+        factor = builder(model).layers[0].tucker_factors["default"].weight_0
         factor.data = factor.data.to(dtype)
         torch.testing.assert_close(model(x).double(), exact(model)(x.double()), rtol=0.1, atol=0.05)
 
@@ -144,13 +144,13 @@ def test_a_factor_of_another_dtype_is_not_read_as_float32(dtype):
 @ready
 def test_a_gradient_can_be_differentiated_again():
     model, x = adapted(), images()
-    twin, found = exact(model), []
-    for one, inputs in ((model, x), (twin, x.double())):
-        parameters = [p for p in one.parameters() if p.requires_grad]
-        once = torch.autograd.grad(one(inputs).square().mean(), parameters, create_graph=True)
+    twin, gradients_of_both = exact(model), []
+    for each, inputs in ((model, x), (twin, x.double())):
+        parameters = [p for p in each.parameters() if p.requires_grad]
+        once = torch.autograd.grad(each(inputs).square().mean(), parameters, create_graph=True)
         twice = torch.autograd.grad(sum(g.square().sum() for g in once), parameters)
-        found.append({str(i): g.double() for i, g in enumerate(twice)})
-    assert_near(*found, 1e-3)
+        gradients_of_both.append({str(i): g.double() for i, g in enumerate(twice)})
+    assert_near(*gradients_of_both, 1e-3)
 
 
 @ready
@@ -171,9 +171,9 @@ def test_a_weight_of_more_elements_than_the_kernel_counts_is_not_taken():
 
     model = adapted()
     model(images())
-    stack = next(one for one in batched(model)._plans[0].stacks if len(one.described.shape) == 2)
+    stack = next(stack for stack in builder(model)._plans[0].stacks if len(stack.described.shape) == 2)
     sizes = {elements: replace(stack.described, shape=(elements // 2**10, 2**10)) for elements in (2**31, 2**32)}
-    assert [takes(replace(stack, described=one)) for one in sizes.values()] == [True, False]
+    assert [takes(replace(stack, described=described)) for described in sizes.values()] == [True, False]
 
 
 SHAPES = [
@@ -202,11 +202,11 @@ def test_weights_of_any_shape(memory_format, base, kind):
     x = torch.randn(2, base[0].in_channels, *[8] * (base[0].weight.dim() - 2), device=DEVICE)
     ours, theirs = model(x), twin(x.double())
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
-    found = []
-    for one, output in ((model, ours), (twin, theirs)):
+    gradients_of_both = []
+    for each, output in ((model, ours), (twin, theirs)):
         output.sin().sum().backward()
-        found.append({name: p.grad.double() for name, p in one.named_parameters() if p.requires_grad})
-    assert_near(*found, 1e-4)
+        gradients_of_both.append({name: p.grad.double() for name, p in each.named_parameters() if p.requires_grad})
+    assert_near(*gradients_of_both, 1e-4)
     assert kinds(model) == {kind if isinstance(kind, str) else kind[memory_format == torch.channels_last]: 1}
 
 

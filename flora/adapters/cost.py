@@ -1,8 +1,11 @@
-"""What the two forms of an adapted layer cost in a training step, estimated from shapes, dtype and device.
+"""What the factored and the merged form of a layer cost in a training step, estimated from shapes, dtype and device.
 
 A roofline with a price per kernel launch: the larger of arithmetic and memory traffic. Only what the adapter adds to
 the frozen layer counts. The rates are those of one kind of device each, rounded; their ratios decide, and these differ
 little from one GPU, or one CPU, to the next. scripts/bench_step.py measures whether the choice was right.
+
+It assumes that merged weights are built for many layers together (flora/adapters/fast), also where that folder is
+absent: the two forms round differently, and no result may depend on how it was computed.
 
 The batch is a nominal one, POSITIONS tokens or pixels. A choice that followed the actual batch would change the
 rounding between training and evaluation, or before and after a resumed run, and no result could be reproduced exactly.
@@ -57,7 +60,7 @@ class Work:
         return self.inputs_per_output * self.columns + self.rows
 
 
-def additive_seconds(work: Work, rates: Rates, itemsize: int) -> float:
+def factored_seconds(work: Work, rates: Rates, itemsize: int) -> float:
     """Three thin products forward and six backward, which read or write every activation about four times more."""
     traffic = 4 * itemsize * POSITIONS * work.activations()
     thin = work.inputs_per_output * work.columns * work.rank_in + work.rows * work.rank_out
@@ -80,8 +83,8 @@ def _seconds(traffic: float, products: float, rates: Rates, itemsize: int) -> fl
     return max(arithmetic, traffic / rates.bandwidth)
 
 
-def additive_is_cheaper(work: Work, device: str, dtype: torch.dtype) -> bool:
-    """Whether adding the update's own output beats running with W + update.
+def factored_is_cheaper(work: Work, device: str, dtype: torch.dtype) -> bool:
+    """Whether the factored form beats the merged one.
 
     Args:
         work: the layer.
@@ -89,4 +92,4 @@ def additive_is_cheaper(work: Work, device: str, dtype: torch.dtype) -> bool:
         dtype: in which the layer computes.
     """
     rates = DEVICES.get(device, DEVICES["cuda"])
-    return additive_seconds(work, rates, dtype.itemsize) < merged_seconds(work, rates, dtype.itemsize)
+    return factored_seconds(work, rates, dtype.itemsize) < merged_seconds(work, rates, dtype.itemsize)

@@ -1,0 +1,41 @@
+"""Convolutions with a replaced weight, of one, two and three dimensions, with any number of groups."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from flora.replaced.layer import ReplacedLayer
+from flora.replaced.linear import runs_plain_op
+from flora.replaced.weights import AdaptedWeight, ModeKind, plain
+
+_PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def conv_modes(weight: Tensor, output_dim: int) -> AdaptedWeight:
+    """A convolution's weight with two channel modes and a mode per dimension of the kernel."""
+    kernel: list[ModeKind] = ["kernel"] * (weight.dim() - 2)
+    return plain("weight", weight.shape, ["channel", "channel", *kernel], output_dim=output_dim)
+
+
+class ReplacedConv(ReplacedLayer):
+    """nn.Conv1d, nn.Conv2d or nn.Conv3d, weight [out, in/groups, kernel...], and subclasses with their own forward."""
+
+    @override
+    def describe_weights(self, config: Any, name: str) -> list[AdaptedWeight]:
+        return [conv_modes(self.get_base_layer().weight, output_dim=0)]
+
+    @property
+    def plain_op(self) -> bool:
+        """Whether the layer's class does nothing but the convolution."""
+        base = self.get_base_layer()
+        kind = _PLAIN[len(base.kernel_size)]
+        return type(base).forward is kind.forward and type(base)._conv_forward is kind._conv_forward
+
+    @override
+    def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        base: Any = self._modules["base_layer"]  # past nn.Module's attribute lookup
+        if runs_plain_op(base, _PLAIN[len(base.kernel_size)]):
+            bias = weights.get("bias", base.bias)
+            return base._conv_forward(*args, **kwargs, weight=weights["weight"], bias=bias)
+        return super().run_base(weights, *args, **kwargs)

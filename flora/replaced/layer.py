@@ -1,0 +1,379 @@
+"""The base of adapted layers: runs a layer with an updated weight, shows that weight, and merges it."""
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from flora.replaced import merging
+from flora.replaced.weights import AdaptedWeight, scaling_of
+
+Form = Literal["factored", "merged", "dense"]
+
+
+class ReplacedLayer(nn.Module, BaseTunerLayer):
+    """A base layer whose weights are updated, by one set of parameters per adapter name.
+
+    Subclasses say which weights their layer has (``describe_weights``) and how to run it with others in their place
+    (``run_base``). A method says what its parameters are (``create_parameters``, ``reset_adapter``) and which update
+    they make (``get_delta_weight``).
+
+    How a layer runs, W being its weight and delta the sum of its active adapters' updates, scales included:
+
+    ========  ======================================  ============================================================
+    form      what is computed                        where
+    ========  ======================================  ============================================================
+    factored  op(x, W) + thin products of x           linear layers, embeddings, ungrouped convolutions; delta is
+                                                      never built
+    merged    op(x, W + delta)                        every layer; the only form with magnitudes, and of layers
+                                                      whose op is not known (attention, recurrent, bare parameters)
+    dense     op(x, W) + op(x, delta)                 grouped and folded convolutions, and those that pad their
+                                                      input themselves, where they cannot or shall not run merged
+    ========  ======================================  ============================================================
+
+    ``form_for`` chooses. Factored and dense keep the update *apart* from W: they serve quantised and offloaded weights,
+    and dropout on the update's input.
+
+    Reading ``weight`` gives the adapted weight while adapters are active, so that code which takes a layer's weight
+    instead of calling the layer (torchvision's Swin, nn.TransformerEncoderLayer) sees the adapter too.
+    """
+
+    # The prefix of all parameters is FLoRA's, as it was when adapters were first saved.
+    adapter_layer_names: tuple[str, ...] = ("tucker_magnitude",)
+    other_param_names: tuple[str, ...] = (
+        "weights",
+        "effective_ranks",
+        "scaling",
+        "_configured_scaling",
+        "_relative_scaling",
+        "configured_form",
+    )
+    supports_dora = True
+    child_name = ""  # under which the layer is a child of the module that it adapts, where it does not replace it
+    base_layer: Any
+    tucker_magnitude: Any  # ModuleDict: adapter -> ParameterDict: weight -> magnitude per output
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.create_containers()
+        self.tucker_magnitude = nn.ModuleDict()
+        self.weights: dict[str, dict[str, AdaptedWeight]] = {}
+        self.effective_ranks: dict[str, dict[str, tuple[int, ...]]] = {}
+        self.scaling: dict[str, float] = {}
+        self.configured_form: dict[str, str] = {}  # auto, factored or merged
+        self.revision = 0  # rises with every new or renewed adapter
+        self._configured_scaling: dict[str, float] = {}
+        self._relative_scaling: dict[str, dict[str, float]] = {}
+        self._quantised = False
+        self.merged_norm_ratio: dict[str, dict[str, Tensor]] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, name)
+
+    # ------------------------------------------------------------------ what a method says
+
+    def create_containers(self) -> None:
+        """Create what holds the parameters of all adapters."""
+        raise NotImplementedError
+
+    def modes(self, weight: AdaptedWeight, config: Any, name: str) -> AdaptedWeight:
+        """The weight with the modes that the method sees."""
+        return weight
+
+    def create_parameters(self, adapter_name: str, config: Any, name: str) -> None:
+        """Create the parameters of an adapter and note its ``effective_ranks``; ``name`` is the layer's."""
+        raise NotImplementedError
+
+    def reset_adapter(self, adapter_name: str, config: Any) -> None:
+        """Draw the parameters of an adapter anew; its update becomes zero."""
+        raise NotImplementedError
+
+    def get_delta_weight(self, adapter: str, weight: str | None = None) -> Tensor:
+        """The update of an adapter, its scale included, in the shape of the stored weight.
+
+        Args:
+            adapter: its name.
+            weight: name of the adapted weight; may be left out where the layer has only one.
+        """
+        raise NotImplementedError
+
+    def drops(self, adapter_name: str) -> bool:
+        """Whether the update's input is dropped out now."""
+        return False
+
+    def drop(self, adapter_name: str, input: Tensor) -> Tensor:
+        """The update's input after dropout."""
+        return input
+
+    # ------------------------------------------------------------------ what a kind of layer says
+
+    def describe_weights(self, config: Any, name: str) -> list[AdaptedWeight]:
+        """The weights of the base layer to adapt."""
+        raise NotImplementedError
+
+    def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The base layer's own forward, with the given weights (by name) in place of its own."""
+        return torch.func.functional_call(self.base_layer, weights, args, kwargs)
+
+    def form_apart(self, adapter_name: str) -> Form | None:
+        """The form in which the update's output is computed apart from the base layer's; None where it cannot be."""
+        return None
+
+    def cheaper_form(self, adapter_name: str) -> Form:
+        """What ``forward='auto'`` takes: merged or the form apart; asked where there is one."""
+        return "merged"
+
+    def delta_output(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """The update's own output, without bias; defined where there is a form apart."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ adapters
+
+    def update_layer(self, adapter_name: str, config: Any, name: str) -> None:
+        """Create the parameters of a new adapter (or replace those of an old one)."""
+        weights = {weight.name: self.modes(weight, config, name) for weight in self.describe_weights(config, name)}
+        self.check_config(config, name)
+        for key in weights:
+            owner, _, attribute = key.rpartition(".")
+            if isinstance(vars(self.get_base_layer().get_submodule(owner)).get(attribute), Tensor):
+                raise ValueError(
+                    f"{name}: its {key} is computed anew by a hook (torch.nn.utils.weight_norm, spectral_norm), which "
+                    "an update would not survive; use torch.nn.utils.parametrizations"
+                )
+        self.weights[adapter_name] = weights
+        scales = {key: scaling_of(weight, config, name) for key, weight in weights.items()}
+        # PEFT's own functions read and set one factor per adapter and layer; weights may differ in theirs.
+        self.scaling[adapter_name] = largest = max(scales.values(), key=abs)
+        self._configured_scaling[adapter_name] = largest
+        self._relative_scaling[adapter_name] = {key: scale / largest if largest else 1 for key, scale in scales.items()}
+        self.configured_form[adapter_name] = config.forward
+        self.revision += 1
+        self._quantised = not all(self.base_weight(weight).is_floating_point() for weight in weights)
+        self.create_parameters(adapter_name, config, name)
+        if self._quantised and self.form_apart(adapter_name) is None:
+            kind = type(self.get_base_layer()).__name__
+            raise ValueError(f"{name}: a quantised {kind} cannot be adapted; leave it out of the targets")
+        self.reset_adapter(adapter_name, config)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.use_dora:
+            self._init_magnitude(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def check_config(self, config: Any, name: str) -> None:
+        """Raise ValueError for settings that the layer does not know."""
+        if config.use_dora and not self.supports_dora:
+            raise ValueError(f"use_dora: {name} ({type(self.get_base_layer()).__name__}) has no magnitude per output")
+
+    def scale_of(self, adapter_name: str, weight_name: str = "weight") -> float:
+        """Factor of the update of one adapted weight."""
+        return self.scaling[adapter_name] * self._relative_scaling.get(adapter_name, {}).get(weight_name, 1.0)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the factor of an adapter's update to ``scale`` times the configured one."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._configured_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the factor of the active adapters' updates."""
+        for adapter in self._present(self.active_adapters):
+            self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the factor of the active adapters' updates, or restore the configured one (``None``)."""
+        for adapter in self._present(self.active_adapters):
+            self.scaling[adapter] = (
+                self._configured_scaling[adapter] if scale is None else self.scaling[adapter] / scale
+            )
+
+    def _present(self, adapters: list[str]) -> list[str]:
+        return [adapter for adapter in adapters if adapter in self.weights]
+
+    # ------------------------------------------------------------------ weights
+
+    def get_base_layer(self) -> Any:
+        """The layer whose weights are adapted."""
+        return self.base_layer
+
+    def base_weight(self, name: str) -> Tensor:
+        """The base layer's own weight of that name."""
+        owner, _, attribute = name.rpartition(".")
+        return getattr(self.get_base_layer().get_submodule(owner), attribute)
+
+    def adapted_weight(self, name: str, adapters: list[str]) -> Tensor:
+        """The base weight with the updates of the given active adapters, in the base weight's dtype."""
+        base = self.base_weight(name)
+        weight = base
+        for adapter in adapters:
+            if name in self.weights[adapter]:
+                weight = weight + self.get_delta_weight(adapter, name)
+                if adapter in self.tucker_magnitude:
+                    weight = weight * self.norm_ratio(adapter, name, weight)
+        return weight.to(base.dtype)
+
+    def norm_ratio(self, adapter: str, name: str, weight: Tensor) -> Tensor:
+        """Magnitude over norm per output of W + delta: what the sum is multiplied with."""
+        # DoRA treats the norm as a constant in the gradient (arXiv 2402.09353, section 4.3).
+        described = self.weights[adapter][name]
+        magnitude = self.tucker_magnitude[adapter][described.key]
+        norm = _output_norm(weight, described).detach()
+        return magnitude.view(norm.shape) / torch.where(norm == 0, torch.ones_like(norm), norm)
+
+    @torch.no_grad()
+    def _init_magnitude(self, adapter: str) -> None:
+        magnitudes = nn.ParameterDict()
+        for described in self.weights[adapter].values():
+            base = self.base_weight(described.name)
+            if not base.is_floating_point():
+                raise ValueError(f"use_dora: needs a floating-point weight, {described.name} is {base.dtype}")
+            magnitudes[described.key] = nn.Parameter(_output_norm(base, described).flatten().to(base.dtype))
+        self.tucker_magnitude[adapter] = magnitudes
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Models read public attributes of their layers (in_features, stride, hidden_size, bare parameters).
+            if name.startswith("_") or name == "base_layer":
+                raise
+            if any(name in weights for weights in self.__dict__.get("weights", {}).values()):
+                return self._visible_weight(name)
+            return getattr(self.base_layer, name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The adapted weight while adapters are active, else the base layer's own."""
+        return self._visible_weight("weight")
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias; ``None`` where it has no tensor of that name."""
+        bias = getattr(self.get_base_layer(), "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def in_features(self) -> int:
+        """Size of the input, under the name that PEFT asks for."""
+        return self._size_named("in_features", "in_channels", "num_embeddings", "input_size", "nx", "embed_dim")
+
+    @property
+    def out_features(self) -> int:
+        """Size of the output, under the name that PEFT asks for."""
+        return self._size_named("out_features", "out_channels", "embedding_dim", "hidden_size", "nf", "embed_dim")
+
+    def _size_named(self, *names: str) -> int:
+        for name in names:
+            if hasattr(self.base_layer, name):
+                return getattr(self.base_layer, name)
+        raise AttributeError(names[0])
+
+    def _visible_weight(self, name: str) -> Tensor:
+        adapters = [a for a in self._present(self.active_adapters) if name in self.weights[a]]
+        if self.disable_adapters or self.merged or not adapters:
+            return self.base_weight(name)
+        return self.adapted_weight(name, adapters)
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base layer with its adapted weights."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapters = self._present(self.active_adapters)
+        if self.disable_adapters or self.merged or not adapters:
+            return self.base_layer(*args, **kwargs)
+        if self.form_for(adapters) != "merged":
+            return self.run_apart(adapters, *args, **kwargs)
+        names = dict.fromkeys(name for adapter in adapters for name in self.weights[adapter])
+        return self.run_base({name: self.adapted_weight(name, adapters) for name in names}, *args, **kwargs)
+
+    def run_apart(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+        """The factored and the dense form: the base layer's output plus those of the updates."""
+        result = self.base_layer(*args, **kwargs)
+        for adapter in adapters:
+            result = result + self.delta_output(adapter, *args, **kwargs).to(result.dtype)
+        return result
+
+    def form_for(self, adapters: list[str]) -> Form:
+        """The form in which the layer runs now, with these adapters; see the table above.
+
+        Magnitudes need W + delta. A weight that cannot be added to needs the update apart, as does dropout. Otherwise
+        the configuration of the first adapter decides, whose ``auto`` is the cheaper form (``cheaper_form``).
+        """
+        if any(adapter in self.tucker_magnitude for adapter in adapters):
+            return "merged"
+        forms = [self.form_apart(adapter) for adapter in adapters]
+        if None in forms:
+            return "merged"
+        apart: Form = "dense" if "dense" in forms else "factored"
+        if self._weight_is_elsewhere() or any(self.drops(adapter) for adapter in adapters):
+            return apart
+        configured = self.configured_form[adapters[0]]
+        if configured == "auto":
+            return self.cheaper_form(adapters[0])
+        return apart if configured == "factored" else "merged"
+
+    def _weight_is_elsewhere(self) -> bool:
+        """Whether the weight cannot be added to: quantised, or offloaded until the base layer's own forward."""
+        return self._quantised or hasattr(self.base_layer, "_hf_hook")
+
+    # ------------------------------------------------------------------ merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of the given adapters (default: the active ones) to the base weights.
+
+        Args:
+            safe_merge: check the merged weights for NaN and infinity before storing them.
+            adapter_names: adapters to merge, in this order.
+
+        Raises:
+            ValueError: if a base weight is quantised, sharded or otherwise cannot hold the sum, or a check fails.
+        """
+        for adapter in self._present(check_adapters_to_merge(self, adapter_names)):
+            merging.merge(self, adapter, safe_merge)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take all merged updates out of the base weights again, up to rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            merging.unmerge(self, self.merged_adapters.pop())
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        # PEFT's own looks for an attribute `weight` only.
+        weights = next(iter(self.weights.values()))
+        weight = self.base_weight(next(iter(weights)))
+        return weight.device, getattr(base_layer, "compute_dtype", weight.dtype)
+
+    def extra_repr(self) -> str:
+        """Effective ranks by adapter."""
+        return ", ".join(f"{adapter}: ranks {ranks}" for adapter, ranks in self.effective_ranks.items())
+
+    def __repr__(self) -> str:
+        return "flora." + super().__repr__()
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product or convolution with this weight runs now."""
+    device = weight.device.type
+    if device == "meta":
+        return weight.dtype
+    casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else weight.dtype
+
+
+def in_transform() -> bool:
+    """Whether torch.compile traces, or a functorch transform runs: our own autograd functions stay out of these."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _output_norm(weight: Tensor, described: AdaptedWeight) -> Tensor:
+    """Euclidean norm per output, with size 1 in place of the other dimensions of the stored weight."""
+    dims = [dim for dim in range(weight.dim()) if dim != described.output_dim]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=dims, keepdim=True, dtype=dtype)

@@ -1,0 +1,168 @@
+"""The base of PEFT tuners: which adapted layer stands in for which module of a model, and what of it is loaded."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+from typing_extensions import override
+
+from flora.replaced.layer import ReplacedLayer
+from flora.replaced.weights import matching_pattern
+
+Layers = tuple[tuple[tuple[type[nn.Module], ...], type[ReplacedLayer]], ...]  # kinds of modules -> what adapts them
+
+
+class ReplacedModel(BaseTuner):
+    """A model whose targeted layers are ``ReplacedLayer``s; made by ``peft.get_peft_model(model, config)``."""
+
+    prefix = "tucker_"
+    tuner_layer_cls: type[ReplacedLayer] = ReplacedLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+    layer_classes: ClassVar[Layers]
+
+    # ------------------------------------------------------------------ injection
+
+    @override
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config: Any = self.peft_config[adapter_name]
+        targets = config.target_modules
+        targets = sorted(targets) if isinstance(targets, list | set | tuple) else []
+        with warnings.catch_warnings():
+            # PEFT compares rank_pattern with modules only; names of parameters are checked below.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.warn_of_missed("target_modules", targets, self.targeted_module_names)
+        adapted = [name for name, _, _ in self.adapted_weights(adapter_name)]
+        adapted += [name.rpartition(".")[0] for name in adapted] + self.targeted_module_names
+        for field in config._patterns:
+            for pattern in getattr(config, field):
+                if not any(matching_pattern({pattern: True}, name) for name in adapted):
+                    warnings.warn(f"{field}[{pattern!r}] matches no adapted layer", stacklevel=2)
+
+    @staticmethod
+    def warn_of_missed(field: str, targets: Sequence[str], names: Sequence[str]) -> None:
+        """Warn of targets that are neither one of the names nor the end of one."""
+        missed = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+        if missed:
+            warnings.warn(f"{field}: {', '.join(missed)} match nothing and stay untrained", stacklevel=3)
+
+    @override
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(parent, ReplacedLayer):
+            return  # part of an adapted layer, such as the output projection of an attention
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config, current_key)
+        else:
+            new_module = self._create_new_module(peft_config, adapter_name, target, current_key)
+            if adapter_name not in self.active_adapters:
+                new_module.requires_grad_(False)  # a further adapter is not trained before it is made active
+            self._replace_module(parent, target_name, new_module, target)
+
+    def _create_new_module(  # type: ignore[override]
+        self, config: Any, adapter_name: str, target: nn.Module, name: str
+    ) -> ReplacedLayer:
+        if isinstance(target, BaseTunerLayer):
+            raise ValueError(f"target_modules: {name} already carries an adapter of another method")
+        for kinds, layer in self.layer_classes:
+            if isinstance(target, kinds):
+                return layer(target, adapter_name, config, name)
+        supported = ", ".join(kind.__name__ for kinds, _ in self.layer_classes for kind in kinds)
+        self.refuse_layer(config, name, type(target).__name__, supported)
+
+    def refuse_layer(self, config: Any, name: str, kind: str, supported: str) -> NoReturn:
+        """Raise ValueError: the layer of this name and kind is none of the supported kinds."""
+        raise ValueError(f"target_modules: {name} is a {kind}; {config.method.value} takes {supported}")
+
+    @override
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # an adapter is created on its base layer's device
+
+    # ------------------------------------------------------------------ loading
+
+    @classmethod
+    @override
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = model.state_dict()
+        for key, value in remapped.items():
+            if f".{cls.prefix}" not in f".{key}":
+                continue
+            key = key if key in own else key.removeprefix("base_model.model.")
+            if key not in own:
+                raise ValueError(f"adapter does not fit the model: the model has no adapted weight for {key}")
+            if own[key].shape != value.shape:
+                raise ValueError(
+                    f"adapter does not fit the model: {key} is {list(value.shape)} in the file, {list(own[key].shape)} "
+                    "in the model; load it onto the architecture and with the ranks it was trained with"
+                )
+        return remapped
+
+    # ------------------------------------------------------------------ inspection
+
+    def adapted_weights(self, adapter_name: str) -> Iterator[tuple[str, Any, str]]:
+        """Full name (layer.weight), layer and weight name of everything an adapter adapts."""
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, ReplacedLayer) and adapter_name in layer.weights:
+                owner = name.removesuffix(layer.child_name).rstrip(".")
+                for weight in layer.weights[adapter_name]:
+                    yield f"{owner}.{weight}".lstrip("."), layer, weight
+
+    def effective_ranks(self, adapter_name: str | None = None) -> dict[str, list[int]]:
+        """Clipped ranks per mode of every adapted weight; 1 for a mode of size 1, which has no factor.
+
+        Args:
+            adapter_name: which adapter; the first active one by default.
+
+        Returns:
+            Name of the layer (followed by the name of the weight where a layer has several) -> rank per mode.
+        """
+        adapter_name = adapter_name or self.active_adapters[0]
+        listed = {}
+        for name, layer, weight in self.adapted_weights(adapter_name):
+            short = name.removesuffix(f".{weight}") if weight == "weight" else name
+            listed[short] = list(layer.effective_ranks[adapter_name][weight])
+        return listed
+
+    def explain(self, adapter_name: str | None = None) -> list[str]:
+        """How the layers run now, a line for each shape: form, ranks, and how many weights are built together.
+
+        The choice of ``forward='auto'`` depends on the device and on autocast: ask where the model trains.
+
+        Args:
+            adapter_name: which adapter; the first active one by default.
+        """
+        adapter_name = adapter_name or self.active_adapters[0]
+        together = self._together()
+        lines: dict[tuple[Any, ...], list[str]] = {}
+        for name, layer, weight in self.adapted_weights(adapter_name):
+            form = layer.form_for([adapter_name])
+            ranks = layer.effective_ranks[adapter_name][weight]
+            shape = layer.weights[adapter_name][weight].shape
+            lines.setdefault((form, shape, ranks, together.get(layer, 1)), []).append(name)
+        return [
+            f"{form} {list(shape)} ranks {list(ranks)}: {len(names)} weight{'s' * (len(names) > 1)}"
+            f"{f', {count} built together' if count > 1 else ''} ({names[0]}{', ...' if len(names) > 1 else ''})"
+            for (form, shape, ranks, count), names in lines.items()
+        ]
+
+    def _together(self) -> Mapping[Any, int]:
+        """With how many layers the weight of a layer is built; 1 for those that are not listed."""
+        return {}
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: only FLoRA's adapters are combined."""
+        raise ValueError(f"{type(self).__name__} cannot combine adapters; merge them one after the other")

@@ -1,0 +1,118 @@
+"""When PEFT knows our methods: whoever imports what first, and however PEFT is found."""
+
+import subprocess
+import sys
+import types
+
+import peft
+import pytest
+
+from flora import registration
+
+REGISTERED = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as table; print(sorted(NAMES - table.keys()))"
+NAMES = "NAMES = {'FLORA', 'LORA_FLAT', 'LOTR', 'LOCON_TUCKER', 'VPT', 'BOTTLENECK', 'FLORA_FLAT', 'OFT_MENDED'}; "
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import flora; import peft",
+        "import peft; import flora",
+        "import flora.adapters.config",
+        "import flora.methods.rivals.lotr",
+        "import flora, importlib.util; importlib.util.find_spec('peft'); import peft",
+        "import flora, importlib, peft; importlib.reload(peft)",
+        "import sys; sys.modules['peft'] = None; import flora; del sys.modules['peft']; import peft",
+    ],
+)
+def test_methods_are_registered_whatever_is_imported_first(code):
+    done = run(f"{NAMES}{code}; {REGISTERED}")
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def test_importing_flora_imports_neither_peft_nor_torch():
+    done = run("import sys, flora; print([name for name in ('peft', 'torch', 'transformers') if name in sys.modules])")
+    assert done.stdout.strip() == "[]"
+
+
+def test_registering_imports_only_what_peft_has_imported():
+    heavy = "('hydra', 'wandb', 'timm', 'datasets', 'lycoris', 'sklearn')"
+    done = run(f"import sys, peft, flora; print([m for m in {heavy} if m in sys.modules])")
+    assert done.stdout.strip() == "[]"
+
+
+def test_asking_whether_peft_is_there_imports_nothing():
+    done = run(
+        "import flora, importlib.util, sys; print(importlib.util.find_spec('peft') is not None, 'peft' in sys.modules)"
+    )
+    assert done.stdout.strip() == "True False"
+
+
+OTHER_FINDER = """
+import sys
+from importlib.machinery import PathFinder
+class Editable:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, FOLDERS) if name == 'peft' else None
+FOLDERS, real = list(sys.path), PathFinder.find_spec
+PathFinder.find_spec = classmethod(lambda cls, name, path=None, target=None: real(name, path, target)
+                                   if name != 'peft' or path is not None else None)
+sys.meta_path.append(Editable)
+"""
+
+
+def test_peft_may_be_found_by_a_finder_of_its_own_as_an_editable_install_is():
+    done = run(f"{OTHER_FINDER}\n{NAMES}\nimport flora, peft\n{REGISTERED}")
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def test_threads_that_import_at_once_see_every_method():
+    code = f"""
+import importlib, threading
+import flora
+names = ['peft', 'flora.adapters', 'flora.methods.rivals', 'peft', 'flora.adapters.config']
+threads = [threading.Thread(target=importlib.import_module, args=[name]) for name in names]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+{NAMES}
+{REGISTERED}
+"""
+    done = run(code)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_a_pickled_configuration_brings_its_method_along():
+    code = (
+        "import pickle, subprocess, sys, flora; data = pickle.dumps(flora.FloraConfig(r=3)); "
+        "load = 'import pickle, sys; print(pickle.loads(bytes.fromhex(sys.argv[1])).r)'; "
+        "print(subprocess.run([sys.executable, '-c', load, data.hex()], capture_output=True, text=True).stdout)"
+    )
+    assert run(code).stdout.strip() == "3"
+
+
+@pytest.mark.parametrize("version", ["0.20.0", "0.22.0", "1.0"])
+def test_other_versions_of_peft_are_refused(version):
+    other = types.SimpleNamespace(__version__=version)
+    with pytest.raises(ImportError, match=rf"^flora needs peft>=0.21,<0.22, found {version}; install a version"):
+        registration.check_version(other)
+
+
+@pytest.mark.parametrize("version", ["0.21.0", "0.21.9", "0.21.3.dev0", peft.__version__])
+def test_the_whole_series_is_accepted(version):
+    registration.check_version(types.SimpleNamespace(__version__=version))
+
+
+@pytest.mark.parametrize("order", ["import flora, peft", "import peft, flora"])
+def test_an_unsupported_peft_is_one_clear_line_before_its_internals_are_touched(order, tmp_path):
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "__init__.py").write_text("__version__ = '0.30.0'")
+    done = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {order}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: flora needs peft>=0.21,<0.22, found 0.30.0; install a version in that range"
+    )
