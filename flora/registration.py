@@ -1,6 +1,8 @@
 """Registers our methods with PEFT when PEFT is imported, by whomever.
 
-Every import of a module of ours imports ``flora`` first, and so comes by here before any that builds on PEFT.
+Every import of a module of ours imports ``flora`` first, and so comes by here before any that builds on PEFT. Threads
+may import PEFT at once. The first imports of PEFT in one thread and of ``flora.adapters`` in another must not be, for
+each holds a lock of Python's that the other waits for: Python then says "deadlock detected".
 """
 
 import importlib

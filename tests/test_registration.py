@@ -71,11 +71,11 @@ def test_peft_may_be_found_by_a_finder_of_its_own_as_an_editable_install_is():
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
-def test_threads_that_import_at_once_see_every_method():
+def test_threads_that_import_peft_at_once_see_every_method():
     code = f"""
 import importlib, threading
 import flora
-names = ['peft', 'flora.adapters', 'flora.methods.rivals', 'peft', 'flora.adapters.config']
+names = ['peft', 'flora', 'peft', 'peft.tuners.lora', 'peft']
 threads = [threading.Thread(target=importlib.import_module, args=[name]) for name in names]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
