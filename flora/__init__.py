@@ -4,6 +4,7 @@
 else when it is, so that a script that needs no network does not wait for PEFT's five seconds.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from flora import names, registration
@@ -17,6 +18,8 @@ _HOMES = dict.fromkeys(("FloraConfig", "FloraLayer", "FloraModel"), "adapters")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        importlib.import_module("peft")  # before ours, as every thread must: see flora.registration
     return names.public(__name__, _HOMES, name)
 
 

@@ -305,12 +305,6 @@ for words in {commands!r}:
             sys.exit(f"{{' '.join(words)}}: exit code {{end.code}}")
 """
 
-# Lines of the examples that are ahead of the code: what has to be read instead until the contracts are merged.
-AHEAD = {
-    '    kind = "image"\n': "",
-    "def __init__(self, name: str, pattern: str) -> None:": "def __init__(self, name, pattern, lr=None, head_lr=None):",
-}
-
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
@@ -321,11 +315,8 @@ def house(tmp_path_factory):
         copy(ROOT / name, folder / name)
     for block in BLOCKS:
         if block.file:
-            text = block.text
-            for new, old in AHEAD.items():
-                text = text.replace(new, old)
             assert not (folder / block.file).exists()
-            (folder / block.file).write_text(text)
+            (folder / block.file).write_text(block.text)
     return folder
 
 

@@ -117,7 +117,7 @@ class Batch(torch.utils.data.Dataset):
         return self.__getitems__([row])
 
 
-def logits(model: nn.Module, batch: dict[str, Tensor], training: bool = False) -> Tensor:
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """``[N, C]``: a classifier's output, or a language model's for the next token."""
     output = model(**{name: column for name, column in batch.items() if name != "labels"})
     output = getattr(output, "logits", output)
@@ -132,7 +132,7 @@ def trainer(adapted: Any, family: Family, batch: Batch, folder: Path, steps: int
     return Trainer(
         model=adapted.model,
         settings=settings,
-        forward=logits,
+        forward=lambda model, batch, training: (logits(model, batch), batch["labels"]),
         head=family.head,
         metric=None,
         metric_name="accuracy",
