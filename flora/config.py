@@ -233,7 +233,7 @@ def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[
 
 
 def run_id(cfg: DictConfig, checkpoint_digest: str | None = None, method_version: int | None = None) -> str:
-    """Twelve hex digits that name a run: equal for equal semantic configs, on any machine and rank.
+    """Twelve hex digits that name a run: equal for equal semantic configs, on any machine and in every process.
 
     A checkpoint to evaluate counts by its content, not by where it lies.
     """
