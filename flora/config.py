@@ -1,10 +1,10 @@
 """Configs: what train.py composes, safe instantiation, and the run's identity."""
 
 import contextlib
-import copy
 import hashlib
 import json
 import math
+import pickle
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -58,7 +58,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     """
     groups = {path.name for path in (ROOT / "configs").iterdir() if path.is_dir()}
     chosen = tuple(o for o in overrides if o.split("=")[0] in groups)
-    cfg = copy.deepcopy(_choice(chosen))
+    cfg: DictConfig = pickle.loads(_choice(chosen))
     parser = OverridesParser.create()
     try:
         for override in parser.parse_overrides([o for o in overrides if o not in chosen]):
@@ -69,9 +69,10 @@ def composed(overrides: Sequence[str]) -> DictConfig:
 
 
 @cache
-def _choice(groups: tuple[str, ...]) -> DictConfig:
+def _choice(groups: tuple[str, ...]) -> bytes:
+    """What Hydra composes for a choice of groups; pickled, as a copy then takes a quarter of deepcopy's time."""
     with _initialized():
-        return compose("train", overrides=list(groups))
+        return pickle.dumps(compose("train", overrides=list(groups)))
 
 
 def _initialized() -> Any:
