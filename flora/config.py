@@ -7,7 +7,6 @@ import math
 import pickle
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -21,9 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flora import names
 from flora.errors import ConfigError, FloraError, first_line
+from flora.files import ROOT
 from flora.secrets import without_secrets
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # A ``_target_`` runs code, so a config may only name classes of ours, and the functions that make our models.
 ALLOWED_TARGETS = ("flora.",)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and where a run's weights lie."""
+"""Files that are whole or not there, where a run's weights lie, and where the checkout is."""
 
 import contextlib
 import json
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from flora.errors import CheckpointError
 
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout: configs/, experiments/ and results/ lie there
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 
 

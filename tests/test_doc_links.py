@@ -6,8 +6,9 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from flora.config import ROOT, composed
+from flora.config import composed
 from flora.errors import ConfigError
+from flora.files import ROOT
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]

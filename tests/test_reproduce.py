@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 from hydra import compose, initialize_config_dir
 
-from flora.config import ROOT, run_id
+from flora.config import run_id
+from flora.files import ROOT
 from flora.launch.entry import main
 from flora.results import Store
 from flora.results.cells import load

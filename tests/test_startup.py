@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from flora.config import ROOT, composed, run_id
+from flora.config import composed, run_id
+from flora.files import ROOT
 from flora.results import Store
 from flora.results.cells import Cell, load
 from flora.training.saved import digest

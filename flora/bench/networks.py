@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from flora.config import ROOT
 from flora.errors import ConfigError
+from flora.files import ROOT
 from flora.models import TimmModel, TransformersModel, get
 
 # Configs of transformers networks in configs/model, and what is smaller here.

@@ -19,7 +19,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from flora.config import ROOT, composed
+from flora.config import composed
+from flora.files import ROOT
 from flora.launch import preemption, processes
 from flora.launch.entry import main
 from flora.launch.sweep import visible_gpus

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from flora import config
-from flora.config import ROOT
 from flora.errors import ConfigError
+from flora.files import ROOT
 
 OUTPUTS = "outputs"  # the folder of runs that ``starts_from`` names: the default of paths.output
 _NOT_LABELS = ("seed", "logger", "adapter", "model", "task", "task.dataset", "trainer.max_eval_examples")

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from flora.config import ROOT, composed, run_id
+from flora.config import composed, run_id
+from flora.files import ROOT
 from flora.results.markdown import markdown_table
 
 _COLUMNS = ("claim", "assumes", "claimed", "computed", "verdict", "source")

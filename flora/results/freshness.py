@@ -16,8 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flora.config import ROOT
-from flora.files import write_json
+from flora.files import ROOT, write_json
 
 MANIFEST = "rendered.json"
 PAGE, README = "report.html", "../README.md"  # seen from the folder of what is rendered

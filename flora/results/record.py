@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from flora.files import write_json
+from flora.files import ROOT, write_json
 from flora.secrets import without_secrets
 
 SCHEMA_VERSION = 1
@@ -127,24 +127,23 @@ def versions() -> dict[str, str]:
 
 def lock_digest() -> str | None:
     """Sha256 of requirements.lock, the exact versions that the source was tested with; None where it is not there."""
-    path = Path(__file__).resolve().parents[2] / "requirements.lock"
+    path = ROOT / "requirements.lock"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def commit() -> tuple[str | None, bool | None]:
     """The source's git commit and whether tracked files outside results/ differ from it; (None, None) outside git."""
-    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=20
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=20
         ).stdout.strip()
 
     carried = os.environ.get("FLORA_COMMIT")  # where only the tree travels: `git describe --always --dirty --abbrev=40`
     if carried:
         return carried.removesuffix("-dirty"), carried.endswith("-dirty")
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
             return None, None
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
         return git("rev-parse", "HEAD"), bool(changed)

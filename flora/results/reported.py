@@ -4,8 +4,8 @@ import csv
 from dataclasses import dataclass
 from typing import Any
 
-from flora.config import ROOT
 from flora.errors import ConfigError
+from flora.files import ROOT
 from flora.results.cells import Table
 
 

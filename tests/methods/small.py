@@ -3,7 +3,8 @@
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from flora.config import ROOT, instantiate_method
+from flora.config import instantiate_method
+from flora.files import ROOT
 
 
 def method(name, *overrides):

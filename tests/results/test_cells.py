@@ -6,8 +6,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from flora import config
-from flora.config import ROOT, composed
+from flora.config import composed
 from flora.errors import ConfigError
+from flora.files import ROOT
 from flora.results import cells
 from flora.results.cells import Cell, load, names, scales
 

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from flora.config import ROOT
+from flora.files import ROOT
 from flora.results import claims
 
 CLAIMS = yaml.safe_load((ROOT / "experiments" / "claims.yaml").read_text())["claims"]

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from flora.config import ROOT
+from flora.files import ROOT
 from flora.launch.entry import main
 from flora.results import Store, freshness
 from flora.results.cells import load

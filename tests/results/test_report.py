@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flora.config import ROOT
+from flora.files import ROOT
 from flora.launch.entry import main
 from flora.results import Store, cells
 from flora.results.cells import load

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import yaml
 
-from flora.config import ROOT
+from flora.files import ROOT
 
 REPORTED = ROOT / "results" / "reported"
 FACTS = ROOT.parent / "shared" / "paper" / "tables.yaml"  # beside a working copy, where there is one

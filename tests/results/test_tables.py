@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from flora.config import ROOT
+from flora.files import ROOT
 from flora.launch.entry import main
 from flora.results import Store, cells
 from flora.results.cells import load
