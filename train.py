@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach flora.launch.entry.main, which prints one line
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,6 +22,9 @@ from flora.results.record import command, device_name, now
 from flora.tasks import aliases
 from flora.training import saved
 from flora.training.settings import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from flora.tasks.base import Task
 
 
 def run(cfg: DictConfig) -> Path:
@@ -62,7 +65,9 @@ def finished_before(store: Store, done: dict[str, Any], folder: Path) -> Path:
     return store.path(done["run_id"])
 
 
-def execute(cfg: DictConfig, identity: str, task: Any, adapter: Path | None, folder: Path, store: Store) -> Record:
+def execute(
+    cfg: DictConfig, identity: str, task: "Task[Any]", adapter: Path | None, folder: Path, store: Store
+) -> Record:
     """Train, or evaluate ``adapter``; returns the finished record, or writes one of the failure."""
     from flora.training import NoLogger, Run
     from flora.training.finish import finished_record

@@ -30,7 +30,7 @@ from flora.bench.report import DTYPES, device_of, facts, main, options, positive
 from flora.bench.timing import Step, spread, timed
 from flora.errors import ConfigError
 from flora.launch import processes
-from flora.methods.base import Adapted
+from flora.methods.base import Adapted, Method
 from flora.results.markdown import formatted
 from flora.tasks import ImageDataset, ImageTask, Splits
 from flora.training import Protocol, Run, TrainerSettings
@@ -77,7 +77,7 @@ class StepClock(TrainerCallback):
 class Clocked:
     """A fine-tuning method whose training a clock watches."""
 
-    def __init__(self, method: Any, clock: StepClock) -> None:
+    def __init__(self, method: Method, clock: StepClock) -> None:
         self.method, self.clock = method, clock
         self.name = method.name
 

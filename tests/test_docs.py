@@ -130,12 +130,12 @@ class Block:
 
 
 def blocks():
-    found = []
+    fenced = []
     for page in PAGES:
         for fence in re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S):
             line = page.read_text()[: fence.start()].count("\n") + 1
-            found.append(Block(page, line, fence[1], fence[2]))
-    return found
+            fenced.append(Block(page, line, fence[1], fence[2]))
+    return fenced
 
 
 BLOCKS = blocks()

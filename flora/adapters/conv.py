@@ -40,8 +40,8 @@ class _Conv(FloraLayer):
         base = self.get_base_layer()
         if self.plain_op:
             # Groups share the input factor but not the channels it acts on: no thin product, so the update runs dense.
-            thin = base.groups == 1 and not self.weights[adapter_name]["weight"].folded
-            return "factored" if thin else "dense"
+            one_product = base.groups == 1 and not self.weights[adapter_name]["weight"].folded
+            return "factored" if one_product else "dense"
         # timm's Conv2dSame pads by the size of its input, as TensorFlow does; other unknown forwards may be anything.
         return "dense" if type(base).__name__ == "Conv2dSame" else None
 

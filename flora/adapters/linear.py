@@ -20,29 +20,25 @@ from flora.replaced.weights import AdaptedWeight, plain
 class _Matrix(FloraLayer):
     """A layer with one weight matrix, whose update is a product of two thin matrices."""
 
-    def matrix_factors(self, adapter: str, core_side: str) -> tuple[Tensor, Tensor] | None:
+    def matrices(self, adapter: str, core_side: str) -> tuple[Tensor, Tensor]:
         """Thin matrices L (rows x k) and R (k x columns) with L R = update, the core multiplied into one side.
 
         Args:
             adapter: its name.
-            core_side: ``rows`` or ``columns``, the side to take the core.
-
-        Returns:
-            L and R, or ``None`` where a fold leaves several modes on the other side.
+            core_side: ``rows`` or ``columns``, the side to take the core; the other has one mode.
         """
         described = self.weights[adapter]["weight"]
         split = _split(described)
-        other = range(split, len(described.shape)) if core_side == "rows" else range(split)
-        if split == 0 or len(other) != 1:
-            return None
+        (other,) = range(split, len(described.shape)) if core_side == "rows" else range(split)
         core = self.core(adapter) * self.scaling[adapter]
         factors = self.factors(adapter)
-        single = factors[other[0]]
-        thin = core.new_ones(1, 1) if single is None else single
-        taken = to_tensor(core, [None if mode in other else factor for mode, factor in enumerate(factors)])
+        single = factors[other]
+        factors[other] = None
+        without_core = core.new_ones(1, 1) if single is None else single
+        with_core = to_tensor(core, factors)
         if core_side == "rows":
-            return taken.reshape(described.weight_shape[0], -1), thin.mT
-        return thin, taken.reshape(-1, described.weight_shape[1])
+            return with_core.reshape(described.weight_shape[0], -1), without_core.mT
+        return without_core, with_core.reshape(-1, described.weight_shape[1])
 
     def core_side(self, adapter: str) -> str:
         """The side that takes the core: the only one that can, else the smaller."""
@@ -82,9 +78,7 @@ class Linear(_Matrix, ReplacedLinear):
 
     @override
     def thin_matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
-        thin = self.matrix_factors(adapter, self.core_side(adapter))
-        assert thin is not None
-        return thin
+        return self.matrices(adapter, self.core_side(adapter))
 
     @override
     def form_apart(self, adapter_name: str) -> Form | None:
@@ -143,9 +137,7 @@ class Embedding(_Matrix):
     def delta_output(self, adapter_name: str, input: Tensor) -> Tensor:
         base = self.get_base_layer()
         side = "columns" if _split(self.weights[adapter_name]["weight"]) == 1 else "rows"
-        thin = self.matrix_factors(adapter_name, side)
-        assert thin is not None
-        left, right = thin
+        left, right = self.matrices(adapter_name, side)
         output = self.drop(adapter_name, F.embedding(input, left)) @ right
         if base.padding_idx is not None:  # its row is not trained, nor by it what it shares with others
             output = torch.where((input == base.padding_idx).unsqueeze(-1), output.detach(), output)

@@ -9,7 +9,7 @@ from flora import names
 
 _HOMES = {
     "Commonsense": "commonsense.task",
-    "Digits": "digits",
+    "Digits": "images.digits",
     "Glue": "glue.task",
     "ImageDataset": "images.dataset",
     "ImageFolder": "imagefolder.task",

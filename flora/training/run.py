@@ -14,12 +14,13 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from torch.utils.data import Dataset
 
 from flora.errors import ConfigError, TrainingDiverged, WorkerLost
 from flora.launch import preemption, processes
-from flora.methods.base import Adapted, effective_ranks, load
+from flora.methods.base import Adapted, Method, effective_ranks, load
 from flora.methods.heads import trained
+from flora.models.spec import ModelSpec
+from flora.tasks.base import Split, Splits, Task
 from flora.training.internals import raise_for_killed_workers
 from flora.training.loggers import Log
 from flora.training.norms import DeltaNorms
@@ -63,12 +64,12 @@ class Run:
         progress: what training has done so far, here and in processes before this one.
     """
 
-    task: Any
-    model: Any
-    method: Any
+    task: Task[Any]
+    model: ModelSpec
+    method: Method
     settings: TrainerSettings
     protocol: Protocol
-    splits: Any
+    splits: Splits
     seed: int
     folder: Path
     log: Log | None = None
@@ -147,7 +148,7 @@ class Run:
         return best[1], selection, kept
 
     def _fit(
-        self, lr: float, train: Dataset, validation: Dataset | None, label: str, reported: bool = True
+        self, lr: float, train: Split, validation: Split | None, label: str, reported: bool = True
     ) -> tuple[Adapted, Trainer]:
         """Train, or go on where an earlier process was; ``reported``: this fit may become the run's result."""
         adapted = self._adapt()
@@ -199,8 +200,8 @@ class Run:
         self,
         adapted: Adapted,
         settings: TrainerSettings,
-        train: Dataset | None,
-        validation: Dataset | None,
+        train: Split | None,
+        validation: Split | None,
         label: str,
     ) -> Trainer:
         return Trainer(
@@ -232,7 +233,7 @@ class Run:
             metrics |= {f"{name}_{metric}": value for metric, value in self._test_on(trainer, more).items()}
         return metrics
 
-    def _test_on(self, trainer: Trainer, test: Any) -> dict[str, float]:
+    def _test_on(self, trainer: Trainer, test: Split) -> dict[str, float]:
         test = _limited(test, self.settings.max_eval_examples)
         return _metrics(trainer.evaluate(test, metric_key_prefix="test"))
 
@@ -265,7 +266,7 @@ def _killed_worker() -> str:
 
 
 def evaluate(
-    module: nn.Module, model: Any, task: Any, dataset: Dataset, batch_size: int = 256, device: str = "auto"
+    module: nn.Module, model: ModelSpec, task: Task[Any], dataset: Split, batch_size: int = 256, device: str = "auto"
 ) -> dict[str, float]:
     """Metrics of a fine-tuned module on a dataset, as a run computes them.
 

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from flora.launch import processes
-from flora.tasks.base import Forward, cross_entropy
+from flora.tasks.base import Forward, Split, cross_entropy
 from flora.training import internals, parts, sharding
 from flora.training.callbacks import EpochLines, ProgressBar, StepMeter, StopOnDivergence, TellEpoch
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once
@@ -59,8 +59,8 @@ class Trainer(internals.Loop):
         metric: Any,
         metric_name: str,
         folder: Path,
-        train: torch.utils.data.Dataset | None = None,
-        validation: torch.utils.data.Dataset | None = None,
+        train: Split | None = None,
+        validation: Split | None = None,
         select: str = "last",
         seed: int = 0,
         progress: str = "",
@@ -107,8 +107,8 @@ class Trainer(internals.Loop):
             model=model,
             args=arguments,
             data_collator=_as_is,
-            train_dataset=train,
-            eval_dataset=validation,
+            train_dataset=cast(Any, train),
+            eval_dataset=cast(Any, validation),
             compute_metrics=lambda p: metric.compute(predictions=p.predictions, references=p.label_ids),
             callbacks=[
                 self.meter,
@@ -147,10 +147,10 @@ class Trainer(internals.Loop):
     def prediction_step(self, model, inputs, *args, **kwargs):
         """Loss, outputs and labels of a batch; of several processes, those of all of theirs."""
         counts = inputs.pop(parts.COUNTS, None)
-        found: Any = super().prediction_step(model, inputs, *args, **kwargs)
+        prediction: Any = super().prediction_step(model, inputs, *args, **kwargs)
         if counts is None:
-            return found
-        loss, outputs, labels = found
+            return prediction
+        loss, outputs, labels = prediction
         return parts.joined(counts, [loss.repeat(len(labels)), outputs, labels])
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -28,16 +28,13 @@ def needs(launcher):
         pytest.importorskip("submitit", reason="pip install flora[slurm]")
 
 
+def command(folder, *overrides):
+    places = [f"paths.output={folder}/outputs", f"paths.results={folder}/results"]
+    return [sys.executable, "train.py", "-m", *TINY, *places, *overrides]
+
+
 def sweep(folder, *overrides, **options):
-    command = [
-        sys.executable,
-        "train.py",
-        "-m",
-        *TINY,
-        f"paths.output={folder}/outputs",
-        f"paths.results={folder}/results",
-    ]
-    return subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=600, **options)
+    return subprocess.run(command(folder, *overrides), capture_output=True, text=True, timeout=600, **options)
 
 
 def records(folder):
@@ -68,9 +65,7 @@ LONG = ("trainer.epochs=2000", "trainer.max_steps=40000", "trainer.checkpoint_ev
 
 
 def sweeping(folder, log, *overrides):
-    command = [sys.executable, "train.py", "-m", *TINY, *overrides]
-    places = [f"paths.output={folder}/outputs", f"paths.results={folder}/results"]
-    return subprocess.Popen([*command, *places], stdout=subprocess.DEVNULL, stderr=log.open("w"))
+    return subprocess.Popen(command(folder, *overrides), stdout=subprocess.DEVNULL, stderr=log.open("w"))
 
 
 def wait_for(what, process):
@@ -102,17 +97,8 @@ CELLS = range(24)
 LABEL = "digits/digits resnet10t linear_probe seed {}: test accuracy"
 
 
-def start(folder, log, seeds):
-    command = [
-        sys.executable,
-        "train.py",
-        "-m",
-        *TINY,
-        f"paths.output={folder}/outputs",
-        f"paths.results={folder}/results",
-    ]
-    seeds = f"seed={','.join(map(str, seeds))}"
-    return subprocess.Popen([*command, seeds], stdout=subprocess.DEVNULL, stderr=log.open("w"))
+def seeds(numbers):
+    return f"seed={','.join(map(str, numbers))}"
 
 
 @pytest.mark.slow
@@ -141,19 +127,19 @@ def numbers(folder):
 def test_a_sweep_killed_three_times_ends_as_one_that_was_left_alone(tmp_path):
     chance, folder = random.Random(0), tmp_path / "killed"
     for time_ in range(3):
-        sweeping = start(folder, tmp_path / f"{time_}.log", CELLS)
+        process = sweeping(folder, tmp_path / f"{time_}.log", seeds(CELLS))
         before = len(list((folder / "results").glob("*.json")))
-        while sweeping.poll() is None and len(list((folder / "results").glob("*.json"))) < before + 4:
+        while process.poll() is None and len(list((folder / "results").glob("*.json"))) < before + 4:
             time.sleep(0.05)
         time.sleep(chance.uniform(0, 3))
-        sweeping.kill()
-        sweeping.wait()
+        process.kill()
+        process.wait()
         assert before < len(records(folder)) < len(CELLS)
-    assert start(folder, tmp_path / "3.log", CELLS).wait(timeout=600) == 0
+    assert sweeping(folder, tmp_path / "3.log", seeds(CELLS)).wait(timeout=600) == 0
     said = "".join((tmp_path / f"{time_}.log").read_text() for time_ in range(4))
     assert [said.count(LABEL.format(seed)) for seed in CELLS] == [1] * len(CELLS), "no cell runs to its end twice"
 
-    assert start(tmp_path / "calm", tmp_path / "calm.log", CELLS).wait(timeout=600) == 0
+    assert sweeping(tmp_path / "calm", tmp_path / "calm.log", seeds(CELLS)).wait(timeout=600) == 0
     assert len(numbers(folder)) == len(CELLS)
     assert numbers(folder) == numbers(tmp_path / "calm")
 
@@ -161,8 +147,8 @@ def test_a_sweep_killed_three_times_ends_as_one_that_was_left_alone(tmp_path):
 @pytest.mark.slow
 def test_two_sweeps_over_the_same_cells_share_them(tmp_path):
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
-    both = [start(tmp_path / "shared", log, range(6)) for log in logs]
-    assert [sweeping.wait(timeout=600) for sweeping in both] == [0, 0]
+    both = [sweeping(tmp_path / "shared", log, seeds(range(6))) for log in logs]
+    assert [process.wait(timeout=600) for process in both] == [0, 0]
     said = "".join(log.read_text() for log in logs)
     assert [said.count(LABEL.format(seed)) for seed in range(6)] == [1] * 6
     assert len(records(tmp_path / "shared")) == 6

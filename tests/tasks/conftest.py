@@ -1,3 +1,5 @@
+"""Data that tests of tasks read: images that spell numbers, parquet files of them, the data folder."""
+
 import io
 import os
 from collections.abc import Callable, Sequence

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flora.adapters.fast.factored_plan import Thin, thin_stacks
+from flora.adapters.fast.factored_plan import FactoredPlan, factored_stacks
 from flora.adapters.fast.plan import Plan, capturing, stacks
-from flora.adapters.fast.torch_plan import StackByStack
+from flora.adapters.fast.torch_plan import TorchPlan
 from flora.adapters.layer import FloraLayer
 from flora.replaced.layer import in_transform
 
 try:
     from flora.adapters.fast.triton_kernel import INTERPRETED
-    from flora.adapters.fast.triton_plan import Grouped, takes
+    from flora.adapters.fast.triton_plan import TritonPlan, takes
 except ImportError:  # Triton comes with torch for CUDA and ROCm only
-    Grouped, INTERPRETED = None, False  # type: ignore[assignment,misc]
+    TritonPlan, INTERPRETED = None, False  # type: ignore[assignment,misc]
 
 
 # What a layer runs with: merged, its weight, perhaps with its bias; factored, its two thin matrices.
@@ -45,12 +45,12 @@ class Builder:
 
     def __init__(self) -> None:
         self.layers: list[FloraLayer] = []
-        self._captured: list[Plan | Thin] = []
+        self._captured: list[Plan | FactoredPlan] = []
         self._forget()
 
     def _forget(self) -> None:
         self._planned_for: tuple[Any, Any] | None = None
-        self._plans: list[Plan | Thin] = []
+        self._plans: list[Plan | FactoredPlan] = []
         self._prepared: dict[int, Prepared] = {}
         self._casts: dict[str, torch.dtype | None] = {}
         self._inputs: dict[int, tuple[Any, int, Any]] = {}
@@ -87,7 +87,10 @@ class Builder:
 
     def together(self) -> dict[FloraLayer, int]:
         """With how many layers, itself included, each layer's weight or matrices are built, as the layers stand now."""
-        groups = [*(stack.layers for stack in stacks(self.layers)), *(thin.layers for thin in thin_stacks(self.layers))]
+        groups = [
+            *(stack.layers for stack in stacks(self.layers)),
+            *(stack.layers for stack in factored_stacks(self.layers)),
+        ]
         return {layer: len(layers) for layers in groups for layer in layers}
 
     def prepared_for(self, layer: FloraLayer) -> Prepared | None:
@@ -99,7 +102,7 @@ class Builder:
         if any(_autocast(device) != cast for device, cast in self._casts.items()):
             return None  # switched off or on within the model: the layer computes in another dtype than was built
         if self._with_gradient and not torch.is_grad_enabled():
-            # A checkpoint of the reentrant kind: its recomputation has a graph of its own and must not share this one.
+            # Reentrant gradient checkpointing: the recomputation has a graph of its own and must not share this one.
             self._prepared.pop(id(layer), None)
         return self._prepared.get(id(layer))
 
@@ -156,21 +159,21 @@ class Builder:
                 self._prepared = {}
 
 
-def plans(layers: Sequence[FloraLayer]) -> list[Plan | Thin]:
+def plans(layers: Sequence[FloraLayer]) -> list[Plan | FactoredPlan]:
     """How the layers' weights are built, as the layers stand now: a plan for each device and each dtype involved."""
     places: dict[Any, list[Any]] = {}
     for stack in stacks(layers):
         layer = stack.layers[0]
         core, weight = layer.core(stack.adapter), layer.base_weight("weight")
-        fast = Grouped is not None and (core.is_cuda or INTERPRETED) and core.dtype == torch.float32
+        fast = TritonPlan is not None and (core.is_cuda or INTERPRETED) and core.dtype == torch.float32
         fast = fast and core.device == weight.device
-        key: tuple[Any, ...] = (StackByStack, core.device, weight.device, core.dtype)
+        key: tuple[Any, ...] = (TorchPlan, core.device, weight.device, core.dtype)
         if fast and takes(stack):
-            key = (Grouped, core.device, weight.dtype, stack.dtype)
+            key = (TritonPlan, core.device, weight.dtype, stack.dtype)
         places.setdefault(key, []).append(stack)
-    for thin in thin_stacks(layers):
-        core = thin.layers[0].core(thin.adapter)
-        places.setdefault((Thin, core.device, core.dtype), []).append(thin)
+    for matrices in factored_stacks(layers):
+        core = matrices.layers[0].core(matrices.adapter)
+        places.setdefault((FactoredPlan, core.device, core.dtype), []).append(matrices)
     return [key[0](members) for key, members in places.items()]
 
 

@@ -12,7 +12,7 @@ from flora.replaced.layer import compute_dtype
 
 
 @dataclass(frozen=True, eq=False)
-class ThinStack:
+class FactoredStack:
     """Linear layers of one shape, one set of ranks and one scale.
 
     Attributes:
@@ -50,10 +50,10 @@ class ThinStack:
         return [right @ columns, left, right.mT @ core]
 
 
-class Thin:
+class FactoredPlan:
     """Stacks on one device whose adapters have one dtype."""
 
-    def __init__(self, stacks: Sequence[ThinStack]) -> None:
+    def __init__(self, stacks: Sequence[FactoredStack]) -> None:
         self.stacks = list(stacks)
 
     def parameters(self) -> list[Tensor]:
@@ -87,7 +87,7 @@ class _Build(torch.autograd.Function):
     """Per stack all L, then all R."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Thin, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: FactoredPlan, *parameters: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(parameters[0].device.type, enabled=False):
             flat = torch._C._nn.flatten_dense_tensors(list(parameters))
             outputs: list[Tensor] = []
@@ -117,7 +117,7 @@ class _Build(torch.autograd.Function):
             return None, *torch._C._nn.unflatten_dense_tensors(together, parameters)
 
 
-def thin_stacks(layers: Sequence[FloraLayer]) -> list[ThinStack]:
+def factored_stacks(layers: Sequence[FloraLayer]) -> list[FactoredStack]:
     """Which of the layers have their thin matrices built together, as they stand now."""
     groups: dict[tuple[Any, ...], list[FloraLayer]] = {}
     for layer in layers:
@@ -131,4 +131,4 @@ def thin_stacks(layers: Sequence[FloraLayer]) -> list[ThinStack]:
         key = (adapters[0], side, layer.scaling[adapters[0]], compute_dtype(weight))
         places = (weight.shape, core.shape, weight.device, core.device, core.dtype)
         groups.setdefault((key, *places), []).append(layer)
-    return [ThinStack(tuple(members), *key[0]) for key, members in groups.items()]
+    return [FactoredStack(tuple(members), *key[0]) for key, members in groups.items()]

@@ -12,7 +12,7 @@ from typing_extensions import override
 from flora.adapters.fast.plan import Plan, Stack
 
 
-class StackByStack(Plan):
+class TorchPlan(Plan):
     """A plan whose stacks are built one after the other.
 
     Attributes:
@@ -72,7 +72,7 @@ class _Build(torch.autograd.Function):
     """The weights of all layers of a plan from their cores and factors."""
 
     @staticmethod
-    def forward(ctx: Any, plan: StackByStack, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: TorchPlan, *parameters: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(parameters[0].device.type, enabled=False):
             flat = torch._C._nn.flatten_dense_tensors(list(parameters))
             blocks = plan.split(flat)
@@ -96,7 +96,7 @@ class _Build(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        plan: StackByStack = ctx.plan
+        plan: TorchPlan = ctx.plan
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted, which the fast path below does not record
             return None, *plan.differentiable_gradients(ctx.saved_tensors, gradients)
         with torch.autocast(gradients[0].device.type, enabled=False):
@@ -148,7 +148,7 @@ def _in_one_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return tensors
 
 
-def _split_columns(plan: StackByStack, flat: Tensor) -> list[Tensor]:
+def _split_columns(plan: TorchPlan, flat: Tensor) -> list[Tensor]:
     """Per stack [n, r_1, rest], views of a flat buffer."""
     parts = zip(plan.stacks, flat.split_with_sizes(plan.columns), strict=True)
     return [part.view(len(stack.layers), stack.ranks[stack.modes[0]], -1) for stack, part in parts]

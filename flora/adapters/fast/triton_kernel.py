@@ -79,7 +79,7 @@ def _products(
     tile_m: tl.constexpr, tile_n: tl.constexpr, tile_k: tl.constexpr,
     m_splits: tl.constexpr, k_splits: tl.constexpr, am_unit: tl.constexpr, cm_unit: tl.constexpr,
     ak_unit: tl.constexpr, bk_unit: tl.constexpr, bn_unit: tl.constexpr, cn_unit: tl.constexpr,
-    aligned: tl.constexpr, adds: tl.constexpr, operand: tl.constexpr,
+    aligned: tl.constexpr, has_base: tl.constexpr, operand: tl.constexpr,
 ):  # fmt: skip
     # One tile of one product: c = base + scale * einsum("mk,kn->mn", a, b).
     tile = tiles + tl.program_id(0).to(tl.int64) * _TILE_COLUMNS
@@ -94,7 +94,7 @@ def _products(
     am_split, cm_split = tl.load(row + _AM_SPLIT), tl.load(row + _CM_SPLIT)
     ak_split, bk_split = tl.load(row + _AK_SPLIT), tl.load(row + _BK_SPLIT)
     b_n, c_n = tl.load(row + _B_N).to(tl.int32), tl.load(row + _C_N).to(tl.int32)
-    base_start = tl.load(bases + number) if adds else c_start
+    base_start = tl.load(bases + number) if has_base else c_start
     if aligned:  # so that several elements are moved at once
         m, n, k = tl.multiple_of(m, 8), tl.multiple_of(n, 8), tl.multiple_of(k, 8)
         a_start, b_start = tl.multiple_of(a_start, 8), tl.multiple_of(b_start, 8)
@@ -119,7 +119,7 @@ def _products(
     rows = _offset(i, cm_outer, cm_inner, cm_split, m_splits, cm_unit)[:, None]
     place = rows + (j if cn_unit else j * c_n)[None, :]
     inside = inside_m & inside_n
-    if adds:
+    if has_base:
         total += tl.load(base + base_start + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(c + c_start + place, total.to(c.dtype.element_ty), mask=inside)
 
@@ -202,7 +202,7 @@ class _Launch:
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(
-        self, kind: tuple[Any, ...], tensors: dict[str, Tensor], even: bool, adds: bool, operand: tl.dtype
+        self, kind: tuple[Any, ...], tensors: dict[str, Tensor], even: bool, has_base: bool, operand: tl.dtype
     ) -> None:
         """Launch the kernel.
 
@@ -210,16 +210,16 @@ class _Launch:
             kind: what it is compiled for besides the layout.
             tensors: its first arguments by name, in their order.
             even: whether all starts are aligned.
-            adds: whether a base is added.
+            has_base: whether a base is added.
             operand: dtype in which factors are multiplied.
         """
         compiled = self.compiled.get(kind)
         aligned = self.layout.aligned and even
         if compiled is not None:  # past the look-up of the compiled kernel, which takes longer than the launch
-            compiled[self.grid](*tensors.values(), self.tiles, *self._constants, aligned, adds, operand)
+            compiled[self.grid](*tensors.values(), self.tiles, *self._constants, aligned, has_base, operand)
             return
         tile_m, tile_n, tile_k = self._constants[:3]
-        constants = self.layout._asdict() | {"aligned": aligned, "adds": adds, "operand": operand}
+        constants = self.layout._asdict() | {"aligned": aligned, "has_base": has_base, "operand": operand}
         self.compiled[kind] = _products[self.grid](
             **tensors, tiles=self.tiles, tile_m=tile_m, tile_n=tile_n, tile_k=tile_k, **constants
         )

@@ -31,7 +31,7 @@ _TILES = {
 }
 
 
-class Grouped(Plan):
+class TritonPlan(Plan):
     """A plan whose stacks are built together on a GPU: fp32 adapters, dense base weights with a wide mode.
 
     The kernel reads parameters, base weights and their gradients where they lie.
@@ -299,7 +299,7 @@ class _Build(torch.autograd.Function):
     """The weights of all layers of a plan from their cores and factors."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Grouped, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: TritonPlan, *parameters: Tensor) -> tuple[Tensor, ...]:
         like = parameters[0]
         with torch.cuda.device_of(like), torch.autocast(like.device.type, enabled=False):
             room, operands = like.new_empty(plan.room), plan.where_they_lie(parameters)
@@ -318,7 +318,7 @@ class _Build(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        plan: Grouped = ctx.plan
+        plan: TritonPlan = ctx.plan
         parameters = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted, which the fast path below does not record
             return None, *plan.differentiable_gradients(parameters, gradients)

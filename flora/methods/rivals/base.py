@@ -59,10 +59,10 @@ class Parametrization:
 
     def update(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The update without its scale, in any shape that reshapes to the stored weight's."""
-        left, right = self.thin(parameters)
+        left, right = self.thin_matrices(parameters)
         return left @ right
 
-    def thin(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def thin_matrices(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Two matrices ``[rows, k]`` and ``[k, columns]`` whose product is the update of a matrix."""
         raise NotImplementedError
 
@@ -132,7 +132,7 @@ class RivalLinear(RivalLayer, ReplacedLinear):
 
     @override
     def thin_matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
-        left, right = self.parametrizations[adapter].thin(self.tucker_factors[adapter])
+        left, right = self.parametrizations[adapter].thin_matrices(self.tucker_factors[adapter])
         return left * self.scaling[adapter], right
 
     @override

@@ -48,7 +48,7 @@ class Cp(Parametrization):
         return parameters["0"] @ rest.T
 
     @override
-    def thin(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def thin_matrices(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         columns = parameters["1"] if "1" in parameters else parameters["0"].new_ones(1, self.rank)
         return parameters["0"], columns.T
 

@@ -38,7 +38,7 @@ class Locon(Parametrization):
         return _lycoris().diff_weight(parameters["down"], parameters["up"], parameters.get("mid"), backend="torch")
 
     @override
-    def thin(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def thin_matrices(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return parameters["up"], parameters["down"]
 
     def _drawn(self, device: str) -> dict[str, Tensor]:

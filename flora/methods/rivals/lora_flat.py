@@ -42,7 +42,7 @@ class LoraFlat(Parametrization):
         nn.init.zeros_(parameters["B"])
 
     @override
-    def thin(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def thin_matrices(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return parameters["B"], parameters["A"]
 
 

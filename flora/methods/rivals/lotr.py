@@ -29,7 +29,7 @@ class Lotr(Parametrization):
         nn.init.normal_(parameters["R"])
 
     @override
-    def thin(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def thin_matrices(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return parameters["L"], parameters["M"] @ parameters["R"]
 
 

@@ -27,7 +27,7 @@ class Moslora(Parametrization):
         nn.init.zeros_(parameters["B"])
 
     @override
-    def thin(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def thin_matrices(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return parameters["B"], parameters["M"] @ parameters["A"]
 
 

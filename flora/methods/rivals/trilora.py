@@ -27,7 +27,7 @@ class Trilora(Parametrization):
         nn.init.zeros_(parameters["E"])
 
     @override
-    def thin(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def thin_matrices(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return parameters["B"] * parameters["E"], parameters["A"]
 
 

@@ -41,8 +41,7 @@ def open_folder(
         split: sorted({path for name in names for path in folder.rglob(f"{name}*.parquet")})
         for split, names in _NAMES.items()
     }
-    read = partial(_parquet, folder, files) if files["train"] else partial(_tree, folder)
-    splits, names, facts = read(classes)
+    splits, names, facts = _parquet(folder, files, classes) if files["train"] else _tree(folder)
     if "train" not in splits or len(splits) == 1:
         raise DataError(f"{folder} needs train and val or test, as folders of classes or parquet files")
     if classes is not None and len(names) != classes:
@@ -57,7 +56,7 @@ def open_folder(
     return catalogue, rows, names, {"source": "paths.data"} | facts
 
 
-def _tree(folder: Path, classes: int | None) -> tuple[dict[str, Part], list[str], dict[str, Any]]:
+def _tree(folder: Path) -> tuple[dict[str, Part], list[str], dict[str, Any]]:
     """Splits that are folders of class folders."""
     places = {split: place for split, names in _NAMES.items() for name in names if (place := folder / name).is_dir()}
     classes_of = {

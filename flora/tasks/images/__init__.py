@@ -1,1 +1,1 @@
-"""Images: a dataset in memory, decoding, parquet folders, augmentation, and the task that classifies them."""
+"""Images: a dataset in memory, decoding, parquet folders, augmentation, the task that classifies them, and digits."""

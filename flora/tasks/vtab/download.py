@@ -177,7 +177,7 @@ def download(dataset: str, split_seed: int) -> tuple[dict[str, Pool], list[str],
     root = cache.expanduser() / "datasets"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # Ranks and sweeps start at once: the first one downloads, the others wait and then find it.
+        # Processes and sweeps start at once: the first one downloads, the others wait and then find it.
         with FileLock(root / f"{dataset}.lock"):
             sets = _load(dataset, source, root)
     except (RuntimeError, OSError, ImportError) as error:

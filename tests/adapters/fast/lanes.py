@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, interpreter_builder
 
 from flora.adapters.fast import triton_kernel as kernels
-from flora.adapters.fast import triton_plan as grouped
+from flora.adapters.fast import triton_plan
 
 
 class Watch:
@@ -54,7 +54,7 @@ class Watch:
             return write(builder, pointers, value, mask, *rest)
 
         monkeypatch.setattr(kernels, "Products", Watched)
-        monkeypatch.setattr(grouped, "Products", Watched)
+        monkeypatch.setattr(triton_plan, "Products", Watched)
         monkeypatch.setattr(kernels._Launch, "__call__", launched)
         monkeypatch.setattr(InterpreterBuilder, "create_masked_load", reads)
         monkeypatch.setattr(InterpreterBuilder, "create_masked_store", writes)

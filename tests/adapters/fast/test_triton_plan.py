@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flora
-from flora.adapters.fast.builder import INTERPRETED, Grouped
+from flora.adapters.fast.builder import INTERPRETED, TritonPlan
 from tests.adapters.fast.nets import TARGETS, Net, builder
 
 ready = pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device")
@@ -73,7 +73,7 @@ def test_outputs_and_gradients_are_those_of_float64(memory_format, ranks):
     model, x = adapted(memory_format, **ranks), images()
     twin = exact(model)
     torch.testing.assert_close(model(x).double(), twin(x.double()), rtol=0, atol=1e-6)
-    assert kinds(model) == {"Grouped": 11}
+    assert kinds(model) == {"TritonPlan": 11}
     assert_near(gradients(model, x), gradients(twin, x.double()), 1e-4)
 
 
@@ -117,16 +117,16 @@ def test_another_memory_layout_and_dtype_of_adapters_are_seen():
     model(x)
     model.to(memory_format=torch.channels_last)
     torch.testing.assert_close(model(x).double(), exact(model)(x.double()), rtol=0, atol=1e-5)
-    assert kinds(model) == {"Grouped": 11}
+    assert kinds(model) == {"TritonPlan": 11}
     model.bfloat16()
     for name, parameter in model.named_parameters():
         if "tucker" in name:
             parameter.data = parameter.data.float()  # as PEFT keeps the adapters of a half-precision model
     model(x.bfloat16())
-    assert kinds(model) == {"Grouped": 11}
+    assert kinds(model) == {"TritonPlan": 11}
     model.bfloat16()
     torch.testing.assert_close(model(x.bfloat16()).double(), exact(model)(x.double()), rtol=0.1, atol=0.05)
-    assert kinds(model) == {"StackByStack": 11}
+    assert kinds(model) == {"TorchPlan": 11}
 
 
 @ready
@@ -162,7 +162,7 @@ def test_layers_that_it_cannot_take_are_built_stack_by_stack():
     model = peft.get_peft_model(base, config)
     x = torch.randn(4, 6, device=DEVICE)
     torch.testing.assert_close(model(x).double(), exact(model)(x.double()), rtol=1e-5, atol=1e-5)
-    assert kinds(model) == {"Grouped": 2, "StackByStack": 1}
+    assert kinds(model) == {"TritonPlan": 2, "TorchPlan": 1}
 
 
 @ready
@@ -177,12 +177,12 @@ def test_a_weight_of_more_elements_than_the_kernel_counts_is_not_taken():
 
 
 SHAPES = [
-    (nn.Conv2d(3, 8, 7), "Grouped"),  # a kernel wider than the input has channels
-    (nn.Conv2d(4, 8, (3, 5), groups=4), "Grouped"),
-    (nn.Conv1d(3, 6, 5), "Grouped"),
-    (nn.Conv3d(2, 4, (3, 5, 7)), "Grouped"),
-    (nn.ConvTranspose2d(6, 4, 3), "Grouped"),
-    (nn.Conv2d(6, 1, (3, 1)), ("Grouped", "StackByStack")),  # in channels-last order the rows come after the wide mode
+    (nn.Conv2d(3, 8, 7), "TritonPlan"),  # a kernel wider than the input has channels
+    (nn.Conv2d(4, 8, (3, 5), groups=4), "TritonPlan"),
+    (nn.Conv1d(3, 6, 5), "TritonPlan"),
+    (nn.Conv3d(2, 4, (3, 5, 7)), "TritonPlan"),
+    (nn.ConvTranspose2d(6, 4, 3), "TritonPlan"),
+    (nn.Conv2d(6, 1, (3, 1)), ("TritonPlan", "TorchPlan")),  # in channels-last order the rows come after the wide mode
 ]
 
 
@@ -212,7 +212,7 @@ def test_weights_of_any_shape(memory_format, base, kind):
 
 @pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the tests above have run")
 def test_the_tests_above_in_tritons_interpreter():
-    if Grouped is None:
+    if TritonPlan is None:
         pytest.skip("Triton comes with torch for CUDA and ROCm only")
     # The interpreter is chosen when Triton is imported, so by a process of its own.
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}

@@ -1,3 +1,5 @@
+"""A folder of questions about pets."""
+
 import pytest
 
 from tests.tasks.vqa.questions import write_questions

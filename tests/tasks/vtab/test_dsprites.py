@@ -13,7 +13,7 @@ LARGEST = 5
 ROWS, COLUMNS = np.mgrid[: dsprites.SIZE, : dsprites.SIZE]
 
 
-def one(shape: int, scale: int = LARGEST, orientation: int = 0, x: int = 10, y: int = 20) -> np.ndarray:
+def sprite_of(shape: int, scale: int = LARGEST, orientation: int = 0, x: int = 10, y: int = 20) -> np.ndarray:
     return dsprites.render(np.array([[shape, scale, orientation, x, y]]))[0] > 0
 
 
@@ -29,13 +29,13 @@ AREAS = {SQUARE: (2 * 9.25) ** 2, ELLIPSE: np.pi * 14.2 * 7.1, HEART: (4 + np.pi
 def test_area_grows_with_the_square_of_the_scale(shape):
     for scale, factor in enumerate([0.5, 0.6, 0.7, 0.8, 0.9, 1.0]):
         # Counting pixel centres is exact on average; over 40 angles it errs by less than 2 %.
-        mean = np.mean([one(shape, scale, orientation).sum() for orientation in range(40)])
+        mean = np.mean([sprite_of(shape, scale, orientation).sum() for orientation in range(40)])
         assert mean == pytest.approx(AREAS[shape] * factor**2, rel=0.02)
 
 
 @pytest.mark.parametrize("shape", AREAS)
 def test_centre_of_area_lies_on_the_position(shape):
-    centres = [white(one(shape, LARGEST, orientation)).mean() for orientation in range(39)]
+    centres = [white(sprite_of(shape, LARGEST, orientation)).mean() for orientation in range(39)]
     assert np.abs(centres).max() < 0.2
     # In the sprite's own axes rounding averages out, an offset of the drawing would not.
     turned_back = np.array(centres) * np.exp(-2j * np.pi * np.arange(39) / 39)
@@ -44,9 +44,9 @@ def test_centre_of_area_lies_on_the_position(shape):
 
 def test_a_step_in_position_moves_the_image_by_one_pixel_and_never_off_it():
     for shape in AREAS:
-        corner = one(shape, orientation=7, x=0, y=0)
+        corner = sprite_of(shape, orientation=7, x=0, y=0)
         for x, y in [(1, 0), (0, 1), (31, 31), (12, 5)]:
-            moved = one(shape, orientation=7, x=x, y=y)
+            moved = sprite_of(shape, orientation=7, x=x, y=y)
             assert np.array_equal(np.roll(corner, (y, x), axis=(0, 1)), moved)
             assert moved.sum() == corner.sum()
             assert not moved[[0, -1]].any()
@@ -77,14 +77,14 @@ def test_square_and_heart_cover_what_pillow_draws(shape, radius):
     for orientation in range(40):
         angle = 2 * np.pi * orientation / 39
         coverage = drawn(angle, 26.5 + 36.5j - centroid * np.exp(1j * angle), radius)
-        sprite = one(shape, orientation=orientation)
+        sprite = sprite_of(shape, orientation=orientation)
         assert sprite[coverage > 0.75].all()
         assert not sprite[coverage < 0.25].any()
 
 
 def test_ellipse_has_the_moments_of_an_ellipse_at_its_angle():
     for orientation in range(40):
-        points = white(one(ELLIPSE, orientation=orientation))
+        points = white(sprite_of(ELLIPSE, orientation=orientation))
         along = points * np.exp(-2j * np.pi * orientation / 39)
         # A uniform ellipse has variance a^2 / 4 and b^2 / 4 along its axes.
         assert along.real.var() == pytest.approx(14.2**2 / 4, rel=0.04)
@@ -93,7 +93,7 @@ def test_ellipse_has_the_moments_of_an_ellipse_at_its_angle():
 
 def test_the_last_orientation_is_the_first():
     for shape in AREAS:
-        assert np.array_equal(one(shape, orientation=0), one(shape, orientation=39))
+        assert np.array_equal(sprite_of(shape, orientation=0), sprite_of(shape, orientation=39))
 
 
 def test_combinations_are_all_different_and_y_runs_fastest():
