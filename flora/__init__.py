@@ -18,8 +18,10 @@ _HOMES = dict.fromkeys(("FloraConfig", "FloraLayer", "FloraModel"), "adapters")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
+    if name in _HOMES or name == "adapters":
         importlib.import_module("peft")  # before ours, as every thread must: see flora.registration
+    if name == "adapters":
+        return importlib.import_module("flora.adapters")
     return names.public(__name__, _HOMES, name)
 
 

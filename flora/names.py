@@ -24,7 +24,11 @@ FORMER = {
     "flora.adapters.rivals.TriloraConfig": "flora.methods.TriloraConfig",
     "flora.adapters.rivals.VptConfig": "flora.methods.VptConfig",
 }
-_FIRST = {today: first for first, today in FORMER.items()}
+# Classes that give other numbers than they did under that name: their runs have new ids, what was recorded is not theirs.
+REVISED = {
+    "flora.methods.FloraShuffledConfig": "flora.methods.FloraShuffledConfig#2",  # whole models ran unshuffled before
+}
+_FIRST = {today: first for first, today in FORMER.items()} | REVISED
 _KEYS = ("_target_", "config_class")  # under which configs name classes
 
 

@@ -54,7 +54,7 @@ METHODS = {
     "flora_flat": "0c38e7efbec1",
     "flora_kernelfree": "f3a64d4efb97",
     "flora_nocore": "2dbf3b6b9733",
-    "flora_shuffled": "e372882077ba",
+    "flora_shuffled": "63085f8abdb0",  # revised: before, whole models ran unshuffled
     "full": "b692591c1ff0",
     "houlsby": "2241eac94156",
     "ia3": "88c88be1e332",

@@ -45,10 +45,17 @@ def inputs(results: Path, output: Path) -> str:
         (ROOT, (_RENDERER.parent / "page").iterdir()),
         (ROOT, sources(_RENDERER)),
     ]
-    sums = [[(p.relative_to(base).as_posix(), _sha256(p.read_bytes())) for p in sorted(ps)] for base, ps in groups]
+    sums = [[(p.relative_to(base).as_posix(), _input(p)) for p in sorted(ps)] for base, ps in groups]
     versions = [platform.python_version_tuple()[:2], *(version(package) for package in _PACKAGES)]
     records_from_page = os.path.relpath(results.resolve(), output.resolve())
     return _sha256(json.dumps([sums, versions, records_from_page]).encode())
+
+
+def _input(path: Path) -> str:
+    try:
+        return _sha256(path.read_bytes())
+    except OSError as error:  # a folder, which the reader of records reports
+        return f"not readable: {error.strerror}"
 
 
 def sources(module: Path) -> set[Path]:
@@ -63,7 +70,7 @@ def sources(module: Path) -> set[Path]:
 
 
 def _imports(tree: ast.AST) -> Iterator[Path]:
-    for node in ast.walk(tree):
+    for node in _executed(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{name}" for name in names]
@@ -71,6 +78,14 @@ def _imports(tree: ast.AST) -> Iterator[Path]:
             for end in range(1, len(parts) + 1):
                 place = ROOT.joinpath(*parts[:end])
                 yield from (file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file())
+
+
+def _executed(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those below ``if TYPE_CHECKING``, which only type checkers read."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING"):
+            yield node
+            yield from _executed(node)
 
 
 def fresh(table: str | None, results: Path, output: Path) -> bool:
@@ -102,9 +117,14 @@ def keep(table: str | None, made_from: str, files: Iterable[Path], output: Path)
         output: the folder that they are in.
     """
     manifest = _read(output)
+    digests = {_key(path, output): _sum(path) for path in files}
     if table is None or manifest["inputs"] != made_from:
         manifest = {"everything": table is None, "inputs": made_from, "files": {}}
-    digests = manifest["files"] | {_key(path, output): _sum(path) for path in files}
+    elif not digests.items() <= manifest["files"].items():
+        manifest["everything"] = (
+            False  # the page shows what is new, and only a rendering of all tells what is left over
+        )
+    digests = manifest["files"] | digests
     write_json(output / MANIFEST, manifest | {"files": dict(sorted(digests.items()))})
 
 
@@ -123,7 +143,7 @@ def _read(output: Path) -> dict[str, Any]:
     nothing: dict[str, Any] = {"everything": False, "inputs": None, "files": {}}
     try:
         manifest = json.loads((output / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return nothing
     sound = isinstance(manifest, dict) and manifest.keys() == nothing.keys() and isinstance(manifest["files"], dict)
     return manifest if sound else nothing

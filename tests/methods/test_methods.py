@@ -270,3 +270,25 @@ def test_adapters_of_a_run_are_pefts_own_classes():
     assert isinstance(adapter("lora"), Peft)
     assert adapter("dora").config_class is peft.LoraConfig
     assert adapter("loha").config_class is peft.LoHaConfig
+
+
+BOTTLENECKS = ("houlsby", "pfeiffer", "parallel_adapter")  # add modules, which no weight absorbs
+MERGING = [n for n in ADAPTERS if n not in ("full", "linear_probe", "bitfit", "norm_tuning", "vpt", *BOTTLENECKS)]
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnext"])
+@pytest.mark.parametrize("name", MERGING)
+def test_a_model_runs_as_it_merges(name, family):
+    """Whatever builds the weights of a whole model, they are those that merging keeps."""
+    try:
+        adapted = adapter(name, FAMILIES[family]).apply(build(family), FAMILIES[family].head)
+    except ValueError as error:
+        pytest.skip(str(error))
+    model, inputs = adapted.model.double().eval(), batch_of(family).columns
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+        unmerged = logits(model, inputs)
+        torch.testing.assert_close(logits(model.merge_and_unload(), inputs), unmerged, rtol=1e-6, atol=1e-9)

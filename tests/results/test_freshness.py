@@ -126,6 +126,28 @@ def test_a_table_rendered_alone_proves_nothing_of_the_others(store, render, fres
     assert render("--check") == 1
 
 
+def test_a_table_rendered_alone_after_all_proves_nothing_of_all_where_it_is_new(store, render, fresh):
+    render()
+    render("eurosat")
+    assert fresh(), "it was as it is"
+    render("vtab")  # which has no record, so that nothing renders it when all are
+    assert not fresh()
+    assert render("--check") == 1
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{}", "\0", '{"everything": 1, "inputs": 2, "files": 3}'])
+def test_a_manifest_that_is_none_proves_nothing(content, store, render, fresh, tmp_path):
+    render()
+    (tmp_path / "out" / "rendered.json").write_text(content)
+    assert not fresh()
+    assert render("--check") == 0
+
+
+def test_a_folder_that_is_called_like_a_record_is_no_reason_to_stop(store, render, tmp_path):
+    (tmp_path / "records" / "odd.json").mkdir()
+    assert render("eurosat") == render("eurosat", "--check") == 0
+
+
 def test_nothing_is_proved_where_a_record_is_broken_so_that_a_check_names_it_again(store, render, fresh, tmp_path):
     render()
     (store.folder / "broken.json").write_text("{")

@@ -72,7 +72,7 @@ class Builder:
 
     def attach(self, model: nn.Module) -> None:
         """Build at the start of every forward pass of ``model``, for the adapted layers that it has now."""
-        self.layers = [layer for layer in model.modules() if isinstance(layer, FloraLayer) and layer.stackable]
+        self.layers = [layer for layer in model.modules() if isinstance(layer, FloraLayer) and _buildable(layer)]
         self._join_layers()
         self.detach(model)
         model.register_forward_pre_hook(self._begin)
@@ -157,6 +157,11 @@ class Builder:
             self._inputs = {}
             if not self._with_gradient:
                 self._prepared = {}
+
+
+def _buildable(layer: FloraLayer) -> bool:
+    """Whether the layer's only weight can be built with those of others: W + update, the update made as FLoRA's is."""
+    return layer.stackable and type(layer).get_delta_weight is FloraLayer.get_delta_weight
 
 
 def plans(layers: Sequence[FloraLayer]) -> list[Plan | FactoredPlan]:
