@@ -24,7 +24,7 @@ FORMER = {
     "flora.adapters.rivals.TriloraConfig": "flora.methods.TriloraConfig",
     "flora.adapters.rivals.VptConfig": "flora.methods.VptConfig",
 }
-# Classes that give other numbers than they did under that name: their runs have new ids, what was recorded is not theirs.
+# Classes that give other numbers than when they were first recorded under that name: their runs have new ids.
 REVISED = {
     "flora.methods.FloraShuffledConfig": "flora.methods.FloraShuffledConfig#2",  # whole models ran unshuffled before
 }

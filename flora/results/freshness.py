@@ -121,9 +121,7 @@ def keep(table: str | None, made_from: str, files: Iterable[Path], output: Path)
     if table is None or manifest["inputs"] != made_from:
         manifest = {"everything": table is None, "inputs": made_from, "files": {}}
     elif not digests.items() <= manifest["files"].items():
-        manifest["everything"] = (
-            False  # the page shows what is new, and only a rendering of all tells what is left over
-        )
+        manifest["everything"] = False  # the page shows the new, and may miss what nothing renders any more
     digests = manifest["files"] | digests
     write_json(output / MANIFEST, manifest | {"files": dict(sorted(digests.items()))})
 
