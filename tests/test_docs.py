@@ -171,7 +171,7 @@ def write_data(folder):
                 pq.write_table(table, folder / "datasets" / name / f"{split}.parquet")
     shutil.copytree(folder / "datasets" / "eurosat", folder / "data" / "eurosat")
     for number in range(40):
-        path = folder / "data/pets" / ("train", "val")[number % 2] / ("cat", "dog")[number // 20] / f"{number}.png"
+        path = folder / "data/animals" / ("train", "val")[number % 2] / ("cat", "dog")[number // 20] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(number))
 
