@@ -17,13 +17,14 @@ from flora.training.meters import BusyShare, PeakMemory
 class StepMeter(TrainerCallback):
     """Training time without evaluation, examples per second, peak memory and how busy the GPU was."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_gpu: bool) -> None:
         self.train_seconds = 0.0
         self.steps = 0
         self.peak_memory_bytes = 0
         self._started: float | None = None
-        self._memory = PeakMemory()
-        self._busy = BusyShare()
+        self._on_gpu = on_gpu
+        self._memory = PeakMemory(on_gpu)
+        self._busy = BusyShare(on_gpu)
 
     @property
     def gpu_busy_share(self) -> float | None:
@@ -74,7 +75,7 @@ class StepMeter(TrainerCallback):
     def _stop(self) -> None:
         self._busy.stop()
         if self._started is not None:
-            if torch.cuda.is_available():
+            if self._on_gpu:
                 torch.cuda.synchronize()
             self.train_seconds += time.perf_counter() - self._started
             self._started = None

@@ -15,11 +15,17 @@ class PeakMemory:
 
     On CUDA the sum over visible devices of the allocator's peak. On a CPU the resident peak of the process (VmHWM),
     which Linux resets on request; elsewhere the peak since the process started.
+
+    Args:
+        on_gpu: what is measured runs on a GPU: a machine may have one that a run on its CPU must leave alone.
     """
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
 
     def reset(self) -> None:
         """Forget the peak so far."""
-        if torch.cuda.is_available():
+        if self.on_gpu:
             for device in range(torch.cuda.device_count()):
                 torch.cuda.reset_peak_memory_stats(device)
         elif _CLEAR_REFS.exists():
@@ -30,7 +36,7 @@ class PeakMemory:
 
     def read(self) -> int:
         """Peak bytes since the last reset."""
-        if torch.cuda.is_available():
+        if self.on_gpu:
             return sum(torch.cuda.max_memory_allocated(d) for d in range(torch.cuda.device_count()))
         if _STATUS.exists():
             for line in _STATUS.read_text().splitlines():
@@ -44,18 +50,22 @@ class BusyShare:
 
     A thread asks NVML ten times a second, as nvidia-smi does; each answer covers the last sixth of a second to second,
     and counts the kernels of every process on the current GPU.
+
+    Args:
+        on_gpu: what is measured runs on a GPU; else there is nothing to say.
     """
 
     INTERVAL = 0.1  # seconds
 
-    def __init__(self) -> None:
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
         self.samples: list[int] = []  # percent
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin or go on."""
-        if torch.cuda.is_available() and self._thread is None:
+        if self.on_gpu and self._thread is None:
             self._stop.clear()
             self._thread = threading.Thread(target=self._sample, args=(torch.cuda.current_device(),), daemon=True)
             self._thread.start()

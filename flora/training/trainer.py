@@ -97,7 +97,7 @@ class Trainer(internals.Loop):
                     parameter.data = parameter.data.bfloat16()
         if settings.distributed == "fsdp":
             sharding.shard(model, arguments.device)
-        self.meter = StepMeter()
+        self.meter = StepMeter(self.on_gpu)
         self.ema = Ema(model, settings.ema_decay) if settings.ema_decay else None
         self._order: torch.Generator | None = None
         self._saved: dict[str, Any] | None = None

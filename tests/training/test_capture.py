@@ -271,7 +271,7 @@ def test_batches_gathered_on_the_gpu_are_those_of_the_host(tmp_path, grey):
 
 @pytest.mark.gpu
 def test_the_gpu_is_busy_some_of_the_time():
-    share, a = BusyShare(), torch.randn(4096, 4096, device="cuda")
+    share, a = BusyShare(on_gpu=True), torch.randn(4096, 4096, device="cuda")
     share.start()
     for _ in range(60):
         for _ in range(20):
