@@ -276,14 +276,13 @@ BOTTLENECKS = ("houlsby", "pfeiffer", "parallel_adapter")  # add modules, which 
 MERGING = [n for n in ADAPTERS if n not in ("full", "linear_probe", "bitfit", "norm_tuning", "vpt", *BOTTLENECKS)]
 
 
-@pytest.mark.parametrize("family", ["resnet", "convnext"])
-@pytest.mark.parametrize("name", MERGING)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(n, f) for n in MERGING for f in ("resnet", "convnext") if (n, f) != ("pissa", "resnet")],  # which has one linear
+)
 def test_a_model_runs_as_it_merges(name, family):
     """Whatever builds the weights of a whole model, they are those that merging keeps."""
-    try:
-        adapted = adapter(name, FAMILIES[family]).apply(build(family), FAMILIES[family].head)
-    except ValueError as error:
-        pytest.skip(str(error))
+    adapted = adapter(name, FAMILIES[family]).apply(build(family), FAMILIES[family].head)
     model, inputs = adapted.model.double().eval(), batch_of(family).columns
     with torch.no_grad():
         for parameter in model.parameters():
