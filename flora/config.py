@@ -14,6 +14,7 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -57,9 +58,8 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     groups = {path.name for path in (ROOT / "configs").iterdir() if path.is_dir()}
     chosen = tuple(o for o in overrides if o.split("=")[0] in groups)
     cfg: DictConfig = pickle.loads(_choice(chosen))
-    parser = OverridesParser.create()
     try:
-        for override in parser.parse_overrides([o for o in overrides if o not in chosen]):
+        for override in (_override(o) for o in overrides if o not in chosen):
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=override.is_add())
     except OmegaConfBaseException as error:
         raise ConfigError(f"{' '.join(overrides)}: {one_line(error)}") from error
@@ -71,6 +71,11 @@ def _choice(groups: tuple[str, ...]) -> bytes:
     """What Hydra composes for a choice of groups; pickled, as a copy then takes a quarter of deepcopy's time."""
     with _initialized():
         return pickle.dumps(compose("train", overrides=list(groups)))
+
+
+@cache
+def _override(text: str) -> Override:
+    return OverridesParser.create().parse_override(text)
 
 
 def _initialized() -> Any:

@@ -15,6 +15,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from flora import config
 from flora.errors import ConfigError
@@ -204,4 +205,6 @@ def _only(table: str, key: str, cells: list[Cell], settings: dict[str, Any]) -> 
 
 @cache
 def _semantic(overrides: tuple[str, ...], method_version: int) -> dict[str, Any]:
-    return config.semantic_config(config.composed(overrides), method_version)
+    cfg = config.composed(overrides)
+    OmegaConf.resolve(cfg)  # each reference once, also what many others go through
+    return config.semantic_config(cfg, method_version)
