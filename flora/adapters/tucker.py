@@ -129,12 +129,18 @@ def add_tensor(weight: Tensor, core: Tensor, factors: Sequence[Tensor | None], s
     elif len(first) >= len(last):  # rank of the rows x wide mode x small positions
         along = _kronecker(others[1:])
         columns = columns.reshape(-1, along.shape[1]) @ along.mT
-        columns = first @ columns.view(rows.shape[1], -1, len(along))
+        columns = _in_each(first, columns.view(rows.shape[1], -1, len(along)))
     else:  # rank of the rows x small positions x wide mode
         along = _kronecker(others[:-1])
-        columns = (along @ columns.reshape(rows.shape[1], along.shape[1], -1)) @ last.mT
+        columns = _in_each(along, columns.reshape(rows.shape[1], along.shape[1], -1))
+        columns = columns.view(-1, last.shape[1]) @ last.mT
     flat = weight.view(len(rows), -1).to(dtype)
     return torch.addmm(flat, rows, columns.reshape(rows.shape[1], -1), alpha=scale).view(weight.shape)
+
+
+def _in_each(matrix: Tensor, batch: Tensor) -> Tensor:
+    """``matrix @ batch``; torch.matmul would round otherwise where gradients are required, by another route."""
+    return torch.bmm(matrix.expand(len(batch), -1, -1), batch)
 
 
 def _kronecker(factors: Sequence[Tensor]) -> Tensor:
