@@ -12,6 +12,7 @@ from flora.adapters.config import FloraConfig
 from flora.adapters.cost import Work, factored_is_cheaper
 from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import to_tensor
+from flora.replaced.bases import unpacks
 from flora.replaced.conv import ReplacedConv, conv_modes
 from flora.replaced.layer import Form, compute_dtype
 from flora.replaced.weights import AdaptedWeight
@@ -28,7 +29,7 @@ class _Conv(FloraLayer):
 
     @override
     def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
-        return [conv_modes(self.get_base_layer().weight, self.output_dim)]
+        return [conv_modes(self.get_base_layer(), self.output_dim)]
 
     @property
     @override
@@ -116,7 +117,7 @@ class ConvTransposeNd(_Conv):
     @override
     def plain_op(self) -> bool:
         base = self.get_base_layer()
-        return type(base).forward is _TRANSPOSED[len(base.kernel_size)].forward
+        return type(base).forward is _TRANSPOSED[len(base.kernel_size)].forward or unpacks(base, "weight")
 
     @override
     def _op(self, input: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:

@@ -63,9 +63,11 @@ class FloraLayer(ReplacedLayer):
         for weight in self.weights[adapter_name].values():
             base = None
             if config.init == "hosvd" and not self.core(adapter_name, weight.name).is_meta:
+                if (kind := self.quantised_as(weight.name)) is not None:
+                    raise ValueError(
+                        f"init: hosvd needs a floating-point weight, {self.full_name(weight.name)} is {kind}"
+                    )
                 base = self.base_weight(weight.name)
-                if not base.is_floating_point():
-                    raise ValueError(f"init: hosvd needs a floating-point weight, {weight.name} is {base.dtype}")
                 if not base.is_meta:
                     base = base.detach().reshape(weight.shape).to(torch.promote_types(base.dtype, torch.float32))
             core = self.core(adapter_name, weight.name)

@@ -1,13 +1,14 @@
 """The base of adapted layers: runs a layer with an updated weight, shows that weight, and merges it."""
 
 import warnings
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from flora.replaced import merging
+from flora.replaced import bases, merging
 from flora.replaced.weights import AdaptedWeight, scaling_of
 
 Form = Literal["factored", "merged", "dense"]
@@ -60,6 +61,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.create_containers()
         self.tucker_magnitude = nn.ModuleDict()
+        self.layer_name = name
         self.weights: dict[str, dict[str, AdaptedWeight]] = {}
         self.effective_ranks: dict[str, dict[str, tuple[int, ...]]] = {}
         self.scaling: dict[str, float] = {}
@@ -67,7 +69,6 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         self.revision = 0  # rises with every new or renewed adapter
         self._configured_scaling: dict[str, float] = {}
         self._relative_scaling: dict[str, dict[str, float]] = {}
-        self._quantised = False
         self.merged_norm_ratio: dict[str, dict[str, Tensor]] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -152,9 +153,8 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         self._relative_scaling[adapter_name] = {key: scale / largest if largest else 1 for key, scale in scales.items()}
         self.configured_form[adapter_name] = config.forward
         self.revision += 1
-        self._quantised = not all(self.base_weight(weight).is_floating_point() for weight in weights)
         self.create_parameters(adapter_name, config, name)
-        if self._quantised and self.form_apart(adapter_name) is None:
+        if self.quantised() and self.form_apart(adapter_name) is None:
             kind = type(self.get_base_layer()).__name__
             raise ValueError(f"{name}: a quantised {kind} cannot be adapted; leave it out of the targets")
         self.reset_adapter(adapter_name, config)
@@ -198,13 +198,35 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         """The layer whose weights are adapted."""
         return self.base_layer
 
+    def full_name(self, weight: str) -> str:
+        """Name of a weight in the model, for messages."""
+        return f"{self.layer_name}.{weight}".lstrip(".")
+
     def base_weight(self, name: str) -> Tensor:
         """The base layer's own weight of that name."""
         owner, _, attribute = name.rpartition(".")
         return getattr(self.get_base_layer().get_submodule(owner), attribute)
 
+    def quantised_as(self, name: str) -> str | None:
+        """What the weight of that name is quantised to, in a word, if it is: now, as models are quantised in place."""
+        owner, _, attribute = name.rpartition(".")
+        return bases.quantised_as(self.get_base_layer().get_submodule(owner), attribute)
+
+    def quantised(self) -> bool:
+        """Whether an adapted weight is quantised: it is never added to, and the update runs apart from it."""
+        return any(self.quantised_as(name) for weights in self.weights.values() for name in weights)
+
     def adapted_weight(self, name: str, adapters: list[str]) -> Tensor:
-        """The base weight with the updates of the given active adapters, in the base weight's dtype."""
+        """The base weight with the updates of the given active adapters, in the base weight's dtype.
+
+        Raises:
+            ValueError: if the weight is quantised, and so cannot be added to.
+        """
+        if (kind := self.quantised_as(name)) is not None:
+            raise ValueError(
+                f"{self.full_name(name)}: a quantised weight ({kind}), which this layer's adapter would be added to; "
+                "keep this layer in full precision, or quantise the model before it is wrapped, without this layer"
+            )
         base = self.base_weight(name)
         weight = base
         for adapter in adapters:
@@ -226,9 +248,9 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
     def _init_magnitude(self, adapter: str) -> None:
         magnitudes = nn.ParameterDict()
         for described in self.weights[adapter].values():
+            if (kind := self.quantised_as(described.name)) is not None:
+                raise ValueError(f"use_dora: needs a floating-point weight, {self.full_name(described.name)} is {kind}")
             base = self.base_weight(described.name)
-            if not base.is_floating_point():
-                raise ValueError(f"use_dora: needs a floating-point weight, {described.name} is {base.dtype}")
             magnitudes[described.key] = nn.Parameter(_output_norm(base, described).flatten().to(base.dtype))
         self.tucker_magnitude[adapter] = magnitudes
 
@@ -272,7 +294,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
 
     def _visible_weight(self, name: str) -> Tensor:
         adapters = [a for a in self._present(self.active_adapters) if name in self.weights[a]]
-        if self.disable_adapters or self.merged or not adapters:
+        if self.disable_adapters or self.merged or not adapters or self.quantised_as(name):
             return self.base_weight(name)
         return self.adapted_weight(name, adapters)
 
@@ -318,7 +340,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
 
     def _weight_is_elsewhere(self) -> bool:
         """Whether the weight cannot be added to: quantised, or offloaded until the base layer's own forward."""
-        return self._quantised or hasattr(self.base_layer, "_hf_hook")
+        return self.quantised() or hasattr(self.base_layer, "_hf_hook")
 
     # ------------------------------------------------------------------ merging
 
@@ -345,10 +367,14 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
             merging.unmerge(self, self.merged_adapters.pop())
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-        # PEFT's own looks for an attribute `weight` only.
-        weights = next(iter(self.weights.values()))
-        weight = self.base_weight(next(iter(weights)))
-        return weight.device, getattr(base_layer, "compute_dtype", weight.dtype)
+        # PEFT's own looks for an attribute `weight` only, and has adapters follow a float8 weight in its dtype.
+        name = next(iter(next(iter(self.weights.values()))))
+        owner, _, attribute = name.rpartition(".")
+        weight = bases.stored(base_layer.get_submodule(owner), attribute)
+        if not isinstance(weight, Tensor):  # packed away: the device is that of whatever the layer holds
+            weight = next(chain(base_layer.parameters(), base_layer.buffers()), torch.empty(0))
+        dtype = getattr(base_layer, "compute_dtype", weight.dtype)
+        return weight.device, dtype if dtype in bases.FLOATS else None
 
     def extra_repr(self) -> str:
         """Effective ranks by adapter."""

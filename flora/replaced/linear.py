@@ -84,7 +84,7 @@ class ReplacedLinear(ReplacedLayer):
     def form_apart(self, adapter_name: str) -> Form | None:
         base = self.get_base_layer()
         # An unknown forward may do more to its weight than multiply by it; a quantised weight leaves no choice.
-        op_known = isinstance(base, Conv1D) or type(base).forward is nn.Linear.forward or self._weight_is_elsewhere()
+        op_known = isinstance(base, Conv1D) or type(base).forward is nn.Linear.forward or self.quantised()
         return "factored" if op_known else None
 
     @override

@@ -18,8 +18,8 @@ def merge(layer: Any, adapter: str, safe: bool) -> None:
     """
     merged, ratios = {}, {}
     for name in layer.weights[adapter]:
+        check_mergeable(layer, name)
         base = layer.base_weight(name)
-        _check_mergeable(base, name)
         weight = base + layer.get_delta_weight(adapter, name)
         if adapter in layer.tucker_magnitude:
             ratios[name] = layer.norm_ratio(adapter, name, weight)
@@ -54,10 +54,16 @@ def _set_base_weight(layer: Any, name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: its parametrization has no inverse; the adapter cannot be merged") from None
 
 
-def _check_mergeable(weight: Tensor, name: str) -> None:
-    if not weight.is_floating_point() or math.prod(weight.shape) == 0:
+def check_mergeable(layer: Any, name: str) -> None:
+    """Raise ValueError if the base weight of that name cannot be added to."""
+    full_name = layer.full_name(name)
+    if (kind := layer.quantised_as(name)) is not None:
         raise ValueError(
-            f"{name}: a quantised or partitioned weight ({weight.dtype}) cannot be merged into; merge into a full one"
+            f"{full_name}: a quantised weight ({kind}) cannot be merged into; reload the model in full precision, "
+            "load the adapter onto it and merge there"
         )
+    weight = layer.base_weight(name)
+    if math.prod(weight.shape) == 0:
+        raise ValueError(f"{full_name}: a partitioned weight cannot be merged into; gather the model first")
     if isinstance(weight, DTensor):
-        raise ValueError(f"{name}: a sharded weight (DTensor) cannot be merged into; gather the model first")
+        raise ValueError(f"{full_name}: a sharded weight (DTensor) cannot be merged into; gather the model first")

@@ -18,6 +18,7 @@ from flora.adapters.fast.factored_plan import FactoredPlan, factored_stacks
 from flora.adapters.fast.plan import Plan, capturing, stacks
 from flora.adapters.fast.torch_plan import TorchPlan
 from flora.adapters.layer import FloraLayer
+from flora.replaced.bases import stored
 from flora.replaced.layer import in_transform
 
 try:
@@ -135,7 +136,8 @@ class Builder:
         self._casts = {device: _autocast(device) for device in self._casts}
         if (signature, self._casts) != self._planned_for:
             self._plans = plans(self.layers)
-            devices = {layer.base_weight("weight").device.type for layer in self.layers}
+            weights = [stored(layer.base_layer, "weight") for layer in self.layers]
+            devices = {weight.device.type for weight in weights if isinstance(weight, Tensor)}
             self._casts = {device: _autocast(device) for device in devices}
             self._planned_for = signature, self._casts
         self._with_gradient = torch.is_grad_enabled()
@@ -191,8 +193,10 @@ def _signature(layer: FloraLayer) -> tuple[Any, ...]:
     """What ``plans`` depends on besides autocast, cheap enough for every forward pass."""
     own = layer.__dict__  # past nn.Module's attribute lookup
     active = own["_active_adapter"]
-    weight = own["_modules"]["base_layer"]._parameters.get("weight")
+    base = own["_modules"]["base_layer"]
+    weight = base._parameters.get("weight")
     state = (
+        type(base),
         own["revision"],
         own["training"],
         own["_disable_adapters"],
