@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from flora.adapters.config import FloraConfig
@@ -49,7 +50,10 @@ class Recurrent(FloraLayer):
     @override
     def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
         base = self.get_base_layer()
-        weights = [(key, value) for key, value in base.named_parameters(recurse=False) if key.startswith("weight_")]
+        names = [key for key, _ in base.named_parameters(recurse=False)]
+        if parametrize.is_parametrized(base):
+            names += base.parametrizations
+        weights = [(key, getattr(base, key)) for key in names if key.startswith("weight_")]
         # A projection (weight_hr) has no gates.
         return [
             _stacked(key, value, 1 if key.startswith("weight_hr") else value.shape[0] // base.hidden_size)

@@ -12,7 +12,7 @@ from flora.adapters.config import FloraConfig
 from flora.adapters.cost import Work, factored_is_cheaper
 from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import to_tensor
-from flora.replaced.bases import unpacks
+from flora.replaced.bases import stored, unpacks
 from flora.replaced.conv import ReplacedConv, conv_modes
 from flora.replaced.layer import Form, compute_dtype
 from flora.replaced.weights import AdaptedWeight
@@ -60,7 +60,8 @@ class _Conv(FloraLayer):
             kernel=math.prod(base.kernel_size),
             inputs_per_output=1 / strides if self.output_dim == 1 else strides,
         )
-        cheaper = factored_is_cheaper(work, base.weight.device.type, compute_dtype(base.weight))
+        weight = stored(base, "weight")
+        cheaper = factored_is_cheaper(work, weight.device.type, compute_dtype(weight))
         return "factored" if cheaper else "merged"
 
     @override

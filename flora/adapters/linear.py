@@ -12,7 +12,7 @@ from flora.adapters.config import FloraConfig
 from flora.adapters.cost import Work, factored_is_cheaper
 from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import to_tensor
-from flora.replaced.bases import unpacks
+from flora.replaced.bases import stored, unpacks
 from flora.replaced.layer import Form, compute_dtype
 from flora.replaced.linear import ReplacedLinear, runs_plain_op
 from flora.replaced.weights import AdaptedWeight, plain
@@ -88,7 +88,7 @@ class Linear(_Matrix, ReplacedLinear):
     @override
     def cheaper_form(self, adapter_name: str) -> Form:
         described, ranks = self.weights[adapter_name]["weight"], self.effective_ranks[adapter_name]["weight"]
-        weight = self.base_weight("weight")
+        weight = stored(self.get_base_layer(), "weight")
         rows, columns = described.weight_shape
         work = Work(columns, rows, min(ranks), min(ranks))
         return "factored" if factored_is_cheaper(work, weight.device.type, compute_dtype(weight)) else "merged"

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from flora.replaced import bases, merging
+from flora.replaced import bases, merging, stand_in
 from flora.replaced.weights import AdaptedWeight, scaling_of
 
 Form = Literal["factored", "merged", "dense"]
@@ -118,6 +118,8 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
 
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, with the given weights (by name) in place of its own."""
+        if stand_in.needed(self.base_layer, weights):
+            return stand_in.stand_in(self.base_layer, weights)(*args, **kwargs)
         return torch.func.functional_call(self.base_layer, weights, args, kwargs)
 
     def form_apart(self, adapter_name: str) -> Form | None:
@@ -204,8 +206,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
 
     def base_weight(self, name: str) -> Tensor:
         """The base layer's own weight of that name."""
-        owner, _, attribute = name.rpartition(".")
-        return getattr(self.get_base_layer().get_submodule(owner), attribute)
+        return stand_in.value(self.get_base_layer(), name)
 
     def quantised_as(self, name: str) -> str | None:
         """What the weight of that name is quantised to, in a word, if it is: now, as models are quantised in place."""

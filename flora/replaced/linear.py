@@ -100,7 +100,8 @@ class ReplacedLinear(ReplacedLayer):
         base = self.base_layer
         if self.drops(adapter) or not runs_plain_op(base, nn.Linear) or self._weight_is_elsewhere():
             return False
-        return type(base.weight) is nn.Parameter and not base.weight.requires_grad and not base.weight.is_meta
+        weight = base._parameters.get("weight")  # a parametrised one is not computed for this
+        return type(weight) is nn.Parameter and not weight.requires_grad and not weight.is_meta
 
     def run_fused(self, input: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         """Base layer and update in one op, in ``dtype``."""

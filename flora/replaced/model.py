@@ -115,8 +115,7 @@ class ReplacedModel(BaseTuner):
         for layer in self.model.modules():
             if isinstance(layer, ReplacedLayer):
                 names = layer.active_adapters if adapter_names is None else adapter_names
-                for weight in {weight for name in names for weight in layer.weights.get(name, ())}:
-                    merging.check_mergeable(layer, weight)
+                merging.rehearse(layer, [n for n in names if n in layer.weights and n not in layer.merged_adapters])
 
     # ------------------------------------------------------------------ loading
 
