@@ -9,6 +9,7 @@ from typing_extensions import override
 from flora.adapters.config import FloraConfig
 from flora.adapters.layer import FloraLayer
 from flora.adapters.weights import stacked_kinds
+from flora.replaced.stand_in import offloading
 from flora.replaced.weights import AdaptedWeight, ModeKind, plain
 
 
@@ -119,6 +120,11 @@ class Parameters(FloraLayer):
             return
         adapters = self._present(self.active_adapters)
         names = dict.fromkeys(name for adapter in adapters for name in self.weights[adapter])
+        if names and offloading(owner):
+            raise ValueError(
+                f"{self.full_name(next(iter(names)))}: a bare parameter of an offloaded module cannot be adapted, as "
+                "its own values are put back when the module runs; keep the module on the device (device_map)"
+            )
         adapted: dict[str, Any] = {name: self.adapted_weight(name, adapters) for name in names}
         for name, value in adapted.items():
             self._own[name] = owner._parameters[name]

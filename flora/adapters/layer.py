@@ -10,6 +10,7 @@ from flora.adapters.config import FloraConfig
 from flora.adapters.init import init_tucker
 from flora.adapters.tucker import factor_modes, to_tensor
 from flora.adapters.weights import fold, ranks_of
+from flora.replaced.containers import AdapterParameters, at_hand
 from flora.replaced.layer import ReplacedLayer
 from flora.replaced.weights import AdaptedWeight
 
@@ -49,7 +50,7 @@ class FloraLayer(ReplacedLayer):
         if config.flora_dropout and self.form_apart(adapter_name) is None:
             kind = type(self.get_base_layer()).__name__
             raise ValueError(f"flora_dropout: {name} ({kind}) cannot drop its adapter's input; set it to 0")
-        cores, factors = nn.ParameterDict(), nn.ParameterDict()
+        cores, factors = AdapterParameters(), AdapterParameters()
         for weight in weights.values():
             ranks = self.effective_ranks[adapter_name][weight.name]
             cores[weight.key] = nn.Parameter(torch.empty(ranks))
@@ -76,14 +77,14 @@ class FloraLayer(ReplacedLayer):
             if not config.init_weights and not core.is_meta:
                 core.data.normal_(std=0.1)
 
-    def core(self, adapter_name: str, weight_name: str = "weight") -> nn.Parameter:
+    def core(self, adapter_name: str, weight_name: str = "weight") -> Tensor:
         """Core of one adapted weight, r_1 x ... x r_N."""
-        return self.tucker_core[adapter_name][self.weights[adapter_name][weight_name].key]
+        return at_hand(self.tucker_core[adapter_name])[self.weights[adapter_name][weight_name].key]
 
-    def factors(self, adapter_name: str, weight_name: str = "weight") -> list[nn.Parameter | None]:
+    def factors(self, adapter_name: str, weight_name: str = "weight") -> list[Tensor | None]:
         """Factors of one adapted weight, d_n x r_n per mode; ``None`` for modes without one."""
         weight = self.weights[adapter_name][weight_name]
-        factors = self.tucker_factors[adapter_name]
+        factors = at_hand(self.tucker_factors[adapter_name])
         return [factors.get(f"{weight.key}_{mode}") for mode in range(len(weight.shape))]
 
     @override

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from flora.replaced import bases, merging, stand_in
+from flora.replaced import bases, magnitude, merging, stand_in
 from flora.replaced.weights import AdaptedWeight, scaling_of
 
 Form = Literal["factored", "merged", "dense"]
@@ -119,7 +119,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, with the given weights (by name) in place of its own."""
         if stand_in.needed(self.base_layer, weights):
-            return stand_in.stand_in(self.base_layer, weights)(*args, **kwargs)
+            return stand_in.run(self.base_layer, weights, args, kwargs)
         return torch.func.functional_call(self.base_layer, weights, args, kwargs)
 
     def form_apart(self, adapter_name: str) -> Form | None:
@@ -162,7 +162,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         self.reset_adapter(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         if config.use_dora:
-            self._init_magnitude(adapter_name)
+            magnitude.create(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def check_config(self, config: Any, name: str) -> None:
@@ -234,26 +234,8 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
             if name in self.weights[adapter]:
                 weight = weight + self.get_delta_weight(adapter, name)
                 if adapter in self.tucker_magnitude:
-                    weight = weight * self.norm_ratio(adapter, name, weight)
+                    weight = weight * magnitude.ratio(self, adapter, name, weight)
         return weight.to(base.dtype)
-
-    def norm_ratio(self, adapter: str, name: str, weight: Tensor) -> Tensor:
-        """Magnitude over norm per output of W + delta: what the sum is multiplied with."""
-        # DoRA treats the norm as a constant in the gradient (arXiv 2402.09353, section 4.3).
-        described = self.weights[adapter][name]
-        magnitude = self.tucker_magnitude[adapter][described.key]
-        norm = _output_norm(weight, described).detach()
-        return magnitude.view(norm.shape) / torch.where(norm == 0, torch.ones_like(norm), norm)
-
-    @torch.no_grad()
-    def _init_magnitude(self, adapter: str) -> None:
-        magnitudes = nn.ParameterDict()
-        for described in self.weights[adapter].values():
-            if (kind := self.quantised_as(described.name)) is not None:
-                raise ValueError(f"use_dora: needs a floating-point weight, {self.full_name(described.name)} is {kind}")
-            base = self.base_weight(described.name)
-            magnitudes[described.key] = nn.Parameter(_output_norm(base, described).flatten().to(base.dtype))
-        self.tucker_magnitude[adapter] = magnitudes
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -368,14 +350,15 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
             merging.unmerge(self, self.merged_adapters.pop())
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-        # PEFT's own looks for an attribute `weight` only, and has adapters follow a float8 weight in its dtype.
-        name = next(iter(next(iter(self.weights.values()))))
+        # PEFT's own looks for an attribute `weight` only, and has adapters follow an offloaded or a float8 one.
+        base, name = self.get_base_layer(), next(iter(next(iter(self.weights.values()))))
         owner, _, attribute = name.rpartition(".")
-        weight = bases.stored(base_layer.get_submodule(owner), attribute)
+        weight = bases.stored(base.get_submodule(owner), attribute)
         if not isinstance(weight, Tensor):  # packed away: the device is that of whatever the layer holds
-            weight = next(chain(base_layer.parameters(), base_layer.buffers()), torch.empty(0))
+            weight = next(chain(base.parameters(), base.buffers()), torch.empty(0))
+        runs_on = (hook.execution_device for module in base.modules() for hook in stand_in.offloading(module))
         dtype = getattr(base_layer, "compute_dtype", weight.dtype)
-        return weight.device, dtype if dtype in bases.FLOATS else None
+        return next(runs_on, weight.device), dtype if dtype in bases.FLOATS else None
 
     def extra_repr(self) -> str:
         """Effective ranks by adapter."""
@@ -397,10 +380,3 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 def in_transform() -> bool:
     """Whether torch.compile traces, or a functorch transform runs: our own autograd functions stay out of these."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _output_norm(weight: Tensor, described: AdaptedWeight) -> Tensor:
-    """Euclidean norm per output, with size 1 in place of the other dimensions of the stored weight."""
-    dims = [dim for dim in range(weight.dim()) if dim != described.output_dim]
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight, dim=dims, keepdim=True, dtype=dtype)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from flora.replaced import stand_in
+from flora.replaced import magnitude, stand_in
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def merge(layer: Any, adapter: str, safe: bool) -> None:
         base = layer.base_weight(name)
         weight = base + layer.get_delta_weight(adapter, name)
         if adapter in layer.tucker_magnitude:
-            ratios[name] = layer.norm_ratio(adapter, name, weight)
+            ratios[name] = magnitude.ratio(layer, adapter, name, weight)
             weight = weight * ratios[name]
         merged[name] = weight.to(base.dtype)
         if safe and not torch.isfinite(merged[name]).all():
@@ -54,6 +54,12 @@ def check_mergeable(layer: Any, name: str) -> None:
             f"{full_name}: a quantised weight ({kind}) cannot be merged into; reload the model in full precision, "
             "load the adapter onto it and merge there"
         )
+    for owner, attribute in _parametrised(layer, [name]).values():
+        if stand_in.offloading(owner.parametrizations[attribute]):
+            raise ValueError(
+                f"{full_name}: a parametrised weight cannot be merged into while it is offloaded; load the model "
+                "whole, load the adapter onto it and merge there"
+            )
     weight = layer.base_weight(name)
     if math.prod(weight.shape) == 0:
         raise ValueError(f"{full_name}: a partitioned weight cannot be merged into; gather the model first")
@@ -83,7 +89,7 @@ def rehearse(layer: Any, adapters: list[str]) -> None:
 
 
 def _store(layer: Any, weights: dict[str, Tensor]) -> None:
-    """Put new numbers into the base weights: into all of them, or into none if a parametrization cannot hold its own."""
+    """Put new numbers into the base weights: all or, if a parametrization cannot hold its own, none."""
     parametrised = _parametrised(layer, weights)
     states = _states(parametrised)
     for name, (owner, attribute) in parametrised.items():

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import Any
 
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -56,9 +57,11 @@ def needed(root: nn.Module, names: Iterable[str]) -> bool:
     return any(parametrize.is_parametrized(root.get_submodule(owner), attribute) for owner, _, attribute in owners)
 
 
-def stand_in(root: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """The module with the given weights (by name) and all its others at hand, sharing everything else, hooks too."""
-    return _copy(root, root, "", weights)
+def run(root: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """What the module gives with these weights (by name): that of a copy which shares everything else, hooks too."""
+    for hook in offloading(root):
+        args, kwargs = send_to_device((args, kwargs), hook.execution_device)
+    return _copy(root, root, "", weights)(*args, **kwargs)
 
 
 def _copy(root: nn.Module, module: nn.Module, prefix: str, weights: dict[str, Tensor]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Weights under torch.nn.utils.parametrizations and parametrizations of one's own: trained as W + update, merged or refused."""
+"""Weights under parametrizations, torch's and one's own: trained as W + update, merged or refused."""
 
 import copy
 from typing import Any
