@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from flora.adapters.config import FloraConfig
@@ -47,7 +48,7 @@ class FloraLayer(ReplacedLayer):
         weights = self.weights[adapter_name]
         self.effective_ranks[adapter_name] = {key: ranks_of(weight, config, name) for key, weight in weights.items()}
         self.tucker_dropout[adapter_name] = nn.Dropout(config.flora_dropout) if config.flora_dropout else nn.Identity()
-        if config.flora_dropout and self.form_apart(adapter_name) is None:
+        if config.flora_dropout and self.apart(adapter_name) is None:
             kind = type(self.get_base_layer()).__name__
             raise ValueError(f"flora_dropout: {name} ({kind}) cannot drop its adapter's input; set it to 0")
         cores, factors = AdapterParameters(), AdapterParameters()
@@ -69,6 +70,7 @@ class FloraLayer(ReplacedLayer):
                         f"init: hosvd needs a floating-point weight, {self.full_name(weight.name)} is {kind}"
                     )
                 base = self.base_weight(weight.name)
+                base = base.full_tensor() if isinstance(base, DTensor) else base
                 if not base.is_meta:
                     base = base.detach().reshape(weight.shape).to(torch.promote_types(base.dtype, torch.float32))
             core = self.core(adapter_name, weight.name)

@@ -1,5 +1,6 @@
 """What a base layer's weight is kept as: plain numbers, to which an update can be added, or something quantised."""
 
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import parametrize
 
 _PLAIN = {Tensor, nn.Parameter, nn.UninitializedParameter, FakeTensor, FunctionalTensor}
@@ -66,6 +67,23 @@ def _overrides(kind: type[Tensor]) -> bool:
     function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
     plain = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
     return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or function not in plain
+
+
+def spread_like(update: Tensor, weight: DTensor) -> DTensor:
+    """An update that every process has whole, laid out as a weight is that tensor parallelism spreads over devices."""
+    whole = [Replicate()] * weight.device_mesh.ndim
+    return DTensor.from_local(update, weight.device_mesh, whole, run_check=False).redistribute(
+        placements=weight.placements
+    )
+
+
+def make_same(parameters: Iterable[Tensor], weight: DTensor) -> None:
+    """Have all processes that share a weight take the parameters of the first."""
+    mesh = weight.device_mesh
+    for parameter in parameters:
+        for dim in range(mesh.ndim):
+            if not parameter.is_meta:
+                torch.distributed.broadcast(parameter.data, group=mesh.get_group(dim), group_src=0)
 
 
 def packed_linear(module: nn.Module) -> bool:

@@ -8,6 +8,12 @@ from torch import Tensor, nn
 class AdapterParameters(nn.ParameterDict):
     """A ParameterDict with a forward pass, which accelerate's hooks and FSDP bring the parameters back for."""
 
+    def __getattr__(self, name: str) -> Any:
+        # What PEFT's policy for FSDP asks of modules to find those that train: all are wrapped, or frozen and trained
+        # parameters would share one flat one.
+        own = self.__dict__.get("_parameters")
+        return next(iter(own.values())) if name == "weight" and own and name not in own else super().__getattr__(name)
+
     __call__ = nn.Module.__call__  # nn.ParameterDict refuses
 
     def forward(self) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
 """The base of adapted layers: runs a layer with an updated weight, shows that weight, and merges it."""
 
-import contextlib
-import threading
 import warnings
 from itertools import chain
 from typing import Any, Literal
@@ -9,6 +7,7 @@ from typing import Any, Literal
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flora.replaced import bases, magnitude, merging, stand_in
 from flora.replaced.lazy import lazy
@@ -122,10 +121,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
 
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, with the given weights (by name) in place of its own."""
-        if stand_in.needed(self.base_layer, weights):
-            return stand_in.run(self.base_layer, weights, args, kwargs)
-        with _swapping():
-            return torch.func.functional_call(self.base_layer, weights, args, kwargs)
+        return stand_in.run(self.base_layer, weights, args, kwargs)
 
     def form_apart(self, adapter_name: str) -> Form | None:
         """The form in which the update's output is computed apart from the base layer's; None where it cannot be."""
@@ -161,11 +157,13 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         self.configured_form[adapter_name] = config.forward
         self.revision += 1
         self.create_parameters(adapter_name, config, name)
-        if self.quantised() and self.form_apart(adapter_name) is None:
+        if self.quantised() and self.apart(adapter_name) is None:
             kind = type(self.get_base_layer()).__name__
             raise ValueError(f"{name}: a quantised {kind} cannot be adapted; leave it out of the targets")
         self.reset_adapter(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        for weight in self._spread_weights(adapter_name):
+            bases.make_same((p for n, p in self.named_parameters() if f".{adapter_name}." in n), weight)
         if config.use_dora:
             magnitude.create(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -211,8 +209,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
 
     def base_weight(self, name: str) -> Tensor:
         """The base layer's own weight of that name."""
-        with _swapping():
-            return stand_in.value(self.get_base_layer(), name)
+        return stand_in.value(self.get_base_layer(), name)
 
     def quantised_as(self, name: str) -> str | None:
         """What the weight of that name is quantised to, in a word, if it is: now, as models are quantised in place."""
@@ -234,11 +231,17 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
                 f"{self.full_name(name)}: a quantised weight ({kind}), which this layer's adapter would be added to; "
                 "keep this layer in full precision, or quantise the model before it is wrapped, without this layer"
             )
-        base = self.base_weight(name)
-        weight = base
+        base = weight = self.base_weight(name)
+        described = next(self.weights[adapter][name] for adapter in adapters if name in self.weights[adapter])
+        if base.shape != described.weight_shape:
+            raise ValueError(
+                f"{self.full_name(name)}: {list(base.shape)} of its {list(described.weight_shape)} is here; have FSDP "
+                "wrap whole blocks (peft.utils.other.fsdp_auto_wrap_policy), not single adapted layers"
+            )
         for adapter in adapters:
             if name in self.weights[adapter]:
-                weight = weight + self.get_delta_weight(adapter, name)
+                delta = self.get_delta_weight(adapter, name)
+                weight = weight + (bases.spread_like(delta, base) if isinstance(base, DTensor) else delta)
                 if adapter in self.tucker_magnitude:
                     weight = weight * magnitude.ratio(self, adapter, name, weight)
         return weight.to(base.dtype)
@@ -316,7 +319,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         """
         if any(adapter in self.tucker_magnitude for adapter in adapters):
             return "merged"
-        forms = [self.form_apart(adapter) for adapter in adapters]
+        forms = [self.apart(adapter) for adapter in adapters]
         if None in forms:
             return "merged"
         apart: Form = "dense" if "dense" in forms else "factored"
@@ -326,6 +329,16 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         if configured == "auto":
             return self.cheaper_form(adapters[0])
         return apart if configured == "factored" else "merged"
+
+    def apart(self, adapter_name: str) -> Form | None:
+        """``form_apart``; None where tensor parallelism lays out what comes in and what goes out for its own weight."""
+        return None if self._spread_weights(adapter_name) else self.form_apart(adapter_name)
+
+    def _spread_weights(self, adapter_name: str) -> list[DTensor]:
+        base = self.get_base_layer()
+        places = (name.rpartition(".") for name in self.weights[adapter_name])
+        kept = (bases.stored(base.get_submodule(owner), attribute) for owner, _, attribute in places)
+        return [weight for weight in kept if isinstance(weight, DTensor)]
 
     def _weight_is_elsewhere(self) -> bool:
         """Whether the weight cannot be added to: quantised, or offloaded until the base layer's own forward."""
@@ -372,13 +385,6 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "flora." + super().__repr__()
-
-
-_SWAPS = threading.RLock()  # held while a base layer bears other weights than its own, which no thread must read
-
-
-def _swapping() -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else _SWAPS
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

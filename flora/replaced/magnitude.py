@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flora.replaced.containers import AdapterParameters, at_hand
 from flora.replaced.weights import AdaptedWeight
@@ -17,6 +18,10 @@ def create(layer: Any, adapter: str) -> None:
         if (kind := layer.quantised_as(described.name)) is not None:
             raise ValueError(f"use_dora: needs a floating-point weight, {layer.full_name(described.name)} is {kind}")
         base = layer.base_weight(described.name)
+        if isinstance(base, DTensor):
+            raise ValueError(
+                f"use_dora: needs a weight that is here as a whole, {layer.full_name(described.name)} is not"
+            )
         magnitudes[described.key] = nn.Parameter(_output_norm(base, described).flatten().to(base.dtype))
     layer.tucker_magnitude[adapter] = magnitudes
 

@@ -1,13 +1,17 @@
-"""A layer for one call, with weights of its own: where they cannot be put into the layer itself.
+"""Layers run with other weights than their own, and where their own are kept.
 
-``torch.func.functional_call`` puts them there, which a parametrised weight undoes (it is set through the inverse of its
-parametrization, without a gradient), and so does accelerate's offloading (its hook loads the layer's own again).
+``torch.func.functional_call`` puts weights into the layer for one call. A parametrised weight undoes that (it is set
+through the inverse of its parametrization, without a gradient), and so does accelerate's offloading (its hook loads the
+layer's own again): such a layer is stood in for by a copy that shares all else.
 """
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import threading
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
+import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -16,7 +20,8 @@ from torch.nn.utils import parametrize
 def value(root: nn.Module, name: str) -> Tensor:
     """A parameter or buffer of a module, by its full name; of an offloaded one a copy where the module runs."""
     owner, _, attribute = name.rpartition(".")
-    tensor = getattr(root.get_submodule(owner), attribute)
+    with _swapping():
+        tensor = getattr(root.get_submodule(owner), attribute)
     if isinstance(tensor, Tensor) and tensor.is_meta:
         for _, hook, key in _kept_by(root, name):
             return hook.weights_map[key].to(hook.execution_device)
@@ -49,19 +54,23 @@ def offloading(module: nn.Module) -> list[Any]:
     return [part for part in (hook, *getattr(hook, "hooks", ())) if getattr(part, "offload", False)]
 
 
-def needed(root: nn.Module, names: Iterable[str]) -> bool:
-    """Whether weights of these names need a stand-in to be put into."""
-    if any(offloading(module) for module in root.modules()):
-        return True
-    owners = (name.rpartition(".") for name in names)
-    return any(parametrize.is_parametrized(root.get_submodule(owner), attribute) for owner, _, attribute in owners)
-
-
 def run(root: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-    """What the module gives with these weights (by name): that of a copy which shares everything else, hooks too."""
+    """What the module gives with these weights (by name) in place of its own; its hooks run too."""
+    owners = (name.rpartition(".") for name in weights)
+    parametrised = any(parametrize.is_parametrized(root.get_submodule(owner), last) for owner, _, last in owners)
+    if not parametrised and not any(offloading(module) for module in root.modules()):
+        with _swapping():
+            return torch.func.functional_call(root, weights, args, kwargs)
     for hook in offloading(root):
         args, kwargs = send_to_device((args, kwargs), hook.execution_device)
     return _copy(root, root, "", weights)(*args, **kwargs)
+
+
+_SWAPS = threading.RLock()  # held while a layer bears other weights than its own, which no thread must read
+
+
+def _swapping() -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _SWAPS
 
 
 def _copy(root: nn.Module, module: nn.Module, prefix: str, weights: dict[str, Tensor]) -> nn.Module:
