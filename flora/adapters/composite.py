@@ -3,11 +3,13 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from flora.adapters.config import FloraConfig
 from flora.adapters.layer import FloraLayer
 from flora.adapters.weights import stacked_kinds
+from flora.replaced.stand_in import offloading
 from flora.replaced.weights import AdaptedWeight, ModeKind, plain
 
 
@@ -49,7 +51,10 @@ class Recurrent(FloraLayer):
     @override
     def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
         base = self.get_base_layer()
-        weights = [(key, value) for key, value in base.named_parameters(recurse=False) if key.startswith("weight_")]
+        names = [key for key, _ in base.named_parameters(recurse=False)]
+        if parametrize.is_parametrized(base):
+            names += base.parametrizations
+        weights = [(key, getattr(base, key)) for key in names if key.startswith("weight_")]
         # A projection (weight_hr) has no gates.
         return [
             _stacked(key, value, 1 if key.startswith("weight_hr") else value.shape[0] // base.hidden_size)
@@ -115,6 +120,11 @@ class Parameters(FloraLayer):
             return
         adapters = self._present(self.active_adapters)
         names = dict.fromkeys(name for adapter in adapters for name in self.weights[adapter])
+        if names and offloading(owner):
+            raise ValueError(
+                f"{self.full_name(next(iter(names)))}: a bare parameter of an offloaded module cannot be adapted, as "
+                "its own values are put back when the module runs; keep the module on the device (device_map)"
+            )
         adapted: dict[str, Any] = {name: self.adapted_weight(name, adapters) for name in names}
         for name, value in adapted.items():
             self._own[name] = owner._parameters[name]

@@ -12,6 +12,7 @@ from flora.adapters.config import FloraConfig
 from flora.adapters.cost import Work, factored_is_cheaper
 from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import to_tensor
+from flora.replaced.bases import stored, unpacks
 from flora.replaced.conv import ReplacedConv, conv_modes
 from flora.replaced.layer import Form, compute_dtype
 from flora.replaced.linear import runs_plain_op
@@ -29,7 +30,7 @@ class _Conv(FloraLayer):
 
     @override
     def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
-        return [conv_modes(self.get_base_layer().weight, self.output_dim)]
+        return [conv_modes(self.get_base_layer(), self.output_dim)]
 
     @property
     @override
@@ -60,7 +61,8 @@ class _Conv(FloraLayer):
             kernel=math.prod(base.kernel_size),
             inputs_per_output=1 / strides if self.output_dim == 1 else strides,
         )
-        cheaper = factored_is_cheaper(work, base.weight.device.type, compute_dtype(base.weight))
+        weight = stored(base, "weight")
+        cheaper = factored_is_cheaper(work, weight.device.type, compute_dtype(weight))
         return "factored" if cheaper else "merged"
 
     @override
@@ -118,7 +120,7 @@ class ConvTransposeNd(_Conv):
     @override
     def plain_op(self) -> bool:
         base = self.get_base_layer()
-        return type(base).forward is _TRANSPOSED[len(base.kernel_size)].forward
+        return type(base).forward is _TRANSPOSED[len(base.kernel_size)].forward or unpacks(base, "weight")
 
     @override
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from flora.adapters.config import FloraConfig
@@ -11,6 +12,7 @@ from flora.adapters.init import init_tucker
 from flora.adapters.tucker import add_tensor, factor_modes, to_tensor
 from flora.adapters.weights import fold, ranks_of
 from flora.replaced import passes
+from flora.replaced.containers import AdapterParameters, at_hand
 from flora.replaced.layer import ReplacedLayer, full_precision
 from flora.replaced.weights import AdaptedWeight
 
@@ -46,10 +48,10 @@ class FloraLayer(ReplacedLayer):
         weights = self.weights[adapter_name]
         self.effective_ranks[adapter_name] = {key: ranks_of(weight, config, name) for key, weight in weights.items()}
         self.tucker_dropout[adapter_name] = nn.Dropout(config.flora_dropout) if config.flora_dropout else nn.Identity()
-        if config.flora_dropout and self.form_apart(adapter_name) is None:
+        if config.flora_dropout and self.apart(adapter_name) is None:
             kind = type(self.get_base_layer()).__name__
             raise ValueError(f"flora_dropout: {name} ({kind}) cannot drop its adapter's input; set it to 0")
-        cores, factors = nn.ParameterDict(), nn.ParameterDict()
+        cores, factors = AdapterParameters(), AdapterParameters()
         for weight in weights.values():
             ranks = self.effective_ranks[adapter_name][weight.name]
             cores[weight.key] = nn.Parameter(torch.empty(ranks))
@@ -63,9 +65,12 @@ class FloraLayer(ReplacedLayer):
         for weight in self.weights[adapter_name].values():
             base = None
             if config.init == "hosvd" and not self.core(adapter_name, weight.name).is_meta:
+                if (kind := self.quantised_as(weight.name)) is not None:
+                    raise ValueError(
+                        f"init: hosvd needs a floating-point weight, {self.full_name(weight.name)} is {kind}"
+                    )
                 base = self.base_weight(weight.name)
-                if not base.is_floating_point():
-                    raise ValueError(f"init: hosvd needs a floating-point weight, {weight.name} is {base.dtype}")
+                base = base.full_tensor() if isinstance(base, DTensor) else base
                 if not base.is_meta:
                     base = base.detach().reshape(weight.shape).to(torch.promote_types(base.dtype, torch.float32))
             core = self.core(adapter_name, weight.name)
@@ -74,14 +79,14 @@ class FloraLayer(ReplacedLayer):
             if not config.init_weights and not core.is_meta:
                 core.data.normal_(std=0.1)
 
-    def core(self, adapter_name: str, weight_name: str = "weight") -> nn.Parameter:
+    def core(self, adapter_name: str, weight_name: str = "weight") -> Tensor:
         """Core of one adapted weight, r_1 x ... x r_N."""
-        return self.tucker_core[adapter_name][self.weights[adapter_name][weight_name].key]
+        return at_hand(self.tucker_core[adapter_name])[self.weights[adapter_name][weight_name].key]
 
-    def factors(self, adapter_name: str, weight_name: str = "weight") -> list[nn.Parameter | None]:
+    def factors(self, adapter_name: str, weight_name: str = "weight") -> list[Tensor | None]:
         """Factors of one adapted weight, d_n x r_n per mode; ``None`` for modes without one."""
         weight = self.weights[adapter_name][weight_name]
-        factors = self.tucker_factors[adapter_name]
+        factors = at_hand(self.tucker_factors[adapter_name])
         return [factors.get(f"{weight.key}_{mode}") for mode in range(len(weight.shape))]
 
     @override
@@ -105,7 +110,7 @@ class FloraLayer(ReplacedLayer):
     @override
     def add_delta(self, weight: Tensor, adapter: str, name: str) -> Tensor:
         described = self.weights[adapter][name]
-        if not self.is_tucker():
+        if not self.is_tucker() or isinstance(weight, DTensor):
             return super().add_delta(weight, adapter, name)
         core, factors = self.core(adapter, name), self.factors(adapter, name)
         with full_precision(weight.device):

@@ -12,6 +12,7 @@ from flora.adapters.config import FloraConfig
 from flora.adapters.cost import Work, factored_is_cheaper
 from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import to_tensor
+from flora.replaced.bases import stored, unpacks
 from flora.replaced.layer import Form, compute_dtype
 from flora.replaced.linear import ReplacedLinear, runs_plain_op
 from flora.replaced.weights import AdaptedWeight, plain
@@ -87,7 +88,7 @@ class Linear(_Matrix, ReplacedLinear):
     @override
     def cheaper_form(self, adapter_name: str) -> Form:
         described, ranks = self.weights[adapter_name]["weight"], self.effective_ranks[adapter_name]["weight"]
-        weight = self.base_weight("weight")
+        weight = stored(self.get_base_layer(), "weight")
         rows, columns = described.weight_shape
         work = Work(columns, rows, min(ranks), min(ranks))
         return "factored" if factored_is_cheaper(work, weight.device.type, compute_dtype(weight)) else "merged"
@@ -116,7 +117,8 @@ class Embedding(_Matrix):
 
     @override
     def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
-        shape = self.get_base_layer().weight.shape
+        base = self.get_base_layer()  # which may store a quantised weight in another shape
+        shape = (base.num_embeddings, base.embedding_dim)
         return [plain("weight", shape, ("channel", "channel"), output_dim=1)]
 
     @override
@@ -124,7 +126,8 @@ class Embedding(_Matrix):
         base = self.get_base_layer()
         # max_norm renormalises rows of the sum, scale_grad_by_freq divides gradients of its rows; scaled embeddings
         # multiply it by a constant, which can be applied here.
-        op_known = type(base).forward is nn.Embedding.forward or self._get_embed_scale() is not None
+        op_known = type(base).forward is nn.Embedding.forward or self._embed_scale() is not None
+        op_known = op_known or unpacks(base, "weight")
         a_sum = base.max_norm is None and not base.scale_grad_by_freq
         return "factored" if op_known and a_sum and self.has_thin_matrices(adapter_name) else None
 
@@ -140,5 +143,10 @@ class Embedding(_Matrix):
         output = self.drop(adapter_name, F.embedding(input, left)) @ right
         if base.padding_idx is not None:  # its row is not trained, nor by it what it shares with others
             output = torch.where((input == base.padding_idx).unsqueeze(-1), output.detach(), output)
-        scale = self._get_embed_scale()
-        return output if scale is None else output * scale.to(output.dtype)
+        scale = self._embed_scale()
+        return output if scale is None else output * torch.as_tensor(scale, dtype=output.dtype, device=output.device)
+
+    def _embed_scale(self) -> Any:
+        """The constant that a scaled embedding (Gemma's, Bart's) multiplies its rows by; ``None`` for all others."""
+        scale = getattr(self.get_base_layer(), "embed_scale", None)
+        return None if isinstance(scale, Tensor) and scale.numel() != 1 else scale

@@ -1,15 +1,16 @@
 """The base of adapted layers: runs a layer with an updated weight, shows that weight, and merges it."""
 
 import contextlib
-import threading
 import warnings
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from flora.replaced import merging
+from flora.replaced import bases, magnitude, merging, stand_in
 from flora.replaced.lazy import lazy
 from flora.replaced.weights import AdaptedWeight, scaling_of
 
@@ -64,6 +65,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.create_containers()
         self.tucker_magnitude = nn.ModuleDict()
+        self.layer_name = name
         self.weights: dict[str, dict[str, AdaptedWeight]] = {}
         self.effective_ranks: dict[str, dict[str, tuple[int, ...]]] = {}
         self.scaling: dict[str, float] = {}
@@ -71,7 +73,6 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         self.revision = 0  # rises with every new or renewed adapter
         self._configured_scaling: dict[str, float] = {}
         self._relative_scaling: dict[str, dict[str, float]] = {}
-        self._quantised = False
         self.merged_norm_ratio: dict[str, dict[str, Tensor]] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -107,7 +108,8 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
 
     def add_delta(self, weight: Tensor, adapter: str, name: str) -> Tensor:
         """A weight plus the update that an adapter makes to the base weight of that name."""
-        return weight + self.get_delta_weight(adapter, name)
+        delta = self.get_delta_weight(adapter, name)
+        return weight + (bases.spread_like(delta, weight) if isinstance(weight, DTensor) else delta)
 
     def drops(self, adapter_name: str) -> bool:
         """Whether the update's input is dropped out now."""
@@ -125,8 +127,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
 
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, with the given weights (by name) in place of its own."""
-        with _swapping():
-            return torch.func.functional_call(self.base_layer, weights, args, kwargs)
+        return stand_in.run(self.base_layer, weights, args, kwargs)
 
     def form_apart(self, adapter_name: str) -> Form | None:
         """The form in which the update's output is computed apart from the base layer's; None where it cannot be."""
@@ -161,15 +162,16 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         self._relative_scaling[adapter_name] = {key: scale / largest if largest else 1 for key, scale in scales.items()}
         self.configured_form[adapter_name] = config.forward
         self.revision += 1
-        self._quantised = not all(self.base_weight(weight).is_floating_point() for weight in weights)
         self.create_parameters(adapter_name, config, name)
-        if self._quantised and self.form_apart(adapter_name) is None:
+        if self.quantised() and self.apart(adapter_name) is None:
             kind = type(self.get_base_layer()).__name__
             raise ValueError(f"{name}: a quantised {kind} cannot be adapted; leave it out of the targets")
         self.reset_adapter(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        for weight in self._spread_weights(adapter_name):
+            bases.make_same((p for n, p in self.named_parameters() if f".{adapter_name}." in n), weight)
         if config.use_dora:
-            self._init_magnitude(adapter_name)
+            magnitude.create(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def check_config(self, config: Any, name: str) -> None:
@@ -207,40 +209,47 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         """The layer whose weights are adapted."""
         return self.base_layer
 
+    def full_name(self, weight: str) -> str:
+        """Name of a weight in the model, for messages."""
+        return f"{self.layer_name}.{weight}".lstrip(".")
+
     def base_weight(self, name: str) -> Tensor:
         """The base layer's own weight of that name."""
+        return stand_in.value(self.get_base_layer(), name)
+
+    def quantised_as(self, name: str) -> str | None:
+        """What the weight of that name is quantised to, in a word, if it is: now, as models are quantised in place."""
         owner, _, attribute = name.rpartition(".")
-        with _swapping():
-            return getattr(self.get_base_layer().get_submodule(owner), attribute)
+        return bases.quantised_as(self.get_base_layer().get_submodule(owner), attribute)
+
+    def quantised(self) -> bool:
+        """Whether an adapted weight is quantised: it is never added to, and the update runs apart from it."""
+        return any(self.quantised_as(name) for weights in self.weights.values() for name in weights)
 
     def adapted_weight(self, name: str, adapters: list[str]) -> Tensor:
-        """The base weight with the updates of the given active adapters, in the base weight's dtype."""
-        base = self.base_weight(name)
-        weight = base
+        """The base weight with the updates of the given active adapters, in the base weight's dtype.
+
+        Raises:
+            ValueError: if the weight is quantised, and so cannot be added to.
+        """
+        if (kind := self.quantised_as(name)) is not None:
+            raise ValueError(
+                f"{self.full_name(name)}: a quantised weight ({kind}), which this layer's adapter would be added to; "
+                "keep this layer in full precision, or quantise the model before it is wrapped, without this layer"
+            )
+        base = weight = self.base_weight(name)
+        described = next(self.weights[adapter][name] for adapter in adapters if name in self.weights[adapter])
+        if base.shape != described.weight_shape:
+            raise ValueError(
+                f"{self.full_name(name)}: {list(base.shape)} of its {list(described.weight_shape)} is here; have FSDP "
+                "wrap whole blocks (peft.utils.other.fsdp_auto_wrap_policy), not single adapted layers"
+            )
         for adapter in adapters:
             if name in self.weights[adapter]:
                 weight = self.add_delta(weight, adapter, name)
                 if adapter in self.tucker_magnitude:
-                    weight = weight * self.norm_ratio(adapter, name, weight)
+                    weight = weight * magnitude.ratio(self, adapter, name, weight)
         return weight.to(base.dtype)
-
-    def norm_ratio(self, adapter: str, name: str, weight: Tensor) -> Tensor:
-        """Magnitude over norm per output of W + delta: what the sum is multiplied with."""
-        # DoRA treats the norm as a constant in the gradient (arXiv 2402.09353, section 4.3).
-        described = self.weights[adapter][name]
-        magnitude = self.tucker_magnitude[adapter][described.key]
-        norm = _output_norm(weight, described).detach()
-        return magnitude.view(norm.shape) / torch.where(norm == 0, torch.ones_like(norm), norm)
-
-    @torch.no_grad()
-    def _init_magnitude(self, adapter: str) -> None:
-        magnitudes = nn.ParameterDict()
-        for described in self.weights[adapter].values():
-            base = self.base_weight(described.name)
-            if not base.is_floating_point():
-                raise ValueError(f"use_dora: needs a floating-point weight, {described.name} is {base.dtype}")
-            magnitudes[described.key] = nn.Parameter(_output_norm(base, described).flatten().to(base.dtype))
-        self.tucker_magnitude[adapter] = magnitudes
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -282,7 +291,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
 
     def _visible_weight(self, name: str) -> Tensor:
         adapters = [a for a in self._present(self.active_adapters) if name in self.weights[a]]
-        if self.disable_adapters or self.merged or not adapters:
+        if self.disable_adapters or self.merged or not adapters or self.quantised_as(name):
             return self.base_weight(name)
         return lazy(self.base_weight(name), lambda: self.adapted_weight(name, adapters))
 
@@ -315,7 +324,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         """
         if any(adapter in self.tucker_magnitude for adapter in adapters):
             return "merged"
-        forms = [self.form_apart(adapter) for adapter in adapters]
+        forms = [self.apart(adapter) for adapter in adapters]
         if None in forms:
             return "merged"
         apart: Form = "dense" if "dense" in forms else "factored"
@@ -326,9 +335,19 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
             return self.cheaper_form(adapters[0])
         return apart if configured == "factored" else "merged"
 
+    def apart(self, adapter_name: str) -> Form | None:
+        """``form_apart``; None where tensor parallelism lays out what comes in and what goes out for its own weight."""
+        return None if self._spread_weights(adapter_name) else self.form_apart(adapter_name)
+
+    def _spread_weights(self, adapter_name: str) -> list[DTensor]:
+        base = self.get_base_layer()
+        places = (name.rpartition(".") for name in self.weights[adapter_name])
+        kept = (bases.stored(base.get_submodule(owner), attribute) for owner, _, attribute in places)
+        return [weight for weight in kept if isinstance(weight, DTensor)]
+
     def _weight_is_elsewhere(self) -> bool:
         """Whether the weight cannot be added to: quantised, or offloaded until the base layer's own forward."""
-        return self._quantised or hasattr(self.base_layer, "_hf_hook")
+        return self.quantised() or hasattr(self.base_layer, "_hf_hook")
 
     # ------------------------------------------------------------------ merging
 
@@ -355,10 +374,15 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
             merging.unmerge(self, self.merged_adapters.pop())
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-        # PEFT's own looks for an attribute `weight` only.
-        weights = next(iter(self.weights.values()))
-        weight = self.base_weight(next(iter(weights)))
-        return weight.device, getattr(base_layer, "compute_dtype", weight.dtype)
+        # PEFT's own looks for an attribute `weight` only, and has adapters follow an offloaded or a float8 one.
+        base, name = self.get_base_layer(), next(iter(next(iter(self.weights.values()))))
+        owner, _, attribute = name.rpartition(".")
+        weight = bases.stored(base.get_submodule(owner), attribute)
+        if not isinstance(weight, Tensor):  # packed away: the device is that of whatever the layer holds
+            weight = next(chain(base.parameters(), base.buffers()), torch.empty(0))
+        runs_on = (hook.execution_device for module in base.modules() for hook in stand_in.offloading(module))
+        dtype = getattr(base_layer, "compute_dtype", weight.dtype)
+        return next(runs_on, weight.device), dtype if dtype in bases.FLOATS else None
 
     def extra_repr(self) -> str:
         """Effective ranks by adapter."""
@@ -366,13 +390,6 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "flora." + super().__repr__()
-
-
-_SWAPS = threading.RLock()  # held while a base layer bears other weights than its own, which no thread must read
-
-
-def _swapping() -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else _SWAPS
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -389,10 +406,3 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
         return weight.dtype
     casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
     return torch.get_autocast_dtype(device) if casts else weight.dtype
-
-
-def _output_norm(weight: Tensor, described: AdaptedWeight) -> Tensor:
-    """Euclidean norm per output, with size 1 in place of the other dimensions of the stored weight."""
-    dims = [dim for dim in range(weight.dim()) if dim != described.output_dim]
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight, dim=dims, keepdim=True, dtype=dtype)

@@ -49,7 +49,7 @@ class ReplacedLinear(ReplacedLayer):
     def form_apart(self, adapter_name: str) -> Form | None:
         base = self.get_base_layer()
         # An unknown forward may do more to its weight than multiply by it; a quantised weight leaves no choice.
-        op_known = isinstance(base, Conv1D) or type(base).forward is nn.Linear.forward or self._weight_is_elsewhere()
+        op_known = isinstance(base, Conv1D) or type(base).forward is nn.Linear.forward or self.quantised()
         return "factored" if op_known else None
 
     @override
@@ -66,7 +66,8 @@ class ReplacedLinear(ReplacedLayer):
         base = self.base_layer
         if self.drops(adapter) or not runs_plain_op(base, nn.Linear) or self._weight_is_elsewhere():
             return False
-        return type(base.weight) is nn.Parameter and not base.weight.requires_grad and not base.weight.is_meta
+        weight = base._parameters.get("weight")  # a parametrised one is not computed for this
+        return type(weight) is nn.Parameter and not weight.requires_grad and not weight.is_meta
 
     @override
     def delta_output(self, adapter_name: str, input: Tensor) -> Tensor:

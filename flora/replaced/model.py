@@ -9,6 +9,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from typing_extensions import override
 
+from flora.replaced import merging
+from flora.replaced.bases import packed_linear
 from flora.replaced.layer import ReplacedLayer
 from flora.replaced.weights import matching_pattern
 
@@ -76,7 +78,7 @@ class ReplacedModel(BaseTuner):
         if isinstance(target, BaseTunerLayer):
             raise ValueError(f"target_modules: {name} already carries an adapter of another method")
         for kinds, layer in self.layer_classes:
-            if isinstance(target, kinds):
+            if isinstance(target, kinds) or (nn.Linear in kinds and packed_linear(target)):
                 return layer(target, adapter_name, config, name)
         supported = ", ".join(kind.__name__ for kinds, _ in self.layer_classes for kind in kinds)
         self.refuse_layer(config, name, type(target).__name__, supported)
@@ -88,6 +90,32 @@ class ReplacedModel(BaseTuner):
     @override
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # an adapter is created on its base layer's device
+
+    # ------------------------------------------------------------------ merging
+
+    @override
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    @override
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_mergeable(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        """Refuse before anything is changed, so that no model is left merged in part."""
+        for layer in self.model.modules():
+            if isinstance(layer, ReplacedLayer):
+                names = layer.active_adapters if adapter_names is None else adapter_names
+                merging.rehearse(layer, [n for n in names if n in layer.weights and n not in layer.merged_adapters])
 
     # ------------------------------------------------------------------ loading
 

@@ -19,6 +19,7 @@ from flora.adapters.fast.fused import linear_plus_thin
 from flora.adapters.fast.plan import Plan, capturing, stacks
 from flora.adapters.fast.torch_plan import TorchPlan
 from flora.adapters.layer import FloraLayer
+from flora.replaced.containers import AdapterParameters
 from flora.replaced.passes import RUNNING
 
 try:
@@ -192,7 +193,9 @@ def together(model: nn.Module) -> Mapping[FloraLayer, int]:
 
 def _buildable(layer: FloraLayer) -> bool:
     """Whether the layer's only weight can be built with those of others: W + update, the update made as FLoRA's is."""
-    return layer.stackable and layer.is_tucker()
+    parameters = (*layer.tucker_core.values(), *layer.tucker_factors.values())
+    at_hand = all(isinstance(container, AdapterParameters) for container in parameters)  # not wrapped by FSDP
+    return at_hand and layer.stackable and layer.is_tucker()
 
 
 def plans(layers: Sequence[FloraLayer]) -> list[Plan | FactoredPlan]:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from flora.replaced.config import ReplacedConfig
+from flora.replaced.containers import AdapterParameters, at_hand
 from flora.replaced.conv import ReplacedConv
 from flora.replaced.layer import Form, ReplacedLayer
 from flora.replaced.linear import ReplacedLinear
@@ -111,7 +112,7 @@ class RivalLayer(ReplacedLayer):
             raise ValueError(f"target_modules: {name}: {error}") from None
         self.parametrizations[adapter_name] = parametrization
         self.effective_ranks[adapter_name] = {weight.name: (rank,)}
-        self.tucker_factors[adapter_name] = nn.ParameterDict(
+        self.tucker_factors[adapter_name] = AdapterParameters(
             {key: nn.Parameter(torch.empty(shape)) for key, shape in parametrization.shapes().items()}
         )
 
@@ -123,7 +124,7 @@ class RivalLayer(ReplacedLayer):
     @override
     def get_delta_weight(self, adapter: str, weight: str | None = None) -> Tensor:
         (described,) = self.weights[adapter].values()
-        update = self.parametrizations[adapter].update(self.tucker_factors[adapter])
+        update = self.parametrizations[adapter].update(at_hand(self.tucker_factors[adapter]))
         return update.reshape(described.weight_shape) * self.scaling[adapter]
 
 
@@ -132,7 +133,7 @@ class RivalLinear(RivalLayer, ReplacedLinear):
 
     @override
     def thin_matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
-        left, right = self.parametrizations[adapter].thin_matrices(self.tucker_factors[adapter])
+        left, right = self.parametrizations[adapter].thin_matrices(at_hand(self.tucker_factors[adapter]))
         return left * self.scaling[adapter], right
 
     @override
