@@ -126,7 +126,7 @@ class FloraLayer(ReplacedLayer):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer with its adapted weights, prepared ones if there are."""
-        if (prepared := self._prepared()) is not None:
+        if "adapter_names" not in kwargs and (prepared := self._prepared()) is not None:
             return self.run_prepared(prepared, *args, **kwargs)
         return super().forward(*args, **kwargs)
 

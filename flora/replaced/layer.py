@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from flora.replaced import merging
+from flora.replaced.mixed import run_mixed
 from flora.replaced.weights import AdaptedWeight, scaling_of
 
 Form = Literal["factored", "merged", "dense"]
@@ -51,6 +52,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         "configured_form",
     )
     supports_dora = True
+    takes_adapter_names = False  # whether a call may name an adapter per example
     child_name = ""  # under which the layer is a child of the module that it adapts, where it does not replace it
     base_layer: Any
     tucker_magnitude: Any  # ModuleDict: adapter -> ParameterDict: weight -> magnitude per output
@@ -279,7 +281,9 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------ forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base layer with its adapted weights."""
+        """Run the base layer with its adapted weights; with ``adapter_names``, each example under its own adapter."""
+        if (names := kwargs.pop("adapter_names", None)) is not None:
+            return run_mixed(self, names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self._present(self.active_adapters)

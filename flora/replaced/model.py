@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NoReturn
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from flora.replaced.layer import ReplacedLayer
+from flora.replaced.mixed import passing_names
 from flora.replaced.weights import matching_pattern
 
 Layers = tuple[tuple[tuple[type[nn.Module], ...], type[ReplacedLayer]], ...]  # kinds of modules -> what adapts them
@@ -88,6 +90,10 @@ class ReplacedModel(BaseTuner):
     @override
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # an adapter is created on its base layer's device
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        # Opened by PeftModel around forward and generate.
+        return passing_names(self, kwargs)
 
     # ------------------------------------------------------------------ loading
 
