@@ -53,6 +53,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
     )
     supports_dora = True
     takes_adapter_names = False  # whether a call may name an adapter per example
+    cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting sets it; an update runs in its input's dtype
     child_name = ""  # under which the layer is a child of the module that it adapts, where it does not replace it
     base_layer: Any
     tucker_magnitude: Any  # ModuleDict: adapter -> ParameterDict: weight -> magnitude per output
@@ -321,8 +322,11 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         return apart if configured == "factored" else "merged"
 
     def _weight_is_elsewhere(self) -> bool:
-        """Whether the weight cannot be added to: quantised, or offloaded until the base layer's own forward."""
-        return self._quantised or hasattr(self.base_layer, "_hf_hook")
+        """Whether the weight cannot be added to: quantised, or brought in by a hook of the base layer's own forward.
+
+        accelerate's hook brings it from where it is offloaded, diffusers' from the dtype in which it is stored.
+        """
+        return self._quantised or any(hasattr(self.base_layer, hook) for hook in ("_hf_hook", "_diffusers_hook"))
 
     # ------------------------------------------------------------------ merging
 
