@@ -2,11 +2,15 @@
 
 import peft  # noqa: F401  before our modules: its import has flora.registration import them all
 
+from flora.adapters import hotswap
 from flora.adapters.config import FloraConfig
 from flora.adapters.layer import FloraLayer
 from flora.adapters.model import FloraModel
 from flora.adapters.register import register
+from flora.replaced import lora_only
 
 register(FloraConfig, FloraModel)
+hotswap.install()
+lora_only.install()
 
 __all__ = ["FloraConfig", "FloraLayer", "FloraModel"]

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from flora.replaced import merging
+from flora.replaced import merging, tied
 from flora.replaced.mixed import run_mixed
 from flora.replaced.weights import AdaptedWeight, scaling_of
 
@@ -71,6 +71,9 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         self._configured_scaling: dict[str, float] = {}
         self._relative_scaling: dict[str, dict[str, float]] = {}
         self._quantised = False
+        self.tied_weights: set[str] = set()  # those that other modules hold too
+        self.shared_weights: dict[str, nn.Parameter] = {}  # what was held in their place before they were merged into
+        self.tied_source: Any = None  # the layer whose adapters this one shares, if any
         self.merged_norm_ratio: dict[str, dict[str, Tensor]] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -343,6 +346,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         for adapter in self._present(check_adapters_to_merge(self, adapter_names)):
             merging.merge(self, adapter, safe_merge)
             self.merged_adapters.append(adapter)
+        tied.follow_source(self)
 
     def unmerge(self) -> None:
         """Take all merged updates out of the base weights again, up to rounding."""
@@ -351,6 +355,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
             return
         while self.merged_adapters:
             merging.unmerge(self, self.merged_adapters.pop())
+        tied.tie_again(self)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         # PEFT's own looks for an attribute `weight` only.

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
+from flora.replaced import tied
+
 
 @torch.no_grad()
 def merge(layer: Any, adapter: str, safe: bool) -> None:
@@ -28,6 +30,7 @@ def merge(layer: Any, adapter: str, safe: bool) -> None:
         if safe and not torch.isfinite(merged[name]).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
     for name, weight in merged.items():
+        tied.untie(layer, name)
         _set_base_weight(layer, name, weight)
     layer.merged_norm_ratio[adapter] = ratios
 

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from flora.replaced.layer import ReplacedLayer
 from flora.replaced.mixed import passing_names
+from flora.replaced.tied import check_tokens, note_tied_weights
 from flora.replaced.weights import matching_pattern
 
 Layers = tuple[tuple[tuple[type[nn.Module], ...], type[ReplacedLayer]], ...]  # kinds of modules -> what adapts them
@@ -94,6 +95,13 @@ class ReplacedModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         # Opened by PeftModel around forward and generate.
         return passing_names(self, kwargs)
+
+    @override
+    def _check_merge_allowed(self) -> None:
+        # PEFT warns of tied weights here, into which its own methods merge at both ends; a merged layer of ours lets go
+        # of what it shares.
+        check_tokens(self.model)
+        note_tied_weights(self.model, [layer for layer in self.model.modules() if isinstance(layer, ReplacedLayer)])
 
     # ------------------------------------------------------------------ loading
 
