@@ -174,6 +174,22 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         if config.use_dora and not self.supports_dora:
             raise ValueError(f"use_dora: {name} ({type(self.get_base_layer()).__name__}) has no magnitude per output")
 
+    def forget(self, adapter_name: str) -> None:
+        """Drop what the layer holds of an adapter."""
+        for name in self.adapter_layer_names + self.other_param_names:
+            if adapter_name in getattr(self, name):
+                del getattr(self, name)[adapter_name]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop an adapter; where it was the only active one, another becomes active.
+
+        Raises:
+            ValueError: if the adapter is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"{adapter_name}: merged adapters cannot be deleted; unmerge first (unmerge_adapter)")
+        super().delete_adapter(adapter_name)
+
     def scale_of(self, adapter_name: str, weight_name: str = "weight") -> float:
         """Factor of the update of one adapted weight."""
         return self.scaling[adapter_name] * self._relative_scaling.get(adapter_name, {}).get(weight_name, 1.0)
