@@ -68,7 +68,7 @@ class ReplacedModel(BaseTuner):
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         found = check_target_module_exists(peft_config, key)
         targets = peft_config.target_modules
-        if not found or isinstance(found, _ExcludedModule) or isinstance(targets, str) or key in targets:
+        if isinstance(found, _ExcludedModule) or not isinstance(targets, list | set) or key in targets:
             return found
         # PEFT looks for a layer's index behind two names, and so takes an expert's for that of layers.3.experts.0.
         return check_target_module_exists(peft_config, f".{key}")

@@ -69,11 +69,9 @@ def whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _whole(key: str, value: Tensor) -> Tensor:
-    if isinstance(value, DTensor):
-        if all(placement.is_replicate() for placement in value.placements):
-            return value.to_local()
-    elif value.numel():
-        return value
+    local = value.to_local() if isinstance(value, DTensor) else value
+    if local.shape == value.shape and local.numel():  # ZeRO-3 leaves none of a parameter's
+        return local
     raise ValueError(
         f"{key}: a shard of a distributed model is not saved as if whole; pass the gathered state dict, e.g. "
         "save_pretrained(folder, state_dict=accelerator.get_state_dict(model))"
