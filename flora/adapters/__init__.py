@@ -6,6 +6,7 @@ from flora.adapters import hotswap
 from flora.adapters.config import FloraConfig
 from flora.adapters.layer import FloraLayer
 from flora.adapters.model import FloraModel
+from flora.adapters.passes import batched
 from flora.adapters.register import register
 from flora.replaced import lora_only
 
@@ -13,4 +14,4 @@ register(FloraConfig, FloraModel)
 hotswap.install()
 lora_only.install()
 
-__all__ = ["FloraConfig", "FloraLayer", "FloraModel"]
+__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "batched"]
