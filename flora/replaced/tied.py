@@ -14,7 +14,8 @@ def note_tied_weights(model: nn.Module, layers: list[Any]) -> None:
     owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
     for layer in layers:
         names = {name for weights in layer.weights.values() for name in weights}
-        layer.tied_weights = {name for name in names if owners[id(_parameter(layer, name))] > 1}
+        own = {name: _parameter(layer, name) for name in names}  # None where a parametrization computes it
+        layer.tied_weights = {name for name, value in own.items() if value is not None and owners[id(value)] > 1}
 
 
 def check_tokens(model: nn.Module) -> None:
