@@ -7,6 +7,7 @@ each holds a lock of Python's that the other waits for: Python then says "deadlo
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -16,7 +17,7 @@ from typing import Any
 from packaging.version import Version
 
 METHODS = ("flora.adapters", "flora.methods.rivals")  # importing them writes their methods into PEFT's tables
-SUPPORTED = ("0.21", "0.22")
+TESTED = ("0.21", "0.22")  # from the first, below the second; newer ones are probed
 
 
 class _AfterPeft(MetaPathFinder):
@@ -51,7 +52,7 @@ def when_peft_is_imported() -> None:
     """Register now if PEFT is imported, else as soon as it is.
 
     Raises:
-        ImportError: if PEFT is imported and not of the series this is tested with; otherwise its import raises it.
+        ImportError: if PEFT is imported and older than what this needs, or lacks it; otherwise its import raises it.
     """
     if sys.modules.get("peft") is not None:
         _register(importlib.import_module("peft"))  # which waits where another thread is importing it
@@ -59,16 +60,34 @@ def when_peft_is_imported() -> None:
         sys.meta_path.insert(0, _AfterPeft())
 
 
-def check_version(peft: ModuleType) -> None:
-    """Raise ImportError if PEFT is not of the series this is tested with: our modules build on its internals."""
-    first, end = SUPPORTED
-    if not Version(first) <= Version(Version(peft.__version__).base_version) < Version(end):
-        raise ImportError(
-            f"flora needs peft>={first},<{end}, found {peft.__version__}; install a version in that range"
-        )
+def is_newer(peft: ModuleType) -> bool:
+    """Whether PEFT is newer than the series this was tested with.
+
+    Raises:
+        ImportError: if it is older: our modules build on what it does not have.
+    """
+    first, end = TESTED
+    version = Version(Version(peft.__version__).base_version)
+    if version < Version(first):
+        raise ImportError(f"flora needs peft>={first}, found {peft.__version__}; install a newer version")
+    return version >= Version(end)
 
 
 def _register(peft: ModuleType) -> None:
-    check_version(peft)
-    for name in METHODS:
-        importlib.import_module(name)
+    newer = is_newer(peft)
+    try:
+        for name in METHODS:
+            importlib.import_module(name)
+        changed = importlib.import_module("flora.replaced.interface").changes() if newer else []
+    except (ImportError, AttributeError) as error:
+        if not newer:
+            raise
+        changed = [str(error)]
+    tested = f"flora was tested with peft>={TESTED[0]},<{TESTED[1]}"
+    if changed:
+        what = ", ".join(changed[:3])
+        raise ImportError(
+            f"{tested}; peft {peft.__version__} changed what it builds on ({what}); install one in that range"
+        )
+    if newer:
+        warnings.warn(f"{tested}; peft {peft.__version__} has the same interfaces", stacklevel=2)

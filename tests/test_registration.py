@@ -95,24 +95,62 @@ def test_a_pickled_configuration_brings_its_method_along():
     assert run(code).stdout.strip() == "3"
 
 
-@pytest.mark.parametrize("version", ["0.20.0", "0.22.0", "1.0"])
-def test_other_versions_of_peft_are_refused(version):
+@pytest.mark.parametrize("version", ["0.20.0", "0.19.9", "0.3"])
+def test_older_versions_of_peft_are_refused(version):
     other = types.SimpleNamespace(__version__=version)
-    with pytest.raises(ImportError, match=rf"^flora needs peft>=0.21,<0.22, found {version}; install a version"):
-        registration.check_version(other)
+    with pytest.raises(ImportError, match=rf"^flora needs peft>=0.21, found {version}; install a newer version"):
+        registration.is_newer(other)
 
 
 @pytest.mark.parametrize("version", ["0.21.0", "0.21.9", "0.21.3.dev0", peft.__version__])
-def test_the_whole_series_is_accepted(version):
-    registration.check_version(types.SimpleNamespace(__version__=version))
+def test_the_tested_series_is_accepted_silently(version):
+    assert not registration.is_newer(types.SimpleNamespace(__version__=version))
+
+
+NEWER = "import peft, peft.utils.hotswap, peft.tuners.tuners_utils as base; peft.__version__ = '0.23.0'; "
+
+
+def test_a_newer_peft_with_the_same_interfaces_is_warned_of_once():
+    done = run(f"{NAMES}{NEWER} import flora, flora.adapters; peft.PeftModel; {REGISTERED}")
+    assert done.stdout.strip() == "[]", done.stderr
+    assert done.stderr.count("flora was tested with peft>=0.21,<0.22; peft 0.23.0 has the same interfaces") == 1
+    assert done.stderr.count("Warning") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("del base.BaseTuner._check_merge_allowed", "overrides _check_merge_allowed, which is gone"),
+        ("del base.BaseTunerLayer._get_embed_scale", "BaseTunerLayer._get_embed_scale is gone"),
+        ("del base.check_target_module_exists", "cannot import name 'check_target_module_exists'"),
+        ("del peft.utils.hotswap._convert_scalings_to_tensor", "_convert_scalings_to_tensor"),
+        (
+            "base.BaseTuner._replace_module = lambda self, parent, name, new_module, child, device: None",
+            "BaseTuner._replace_module takes device",
+        ),
+        (
+            "import abc; base.BaseTuner._plan = abc.abstractmethod(lambda self: None); "
+            "base.BaseTuner.__abstractmethods__ |= {'_plan'}",
+            "Model lacks _plan",
+        ),
+    ],
+)
+def test_a_newer_peft_that_changed_is_one_line_that_names_what(change, named):
+    done = run(f"{NEWER}\n{change}\nimport flora")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "ImportError: flora was tested with peft>=0.21,<0.22; peft 0.23.0 changed what it builds on ("
+    )
+    assert named in last
 
 
 @pytest.mark.parametrize("order", ["import flora, peft", "import peft, flora"])
-def test_an_unsupported_peft_is_one_clear_line_before_its_internals_are_touched(order, tmp_path):
+def test_a_peft_without_any_of_it_is_one_clear_line(order, tmp_path):
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "__init__.py").write_text("__version__ = '0.30.0'")
     done = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {order}")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
-        "ImportError: flora needs peft>=0.21,<0.22, found 0.30.0; install a version in that range"
+    assert done.stderr.splitlines()[-1].startswith(
+        "ImportError: flora was tested with peft>=0.21,<0.22; peft 0.30.0 changed what it builds on (No module named"
     )

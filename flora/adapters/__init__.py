@@ -2,12 +2,16 @@
 
 import peft  # noqa: F401  before our modules: its import has flora.registration import them all
 
+from flora.adapters import hotswap
 from flora.adapters.config import FloraConfig
 from flora.adapters.layer import FloraLayer
 from flora.adapters.model import FloraModel
 from flora.adapters.passes import batched
 from flora.adapters.register import register
+from flora.replaced import lora_only
 
 register(FloraConfig, FloraModel)
+hotswap.install()
+lora_only.install()
 
 __all__ = ["FloraConfig", "FloraLayer", "FloraModel", "batched"]

@@ -25,7 +25,7 @@ class FloraConfig(ReplacedConfig):
     method: ClassVar[PeftMethod] = FLORA
     _patterns: ClassVar[tuple[str, ...]] = (*ReplacedConfig._patterns, "fold_pattern")
     _lists: ClassVar[tuple[str, ...]] = (*ReplacedConfig._lists, "target_parameters")
-    _flags: ClassVar[tuple[str, ...]] = (*ReplacedConfig._flags, "init_weights")
+    _flags: ClassVar[tuple[str, ...]] = (*ReplacedConfig._flags, "init_weights", "ensure_weight_tying")
 
     r: int | list[int] = field(
         default=8,
@@ -110,6 +110,20 @@ class FloraConfig(ReplacedConfig):
         default=None,
         metadata={"help": "Names (full or endings) of bare parameters of 2 to 6 modes to adapt, e.g. MoE experts."},
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose embeddings to train besides the adapter, for a vocabulary that grew: indices of the "
+            "input embedding, or a dict of names of embeddings to indices."
+        },
+    )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={
+            "help": "Where the model ties its output layer to the embedding: adapt (target_modules) or train "
+            "(modules_to_save, trainable_token_indices) both ends with the same parameters."
+        },
+    )
 
     def _check_ranks(self) -> None:
         super()._check_ranks()
@@ -133,6 +147,13 @@ class FloraConfig(ReplacedConfig):
         super()._check_choices()
         check_choice("init", self.init, INITS)
         check_choice("forward", self.forward, ("auto", "factored", "merged"))
+        tokens = self.trainable_token_indices
+        for indices in tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]:
+            if not holds(indices, int) or not indices:
+                raise ValueError(
+                    "trainable_token_indices: must be a list of indices, a dict of names to such lists or None, "
+                    f"got {tokens!r}"
+                )
         check_choice("clip_ranks", self.clip_ranks, ("multilinear", "mode", "none"))
         if not is_number(self.flora_dropout) or not 0 <= self.flora_dropout < 1:
             raise ValueError(f"flora_dropout: must be at least 0 and below 1, got {self.flora_dropout!r}")

@@ -26,6 +26,7 @@ _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose
 class _Conv(FloraLayer):
     """What plain and transposed convolutions share: modes, and an update that runs as pointwise, core, pointwise."""
 
+    takes_adapter_names = True
     output_dim = 0
 
     @override

@@ -135,7 +135,7 @@ class FloraLayer(ReplacedLayer):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer with its adapted weights; within ``flora.batched``, with what was built there."""
-        shared = passes.running()
+        shared = None if "adapter_names" in kwargs else passes.running()
         if shared is not None and (prepared := shared.prepared_for(self)) is not None:
             return self.run_prepared(shared, prepared, *args, **kwargs)
         return super().forward(*args, **kwargs)

@@ -115,6 +115,8 @@ class Linear(_Matrix, ReplacedLinear):
 class Embedding(_Matrix):
     """An embedding: a true [vocabulary, dimension] update, of which only the rows in use are computed."""
 
+    takes_adapter_names = True
+
     @override
     def describe_weights(self, config: FloraConfig, name: str) -> list[AdaptedWeight]:
         base = self.get_base_layer()  # which may store a quantised weight in another shape

@@ -17,6 +17,7 @@ from flora.adapters.config import FloraConfig
 from flora.adapters.conv import ConvNd, ConvTransposeNd
 from flora.adapters.layer import FloraLayer
 from flora.adapters.linear import Embedding, Linear
+from flora.replaced import tied
 from flora.replaced.model import Layers, ReplacedModel
 
 
@@ -47,6 +48,46 @@ class FloraModel(ReplacedModel):
         parameters = sorted(set(config.target_parameters or ()))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.warn_of_missed("target_parameters", parameters, self.targeted_parameter_names)
+
+    @override
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        self._check_tokens(peft_config, current_key)
+        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)
+        if self._check_tied_module_exists(peft_config, current_key):
+            layer: Any = self.model.get_submodule(current_key)
+            tied.share_adapter(layer, self.model.get_input_embeddings(), adapter_name, current_key)
+
+    def _check_tokens(self, config: Any, name: str) -> None:
+        """Refuse to adapt an embedding of which trainable_token_indices replaces rows, or a layer tied to one."""
+        tokens = config.trainable_token_indices
+        if tokens is None:
+            return
+        embedding = self.model.get_input_embeddings() if hasattr(self.model, "get_input_embeddings") else None
+        source = next((key for key, module in self.model.named_modules() if module is embedding), "embed_tokens")
+        names = [*tokens] if isinstance(tokens, dict) else [source]
+        if any(source.endswith(key) for key in names):
+            names += [source, *self._get_module_names_tied_with_embedding()]
+        if any(name.endswith(key) for key in names):
+            raise ValueError(
+                f"trainable_token_indices: {name} is also adapted (or tied to what is); leave it out of target_modules"
+            )
+
+    @override
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        tied.add_modules_to_save(self, peft_config, tied_weight_keys)
+
+    @override
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        tied.add_targets(self, peft_config, tied_weight_keys)
 
     @override
     def refuse_layer(self, config: Any, name: str, kind: str, supported: str) -> NoReturn:

@@ -13,6 +13,19 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 DEFAULT_SCALE = 1.0
+IMPORT = "import flora"
+LOADING = f"""## Loading this adapter
+
+PEFT knows its method, {{method}}, once the package `flora` is imported; without that, loading ends with
+`KeyError: '{{method}}'`. Install the package (in a clone of its repository: `pip install .`), then:
+
+```python
+{IMPORT}  # registers its methods with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder")
+```
+"""
 
 
 class PeftMethod(str):
@@ -173,6 +186,14 @@ class ReplacedConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; sets become sorted lists, so that files can be compared."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and into the folder's model card how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")  # PEFT has written one for the first adapter of a model
+        text = card.read_text() if card.exists() else f"# {self.method.value} adapter\n"
+        if IMPORT not in text:
+            card.write_text(f"{text.rstrip()}\n\n{LOADING.format(method=self.method.value)}")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

@@ -25,6 +25,8 @@ def conv_modes(base: Any, output_dim: int) -> AdaptedWeight:
 class ReplacedConv(ReplacedLayer):
     """nn.Conv1d, nn.Conv2d or nn.Conv3d, weight [out, in/groups, kernel...], and subclasses with their own forward."""
 
+    takes_adapter_names = True
+
     @override
     def describe_weights(self, config: Any, name: str) -> list[AdaptedWeight]:
         return [conv_modes(self.get_base_layer(), output_dim=0)]

@@ -10,8 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flora.replaced import bases, magnitude, merging, stand_in
+from flora.replaced import bases, magnitude, merging, stand_in, tied
 from flora.replaced.lazy import lazy
+from flora.replaced.mixed import run_mixed
 from flora.replaced.weights import AdaptedWeight, scaling_of
 
 Form = Literal["factored", "merged", "dense"]
@@ -56,6 +57,8 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         "configured_form",
     )
     supports_dora = True
+    takes_adapter_names = False  # whether a call may name an adapter per example
+    cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting sets it; an update runs in its input's dtype
     child_name = ""  # under which the layer is a child of the module that it adapts, where it does not replace it
     base_layer: Any
     tucker_magnitude: Any  # ModuleDict: adapter -> ParameterDict: weight -> magnitude per output
@@ -73,6 +76,9 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         self.revision = 0  # rises with every new or renewed adapter
         self._configured_scaling: dict[str, float] = {}
         self._relative_scaling: dict[str, dict[str, float]] = {}
+        self.tied_weights: set[str] = set()  # those that other modules hold too
+        self.shared_weights: dict[str, nn.Parameter] = {}  # what was held in their place before they were merged into
+        self.tied_source: Any = None  # the layer whose adapters this one shares, if any
         self.merged_norm_ratio: dict[str, dict[str, Tensor]] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -178,6 +184,22 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         """Raise ValueError for settings that the layer does not know."""
         if config.use_dora and not self.supports_dora:
             raise ValueError(f"use_dora: {name} ({type(self.get_base_layer()).__name__}) has no magnitude per output")
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop what the layer holds of an adapter."""
+        for name in self.adapter_layer_names + self.other_param_names:
+            if adapter_name in getattr(self, name):
+                del getattr(self, name)[adapter_name]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop an adapter; where it was the only active one, another becomes active.
+
+        Raises:
+            ValueError: if the adapter is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"{adapter_name}: merged adapters cannot be deleted; unmerge first (unmerge_adapter)")
+        super().delete_adapter(adapter_name)
 
     def scale_of(self, adapter_name: str, weight_name: str = "weight") -> float:
         """Factor of the update of one adapted weight."""
@@ -298,7 +320,9 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------ forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base layer with its adapted weights."""
+        """Run the base layer with its adapted weights; with ``adapter_names``, each example under its own adapter."""
+        if (names := kwargs.pop("adapter_names", None)) is not None:
+            return run_mixed(self, names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self._present(self.active_adapters)
@@ -346,8 +370,11 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         return [weight for weight in kept if isinstance(weight, DTensor)]
 
     def _weight_is_elsewhere(self) -> bool:
-        """Whether the weight cannot be added to: quantised, or offloaded until the base layer's own forward."""
-        return self.quantised() or hasattr(self.base_layer, "_hf_hook")
+        """Whether the weight cannot be added to: quantised, or brought in by a hook of the base layer's own forward.
+
+        accelerate's hook brings it from where it is offloaded, diffusers' from the dtype in which it is stored.
+        """
+        return self.quantised() or any(hasattr(self.base_layer, hook) for hook in ("_hf_hook", "_diffusers_hook"))
 
     # ------------------------------------------------------------------ merging
 
@@ -364,6 +391,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         for adapter in self._present(check_adapters_to_merge(self, adapter_names)):
             merging.merge(self, adapter, safe_merge)
             self.merged_adapters.append(adapter)
+        tied.follow_source(self)
 
     def unmerge(self) -> None:
         """Take all merged updates out of the base weights again, up to rounding."""
@@ -372,6 +400,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
             return
         while self.merged_adapters:
             merging.unmerge(self, self.merged_adapters.pop())
+        tied.tie_again(self)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         # PEFT's own looks for an attribute `weight` only, and has adapters follow an offloaded or a float8 one.

@@ -23,6 +23,8 @@ def runs_plain_op(layer: nn.Module, kind: type[nn.Module]) -> bool:
 class ReplacedLinear(ReplacedLayer):
     """A linear layer: nn.Linear (weight [out, in]) or transformers' Conv1D (weight [in, out])."""
 
+    takes_adapter_names = True
+
     def thin_matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
         """L (rows x k) and R (k x columns) with L R = update, its scale included; defined where there is a form apart.
 

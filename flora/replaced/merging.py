@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from flora.replaced import magnitude, stand_in
+from flora.replaced import magnitude, stand_in, tied
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def merge(layer: Any, adapter: str, safe: bool) -> None:
         merged[name] = weight.to(base.dtype)
         if safe and not torch.isfinite(merged[name]).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-    _store(layer, merged)
+    _store(layer, merged, untie=True)
     layer.merged_norm_ratio[adapter] = ratios
 
 
@@ -86,10 +86,15 @@ def rehearse(layer: Any, adapters: list[str]) -> None:
         _restore(parametrised, states)
         for name in names.keys() - parametrised.keys():
             stand_in.store(layer.get_base_layer(), name, values[name])
+        if not layer.merged_adapters:
+            tied.tie_again(layer)
 
 
-def _store(layer: Any, weights: dict[str, Tensor]) -> None:
-    """Put new numbers into the base weights: all or, if a parametrization cannot hold its own, none."""
+def _store(layer: Any, weights: dict[str, Tensor], untie: bool = False) -> None:
+    """Put new numbers into the base weights: all or, if a parametrization cannot hold its own, none.
+
+    ``untie`` first gives the layer parameters of its own in place of those that it shares with other modules.
+    """
     parametrised = _parametrised(layer, weights)
     states = _states(parametrised)
     for name, (owner, attribute) in parametrised.items():
@@ -107,6 +112,8 @@ def _store(layer: Any, weights: dict[str, Tensor]) -> None:
                 f'torch.nn.utils.parametrize.remove_parametrizations(layer, "{attribute}")'
             )
     for name in weights.keys() - parametrised.keys():
+        if untie:
+            tied.untie(layer, name)
         stand_in.store(layer.get_base_layer(), name, weights[name])
 
 

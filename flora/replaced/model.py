@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NoReturn
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from typing_extensions import override
@@ -12,6 +13,9 @@ from typing_extensions import override
 from flora.replaced import merging
 from flora.replaced.bases import packed_linear
 from flora.replaced.layer import ReplacedLayer
+from flora.replaced.mixed import passing_names
+from flora.replaced.saving import check_adapter_name, put_back, whole, without
+from flora.replaced.tied import check_tokens, note_tied_weights
 from flora.replaced.weights import matching_pattern
 
 Layers = tuple[tuple[tuple[type[nn.Module], ...], type[ReplacedLayer]], ...]  # kinds of modules -> what adapts them
@@ -32,10 +36,15 @@ class ReplacedModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         targets = config.target_modules
         targets = sorted(targets) if isinstance(targets, list | set | tuple) else []
-        with warnings.catch_warnings():
-            # PEFT compares rank_pattern with modules only; names of parameters are checked below.
-            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            check_adapter_name(adapter_name)
+            with warnings.catch_warnings():
+                # PEFT compares rank_pattern with modules only; names of parameters are checked below.
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._take_out(model, adapter_name)
+            raise
         self.warn_of_missed("target_modules", targets, self.targeted_module_names)
         adapted = [name for name, _, _ in self.adapted_weights(adapter_name)]
         adapted += [name.rpartition(".")[0] for name in adapted] + self.targeted_module_names
@@ -43,6 +52,28 @@ class ReplacedModel(BaseTuner):
             for pattern in getattr(config, field):
                 if not any(matching_pattern({pattern: True}, name) for name in adapted):
                     warnings.warn(f"{field}[{pattern!r}] matches no adapted layer", stacklevel=2)
+
+    def _take_out(self, model: nn.Module, adapter_name: str) -> None:
+        """Undo an injection that failed half-way: the model is as it was before."""
+        self.peft_config.pop(adapter_name, None)
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, ReplacedLayer) and adapter_name in layer.weights:
+                layer.forget(adapter_name)
+                if not layer.weights:
+                    parent, _, child = name.rpartition(".")
+                    unload = getattr(type(layer), "unload_and_optionally_merge_module", None)
+                    base = layer.get_base_layer() if unload is None else unload(layer, False, False, None)
+                    self._replace_module(model.get_submodule(parent), child, base, layer)
+
+    @staticmethod
+    @override
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        found = check_target_module_exists(peft_config, key)
+        targets = peft_config.target_modules
+        if isinstance(found, _ExcludedModule) or not isinstance(targets, list | set) or key in targets:
+            return found
+        # PEFT looks for a layer's index behind two names, and so takes an expert's for that of layers.3.experts.0.
+        return check_target_module_exists(peft_config, f".{key}")
 
     @staticmethod
     def warn_of_missed(field: str, targets: Sequence[str], names: Sequence[str]) -> None:
@@ -91,6 +122,10 @@ class ReplacedModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # an adapter is created on its base layer's device
 
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        # Opened by PeftModel around forward and generate.
+        return passing_names(self, kwargs)
+
     # ------------------------------------------------------------------ merging
 
     @override
@@ -117,7 +152,35 @@ class ReplacedModel(BaseTuner):
                 names = layer.active_adapters if adapter_names is None else adapter_names
                 merging.rehearse(layer, [n for n in names if n in layer.weights and n not in layer.merged_adapters])
 
-    # ------------------------------------------------------------------ loading
+    @override
+    def _check_merge_allowed(self) -> None:
+        # PEFT warns of tied weights here, into which its own methods merge at both ends; a merged layer of ours lets go
+        # of what it shares.
+        check_tokens(self.model)
+        note_tied_weights(self.model, [layer for layer in self.model.modules() if isinstance(layer, ReplacedLayer)])
+
+    # ------------------------------------------------------------------ saving and loading
+
+    @classmethod
+    @override
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        put_back(model, adapter_name, unwanted_adapter_names, cls.tuner_layer_cls, state_dict)
+        saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return whole(without(model, unwanted_adapter_names, cls.tuner_layer_cls, saved))
+
+    @classmethod
+    @override
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Other entries have lost it already; their last name may be the adapter's by chance.
+        ours = f".{cls.prefix}" in f".{key}"
+        return super()._remove_adapter_name_from_key(key, adapter_name) if ours else key
 
     @classmethod
     @override

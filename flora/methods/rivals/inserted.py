@@ -11,6 +11,7 @@ from typing_extensions import override
 class Inserted(nn.Module, BaseTunerLayer):
     """Wraps a module; reading an attribute it does not have reads the module's."""
 
+    cast_input_dtype_enabled = True  # read and set by PEFT's disable_input_dtype_casting
     base_layer: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
