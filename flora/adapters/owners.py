@@ -56,7 +56,7 @@ class Owner(nn.Module):
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind = type(self)
-        made, args, *state = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        made, args, *state = super().__reduce_ex__(protocol)  # type: ignore[misc,str-unpack]
         if "_derived_from" not in vars(kind):
             return (made, args, *state)
         original, names = kind._derived_from
@@ -185,8 +185,8 @@ class _Adapted(Tensor):
         for target in _written(func, args, kwargs):
             if isinstance(target, cls):
                 raise RuntimeError(
-                    f"{target.parameter}: the parameter reads as W + update, computed anew each time, so what is written to "
-                    "it would be lost; write to W while the adapter is disabled (disable_adapter) or merged"
+                    f"{target.parameter}: the parameter reads as W + update, computed anew each time: what is written "
+                    "to it would be lost; write to W while the adapter is disabled (disable_adapter) or merged"
                 )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)

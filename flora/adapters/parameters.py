@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -152,23 +152,21 @@ def inject(found: Targets, adapter_name: str, config: FloraConfig, *, active: bo
     Raises:
         ValueError: for settings that do not fit; no owner is changed.
     """
-    context: AbstractContextManager[Any] = init_empty_weights() if empty else nullcontext()
     done: list[tuple[nn.Module, Parameters, bool]] = []
     try:
         for name, owner, keys in found:
             layer = owner._modules.get(Parameters.child_name)
-            new = not isinstance(layer, Parameters)
-            with context:
+            with init_empty_weights() if empty else nullcontext():
                 if isinstance(layer, Parameters):
-                    done.append((owner, layer, new))
+                    done.append((owner, layer, False))
                     layer.target(keys)
                     layer.update_layer(adapter_name, config, name)
                     owners.adapt(owner, keys)
-                else:
-                    layer = Parameters(owner, adapter_name, config, name, keys)
-                    layer.attach(owner)
-                    done.append((owner, layer, new))
-            if new and not active:
+                    continue
+                layer = Parameters(owner, adapter_name, config, name, keys)
+            layer.attach(owner)
+            done.append((owner, layer, True))
+            if not active:
                 layer.requires_grad_(False)
     except BaseException:
         for owner, layer, new in done:

@@ -1,4 +1,4 @@
-"""Bare parameters: read as W + update whoever reads them, with nothing left on the model, whatever happens meanwhile."""
+"""Bare parameters read as W + update, whoever reads them, and nothing is left on the model, whatever happens."""
 
 import copy
 import importlib
