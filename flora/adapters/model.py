@@ -61,6 +61,17 @@ class FloraModel(ReplacedModel):
         )
 
     @override
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        if Parameters.child_name in target._modules:
+            raise ValueError(
+                f"target_modules: {kwargs['current_key']} has parameters that another adapter adapts through "
+                "target_parameters; name it once"
+            )
+        super()._create_and_replace(peft_config, adapter_name, target, *args, **kwargs)
+
+    @override
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:

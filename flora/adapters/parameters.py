@@ -234,6 +234,6 @@ def _in_layers(full_name: str, config: FloraConfig) -> bool:
         return True
     patterns = config.layers_pattern or r"[^.]+"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if (match := re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)(?:\.|$)", full_name)) is not None:
+        if (match := re.search(rf"(?:^|\.)(?:{pattern})\.(\d+)(?:\.|$)", full_name)) is not None:
             return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
     return False
