@@ -13,8 +13,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
+
+from flora.replaced.guarded import guarded
 
 CHILD = "adapted_parameters"  # under which the adapter is a child of the owner
 
@@ -46,10 +48,11 @@ class Owner(nn.Module):
 
     @override
     def __delattr__(self, name: str) -> None:
-        if name in self._parameters and CHILD in self._modules and self._modules[CHILD].adapts(name):  # type: ignore
+        layer: Any = self._modules.get(CHILD)
+        if name in self._parameters and layer is not None and layer.adapts(name):
             raise ValueError(
-                f"{name}: an adapted parameter of {type(self).__name__} cannot be deleted or parametrised; "
-                "unload the adapter first"
+                f"{layer.full_name(name)}: an adapted parameter cannot be deleted or parametrised; unload the adapter "
+                "first"
             )
         super().__delattr__(name)
 
@@ -127,15 +130,15 @@ def _read(owner: nn.Module, layer: Any, name: str, w: Any) -> Any:
             return layer.adapted(name, w, adapters)
         began, computed = _CALLS.get().get(id(owner), (None, {}))
         if began != _place():
-            return _guarded(layer.adapted(name, w, adapters), name)
+            return guarded(layer.adapted(name, w, adapters), layer.full_name(name))
         key = name, *adapters
         of, value = computed.get(key, (None, None))
         if of is not w:
-            value = _guarded(layer.adapted(name, w, adapters), name)
+            value = guarded(layer.adapted(name, w, adapters), layer.full_name(name))
             computed[key] = w, value
         return value
     except AttributeError as error:  # would have Python ask nn.Module.__getattr__, which knows W
-        raise RuntimeError(f"{name}: {error}") from error
+        raise RuntimeError(f"{layer.full_name(name)}: {error}") from error
 
 
 def _place() -> Any:
@@ -152,59 +155,3 @@ def _place() -> Any:
         torch._C._functorch.maybe_current_level(),
         torch._C._len_torch_dispatch_stack(),
     )
-
-
-# ---------------------------------------------------------------------- writes
-
-_T: Any = Tensor
-_SAME_MEMORY = {_T.data.__get__, _T.detach, torch.detach}
-
-
-def _guarded(value: Any, name: str) -> Any:
-    """W + update as a tensor that cannot be written to, except where others look on."""
-    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None
-    if type(value) is not Tensor or watched or torch.jit.is_tracing():
-        return value
-    return _Adapted.of(value, name)
-
-
-class _Adapted(Tensor):
-    """W + update. Operations on it give plain tensors; those that would write to it are refused."""
-
-    parameter: str
-
-    @classmethod
-    def of(cls, value: Tensor, name: str) -> Tensor:
-        adapted = value.as_subclass(cls)
-        adapted.parameter = name
-        return adapted
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for target in _written(func, args, kwargs):
-            if isinstance(target, cls):
-                raise RuntimeError(
-                    f"{target.parameter}: the parameter reads as W + update, computed anew each time: what is written "
-                    "to it would be lost; write to W while the adapter is disabled (disable_adapter) or merged"
-                )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        if func in _SAME_MEMORY or (func is Tensor.__getitem__ and result._is_view() and isinstance(args[0], cls)):
-            return cls.of(result, args[0].parameter)
-        return result
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> Any:
-    out = kwargs.get("out")
-    yield from out if isinstance(out, tuple | list) else [out]
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    if in_place or name in ("__set__", "__delete__", "__setitem__") or (name.startswith("__i") and name in _IN_PLACE):
-        target = args[0] if args else next(iter(kwargs.values()), None)
-        yield from target if isinstance(target, tuple | list) else [target]
-
-
-_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow")} | {
-    f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift")
-}

@@ -32,7 +32,7 @@ class Parameters(FloraLayer):
     supports_dora = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: FloraConfig, name: str, targets: list[str]):
-        self._targets = targets
+        self._targets, self.layer_name = targets, name
         super().__init__(base_layer, adapter_name, config, name)
         # The owner is the parent, not a child: it must not be registered as one.
         del self._modules["base_layer"]
@@ -58,6 +58,10 @@ class Parameters(FloraLayer):
     def base_weight(self, name: str) -> Tensor:
         return owners.unadapted(self.base_layer, name)
 
+    def full_name(self, weight: str) -> str:
+        """Name of a parameter in the model, for messages."""
+        return f"{self.layer_name}.{weight}".lstrip(".")
+
     def adapts(self, name: str) -> bool:
         """Whether any adapter, active or not, has an update of this parameter."""
         return any(name in weights for weights in self.weights.values())
@@ -76,14 +80,12 @@ class Parameters(FloraLayer):
         Raises:
             ValueError: if W has another shape than the update.
         """
-        if own.is_meta and not self.core(adapters[0], name).is_meta:
-            return own  # offloaded: nothing computes with it
         weight = own
         for adapter in adapters:
             update = self.get_delta_weight(adapter, name)
             if update.shape != own.shape:
                 raise ValueError(
-                    f"{name}: has shape {list(own.shape)} now, and was {list(update.shape)} when adapter {adapter} was "
+                    f"{self.full_name(name)}: has shape {list(own.shape)} now, and was {list(update.shape)} when adapter {adapter} was "
                     "made; unload the adapter before giving it another shape"
                 )
             weight = weight + update

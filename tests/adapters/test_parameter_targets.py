@@ -259,7 +259,7 @@ def test_writes_are_refused_while_adapters_are_active_and_reach_the_base_else(wr
     if during:
         forward = Experts.forward
         monkeypatch.setattr(Experts, "forward", lambda self, x: (WRITES[write](self.w), forward(self, x))[1])
-    with pytest.raises(RuntimeError, match="w: the parameter reads as W"):
+    with pytest.raises(RuntimeError, match="layers.2.fused.w: the parameter reads as W"):
         owner(x) if during else WRITES[write](owner.w)
     monkeypatch.undo()
     assert torch.equal(model(x), expected)
@@ -276,6 +276,18 @@ def test_what_is_computed_from_an_adapted_parameter_can_be_written_to():
         expected = made.detach() + 1
         assert type(made) is Tensor
         assert torch.equal(made.add_(1), expected)
+
+
+def test_adapted_parameters_and_weights_of_adapted_layers_meet_in_one_operation():
+    net = nn.Sequential(Experts(), nn.Linear(5, 5))
+    model = adapt(net, "w", target_modules=["1"])
+    owner, layer = model.base_model.model
+    w, weight = owner.w, layer.weight
+    plain = net[0].get_parameter("w") + owner.adapted_parameters.get_delta_weight("default", "w")
+    expected = layer.base_layer.weight + layer.get_delta_weight("default")
+    torch.testing.assert_close(w @ weight, plain @ expected)
+    torch.testing.assert_close(weight @ w, expected @ plain)
+    torch.testing.assert_close(torch.stack([weight, w[0]]), torch.stack([expected, plain[0]]))
 
 
 def test_a_new_parameter_takes_the_place_of_the_base():
@@ -298,9 +310,9 @@ def test_a_new_parameter_of_another_shape_is_refused():
 def test_an_adapted_parameter_can_be_neither_deleted_nor_parametrised():
     model = adapt(Net(), "fused.w")
     owner = model.base_model.model.layers[0].fused
-    with pytest.raises(ValueError, match="w: an adapted parameter of Experts cannot be deleted or parametrised"):
+    with pytest.raises(ValueError, match="layers.0.fused.w: an adapted parameter cannot be deleted or parametrised"):
         del owner.w
-    with pytest.raises(ValueError, match="w: an adapted parameter of Experts cannot be deleted or parametrised"):
+    with pytest.raises(ValueError, match="layers.0.fused.w: an adapted parameter cannot be deleted or parametrised"):
         parametrize.register_parametrization(owner, "w", nn.Tanh())
     assert not parametrize.is_parametrized(owner)
 
