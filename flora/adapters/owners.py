@@ -24,7 +24,7 @@ CHILD = "adapted_parameters"  # under which the adapter is a child of the owner
 _CALLS: ContextVar[dict[int, tuple[Any, dict[Any, Any]]]] = ContextVar("flora_calls_of_owners", default={})  # noqa: B039
 _CLASSES: WeakValueDictionary[Any, type] = WeakValueDictionary()
 # Code that takes tensors out of modules to move or list them, rather than to compute: it gets W, as from a state dict.
-_HANDLERS = ("accelerate.", "torch.nn.modules.module")
+_HANDLERS = ("accelerate.", "flora.replaced.", "torch.nn.modules.module")
 
 
 class Owner(nn.Module):
@@ -88,11 +88,6 @@ def release(owner: nn.Module) -> None:
     owner.__class__ = vars(type(owner)).get("_derived_from", (type(owner),))[0]
 
 
-def unadapted(owner: nn.Module, name: str) -> Any:
-    """The owner's parameter itself, W; found as Python finds it where nothing is adapted."""
-    return owner.__dict__[name] if name in owner.__dict__ else owner.__getattr__(name)
-
-
 def _remade(names: tuple[str, ...], made: Callable[..., nn.Module], *args: Any) -> nn.Module:
     owner = made(*args)
     adapt(owner, list(names))
@@ -101,7 +96,7 @@ def _remade(names: tuple[str, ...], made: Callable[..., nn.Module], *args: Any) 
 
 def _property(name: str) -> property:
     def read(self: nn.Module) -> Any:
-        w = unadapted(self, name)
+        w = self.__dict__[name] if name in self.__dict__ else self.__getattr__(name)  # as Python would without us
         if (layer := self._modules.get(CHILD)) is None:
             return w
         if not torch.compiler.is_compiling() and _reader().startswith(_HANDLERS):

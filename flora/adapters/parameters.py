@@ -54,10 +54,6 @@ class Parameters(FloraLayer):
             described.append(plain(key, shape, kinds, output_dim=None))
         return described
 
-    @override
-    def base_weight(self, name: str) -> Tensor:
-        return owners.unadapted(self.base_layer, name)
-
     def full_name(self, weight: str) -> str:
         """Name of a parameter in the model, for messages."""
         return f"{self.layer_name}.{weight}".lstrip(".")
@@ -80,15 +76,16 @@ class Parameters(FloraLayer):
         Raises:
             ValueError: if W has another shape than the update.
         """
+        if own.is_meta and not self.core(adapters[0], name).is_meta:
+            return own  # offloaded, and not brought back: like W itself, of no use in a computation
         weight = own
         for adapter in adapters:
-            update = self.get_delta_weight(adapter, name)
-            if update.shape != own.shape:
+            if own.shape != (shape := self.weights[adapter][name].weight_shape):
                 raise ValueError(
-                    f"{self.full_name(name)}: has shape {list(own.shape)} now, and was {list(update.shape)} when adapter {adapter} was "
-                    "made; unload the adapter before giving it another shape"
+                    f"{self.full_name(name)}: has shape {list(own.shape)} now, and had {list(shape)} when adapter "
+                    f"{adapter} was made; unload the adapter before giving it another shape"
                 )
-            weight = weight + update
+            weight = self.add_delta(weight, adapter, name)
         return weight.to(own.dtype)
 
     @override

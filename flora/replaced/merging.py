@@ -46,7 +46,7 @@ def _set_base_weight(layer: Any, name: str, value: Tensor) -> None:
     owner_name, _, attribute = name.rpartition(".")
     owner = layer.get_base_layer().get_submodule(owner_name)
     if not parametrize.is_parametrized(owner, attribute):
-        layer.base_weight(name).data = value
+        getattr(owner, attribute).data = value
         return
     try:
         setattr(owner, attribute, value)  # through the parametrization's inverse, e.g. weight_norm's
