@@ -8,7 +8,7 @@ import torch
 from peft.utils import hotswap
 from torch import Tensor, nn
 
-from flora.adapters.composite import Parameters
+from flora.adapters.parameters import Parameters
 from flora.adapters.config import FLORA, FloraConfig
 from flora.adapters.layer import FloraLayer
 

@@ -1,22 +1,20 @@
 """The PEFT tuner of FLoRA: which adapted layer stands in for which module or bare parameter of a model."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import _ExcludedModule
-from peft.utils.integrations import init_empty_weights
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
-from flora.adapters import combine, passes
-from flora.adapters.composite import MultiheadAttention, Parameters, Recurrent
-from flora.adapters.config import FloraConfig
+from flora.adapters import combine, parameters, passes
+from flora.adapters.composite import MultiheadAttention, Recurrent
 from flora.adapters.conv import ConvNd, ConvTransposeNd
 from flora.adapters.layer import FloraLayer
 from flora.adapters.linear import Embedding, Linear
+from flora.adapters.parameters import Parameters
 from flora.replaced import tied
 from flora.replaced.model import Layers, ReplacedModel
 
@@ -43,13 +41,6 @@ class FloraModel(ReplacedModel):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     @override
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config: Any = self.peft_config[adapter_name]
-        parameters = sorted(set(config.target_parameters or ()))
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self.warn_of_missed("target_parameters", parameters, self.targeted_parameter_names)
-
-    @override
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -60,6 +51,11 @@ class FloraModel(ReplacedModel):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if Parameters.child_name in target._modules:
+            raise ValueError(
+                f"target_modules: {current_key} has parameters that another adapter adapts through target_parameters; "
+                "name it once"
+            )
         self._check_tokens(peft_config, current_key)
         super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)
         if self._check_tied_module_exists(peft_config, current_key):
@@ -100,48 +96,22 @@ class FloraModel(ReplacedModel):
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        matched: list[str] = []
-        modules = dict(model.named_modules())
-        adapted = [f"{name}." for name, module in modules.items() if isinstance(module, FloraLayer)]
-        for name, owner in modules.items():
-            within = next((prefix for prefix in adapted if f"{name}.".startswith(prefix)), None)
-            if within is not None and not name.startswith(f"{within}base_layer"):
-                continue  # an adapter's own parameters
-            if isinstance(self._check_target_module_exists(peft_config, name), _ExcludedModule):
-                continue
-            keys = [
-                key
-                for key, _ in owner.named_parameters(recurse=False)
-                if _is_target(name.replace(".base_layer", ""), key, peft_config)
-            ]
-            if not keys:
-                continue
-            if within is not None:
-                raise ValueError(
-                    f"target_parameters: {within}{keys[0]} is adapted through target_modules; name it once"
-                )
-            matched += [f"{name}.{key}".lstrip(".") for key in keys]
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._adapt_parameters(owner, name, keys, adapter_name, peft_config)
-        return matched
+        def excluded(name: str) -> bool:
+            return isinstance(self._check_target_module_exists(peft_config, name), _ExcludedModule)
 
-    def _adapt_parameters(
-        self, owner: nn.Module, name: str, keys: list[str], adapter_name: str, config: FloraConfig
-    ) -> None:
-        layer = owner._modules.get(Parameters.child_name)
-        if isinstance(layer, Parameters):
-            layer.target(keys)
-            layer.update_layer(adapter_name, config, name)
-            return
-        layer = Parameters(owner, adapter_name, config, name, keys)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        owner.add_module(Parameters.child_name, layer)
+        found = parameters.find(model, peft_config, excluded)
+        active = adapter_name in self.active_adapters
+        parameters.inject(found, adapter_name, peft_config, active=active, empty=low_cpu_mem_usage)
+        parameters.warn_of_ties(model, found)
+        matched = [f"{name}.{key}".lstrip(".") for name, _, keys in found for key in keys]
+        if matched:
+            self.warn_of_missed("target_parameters", sorted(set(peft_config.target_parameters)), matched)
+        return matched
 
     @override
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, Parameters):
-            delattr(parent, child_name)
+            child.detach_from(parent)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
@@ -179,8 +149,3 @@ class FloraModel(ReplacedModel):
                 with different folds, and where more than one has modules_to_save.
         """
         combine.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, r, kernel_rank)
-
-
-def _is_target(module_name: str, key: str, config: FloraConfig) -> bool:
-    full_name = f"{module_name}.{key}".lstrip(".")
-    return any(full_name == target or full_name.endswith(f".{target}") for target in config.target_parameters or ())

@@ -14,7 +14,7 @@ _KNOWN = {
     *(_T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.get_device, _T.__len__),
     *(_T.is_floating_point, _T.is_complex, _T.is_signed, torch.is_floating_point, torch.is_complex, torch.numel),
 }  # what the base tells as well
-_SAME_MEMORY = {_T.data.__get__, _T.detach, torch.detach}  # of a stored tensor, a write to these would reach it
+SAME_MEMORY = {_T.data.__get__, _T.detach, torch.detach}  # of a stored tensor, a write to these would reach it
 
 
 def lazy(base: Tensor, compute: Callable[[], Tensor]) -> Tensor:
@@ -47,11 +47,11 @@ class _Lazy(Tensor):
         if func in _KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _SAME_MEMORY:
+        if func in SAME_MEMORY:
             whole = args[0]
             with torch._C.DisableTorchFunctionSubclass():
                 return _Lazy.of(whole.detach(), lambda: whole._compute().detach())
-        if any(isinstance(target, _Lazy) for target in _written(func, args, kwargs)):
+        if any(isinstance(target, _Lazy) for target in written(func, args, kwargs)):
             raise RuntimeError(
                 "the weight of an adapted layer is W + update, computed anew each time: what is written to it would be "
                 "lost; write to layer.get_base_layer().weight, or disable the adapter"
@@ -60,7 +60,7 @@ class _Lazy(Tensor):
         return func(*args, **kwargs)
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+def written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
     """The tensors that a function of torch writes to."""
     out = kwargs.get("out")
     yield from out if isinstance(out, tuple | list) else [out]
