@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import flora
 
@@ -79,7 +80,7 @@ def delta(parts: dict[str, Tensor], base: nn.Module, shape: torch.Size) -> Tenso
     """The update of one weight, by plain torch: scale * (core x factors), or LoRA's scale * B A."""
     if "core" not in parts:
         product = parts["B"].flatten(1) @ parts["A"].flatten(1)
-        transposed = isinstance(base, nn.Embedding) or type(base).__name__ == "Conv1D"
+        transposed = isinstance(base, nn.Embedding | Conv1D)
         return SCALE * (product.mT if transposed else product).reshape(shape)
     ranks = _LETTERS[: parts["core"].dim()]
     terms, operands, output = [ranks], [parts["core"]], ""
