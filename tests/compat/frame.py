@@ -85,8 +85,8 @@ def outcome(trial: Trial, method: Method) -> Outcome:
         return Outcome("wrong", _first_line(error))
     except Exception as error:
         # A refusal is an error that the method itself raises, on purpose and in words.
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
-        deliberate = isinstance(error, ValueError | NotImplementedError) and {"flora", "peft"} & set(raised_in)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        deliberate = {"flora", "peft"} & set(Path(place.filename).parts) and (place.line or "").startswith("raise")
         if not deliberate:
             traceback.print_exception(error)
         return Outcome("refused" if deliberate else "fails", _first_line(error))

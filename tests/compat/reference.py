@@ -121,3 +121,30 @@ def compare_steps(method: Method, adapted: Any, reference: nn.Module, loss: Loss
         assert_same_gradients(*(gradients(method, network) for network in networks), tolerance)
         for optimiser in optimisers:
             optimiser.step()
+
+
+class Apart(nn.Module):
+    """A linear layer that cannot be added to, with the output of the update beside its own."""
+
+    def __init__(self, base: Any, parts: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.base = base
+        self.update = Update(base, parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = {key[1:]: part for key, part in self.update.parts.items()}
+        weight = delta(parts, nn.Linear(1, 1), torch.Size((self.base.out_features, self.base.in_features)))
+        return self.base(x) + nn.functional.linear(x.to(weight.dtype), weight).to(x.dtype)
+
+
+def by_hand_apart(method: Method, base: nn.Module, adapted: nn.Module, adapter: str = "default") -> nn.Module:
+    """As ``by_hand``, of linear layers whose weights are quantised: op(x, W) + x delta^T; takes the base itself."""
+    base.requires_grad_(False)
+    base.updates = {}  # type: ignore[assignment]
+    for (name, key), parts in method.parameters(adapted, adapter).items():
+        owner, _, child = name.rpartition(".")
+        layer = Apart(base.get_submodule(name), parts)
+        setattr(base.get_submodule(owner), child, layer)
+        base.updates[name, key] = layer.update
+    assert base.updates, "nothing is adapted"
+    return base

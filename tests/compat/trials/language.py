@@ -415,7 +415,8 @@ def into_dispatched(method: Method) -> None:
     adapted_later(method, _dispatched)
 
 
-@trial("accelerate", "from_pretrained with a device_map that leaves all on disk, then an adapter with max_memory")
+@trial("accelerate", "from_pretrained with a device_map that leaves all on disk, then an adapter with max_memory",
+    expected=dict.fromkeys(("FLoRA", "LoRA"), "fails: .*meta device.*"))
 def device_map(method: Method) -> None:
     base = llama().double().eval()
     base.save_pretrained("base", max_shard_size="20KB")
