@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from flora import names, registration
 
 if TYPE_CHECKING:
-    from flora.adapters import FloraConfig, FloraLayer, FloraModel
+    from flora.adapters import FloraConfig, FloraLayer, FloraModel, batched
 
 __version__ = "0.1.0"
-__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "__version__"]
-_HOMES = dict.fromkeys(("FloraConfig", "FloraLayer", "FloraModel"), "adapters")
+__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "__version__", "batched"]
+_HOMES = dict.fromkeys(("FloraConfig", "FloraLayer", "FloraModel", "batched"), "adapters")
 
 
 def __getattr__(name: str) -> Any:

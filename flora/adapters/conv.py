@@ -14,6 +14,7 @@ from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import to_tensor
 from flora.replaced.conv import ReplacedConv, conv_modes
 from flora.replaced.layer import Form, compute_dtype
+from flora.replaced.linear import runs_plain_op
 from flora.replaced.weights import AdaptedWeight
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -66,12 +67,12 @@ class _Conv(FloraLayer):
     def delta_output(self, adapter_name: str, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         input = self.drop(adapter_name, input)
         if self.form_apart(adapter_name) == "dense":
-            return self._op(input, self.get_delta_weight(adapter_name).to(input.dtype), *args, **kwargs)
+            return self._op(input, *args, weight=self.get_delta_weight(adapter_name).to(input.dtype), **kwargs)
         factors = self.factors(adapter_name)
         kernel = to_tensor(self.core(adapter_name) * self.scaling[adapter_name], [None, None, *factors[2:]])
         inward, outward = factors[1 - self.output_dim], factors[self.output_dim]
         hidden = input if inward is None else self._pointwise(input, inward.mT)
-        hidden = self._op(hidden, kernel.to(input.dtype), *args, **kwargs)
+        hidden = self._op(hidden, *args, weight=kernel.to(input.dtype), **kwargs)
         return hidden if outward is None else self._pointwise(hidden, outward)
 
     def _pointwise(self, input: Tensor, matrix: Tensor) -> Tensor:
@@ -83,7 +84,8 @@ class _Conv(FloraLayer):
         """Whether the layer's class does nothing but the convolution."""
         raise NotImplementedError
 
-    def _op(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _op(self, input: Tensor, *args: Any, weight: Tensor, **kwargs: Any) -> Tensor:
+        """The base layer's op with another weight, without its bias."""
         raise NotImplementedError
 
 
@@ -91,7 +93,7 @@ class ConvNd(ReplacedConv, _Conv):
     """nn.Conv1d, nn.Conv2d or nn.Conv3d, weight [out, in/groups, kernel...], and subclasses with their own forward."""
 
     @override
-    def _op(self, input: Tensor, weight: Tensor) -> Tensor:
+    def _op(self, input: Tensor, *, weight: Tensor) -> Tensor:  # type: ignore[override]
         base = self.get_base_layer()
         if self.plain_op:
             return base._conv_forward(input, weight, None)
@@ -119,12 +121,21 @@ class ConvTransposeNd(_Conv):
         return type(base).forward is _TRANSPOSED[len(base.kernel_size)].forward
 
     @override
-    def _op(self, input: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        base: Any = self._modules["base_layer"]  # past nn.Module's attribute lookup
+        if runs_plain_op(base, _TRANSPOSED[len(base.kernel_size)]):
+            return self._op(*args, **kwargs, weight=weights["weight"], bias=weights.get("bias", base.bias))
+        return super().run_base(weights, *args, **kwargs)
+
+    @override
+    def _op(  # type: ignore[override]
+        self, input: Tensor, output_size: list[int] | None = None, *, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         base = self.get_base_layer()
         dims = len(base.kernel_size)
         padding = base._output_padding(
             input, output_size, base.stride, base.padding, base.kernel_size, dims, base.dilation
         )
         return _CONV_TRANSPOSE[dims](
-            input, weight, None, base.stride, base.padding, padding, base.groups, base.dilation
+            input, weight, bias, base.stride, base.padding, padding, base.groups, base.dilation
         )

@@ -10,6 +10,7 @@ from flora.adapters.config import FloraConfig
 from flora.adapters.init import init_tucker
 from flora.adapters.tucker import factor_modes, to_tensor
 from flora.adapters.weights import fold, ranks_of
+from flora.replaced import passes
 from flora.replaced.layer import ReplacedLayer
 from flora.replaced.weights import AdaptedWeight
 
@@ -17,14 +18,13 @@ from flora.replaced.weights import AdaptedWeight
 class FloraLayer(ReplacedLayer):
     """A base layer whose weights are adapted by Tucker updates, one set per adapter name; see ``ReplacedLayer``.
 
-    What ``flora.adapters.fast`` prepares for the layer in a forward pass of the model, it runs with: its weight (and
-    perhaps bias) in the merged form, its two thin matrices in the factored one.
+    Within ``flora.batched``, it runs with what was built for it together with other layers: its weight (and perhaps
+    bias) in the merged form, its two thin matrices in the factored one.
     """
 
     adapter_layer_names: tuple[str, ...] = ("tucker_core", "tucker_factors", *ReplacedLayer.adapter_layer_names)
     other_param_names: tuple[str, ...] = (*ReplacedLayer.other_param_names, "tucker_dropout")
     stackable = False  # whether its only weight can be built together with those of other layers
-    builder: Any = None  # a weak reference to the model's flora.adapters.fast.builder.Builder, if any
     tucker_core: Any  # ModuleDict: adapter -> ParameterDict: weight -> core
     tucker_factors: Any  # ModuleDict: adapter -> ParameterDict: weight_mode -> factor
     tucker_dropout: Any  # ModuleDict: adapter -> Dropout or Identity
@@ -110,37 +110,20 @@ class FloraLayer(ReplacedLayer):
     def drop(self, adapter_name: str, input: Tensor) -> Tensor:
         return self.tucker_dropout[adapter_name](input)
 
-    # ------------------------------------------------------------------ what is prepared for many layers at once
-
-    @override
-    def adapted_weight(self, name: str, adapters: list[str]) -> Tensor:
-        """The base weight with the updates of the given active adapters.
-
-        In the base weight's dtype; where it was built together with those of other layers, in the dtype in which the
-        layer computes.
-        """
-        if isinstance(prepared := self._prepared(), dict):
-            return prepared["weight"]
-        return super().adapted_weight(name, adapters)
+    # ------------------------------------------------------------------ what is built for many layers at once
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base layer with its adapted weights, prepared ones if there are."""
-        if (prepared := self._prepared()) is not None:
-            return self.run_prepared(prepared, *args, **kwargs)
+        """Run the base layer with its adapted weights; within ``flora.batched``, with what was built there."""
+        shared = passes.running()
+        if shared is not None and (prepared := shared.prepared_for(self)) is not None:
+            return self.run_prepared(shared, prepared, *args, **kwargs)
         return super().forward(*args, **kwargs)
 
-    def run_prepared(self, prepared: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run with what was prepared for the layer."""
+    def run_prepared(self, shared: Any, prepared: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run with what the pass ``shared`` built for the layer."""
         return self.run_base(prepared, *args, **kwargs)
 
     def thin_core_side(self, adapter_name: str) -> str | None:
-        """Where the layer's two thin matrices can be prepared with those of others, the side that takes the core."""
+        """Where the layer's two thin matrices can be built with those of others, the side that takes the core."""
         return None
-
-    def _prepared(self) -> Any:
-        builder = None if self.builder is None else self.builder()
-        return None if builder is None else builder.prepared_for(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "builder"}  # set by who is copied with it

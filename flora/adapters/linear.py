@@ -99,17 +99,16 @@ class Linear(_Matrix, ReplacedLinear):
         return self.core_side(adapter_name) if alike and self.runs_fused(adapter_name) else None
 
     @override
-    def run_prepared(self, prepared: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def run_prepared(self, shared: Any, prepared: Any, *args: Any, **kwargs: Any) -> Tensor:
         dtype = prepared["weight"].dtype if isinstance(prepared, dict) else prepared[0].dtype
         plain_input = len(args) == 1 and not kwargs
         if plain_input:
-            args = (self.builder().converted(args[0], dtype),)
+            args = (shared.converted(args[0], dtype),)
         if isinstance(prepared, dict):
-            return super().run_prepared(prepared, *args, **kwargs)
-        left, right = prepared
-        if plain_input and args[0].dim() >= 2:
-            return self.run_fused(args[0], left, right, dtype)
-        return self.run_apart(self._present(self.active_adapters), *args, **kwargs)
+            return super().run_prepared(shared, prepared, *args, **kwargs)
+        if plain_input and args[0].dim() >= 2 and runs_plain_op(self.base_layer, nn.Linear):
+            return shared.linear_plus_thin(self.base_layer, args[0], *prepared, dtype)
+        return super().run_apart(self._present(self.active_adapters), *args, **kwargs)
 
 
 class Embedding(_Matrix):

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
-from flora.adapters import combine
+from flora.adapters import combine, passes
 from flora.adapters.composite import MultiheadAttention, Parameters, Recurrent
 from flora.adapters.config import FloraConfig
 from flora.adapters.conv import ConvNd, ConvTransposeNd
@@ -21,12 +21,7 @@ from flora.replaced.model import Layers, ReplacedModel
 
 
 class FloraModel(ReplacedModel):
-    """A model whose targeted layers carry FLoRA adapters; made by ``peft.get_peft_model(model, FloraConfig(...))``.
-
-    Attributes:
-        builder: prepares the weights of many layers together; None where ``flora.adapters.fast`` is absent, and then
-            every layer builds its own, in the same form.
-    """
+    """A model whose targeted layers carry FLoRA adapters; made by ``peft.get_peft_model(model, FloraConfig(...))``."""
 
     tuner_layer_cls = FloraLayer
     layer_classes: ClassVar[Layers] = (
@@ -37,7 +32,6 @@ class FloraModel(ReplacedModel):
         ((nn.MultiheadAttention,), MultiheadAttention),
         ((nn.RNNBase, nn.RNNCellBase), Recurrent),
     )
-    builder: Any
 
     # ------------------------------------------------------------------ injection
 
@@ -53,10 +47,6 @@ class FloraModel(ReplacedModel):
         parameters = sorted(set(config.target_parameters or ()))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.warn_of_missed("target_parameters", parameters, self.targeted_parameter_names)
-        if "builder" not in self.__dict__:
-            self.builder = _builder()
-        if self.builder is not None:
-            self.builder.attach(model)
 
     @override
     def refuse_layer(self, config: Any, name: str, kind: str, supported: str) -> NoReturn:
@@ -114,17 +104,12 @@ class FloraModel(ReplacedModel):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    @override
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        if self.builder is not None:
-            self.builder.detach(self.model)
-        return super()._unload_and_optionally_merge(*args, **kwargs)
-
     # ------------------------------------------------------------------ inspection and combination
 
     @override
     def _together(self) -> Mapping[Any, int]:
-        return {} if self.builder is None else self.builder.together()
+        fast = passes.fast()
+        return {} if fast is None else fast.together(self.model)
 
     @override
     @torch.no_grad()
@@ -153,17 +138,6 @@ class FloraModel(ReplacedModel):
                 with different folds, and where more than one has modules_to_save.
         """
         combine.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, r, kernel_rank)
-
-
-def _builder() -> Any:
-    """What prepares the weights of many layers together, if the folder of the fast path is there."""
-    try:
-        from flora.adapters.fast.builder import Builder
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("flora.adapters.fast"):
-            raise
-        return None
-    return Builder()
 
 
 def _is_target(module_name: str, key: str, config: FloraConfig) -> bool:

@@ -19,7 +19,8 @@ METHODS = {
     "floor_cast": "the same with the weights of linear layers and convolutions already in the compute dtype",
     "full": "everything trains",
     "lora": "PEFT's LoRA, depthwise and grouped convolutions left out",
-    "flora": "FLoRA, forward=auto",
+    "flora": "FLoRA, forward=auto, within flora.batched, as train.py runs it",
+    "flora_alone": "FLoRA, forward=auto, every layer building its own weights, as without flora.batched",
     "flora_factored": "FLoRA, forward=factored",
     "flora_merged": "FLoRA, forward=merged",
     "dense": "FLoRA as its published layers run it",
@@ -51,12 +52,14 @@ class Prepared:
         trainable_params: outside the head.
         layers: how many are adapted; None where all or none train.
         input_requires_grad: the floor's images ask for a gradient, so that it flows through every activation.
+        batched: the forward pass runs within flora.batched.
     """
 
     model: nn.Module
     trainable_params: int
     layers: int | None = None
     input_requires_grad: bool = False
+    batched: bool = False
 
 
 class Methods:
@@ -103,7 +106,8 @@ class Methods:
         params = trained(adapted.model, self.head)[0]
         if method == "dense":
             make_dense(adapted.model)
-        return Prepared(_still(adapted.model.train()), params, len(adapted.ranks))
+        batched = method in ("flora", "flora_factored", "flora_merged")
+        return Prepared(_still(adapted.model.train()), params, len(adapted.ranks), batched=batched)
 
     def _reach_outputs(self, model: nn.Module) -> None:
         """Let gradients reach adapted layers that no activation of the inputs does: DeBERTa's, on its positions.
@@ -137,7 +141,9 @@ class Methods:
         return Peft("lora", "peft.LoraConfig", self.targets, skip_depthwise=True, **options)
 
     def _flora(self, method: str, budget: int | None = None) -> Peft:
-        forward = {"flora": "auto", "dense": "factored"}.get(method, method.removeprefix("flora_"))
+        forward = {"flora": "auto", "flora_alone": "auto", "dense": "factored"}.get(
+            method, method.removeprefix("flora_")
+        )
         options: dict[str, Any] = {"r": self.ranks.r, "kernel_rank": self.ranks.kernel_rank, "init_weights": False}
         options["rank_pattern"] = dict(self._rank_pattern)
         tuning = Peft("flora", "flora.FloraConfig", self.targets, forward=forward, **options)

@@ -1,5 +1,6 @@
 """Timing of a training step: rounds of random order, on a GPU each method alone on the device, with its peak memory."""
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import flora
 from flora.bench.methods import Methods, Prepared
 from flora.bench.networks import Network
 
@@ -149,6 +151,7 @@ class Step:
         self.network = network
         self.model = prepared.model
         self.inputs = inputs
+        self._together = flora.batched(self.model) if prepared.batched else contextlib.nullcontext()
         self._with_gradients: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         if prepared.input_requires_grad:
             self._with_gradients.append(inputs["images"].requires_grad_())
@@ -156,7 +159,9 @@ class Step:
     def __call__(self) -> None:
         """Run once."""
         self.forget()
-        self.network.loss(self.model, self.inputs).backward()
+        with self._together:
+            loss = self.network.loss(self.model, self.inputs)
+        loss.backward()
 
     def forget(self) -> None:
         """Drop the gradients."""

@@ -1,5 +1,7 @@
 """The base of adapted layers: runs a layer with an updated weight, shows that weight, and merges it."""
 
+import contextlib
+import threading
 import warnings
 from typing import Any, Literal
 
@@ -8,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from flora.replaced import merging
+from flora.replaced.lazy import lazy
 from flora.replaced.weights import AdaptedWeight, scaling_of
 
 Form = Literal["factored", "merged", "dense"]
@@ -37,7 +40,8 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
     and dropout on the update's input.
 
     Reading ``weight`` gives the adapted weight while adapters are active, so that code which takes a layer's weight
-    instead of calling the layer (torchvision's Swin, nn.TransformerEncoderLayer) sees the adapter too.
+    instead of calling the layer (torchvision's Swin, nn.TransformerEncoderLayer) sees the adapter too. It is built when
+    its values are used, not to look at its dtype or shape, and cannot be written to.
     """
 
     # The prefix of all parameters is FLoRA's, as it was when adapters were first saved.
@@ -117,7 +121,8 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
 
     def run_base(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, with the given weights (by name) in place of its own."""
-        return torch.func.functional_call(self.base_layer, weights, args, kwargs)
+        with _swapping():
+            return torch.func.functional_call(self.base_layer, weights, args, kwargs)
 
     def form_apart(self, adapter_name: str) -> Form | None:
         """The form in which the update's output is computed apart from the base layer's; None where it cannot be."""
@@ -201,7 +206,8 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
     def base_weight(self, name: str) -> Tensor:
         """The base layer's own weight of that name."""
         owner, _, attribute = name.rpartition(".")
-        return getattr(self.get_base_layer().get_submodule(owner), attribute)
+        with _swapping():
+            return getattr(self.get_base_layer().get_submodule(owner), attribute)
 
     def adapted_weight(self, name: str, adapters: list[str]) -> Tensor:
         """The base weight with the updates of the given active adapters, in the base weight's dtype."""
@@ -274,7 +280,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         adapters = [a for a in self._present(self.active_adapters) if name in self.weights[a]]
         if self.disable_adapters or self.merged or not adapters:
             return self.base_weight(name)
-        return self.adapted_weight(name, adapters)
+        return lazy(self.base_weight(name), lambda: self.adapted_weight(name, adapters))
 
     # ------------------------------------------------------------------ forward
 
@@ -358,6 +364,13 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         return "flora." + super().__repr__()
 
 
+_SWAPS = threading.RLock()  # held while a base layer bears other weights than its own, which no thread must read
+
+
+def _swapping() -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _SWAPS
+
+
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which a matrix product or convolution with this weight runs now."""
     device = weight.device.type
@@ -365,11 +378,6 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
         return weight.dtype
     casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
     return torch.get_autocast_dtype(device) if casts else weight.dtype
-
-
-def in_transform() -> bool:
-    """Whether torch.compile traces, or a functorch transform runs: our own autograd functions stay out of these."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _output_norm(weight: Tensor, described: AdaptedWeight) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+import flora
 from flora.launch import processes
 from flora.tasks.base import Forward, Split, cross_entropy
 from flora.training import internals, parts, sharding
@@ -71,6 +72,8 @@ class Trainer(internals.Loop):
         self.settings = settings
         self.penalty = penalty
         self.forward = forward
+        # Layers that are computed again in the backward pass build their own weights.
+        self._together = contextlib.nullcontext() if settings.gradient_checkpointing else flora.batched(model)
         self.loss = loss
         self.metric = metric
         self.head = list(head)
@@ -136,7 +139,8 @@ class Trainer(internals.Loop):
         """The task's loss and the method's penalty; of several processes, their mean is that of the whole batch."""
         training = self._module.training
         share = parts.share(inputs) if training and processes.count() > 1 else None
-        outputs, targets = self.forward(model, inputs, training)
+        with self._together:
+            outputs, targets = self.forward(model, inputs, training)
         loss = self.loss(outputs, targets, self.settings.label_smoothing if training else 0.0)
         if share is not None:
             loss = loss * share.to(loss.dtype)

@@ -96,15 +96,24 @@ class _Build(torch.autograd.Function):
                     outputs += matrices.to(stack.dtype).unbind(0)
             ctx.plan, ctx.flat = plan, flat
             ctx.save_for_backward(*parameters)
+            ctx.shapes = [output.shape for output in outputs]
+            ctx.set_materialize_grads(False)
             return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *received: Tensor | None) -> tuple[Tensor | None, ...]:
         plan, parameters = ctx.plan, ctx.saved_tensors
+        like = next((gradient for gradient in received if gradient is not None), None)
+        if like is None:
+            return (None,) * len(ctx.needs_input_grad)
+        gradients = [
+            like.new_zeros(()).expand(shape) if gradient is None else gradient  # the pass did not use the layer
+            for gradient, shape in zip(received, ctx.shapes, strict=True)
+        ]
         twice = torch.is_grad_enabled()  # a gradient of this gradient is wanted
         with torch.autocast(gradients[0].device.type, enabled=False):
             flat = torch._C._nn.flatten_dense_tensors(list(parameters)) if twice else ctx.flat
-            to_parameters, place = [], 0
+            to_parameters, unused, place = [], [], 0
             for stack, blocks in zip(plan.stacks, plan.split(parameters, flat), strict=True):
                 n = len(stack.layers)
                 left, right = (
@@ -112,9 +121,11 @@ class _Build(torch.autograd.Function):
                     torch.stack(gradients[place + n : place + 2 * n]),
                 )
                 to_parameters += stack.gradients(*blocks, left.to(flat.dtype), right.to(flat.dtype))
+                unused += [gradient is None for gradient in received[place : place + n]] * 3
                 place += 2 * n
             together = torch._C._nn.flatten_dense_tensors(to_parameters)
-            return None, *torch._C._nn.unflatten_dense_tensors(together, parameters)
+            results = torch._C._nn.unflatten_dense_tensors(together, parameters)
+            return None, *[None if skip else result for result, skip in zip(results, unused, strict=True)]
 
 
 def factored_stacks(layers: Sequence[FloraLayer]) -> list[FactoredStack]:

@@ -144,6 +144,8 @@ class Plan:
             if type(layer.base_layer).forward in _PLAIN:
                 self._plain.setdefault(dtype, []).append((i, layer.base_layer))
         self._places = [place for block in self.blocks for place in block.places()]
+        number = {layer: i for i, layer in enumerate(layer for stack in self.stacks for layer in stack.layers)}
+        self._owners = [number[layer] for block in self.blocks for stack in block.stacks for layer in stack.layers]
         counts = [sum(len(stack.layers) for stack in block.stacks) for block in self.blocks]
         self.views = [(count, *block.shape) for count, block in zip(counts, self.blocks, strict=True)]
         self.sizes = [math.prod(view) for view in self.views]
@@ -156,6 +158,23 @@ class Plan:
     def split(self, flat: Tensor) -> list[Tensor]:
         """The blocks of a flat buffer: cores as [n, r...], factors as [n, d, r]."""
         return [part.view(view) for part, view in zip(flat.split_with_sizes(self.sizes), self.views, strict=True)]
+
+    def given(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients of the weights, zeros for those of layers that the pass did not use."""
+        if all(gradient is not None for gradient in gradients):
+            return list(gradients)  # type: ignore[arg-type]
+        like = next(gradient for gradient in gradients if gradient is not None)
+        shapes = [(stack.described.weight_shape, stack.dtype) for stack in self.stacks for _ in stack.layers]
+        return [
+            like.new_zeros(()).to(dtype).expand(shape) if gradient is None else gradient
+            for gradient, (shape, dtype) in zip(gradients, shapes, strict=True)
+        ]
+
+    def wanted(self, results: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of the parameters, None for those of layers that the pass did not use."""
+        return [
+            None if gradients[owner] is None else result for result, owner in zip(results, self._owners, strict=True)
+        ]
 
     def build(self, parameters: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """What the layers run with, stack by stack, in the dtype that they compute in: weight, perhaps bias."""

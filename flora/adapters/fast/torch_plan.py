@@ -92,13 +92,17 @@ class _Build(torch.autograd.Function):
                     weights.extend(_add(stack, blocks[plan.index[stack, stack.modes[0]]], place))
             ctx.plan, ctx.flat, ctx.products, ctx.turned, ctx.columns = plan, flat, products, turned, columns
             ctx.save_for_backward(*parameters)
+            ctx.set_materialize_grads(False)
             return tuple(weights)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *received: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: TorchPlan = ctx.plan
+        if all(gradient is None for gradient in received):
+            return (None,) * len(ctx.needs_input_grad)
+        gradients = plan.given(received)
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted, which the fast path below does not record
-            return None, *plan.differentiable_gradients(ctx.saved_tensors, gradients)
+            return None, *plan.wanted(plan.differentiable_gradients(ctx.saved_tensors, gradients), received)
         with torch.autocast(gradients[0].device.type, enabled=False):
             exact = ctx.flat.dtype
             blocks = {exact: plan.split(ctx.flat)}
@@ -134,7 +138,7 @@ class _Build(torch.autograd.Function):
             if set(scales) != {1.0}:
                 to_blocks = [part * scale for part, scale in zip(to_blocks, scales, strict=True)]
             flat = torch._C._nn.flatten_dense_tensors(_in_one_dtype(to_blocks, exact))
-            return None, *torch._C._nn.unflatten_dense_tensors(flat, ctx.saved_tensors)
+            return None, *plan.wanted(torch._C._nn.unflatten_dense_tensors(flat, ctx.saved_tensors), received)
 
 
 def _in_one_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

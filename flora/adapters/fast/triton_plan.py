@@ -313,15 +313,18 @@ class _Build(torch.autograd.Function):
             plan.run("weights", operands["rows"], room, weights, base)
             ctx.plan, ctx.room = plan, room
             ctx.save_for_backward(*parameters)
+            ctx.set_materialize_grads(False)
             parts = zip(plan.stacks, weights.split_with_sizes(plan.weights), strict=True)
             return tuple([weight for stack, part in parts for weight in stack.unstack(part)])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *received: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: TritonPlan = ctx.plan
-        parameters = ctx.saved_tensors
+        if all(gradient is None for gradient in received):
+            return (None,) * len(ctx.needs_input_grad)
+        parameters, gradients = ctx.saved_tensors, plan.given(received)
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted, which the fast path below does not record
-            return None, *plan.differentiable_gradients(parameters, gradients)
+            return None, *plan.wanted(plan.differentiable_gradients(parameters, gradients), received)
         with torch.autocast(gradients[0].device.type, enabled=False):
             before, operands = ctx.room, plan.where_they_lie(parameters)
             given = scattered(plan.in_memory_order(gradients))
@@ -335,4 +338,4 @@ class _Build(torch.autograd.Function):
             for turn in reversed(range(plan.depth)):
                 plan.run(f"to_factor_{turn}", room, before if turn else operands["small_core"], flat)
                 plan.run(f"to_small_{turn}", room, operands[f"small_{turn}"], room if turn else flat)
-            return None, *[gradient for part in plan.split(flat) for gradient in part.unbind(0)]
+            return None, *plan.wanted([g for part in plan.split(flat) for g in part.unbind(0)], received)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import flora
-from flora.adapters.fast.builder import Builder
+from flora.adapters import FloraLayer
+from flora.adapters.fast.batched import Prepared, _autocast
+from flora.replaced import passes
 
 
 class Net(nn.Module):
@@ -47,20 +49,43 @@ TARGETS = r"(stem|up|(conv|depthwise|pointwise|fc)\.\d)"
 
 
 def adapt(base: nn.Module, **settings: Any) -> peft.PeftModel:
+    """An adapted copy of the model, which every call runs within ``flora.batched``."""
     settings = {"target_modules": TARGETS, "r": 3, "init_weights": False, "forward": "merged", "scale": 0.7} | settings
     torch.manual_seed(2)
-    return peft.get_peft_model(copy.deepcopy(base), flora.FloraConfig(**settings))
+    return together(peft.get_peft_model(copy.deepcopy(base), flora.FloraConfig(**settings)))
 
 
-def builder(model: peft.PeftModel) -> Builder:
-    return model.base_model.builder
+def together(model: peft.PeftModel) -> peft.PeftModel:
+    """The model, which every call runs within ``flora.batched``."""
+    block, run = flora.batched(model), model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with block:
+            return run(*args, **kwargs)
+
+    model.block, model.forward = block, forward
+    return model
 
 
 def layer_by_layer(model: peft.PeftModel) -> peft.PeftModel:
     """The same model with every layer building its own weight."""
     twin = copy.deepcopy(model)
-    builder(twin).detach(twin.base_model.model)
+    del twin.forward
     return twin
+
+
+def built(model: peft.PeftModel, *args: Any) -> dict[FloraLayer, Prepared]:
+    """What is built for each layer in a call of the model."""
+    with model.block:
+        model.base_model(*args)
+        shared = passes.running()
+        found = {layer: shared.prepared_for(layer) for layer in model.block.layers}
+    return {layer: prepared for layer, prepared in found.items() if prepared is not None}
+
+
+def plans_of(model: peft.PeftModel) -> list[Any]:
+    """The plans of the last call under the autocast that is on now."""
+    return model.block._plans[tuple(map(_autocast, model.block.devices))][1]
 
 
 def gradients(model: peft.PeftModel, x: Tensor) -> dict[str, Tensor]:

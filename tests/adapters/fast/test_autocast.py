@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.adapters.fast.nets import adapt, assert_same, builder, gradients, layer_by_layer
+from tests.adapters.fast.nets import adapt, assert_same, built, gradients, layer_by_layer
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -28,8 +28,10 @@ def test_autocast_rounds_the_sum_once(form):
     if form == "merged":
         layer = model.base_model.model[0]
         exact = layer.base_layer.weight + layer.get_delta_weight("default")
-        torch.testing.assert_close(builder(model)._prepared[id(layer)]["weight"], exact.bfloat16(), rtol=2**-8, atol=0)
-        assert not torch.equal(builder(model)._prepared[id(layer)]["weight"], layer.base_layer.weight.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            weight = built(model, x)[layer]["weight"]
+        torch.testing.assert_close(weight, exact.bfloat16(), rtol=2**-8, atol=0)
+        assert not torch.equal(weight, layer.base_layer.weight.bfloat16())
 
 
 class Sharing(nn.Module):
@@ -56,6 +58,19 @@ def sharing() -> Sharing:
     return Sharing()
 
 
+def saved(output: Tensor) -> list[Tensor]:
+    """What autograd keeps for the backward pass of an output."""
+    found, left, seen = [], [output.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [next_node for next_node, _ in node.next_functions]
+            own = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+            found += [value for value in (*own, *getattr(node, "saved_tensors", ())) if isinstance(value, Tensor)]
+    return found
+
+
 SHARING = ["first", "query", "key", "value"]
 
 
@@ -64,16 +79,12 @@ SHARING = ["first", "query", "key", "value"]
 def test_layers_on_one_input_keep_one_copy_of_it_under_autocast(form, changes, sharing):
     sharing.changes = changes
     model = adapt(sharing, target_modules=SHARING, forward=form)
-    x, kept = torch.randn(5, 8), {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.dtype == torch.bfloat16 and tensor.shape == (5, 8):
-            kept[tensor.data_ptr()] = tensor
-        return tensor
-
+    x = torch.randn(5, 8)
     exact = gradients(model, x)
-    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autocast("cpu", torch.bfloat16):
         loss = F.cross_entropy(model(x), torch.arange(5) % 4)
+    inputs = [tensor for tensor in saved(loss) if tensor.dtype == torch.bfloat16 and tensor.shape == (5, 8)]
+    kept = {tensor.data_ptr() for tensor in inputs}
     assert len(kept) == (3 if changes else 2)  # what the first layer takes, and what the three share
     model.zero_grad()
     loss.backward()
@@ -125,16 +136,17 @@ def test_frozen_biases_are_converted_together_and_trained_ones_train(trained):
     model = adapt(base, target_modules=["0", "1", "3"], forward="merged", bias=trained)
     x = torch.randn(2, 3, 3, 3)
     for _ in range(2):  # the second time after a change past autograd
-        for layer in builder(model).layers:
+        for layer in model.block.layers:
             layer.base_layer.bias.data.mul_(1.5)
         with torch.autocast("cpu", torch.bfloat16):
             ours, alone = model(x), layer_by_layer(model)(x)
         torch.testing.assert_close(ours, alone, rtol=0.02, atol=0.02)
-    with_bias = [built for built in builder(model)._prepared.values() if "bias" in built]
-    assert len({built["bias"].untyped_storage().data_ptr() for built in with_bias}) == (trained == "none")
+    with torch.autocast("cpu", torch.bfloat16):
+        with_bias = [prepared for prepared in built(model, x).values() if "bias" in prepared]
+    assert len({prepared["bias"].untyped_storage().data_ptr() for prepared in with_bias}) == (trained == "none")
     assert len(with_bias) == (3 if trained == "none" else 0)
     ours.float().sum().backward()
-    for layer in builder(model).layers:
+    for layer in model.block.layers:
         grad = layer.base_layer.bias.grad
         assert grad is None if trained == "none" else grad.dtype == torch.float32 and grad.abs().sum() > 0
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import flora
-from flora.adapters.fast.builder import INTERPRETED
-from tests.adapters.fast.nets import builder
+from flora.adapters.fast.batched import INTERPRETED
+from tests.adapters.fast.nets import plans_of, together
 from tests.adapters.fast.test_triton_plan import DEVICE, ready
 
 pytestmark = ready
@@ -107,12 +107,12 @@ def test_every_lane_stays_within_its_own_product(watch, monkeypatch, tile):
     base = nn.Sequential(*shapes, nn.Conv2d(40, 7, 3), nn.Flatten(), nn.Linear(28, 72), nn.Linear(72, 24))
     targets = [name for name, module in base.named_modules() if hasattr(module, "weight")]
     config = flora.FloraConfig(target_modules=targets, r=8, kernel_rank=2, init_weights=False, forward="merged")
-    model = peft.get_peft_model(base.to(memory_format=torch.channels_last), config)
+    model = together(peft.get_peft_model(base.to(memory_format=torch.channels_last), config))
     if tile is not None:
         monkeypatch.setattr("flora.adapters.fast.triton_plan._tile", lambda step, products: tile)
     with torch.autocast(DEVICE, torch.bfloat16):
         model(torch.randn(1, 3, 14, 14)).sum().backward()
-    (plan,) = builder(model)._plans
+        (plan,) = plans_of(model)
     assert len(plan.layers) == 7
     assert {product for products in watch.calls for product in products} == {product for _, product in plan._products()}
     assert {launch.layout.aligned for step in plan._steps.values() for launch in step.launches} == {True, False}

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flora
-from flora.adapters.fast.builder import INTERPRETED, TritonPlan
-from tests.adapters.fast.nets import TARGETS, Net, builder
+from flora.adapters.fast.batched import INTERPRETED, TritonPlan
+from tests.adapters.fast.nets import TARGETS, Net, built, layer_by_layer, plans_of, together
 
 ready = pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,14 +34,12 @@ def adapted(memory_format=torch.contiguous_format, **settings) -> peft.PeftModel
     torch.manual_seed(1)
     base = Net().to(DEVICE, memory_format=memory_format)
     settings = {"target_modules": TARGETS, "r": 3, "init_weights": False, "forward": "merged", "scale": 0.7} | settings
-    return peft.get_peft_model(base, flora.FloraConfig(**settings))
+    return together(peft.get_peft_model(base, flora.FloraConfig(**settings)))
 
 
 def exact(model: peft.PeftModel) -> peft.PeftModel:
     """A twin in float64, every layer of which builds its own weight."""
-    twin = copy.deepcopy(model).double()
-    builder(twin).detach(twin.base_model.model)
-    return twin
+    return layer_by_layer(model).double()
 
 
 def images() -> Tensor:
@@ -63,7 +61,7 @@ def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
 
 def kinds(model: peft.PeftModel) -> dict[str, int]:
     """How many layers each kind of plan built."""
-    return {type(plan).__name__: sum(len(s.layers) for s in plan.stacks) for plan in builder(model)._plans}
+    return {type(plan).__name__: sum(len(s.layers) for s in plan.stacks) for plan in plans_of(model)}
 
 
 @ready
@@ -81,15 +79,11 @@ def test_outputs_and_gradients_are_those_of_float64(memory_format, ranks):
 @FORMATS
 def test_each_weight_is_the_base_plus_the_delta_rounded_once(memory_format):
     model = adapted(memory_format)
-    built = {}
-    for layer in builder(model).layers:
-        layer.register_forward_hook(
-            lambda layer, args, output: built.update({layer: builder(model)._prepared[id(layer)]["weight"]})
-        )
     with torch.autocast(DEVICE, torch.bfloat16):
-        model(images())
-    assert len(built) == 11
-    for layer, weight in built.items():
+        found = built(model, images())
+    assert len(found) == 11
+    for layer, prepared in found.items():
+        weight = prepared["weight"]
         expected = layer.base_layer.weight.double() + layer.get_delta_weight("default").double()
         assert weight.dtype == torch.bfloat16
         assert weight.dim() != 4 or weight.is_contiguous(memory_format=memory_format)
@@ -105,7 +99,7 @@ def test_gradients_add_up_and_new_parameters_and_base_weights_are_seen():
         for name, parameter in model.named_parameters():
             if "tucker" in name:
                 parameter.mul_(1.1)
-        for layer in builder(model).layers:
+        for layer in model.block.layers:
             layer.base_layer.weight.data = layer.base_layer.weight.data * 0.9  # at another address
     after = gradients(exact(model), x.double())
     assert_near(gradients(model, x), {name: before[name] + after[name] for name in before}, 1e-4)
@@ -134,9 +128,8 @@ def test_another_memory_layout_and_dtype_of_adapters_are_seen():
 def test_a_factor_of_another_dtype_is_not_read_as_float32(dtype):
     model, x = adapted(), images()
     with torch.autocast(DEVICE, torch.bfloat16):
-        model(x)
-        assert len(builder(model)._prepared) == 11
-        factor = builder(model).layers[0].tucker_factors["default"].weight_0
+        assert len(built(model, x)) == 11
+        factor = model.block.layers[0].tucker_factors["default"].weight_0
         factor.data = factor.data.to(dtype)
         torch.testing.assert_close(model(x).double(), exact(model)(x.double()), rtol=0.1, atol=0.05)
 
@@ -159,7 +152,7 @@ def test_layers_that_it_cannot_take_are_built_stack_by_stack():
     base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 1)).to(DEVICE)
     base[2].weight = nn.Parameter(torch.randn(6, 1, device=DEVICE).T)
     config = flora.FloraConfig(target_modules=["0", "1", "2"], r=2, init_weights=False, forward="merged")
-    model = peft.get_peft_model(base, config)
+    model = together(peft.get_peft_model(base, config))
     x = torch.randn(4, 6, device=DEVICE)
     torch.testing.assert_close(model(x).double(), exact(model)(x.double()), rtol=1e-5, atol=1e-5)
     assert kinds(model) == {"TritonPlan": 2, "TorchPlan": 1}
@@ -171,7 +164,7 @@ def test_a_weight_of_more_elements_than_the_kernel_counts_is_not_taken():
 
     model = adapted()
     model(images())
-    stack = next(stack for stack in builder(model)._plans[0].stacks if len(stack.described.shape) == 2)
+    stack = next(stack for stack in plans_of(model)[0].stacks if len(stack.described.shape) == 2)
     sizes = {elements: replace(stack.described, shape=(elements // 2**10, 2**10)) for elements in (2**31, 2**32)}
     assert [takes(replace(stack, described=described)) for described in sizes.values()] == [True, False]
 
@@ -197,7 +190,7 @@ def test_weights_of_any_shape(memory_format, base, kind):
     config = flora.FloraConfig(
         target_modules=["0"], r=2, kernel_rank=2, init_weights=False, forward="merged", scale=0.5
     )
-    model = peft.get_peft_model(base, config)
+    model = together(peft.get_peft_model(base, config))
     twin = exact(model)
     x = torch.randn(2, base[0].in_channels, *[8] * (base[0].weight.dim() - 2), device=DEVICE)
     ours, theirs = model(x), twin(x.double())

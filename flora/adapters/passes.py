@@ -1,0 +1,46 @@
+"""The switch for what layers share in a forward pass: ``flora.batched``."""
+
+import contextlib
+import importlib
+from typing import Any
+
+from torch import nn
+
+
+def batched(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """A context for a forward pass in which FLoRA builds the weights of all layers of ``model`` together: same result.
+
+    Each layer by itself launches about ten small operations; together, layers of one shape share them. Make it once
+    and enter it for every forward pass; the backward pass may lie outside::
+
+        together = flora.batched(model)
+        for inputs in data:
+            with together:
+                loss = model(**inputs).loss
+            loss.backward()
+
+    Nothing is kept on the model, and nothing but the grouping of layers from one block to the next. Within a block, a
+    layer whose weights, active adapters or scale have changed since, and every layer where operations are recorded or
+    repeated (gradient checkpointing, functorch, forward-mode AD, tracing, torch.compile), builds its own. A change
+    through ``tensor.data`` within a block goes unnoticed, since torch counts no version for it; what a block builds
+    stays in memory until it ends.
+
+    Args:
+        model: a module with adapted layers, such as a ``peft.PeftModel``; layers added later build their own.
+
+    Returns:
+        A context manager that can be entered again and again, by several threads too.
+    """
+    if (folder := fast()) is None:
+        return contextlib.nullcontext()
+    return folder.Batched(model)
+
+
+def fast() -> Any:
+    """The module that builds weights together; None where the folder ``flora/adapters/fast`` is absent."""
+    try:
+        return importlib.import_module("flora.adapters.fast.batched")
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("flora.adapters.fast"):
+            raise
+        return None

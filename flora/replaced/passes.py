@@ -1,0 +1,39 @@
+"""The forward pass whose work layers share, where ``flora.batched`` asked for that.
+
+It is found through a context variable and kept nowhere else: other threads, later passes, copies of the model and the
+backward pass do not see it.
+"""
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+# flora.adapters.fast.batched.Pass
+RUNNING: ContextVar[Any] = ContextVar("flora_pass", default=None)
+
+
+def running() -> Any:
+    """The pass that layers may share work in now; None without one, and where others watch what the layers compute."""
+    if torch.compiler.is_compiling():  # first, since torch.compile cannot trace what follows
+        return None
+    shared = RUNNING.get()
+    return None if shared is None or _watched() else shared
+
+
+def _watched() -> bool:
+    """Whether operations are recorded, transformed or repeated by somebody who must see each layer's own.
+
+    Gradient checkpointing repeats a part of the forward pass in the backward pass, when parameters, adapters and
+    autocast may have changed, and compares what is saved; a functorch transform, forward-mode AD and tracing need
+    operations that torch can differentiate or write down.
+    """
+    return (
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # checkpoints, save_on_cpu
+        or torch._C._current_graph_task_id() != -1  # within a backward pass
+        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, counters of operations
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
