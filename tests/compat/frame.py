@@ -97,4 +97,3 @@ def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
     return re.sub(r"0x[0-9a-f]+|/\S*/", "…", kind + (lines[0] if lines else ""))[:160]
-

@@ -56,7 +56,9 @@ def _owner(layer: nn.Module, key: str) -> tuple[nn.Module, str]:
     return layer, key
 
 
-def gradients(method: Method, network: nn.Module, adapter: str = "default") -> dict[tuple[str, str, str], Tensor | None]:
+def gradients(
+    method: Method, network: nn.Module, adapter: str = "default"
+) -> dict[tuple[str, str, str], Tensor | None]:
     """Gradients of an adapted network or of a reference: by layer, weight and part."""
     if hasattr(network, "updates"):
         held = {place: {k[1:]: p for k, p in update.parts.items()} for place, update in network.updates.items()}
@@ -77,7 +79,9 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str =
     assert error <= tolerance * scale, f"{what}: off by {error / (scale or 1):.1e}"
 
 
-def assert_same_gradients(actual: dict[Any, Tensor | None], expected: dict[Any, Tensor | None], tolerance: float) -> None:
+def assert_same_gradients(
+    actual: dict[Any, Tensor | None], expected: dict[Any, Tensor | None], tolerance: float
+) -> None:
     """All gradients alike; those that are small beside the largest are held to a thousandth of that."""
     assert actual.keys() == expected.keys(), "other parameters are trained than were adapted"
     norms = [gradient.norm().item() for gradient in expected.values() if gradient is not None]
@@ -87,12 +91,24 @@ def assert_same_gradients(actual: dict[Any, Tensor | None], expected: dict[Any, 
         what = f"gradient of {'.'.join(key)}"
         own = actual[key]
         if gradient is None or own is None:
-            assert own is gradient, f"{what}: {'none' if own is None else 'one'} where the reference has {'none' if gradient is None else 'one'}"
+            assert own is gradient, (
+                f"{what}: {'none' if own is None else 'one'} where the reference has {'none' if gradient is None else 'one'}"
+            )
             continue
         assert_close(own, gradient, tolerance, what, floor=1e-3 * max(norms))
 
 
-def three_steps(method: Method, model: nn.Module, targets: Any, loss: Loss, *, tolerance: float | None = None, lr: float = 0.05, steps: int = 3, **settings: Any) -> Any:
+def three_steps(
+    method: Method,
+    model: nn.Module,
+    targets: Any,
+    loss: Loss,
+    *,
+    tolerance: float | None = None,
+    lr: float = 0.05,
+    steps: int = 3,
+    **settings: Any,
+) -> Any:
     """Train an adapter and its reference side by side; losses and gradients must agree. Gives the adapted model.
 
     In double precision, unless the tolerance says otherwise.
@@ -106,7 +122,15 @@ def three_steps(method: Method, model: nn.Module, targets: Any, loss: Loss, *, t
     return adapted
 
 
-def compare_steps(method: Method, adapted: Any, reference: nn.Module, loss: Loss, tolerance: float = TIGHT, lr: float = 0.05, steps: int = 3) -> None:
+def compare_steps(
+    method: Method,
+    adapted: Any,
+    reference: nn.Module,
+    loss: Loss,
+    tolerance: float = TIGHT,
+    lr: float = 0.05,
+    steps: int = 3,
+) -> None:
     """Steps of gradient descent on both; what they compute must agree."""
     networks = (adapted, reference)
     optimisers = [torch.optim.SGD([p for p in n.parameters() if p.requires_grad], lr=lr) for n in networks]

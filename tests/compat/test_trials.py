@@ -7,17 +7,22 @@ from dataclasses import asdict
 import pytest
 
 from .frame import RIGHT, Trial, every_trial, outcome
-from .methods import METHODS, Method
+from .methods import FACTORED, MERGED, METHODS, Method
+
+OURS = ("passes", "transforms")  # modules of trials whose networks are so small that every form is tried each time
+
+
+def marks(trial: Trial, method: Method) -> list[pytest.MarkDecorator]:
+    slow = trial.slow or (method in (MERGED, FACTORED) and not trial.name.startswith(OURS))
+    return [pytest.mark.compat, *([pytest.mark.slow] if slow else [])]
+
 
 CASES = [
-    pytest.param(
-        trial, method, id=f"{trial.name}-{method.name}",
-        marks=[pytest.mark.compat, *([pytest.mark.slow] if trial.slow else [])],
-    )
+    pytest.param(trial, method, id=f"{trial.name}-{method.name}", marks=marks(trial, method))
     for trial in every_trial()
     for method in METHODS
     if method.name not in trial.skipped
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("trial", "method"), CASES)

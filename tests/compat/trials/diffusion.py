@@ -11,7 +11,17 @@ from ..methods import Method
 from ..reference import SINGLE, TIGHT, assert_close, by_hand, compare_steps, three_steps
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-ALL = [*ATTENTION, "conv1", "conv2", "conv_in", "proj_in", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "conv_shortcut"]
+ALL = [
+    *ATTENTION,
+    "conv1",
+    "conv2",
+    "conv_in",
+    "proj_in",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "time_emb_proj",
+    "conv_shortcut",
+]
 NEEDS = ("diffusers",)
 
 
@@ -110,7 +120,12 @@ def fused(method: Method) -> None:
     assert_close(predicted(model), predicted(base), TIGHT, "output fused at half its scale")
 
 
-@trial("diffusers", "save_lora_adapter and load_lora_adapter, which hold LoRA's matrices only", needs=NEEDS, expected={"FLoRA": "right|refused: .*"})
+@trial(
+    "diffusers",
+    "save_lora_adapter and load_lora_adapter, which hold LoRA's matrices only",
+    needs=NEEDS,
+    expected={"FLoRA": "right|refused: .*"},
+)
 def saved_by_diffusers(method: Method) -> None:
     base = unet()
     model = copy.deepcopy(base)
@@ -124,12 +139,12 @@ def saved_by_diffusers(method: Method) -> None:
 
 @trial("diffusers", "an adapter converted to LoRA, loaded by unet.load_lora_adapter", needs=NEEDS, skipped=("LoRA",))
 def converted(method: Method) -> None:
-    from flora.adapters import convert
+    from flora.adapters.export import to_lora
 
     base = unet()
     model = method.wrap(copy.deepcopy(base), ALL, rank_pattern={"to_q": 2, "conv1": [3, 4, 2, 1]})
     expected = predicted(by_hand(method, base, model))
-    convert.to_lora(model, "lora")
+    to_lora(model, "lora")
     loaded = copy.deepcopy(base)
     loaded.load_lora_adapter("lora", weight_name="adapter_model.safetensors", prefix="base_model.model")
     assert_close(predicted(loaded), expected, SINGLE, "output of the LoRA")

@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import sys
 import threading
 from contextlib import contextmanager, suppress
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from ..frame import trial
 from ..methods import Method
 from ..reference import TIGHT, assert_close, assert_same_gradients, by_hand, compare_steps, gradients, three_steps
 
+replicating = sys.modules["torch.nn.parallel.replicate"]  # its package has a function of that name
 ALL = ["conv", "up", "mlp.0", "mlp.2", "mlp.4"]
 
 
@@ -339,13 +342,25 @@ def threads(method: Method) -> None:
     assert_same_gradients(gradients(method, model), gradients(method, reference), TIGHT)
 
 
-@trial("torch", "nn.DataParallel (of one device)")
+@trial("torch", "nn.DataParallel: replicas for two devices (made on a CPU), forward and backward")
 def data_parallel(method: Method) -> None:
     base = Mixed()
     model = method.wrap(copy.deepcopy(base), ALL)
-    compare_steps(method, nn.DataParallel(model).module, by_hand(method, base, model), image_loss)
-    parallel = nn.DataParallel(model)
-    assert_close(image_loss(parallel), image_loss(by_hand(method, base, model)), TIGHT, "loss")
+    reference = by_hand(method, base, model)
+
+    def copies(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    with mock.patch.object(replicating, "_broadcast_coalesced_reshape", copies):
+        replicas = replicating.replicate(model, [0, 1])
+    parts = rows(4, 3, 6, 6).chunk(2)
+    output = torch.cat([replica(part) for replica, part in zip(replicas, parts, strict=True)])
+    expected = reference(rows(4, 3, 6, 6))
+    assert_close(output, expected, TIGHT)
+    output.square().mean().backward()
+    expected.square().mean().backward()
+    assert_same_gradients(gradients(method, model), gradients(method, reference), TIGHT)
+    assert_close(model(rows(4, 3, 6, 6)), expected, TIGHT, "output after replication")
 
 
 def _copied(method: Method, how) -> None:

@@ -14,7 +14,9 @@ from .language import causal_loss, tokens
 from .trainers import SIZES, TARGETS, llama
 
 
-def _quantised(method: Method, build: Callable[[], nn.Module], tolerance: float = SINGLE, targets: Any = TARGETS) -> Any:
+def _quantised(
+    method: Method, build: Callable[[], nn.Module], tolerance: float = SINGLE, targets: Any = TARGETS
+) -> Any:
     """Three steps beside the reference; the update in the output is right by itself."""
     torch.manual_seed(6)
     model = method.wrap(build(), targets)
@@ -73,7 +75,12 @@ def bits_and_bytes(method: Method) -> None:
             assert layer.weight.device.type == "cpu"
 
 
-@trial("bitsandbytes", "a Llama in 4 bits loaded by transformers (BitsAndBytesConfig), prepare_model_for_kbit_training; merge", needs=("bitsandbytes",), slow=True)
+@trial(
+    "bitsandbytes",
+    "a Llama in 4 bits loaded by transformers (BitsAndBytesConfig), prepare_model_for_kbit_training; merge",
+    needs=("bitsandbytes",),
+    slow=True,
+)
 def bits_and_bytes_loaded(method: Method) -> None:
     import peft
 
@@ -106,8 +113,13 @@ def bits_and_bytes_int8(method: Method) -> None:
     _quantised(method, build, tolerance=0.02)
 
 
-@trial("optimum-quanto", "quantize and freeze (int8, int4 weights), three steps; merge", needs=("optimum.quanto",), slow=True,
-       expected={"LoRA": "wrong: merging keeps .*"})
+@trial(
+    "optimum-quanto",
+    "quantize and freeze (int8, int4 weights), three steps; merge",
+    needs=("optimum.quanto",),
+    slow=True,
+    expected={"LoRA": "wrong: merging keeps .*"},
+)
 def quanto(method: Method) -> None:
     from optimum.quanto import freeze, qint4, qint8, quantize
 

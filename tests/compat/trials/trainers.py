@@ -203,7 +203,12 @@ def train_encoder(model: Any) -> Any:
     )  # fmt: skip
 
 
-@trial("sentence-transformers", "its Trainer over a wrapped encoder, three steps; encode", needs=("sentence_transformers",), slow=True)
+@trial(
+    "sentence-transformers",
+    "its Trainer over a wrapped encoder, three steps; encode",
+    needs=("sentence_transformers",),
+    slow=True,
+)
 def encoders(method: Method) -> None:
     model, reference = encoder(), encoder()
     inner = model[0].auto_model if hasattr(model[0], "auto_model") else model[0].model
@@ -223,7 +228,12 @@ def _put(owner: nn.Module, name: str, network: nn.Module) -> None:
     owner._modules[kept] = network
 
 
-@trial("sentence-transformers", "add_adapter, its Trainer, three steps (transformers' check of PEFT's version set aside)", needs=("sentence_transformers",), slow=True)
+@trial(
+    "sentence-transformers",
+    "add_adapter, its Trainer, three steps (transformers' check of PEFT's version set aside)",
+    needs=("sentence_transformers",),
+    slow=True,
+)
 def encoders_with_adapters(method: Method) -> None:
     model, reference = encoder(), encoder()
     with mock.patch("transformers.integrations.peft.check_peft_version"):  # 5.24 asks for a PEFT that is not out yet

@@ -124,7 +124,7 @@ def vectorised_jacobian(method: Method) -> None:
         assert_close(run(model, strategy), run(reference, strategy), TIGHT, strategy)
 
 
-@trial("torch", "make_fx of the loss and of its gradient")
+@trial("torch", "make_fx of the loss and of its gradient", slow=True)
 def traced_by_fx(method: Method) -> None:
     def loss(values):
         return call(values, rows(*IMAGES)).square().mean()
@@ -204,7 +204,7 @@ def compiles_blocks(method: Method) -> None:
         torch._dynamo.reset()
 
 
-@trial("torch", "swapping tensors: model.to(dtype), half and back, share_memory, to_empty refused by none")
+@trial("torch", "model.float() and back to double, share_memory")
 def moved(method: Method) -> None:
     base = Mixed()
     model = method.wrap(copy.deepcopy(base), ALL)
