@@ -1,7 +1,7 @@
 """Convert adapters: from published checkpoints, LoRA or a full fine-tune to FLoRA, and from FLoRA to LoRA or LyCORIS.
 
 python scripts/export.py my_adapter lora_folder --to lora
-python scripts/export.py my_adapter lora_folder --to lora --model convnext --num-classes 10 --merge-rest base.safetensors
+python scripts/export.py my_adapter lora_folder --to lora --model convnext --merge-rest base.safetensors
 python scripts/export.py flora.pt adapter_folder --from published --scale 4 --model resnet50
 python scripts/export.py tuned.safetensors adapter_folder --from checkpoint --energy 0.9 --model transformers:bert
 """

@@ -16,18 +16,18 @@ from flora.results.markdown import DASH, markdown_table
 OUTCOMES, PAGE = ROOT / "results" / "compatibility.json", ROOT / "docs" / "compatibility.md"
 HEAD = """# Other people's libraries
 
-Each row is a trial of `tests/compat`: something that is done in a library with an adapter, run with `FloraConfig` and with
-PEFT's `LoraConfig` in the same place. Networks are small and random, so that losses, gradients or outputs can be compared with
-a network written by hand, whose weights are W + delta, layer by layer. FLoRA runs in each of its forms, `auto`, `merged` and
-`factored`; where they differ, the row says so.
+Each row is a trial of `tests/compat`: something done in a library with an adapter, run with `FloraConfig` and with
+PEFT's `LoraConfig` in the same place. Networks are small and random. Their losses, gradients or outputs are compared
+with those of a network written by hand, whose weights are W + delta, layer by layer. FLoRA runs in each of its forms,
+`auto`, `merged` and `factored`; where they differ, the row says so.
 
-`right`: everything agrees within rounding. `wrong`: a number differs. `fails`: an error that is not meant for the user. `refused`:
-one line that says what is wrong. {dash}: the method has no such thing. {count} FLoRA is right in {right}, LoRA in {lora}
-of the {both} that it can be asked.
+`right`: everything agrees within rounding. `wrong`: a number differs. `fails`: an error that is not meant for the user.
+`refused`: one line that says what to do. `{dash}`: the method has no such thing. FLoRA is right in {flora} of {all}
+rows, LoRA in {lora} of the {asked} that it can be asked.
 
 Tried on {date} with {versions}. `pip install -e ".[dev,compat]"` installs the libraries, and
-`python -m pytest tests/compat --outcomes results/compatibility.json` tries again; `scripts/make_compatibility.py` then renders
-this page.
+`python -m pytest tests/compat --outcomes results/compatibility.json` tries again. Then
+`scripts/make_compatibility.py` renders this page.
 
 <!-- rendered by scripts/make_compatibility.py -->
 """
@@ -43,11 +43,11 @@ def rendered(outcomes: dict[str, Any]) -> str:
     ordered = sorted(cells, key=lambda cell: cell[0]["library"].lower())  # within one, as they were tried
     table = [[row["library"], row["version"], row["what"], flora, lora] for row, flora, lora in ordered]
     text = HEAD.format(
-        dash=f"`{DASH}`",
-        count=f"Of {len(cells)} rows",
-        right=sum(flora == "right" for _, flora, _ in cells),
+        dash=DASH,
+        all=len(cells),
+        flora=sum(flora == "right" for _, flora, _ in cells),
         lora=sum(lora == "right" for *_, lora in cells),
-        both=sum(lora != DASH for *_, lora in cells),
+        asked=sum(lora != DASH for *_, lora in cells),
         date=outcomes["date"],
         versions=", ".join(f"{name} {version}" for name, version in outcomes["versions"].items()),
     )

@@ -81,7 +81,7 @@ def folder_to_lora(
         raise ValueError(f"{file} does not exist; name the folder of a saved adapter")
     config = peft.PeftConfig.from_pretrained(str(source))
     if not isinstance(config, FloraConfig):
-        raise ValueError(f"{source}: its peft_type is {config.peft_type}, not FLORA")
+        raise ValueError(f"{source}: its peft_type is {config.peft_type.value}, not FLORA")
     modules = None if model is None else dict(model.named_modules())
     state = load_file(file)
     updates, others = [], {}
@@ -214,7 +214,7 @@ def merge_what_lora_cannot_hold(model: peft.PeftModel, adapter_name: str = "defa
             )
         else:
             layer.merge(safe_merge=True, adapter_names=[adapter_name])
-        model.base_model._replace_module(parent, child_name, layer.get_base_layer(), layer)
+        cast(Any, model.base_model)._replace_module(parent, child_name, layer.get_base_layer(), layer)
     return [name for name, _ in chosen]
 
 

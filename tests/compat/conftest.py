@@ -1,5 +1,6 @@
 """The option that writes down how the trials came out, for scripts/make_compatibility.py."""
 
+import json
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +27,14 @@ def pytest_sessionfinish(session):
     file = session.config.getoption("--outcomes", None)
     if file is None or not OUTCOMES:
         return
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    before = json.loads(file.read_text()) if file.exists() else {"versions": None}
+    # Trials that were not run now keep their rows, as long as it is with the same libraries.
+    kept = {row["trial"]: row for row in before["rows"]} if before["versions"] == versions else {}
     rows = [
         {"trial": t.name, "library": t.library, "version": version(t.library), "what": t.what}
-        | {"outcomes": OUTCOMES[t.name]}
+        | {"outcomes": kept.get(t.name, {}).get("outcomes", {}) | OUTCOMES.get(t.name, {})}
         for t in every_trial()
-        if t.name in OUTCOMES
+        if t.name in OUTCOMES or t.name in kept
     ]
-    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     write_json(file, {"date": datetime.now(UTC).date().isoformat(), "versions": versions, "rows": rows})

@@ -1,4 +1,4 @@
-"""What a trial is: something done in another library with an adapter, tried with FLoRA and with LoRA in the same place."""
+"""What a trial is: something done in another library with an adapter, with FLoRA and with LoRA in the same place."""
 
 import importlib
 import pkgutil
@@ -25,7 +25,7 @@ class Trial:
         what: what is done with it.
         run: does it with a method, and asserts that it came out right.
         needs: modules that must be there, beside those of the project.
-        expected: by method, what is to come out where that is not ``right``: a regular expression of the outcome.
+        expected: by method, what is to come out where that is not ``right``: a regular expression.
         skipped: methods that cannot be asked, as they have no such thing.
         slow: whether it takes more than some two seconds.
     """
@@ -46,7 +46,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended: ``right``, ``refused``, ``wrong`` (a result) or ``fails`` (an error), and the line about it."""
+    """How a trial ended: ``right``, ``refused``, ``wrong`` (a result), ``fails`` (an error); and the line about it."""
 
     status: str
     line: str = ""

@@ -9,10 +9,10 @@ import pytest
 from .frame import every_trial
 from .methods import METHODS
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import make_compatibility
 
+ROOT = Path(__file__).parents[2]
 OUTCOMES = json.loads((ROOT / "results" / "compatibility.json").read_text())
 
 

@@ -161,8 +161,8 @@ def t5(method: Method) -> None:
 def _whisper(method: Method, targets: list[str]) -> None:
     sizes = {
         "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "vocab_size": 32,
-        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8, "pad_token_id": 0,
-        "max_source_positions": 10, "max_target_positions": 12, "bos_token_id": 1, "eos_token_id": 2,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
+        "pad_token_id": 0, "max_source_positions": 10, "max_target_positions": 12, "bos_token_id": 1, "eos_token_id": 2,
         "decoder_start_token_id": 1, "suppress_tokens": [], "begin_suppress_tokens": [],
     }  # fmt: skip
     model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes))
@@ -368,7 +368,7 @@ def offloaded(method: Method, how) -> None:
     for _ in range(2):
         with torch.no_grad():
             assert_close(moved(tokens()).logits, expected, TIGHT, "logits")
-        moved(tokens()).logits
+        assert moved(tokens()).logits.requires_grad
 
 
 def adapted_later(method: Method, how) -> None:

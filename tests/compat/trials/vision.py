@@ -111,11 +111,10 @@ def vit(method: Method) -> None:
 
 @trial("torchvision", "Mask R-CNN (backbone, FPN, RPN and heads), three steps", slow=True)
 def mask_rcnn(method: Method) -> None:
+    import torchvision
     from torchvision.models.detection import MaskRCNN
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
     from torchvision.ops import FrozenBatchNorm2d
-
-    import torchvision
 
     torch.manual_seed(0)
     body = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], norm_layer=FrozenBatchNorm2d)
