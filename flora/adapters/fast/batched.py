@@ -187,7 +187,7 @@ def together(model: nn.Module) -> Mapping[FloraLayer, int]:
 
 def _buildable(layer: FloraLayer) -> bool:
     """Whether the layer's only weight can be built with those of others: W + update, the update made as FLoRA's is."""
-    return layer.stackable and type(layer).get_delta_weight is FloraLayer.get_delta_weight
+    return layer.stackable and layer.is_tucker()
 
 
 def plans(layers: Sequence[FloraLayer]) -> list[Plan | FactoredPlan]:
