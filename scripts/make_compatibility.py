@@ -57,9 +57,12 @@ def rendered(outcomes: dict[str, Any]) -> str:
 
 def _flora(outcomes: dict[str, Any]) -> str:
     """FLoRA's outcome: one for all forms where they agree."""
-    forms = {name.partition(", ")[2] or "auto": _said(o) for name, o in outcomes.items() if name.startswith("FLoRA")}
-    if not forms:
+    found = {name.partition(", ")[2] or "auto": o for name, o in outcomes.items() if name.startswith("FLoRA")}
+    if not found:
         return DASH
+    forms = {form: _said(outcome) for form, outcome in found.items()}
+    if len({outcome["status"] for outcome in found.values()}) == 1:  # of lines that differ, the first
+        return forms["auto"]
     return (
         "; ".join(f"{form}: {said}" for form, said in forms.items()) if len(set(forms.values())) > 1 else forms["auto"]
     )

@@ -9,7 +9,8 @@ import pytest
 from .frame import RIGHT, Trial, every_trial, outcome
 from .methods import FACTORED, MERGED, METHODS, Method
 
-OURS = ("passes", "transforms")  # modules of trials whose networks are so small that every form is tried each time
+# Modules of trials whose networks are so small that every form is tried each time.
+OURS = ("passes", "checkpoints", "copies", "transforms")
 
 
 def marks(trial: Trial, method: Method) -> list[pytest.MarkDecorator]:

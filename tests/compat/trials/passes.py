@@ -1,21 +1,15 @@
 """What belongs to one pass of the model must not decide another: exceptions, checkpointing, threads, copies."""
 
 import copy
-import pickle
-import sys
-import threading
 from contextlib import contextmanager, suppress
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..frame import trial
 from ..methods import Method
-from ..reference import TIGHT, assert_close, assert_same_gradients, by_hand, compare_steps, gradients, three_steps
+from ..reference import TIGHT, assert_close, by_hand, compare_steps, three_steps
 
-replicating = sys.modules["torch.nn.parallel.replicate"]  # its package has a function of that name
 ALL = ["conv", "up", "mlp.0", "mlp.2", "mlp.4"]
 
 
@@ -49,6 +43,11 @@ def image_loss(network: nn.Module) -> Tensor:
 
 def row_loss(network: nn.Module) -> Tensor:
     return network(rows(4, 12)).square().mean()
+
+
+def without_gradients(model, x: Tensor) -> None:
+    with torch.no_grad():
+        model(x)
 
 
 # ---------------------------------------------------------------------- in-place operations
@@ -184,230 +183,6 @@ def exception_with_bare_parameters(method: Method) -> None:
         compare_steps(method, model, by_hand(method, base, model), row_loss)
 
 
-# ---------------------------------------------------------------------- checkpointing
-
-
-class Checkpointed(nn.Module):
-    """Two blocks, each recomputed in the backward pass."""
-
-    def __init__(self, reentrant: bool, convolution: bool = False) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-        torch.manual_seed(2)
-        if convolution:
-            self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh()) for _ in range(2))
-            self.blocks.double()
-        else:
-            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), nn.Tanh()) for _ in range(2)).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=self.reentrant)
-        return x
-
-
-def _checkpointed(method: Method, between, reentrant: bool = False) -> None:
-    """Gradients must be those of the pass that was run, whatever ran between it and its backward pass."""
-    for convolution in (False, True):
-        base = Checkpointed(reentrant, convolution).train()
-        targets = ["blocks.0.0", "blocks.1.0"]
-        model = method.wrap(copy.deepcopy(base), targets)
-        model.add_adapter("other", method.config(targets))
-        reference = by_hand(method, base, model)
-        for network in (model, reference):
-            x = rows(4, 3, 6, 6) if convolution else rows(4, 12)
-            loss = network(x.requires_grad_()).square().mean()
-            if network is model:
-                between(model, x.detach())
-            loss.backward()
-        assert_same_gradients(gradients(method, model), gradients(method, reference), TIGHT)
-
-
-def _no_grad(model, x: Tensor) -> None:
-    with torch.no_grad():
-        model(x)
-
-
-@trial("torch", "non-reentrant checkpointing")
-def checkpointing(method: Method) -> None:
-    _checkpointed(method, lambda model, x: None)
-
-
-@trial("torch", "reentrant checkpointing, whose input needs a gradient")
-def reentrant_checkpointing(method: Method) -> None:
-    _checkpointed(method, _no_grad, reentrant=True)
-
-
-@trial("torch", "non-reentrant checkpointing; a pass without gradients before backward")
-def checkpointing_then_no_grad(method: Method) -> None:
-    _checkpointed(method, _no_grad)
-
-
-@trial("torch", "non-reentrant checkpointing; a pass with the adapter disabled before backward")
-def checkpointing_then_disabled(method: Method) -> None:
-    def disabled(model, x: Tensor) -> None:
-        with model.disable_adapter():
-            model(x)
-            _no_grad(model, x)
-
-    _checkpointed(method, disabled)
-
-
-@trial("torch", "non-reentrant checkpointing; a pass of another adapter before backward")
-def checkpointing_then_other(method: Method) -> None:
-    def other(model, x: Tensor) -> None:
-        model.set_adapter("other")
-        _no_grad(model, x)
-        model(x)
-        model.set_adapter("default")
-
-    _checkpointed(method, other)
-
-
-@trial("torch", "non-reentrant checkpointing; a pass under autocast before backward")
-def checkpointing_then_autocast(method: Method) -> None:
-    def autocast(model, x: Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            model(x)
-            _no_grad(model, x)
-
-    _checkpointed(method, autocast)
-
-
-@trial("torch", "non-reentrant checkpointing; merge, a pass and unmerge before backward")
-def checkpointing_then_merged(method: Method) -> None:
-    def merged(model, x: Tensor) -> None:
-        model.merge_adapter()
-        _no_grad(model, x)
-        model.unmerge_adapter()
-
-    _checkpointed(method, merged)
-
-
-@trial("torch", "two passes, then both backward passes in the other order, with checkpointing")
-def crossed_backward(method: Method) -> None:
-    base = Checkpointed(False).train()
-    model = method.wrap(copy.deepcopy(base), ["blocks.0.0", "blocks.1.0"])
-    reference = by_hand(method, base, model)
-    for network in (model, reference):
-        first, second = (network(rows(4, 12, seed=seed)).square().mean() for seed in (0, 1))
-        second.backward()
-        first.backward()
-    assert_same_gradients(gradients(method, model), gradients(method, reference), TIGHT)
-
-
-# ---------------------------------------------------------------------- threads and copies
-
-
-@trial("torch", "two threads on one model, one of them without gradients")
-def threads(method: Method) -> None:
-    base = Mixed()
-    model = method.wrap(copy.deepcopy(base), ALL)
-    reference = by_hand(method, base, model)
-    images = rows(4, 3, 6, 6)
-    expected = reference(images)
-    inside, checked = threading.Event(), threading.Event()
-    failures: list[BaseException] = []
-
-    def wait(*_: object) -> None:
-        if torch.is_grad_enabled():
-            inside.set()
-            checked.wait(10)
-
-    # One thread stands in the middle of its pass while the other runs a whole one.
-    hook = model.get_base_model().mlp[1].register_forward_hook(wait)
-
-    def train() -> None:
-        try:
-            output = model(images)
-            assert_close(output, expected, TIGHT, "output of the training thread")
-            output.square().mean().backward()
-        except BaseException as error:
-            failures.append(error)
-            inside.set()
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    inside.wait(10)
-    try:
-        with torch.no_grad():
-            assert_close(model(images), expected, TIGHT, "output of the thread without gradients")
-    finally:
-        checked.set()
-        thread.join(10)
-        hook.remove()
-    if failures:
-        raise failures[0]
-    reference(images).square().mean().backward()
-    assert_same_gradients(gradients(method, model), gradients(method, reference), TIGHT)
-
-
-@trial("torch", "nn.DataParallel: replicas for two devices (made on a CPU), forward and backward")
-def data_parallel(method: Method) -> None:
-    base = Mixed()
-    model = method.wrap(copy.deepcopy(base), ALL)
-    reference = by_hand(method, base, model)
-
-    def copies(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
-        return [[tensor.clone() for tensor in tensors] for _ in devices]
-
-    with mock.patch.object(replicating, "_broadcast_coalesced_reshape", copies):
-        replicas = replicating.replicate(model, [0, 1])
-    parts = rows(4, 3, 6, 6).chunk(2)
-    output = torch.cat([replica(part) for replica, part in zip(replicas, parts, strict=True)])
-    expected = reference(rows(4, 3, 6, 6))
-    assert_close(output, expected, TIGHT)
-    output.square().mean().backward()
-    expected.square().mean().backward()
-    assert_same_gradients(gradients(method, model), gradients(method, reference), TIGHT)
-    assert_close(model(rows(4, 3, 6, 6)), expected, TIGHT, "output after replication")
-
-
-def _copied(method: Method, how) -> None:
-    """Copies made before, in the middle of and after a pass compute for themselves."""
-    base = Mixed()
-    model = method.wrap(copy.deepcopy(base), ALL)
-    copies = []
-    before = how(model)
-    image_loss(model).backward()
-    after = how(model)
-
-    def copy_now(*_: object) -> None:
-        hook.remove()
-        copies.append(how(model))
-
-    hook = model.get_base_model().mlp[1].register_forward_hook(copy_now)
-    with torch.no_grad():
-        image_loss(model)
-    for copied in (before, after, *copies):
-        with torch.no_grad():
-            for parts in method.parameters(copied).values():
-                for part in parts.values():
-                    part.mul_(1.25)
-        compare_steps(method, copied, by_hand(method, base, copied), image_loss)
-    model.zero_grad()
-    compare_steps(method, model, by_hand(method, base, model), image_loss)
-
-
-@trial("torch", "deepcopy of an adapted model, also in the middle of a pass")
-def deep_copies(method: Method) -> None:
-    _copied(method, copy.deepcopy)
-
-
-@trial("torch", "pickle of an adapted model, also in the middle of a pass")
-def pickles(method: Method) -> None:
-    _copied(method, lambda model: pickle.loads(pickle.dumps(model)))
-
-
-@trial("torch", "torch.save and torch.load of a whole adapted model")
-def whole_saves(method: Method) -> None:
-    def through_file(model: nn.Module) -> nn.Module:
-        torch.save(model, "model.pt")
-        return torch.load("model.pt", weights_only=False)
-
-    _copied(method, through_file)
-
-
 # ---------------------------------------------------------------------- hooks, unused layers, saved tensors
 
 
@@ -463,7 +238,7 @@ def saved_tensors(method: Method) -> None:
 def accumulation(method: Method) -> None:
     def loss(network: nn.Module) -> Tensor:
         total = image_loss(network)
-        _no_grad(network, rows(2, 3, 6, 6, seed=4))
+        without_gradients(network, rows(2, 3, 6, 6, seed=4))
         return total + network(rows(4, 3, 6, 6, seed=5)).mean()
 
     three_steps(method, Mixed(), ALL, loss)
