@@ -63,9 +63,7 @@ def _flora(outcomes: dict[str, Any]) -> str:
     forms = {form: _said(outcome) for form, outcome in found.items()}
     if len({outcome["status"] for outcome in found.values()}) == 1:  # of lines that differ, the first
         return forms["auto"]
-    return (
-        "; ".join(f"{form}: {said}" for form, said in forms.items()) if len(set(forms.values())) > 1 else forms["auto"]
-    )
+    return "; ".join(f"{form}: {said}" for form, said in forms.items())
 
 
 def _said(outcome: dict[str, str] | None) -> str:

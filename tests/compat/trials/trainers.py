@@ -147,7 +147,7 @@ def grpo(method: Method) -> None:
     data = datasets.Dataset.from_dict({"prompt": sentences(8)})
 
     def reward(completions: list[str], **kwargs: Any) -> list[float]:
-        return [float(sum(map(ord, text)) % 7) for text in completions]
+        return [float(len(text)) for text in completions]
 
     def build(model, config, ref):
         arguments = GRPOConfig(**PLAIN, bf16=False, num_generations=2, max_completion_length=6)
