@@ -1,11 +1,13 @@
 """Convert adapters: from published checkpoints, LoRA or a full fine-tune to FLoRA, and from FLoRA to LoRA or LyCORIS.
 
-python scripts/export.py runs/my_adapter lora_folder --to lora --model convnext --num-classes 10
+python scripts/export.py my_adapter lora_folder --to lora
+python scripts/export.py my_adapter lora_folder --to lora --model convnext --merge-rest base.safetensors
 python scripts/export.py flora.pt adapter_folder --from published --scale 4 --model resnet50
 python scripts/export.py tuned.safetensors adapter_folder --from checkpoint --energy 0.9 --model transformers:bert
 """
 
 import argparse
+import copy
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +16,12 @@ from typing import Any
 import peft
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import flora.models
 from flora.adapters import convert
+from flora.adapters.export import folder_to_lora, merge_what_lora_cannot_hold, to_lora, to_lycoris
 from flora.errors import ConfigError
 from flora.launch.entry import main
 from flora.methods.base import first_lines
@@ -31,18 +34,40 @@ def export(arguments: Sequence[str] | None = None) -> None:
         raise ConfigError("--from, --to: one of the two must be flora, the other something else")
     if options.source_kind in ("flora", "lora") and not (options.source / "adapter_config.json").is_file():
         raise ConfigError(f"{options.source} has no adapter_config.json; name the folder of a saved adapter")
+    if options.model is None and options.to != "lora":
+        raise ConfigError("--model: needed, the layers to convert on are its own")
+    if options.merge_rest and (options.model is None or options.to != "lora"):
+        raise ConfigError("--merge-rest: needs --to lora and --model, into whose weights it merges")
     try:
+        if options.to == "lora" and not options.merge_rest:
+            architecture = None if options.model is None else build(options.model, options.num_classes, weights=False)
+            folder_to_lora(options.source, options.output, architecture, options.embeddings)
+            print(f"lora: {options.output}")
+            return
         model = build(options.model, options.num_classes)
         if options.to == "flora":
             wrapped = convert.attach(model, _forms(options, model))
             wrapped.save_pretrained(str(options.output), save_embedding_layers=False)
         else:
             wrapped = peft.PeftModel.from_pretrained(model, str(options.source))
-            write = convert.to_lora if options.to == "lora" else convert.to_lycoris
+            if options.merge_rest:
+                merge_rest(wrapped, options.merge_rest)
+            write = to_lora if options.to == "lora" else to_lycoris
             write(wrapped, options.output)
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(first_lines(error)) from error
     print(f"{options.to}: {options.output}")
+
+
+def merge_rest(model: peft.PeftModel, place: Path) -> None:
+    """Merge what LoRA cannot hold, and save the base with it: a folder for a model of transformers, else one file."""
+    merged = merge_what_lora_cannot_hold(model)
+    base = copy.deepcopy(model).unload()
+    if isinstance(base, transformers.PreTrainedModel):
+        base.save_pretrained(place)
+    else:
+        save_file({key: value.contiguous() for key, value in base.state_dict().items()}, place)
+    print(f"base: {place}, {len(merged)} layers merged")
 
 
 def _forms(options: argparse.Namespace, model: nn.Module) -> dict[str, convert.TuckerUpdate]:
@@ -66,17 +91,20 @@ def _forms(options: argparse.Namespace, model: nn.Module) -> dict[str, convert.T
     return convert.from_difference(base, state, layers, ranks=ranks, energy=options.energy)
 
 
-def build(spec: str, num_classes: int) -> nn.Module:
-    """The architecture to convert on: ``transformers:FOLDER``, or a name that ``model=`` takes."""
+def build(spec: str, num_classes: int, weights: bool = True) -> nn.Module:
+    """The model to convert on: ``transformers:FOLDER``, or a name that ``model=`` takes; bare on the meta device."""
     kind, _, folder = spec.partition(":")
     if kind != "transformers":
-        return flora.models.load(spec, num_classes)
+        return flora.models.load(spec, num_classes) if weights else flora.models.get(spec).skeleton(num_classes)
     if not Path(folder).is_dir():
         raise ValueError(f"--model: there is no folder {folder}")
     config = transformers.AutoConfig.from_pretrained(folder)
     if not config.architectures:
         raise ValueError(f"--model: {folder}/config.json names no architecture")
     architecture: Any = getattr(transformers, config.architectures[0])
+    if not weights:
+        with torch.device("meta"):
+            return architecture(config)
     has_weights = any(Path(folder).glob("*.safetensors"))
     return architecture.from_pretrained(folder) if has_weights else architecture(config)
 
@@ -117,13 +145,21 @@ def _parser() -> argparse.ArgumentParser:
         "fine-tune of the model, compressed)",
     )
     parser.add_argument("--to", choices=("flora", "lora", "lycoris"), default="flora", help="layout of the output")
-    parser.add_argument("--model", required=True, help="transformers:FOLDER, or a name that train.py's model= takes")
+    parser.add_argument(
+        "--model",
+        help="transformers:FOLDER, or a name that train.py's model= takes; --to lora needs none, and of one only the "
+        "architecture, where all layers are linear or plain convolutions",
+    )
     parser.add_argument("--num-classes", type=int, default=1000, help="classes of the head (not for transformers)")
     parser.add_argument("--scale", type=float, help="published: the constant of the run")
     parser.add_argument("--alpha", type=float, help="nlp: lora_alpha of the run")
     parser.add_argument("--r", type=int, help="checkpoint: channel rank")
     parser.add_argument("--kernel-rank", type=int, default=2, help="checkpoint: kernel rank, with --r")
     parser.add_argument("--energy", type=float, help="checkpoint: share of the squared norm to keep, instead of --r")
+    parser.add_argument(
+        "--merge-rest", type=Path, help="lora: where to save the base with what LoRA cannot hold merged"
+    )
+    parser.add_argument("--embeddings", nargs="+", default=(), help="lora without --model: names of adapted embeddings")
     parser.add_argument("--layers", nargs="+", help="checkpoint: layers to compress (default: all that changed)")
     return parser
 

@@ -1,7 +1,7 @@
-"""Adapters from and to other layouts: published FLoRA checkpoints, PEFT's LoRA, LyCORIS, and full fine-tunes.
+"""Adapters from other layouts: published FLoRA checkpoints, PEFT's LoRA, and full fine-tunes.
 
-What comes in becomes a ``TuckerUpdate`` per layer, then an adapter of a model (``attach``); what goes out is written
-from the adapter of a model (``to_lora``, ``to_lycoris``).
+What comes in becomes a ``TuckerUpdate`` per layer, then an adapter of a model (``attach``). ``flora.adapters.export``
+goes the other way.
 """
 
 import json
@@ -13,16 +13,13 @@ from typing import Any
 
 import peft
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flora.adapters.config import FloraConfig
-from flora.adapters.conv import ConvNd
-from flora.adapters.layer import FloraLayer
-from flora.adapters.linear import Embedding, Linear
 from flora.adapters.tucker import clip_ranks, hooi, hosvd, mode_product, ranks_for_energy, reduce_ranks
 
 
@@ -32,9 +29,6 @@ class TuckerUpdate:
 
     core: Tensor
     factors: Sequence[Tensor | None]
-
-
-# ---------------------------------------------------------------------- from other layouts
 
 
 def from_published(state: Mapping[str, Tensor], scale: float) -> dict[str, TuckerUpdate]:
@@ -207,7 +201,7 @@ def attach(model: nn.Module, updates: Mapping[str, TuckerUpdate], **settings: An
             raise ValueError(f"{name}: an update of shape {sizes} does not fit the weight, which is {expected}")
         reduced[name] = TuckerUpdate(*reduce_ranks(update.core, update.factors))
     config = FloraConfig(
-        target_modules=_exactly(reduced, modules),
+        target_modules=exactly(reduced, modules),
         rank_pattern={f"^{re.escape(name)}$": list(update.core.shape) for name, update in reduced.items()},
         scale=1.0,
         **settings,
@@ -223,139 +217,8 @@ def attach(model: nn.Module, updates: Mapping[str, TuckerUpdate], **settings: An
     return wrapped
 
 
-# ---------------------------------------------------------------------- to other layouts
-
-
-def to_lora(model: peft.PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
-    """Write an adapter as a PEFT LoRA adapter with the same updates up to rounding.
-
-    ``lora_B`` is scale * A_out (a 1 x 1 convolution), ``lora_A`` the core with its input and kernel factors; alpha = r,
-    with one rank per layer. Trained heads and biases go along.
-
-    Raises:
-        ValueError: for layers whose update PEFT's LoRA cannot hold or would apply differently.
-    """
-    state, ranks, transposed = {}, {}, []
-    for name, layer in _layers(model, adapter_name):
-        kind = _exportable(name, layer, adapter_name)
-        core, factors = layer.core(adapter_name).detach(), _with_ones(layer, adapter_name)
-        out_mode = 1 if kind in ("Embedding", "Conv1D") else 0
-        outward = factors[out_mode] * layer.scaling[adapter_name]
-        inward = core
-        for mode, factor in enumerate(factors):
-            if mode != out_mode:
-                inward = mode_product(inward, factor, mode)
-        ranks[name] = outward.shape[1]
-        prefix = f"base_model.model.{name}"
-        if kind == "Embedding":
-            state[f"{prefix}.lora_embedding_A"], state[f"{prefix}.lora_embedding_B"] = inward.mT, outward
-            continue
-        transposed.append(kind == "Conv1D")
-        state[f"{prefix}.lora_A.weight"] = inward.mT if kind == "Conv1D" else inward
-        state[f"{prefix}.lora_B.weight"] = outward.reshape(*outward.shape, *[1] * (core.dim() - 2))
-    own: Any = model.peft_config[adapter_name]
-    r = max(ranks.values())
-    patterns = {f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != r}
-    config = peft.LoraConfig(
-        r=r,
-        lora_alpha=r,
-        rank_pattern=patterns,
-        alpha_pattern=dict(patterns),
-        target_modules=_exactly(ranks, dict(model.get_base_model().named_modules())),
-        bias={"flora_only": "lora_only"}.get(own.bias, own.bias),  # type: ignore[arg-type]
-        fan_in_fan_out=bool(transposed) and all(transposed),
-        modules_to_save=own.modules_to_save,
-        task_type=own.task_type,
-        base_model_name_or_path=own.base_model_name_or_path,
-        inference_mode=True,
-    )
-    _write(config, _others(model, adapter_name) | state, Path(folder))
-
-
-def to_lycoris(model: peft.PeftModel, file: str | Path, adapter_name: str = "default", prefix: str = "lycoris") -> None:
-    """Write an adapter as LyCORIS' LoCon with Tucker decomposition: lora_up, lora_mid, lora_down, alpha = rank.
-
-    Args:
-        model: a model whose adapter is on ungrouped Conv2d layers.
-        file: the safetensors file to write.
-        adapter_name: which adapter.
-        prefix: first part of LyCORIS' names; dots in layer names become underscores.
-
-    Raises:
-        ValueError: for any other kind of layer.
-    """
-    state = {}
-    for name, layer in _layers(model, adapter_name):
-        if _exportable(name, layer, adapter_name) != "Conv2d":
-            raise ValueError(f"{name}: {type(layer.get_base_layer()).__name__} has no Tucker LoCon; only Conv2d has")
-        core, factors = layer.core(adapter_name).detach(), _with_ones(layer, adapter_name)
-        for mode in (2, 3):
-            core = mode_product(core, factors[mode], mode)
-        rank = max(core.shape[:2])  # LoCon has one rank for both channel modes: the smaller is padded with zeros
-        mid = core.new_zeros(rank, rank, *core.shape[2:])
-        mid[: core.shape[0], : core.shape[1]] = core
-        up, down = (nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in factors[:2])
-        key = f"{prefix}_{name.replace('.', '_')}"
-        if tuple(core.shape[2:]) == (1, 1):  # LoCon leaves the middle out of pointwise convolutions
-            up = up @ mid[:, :, 0, 0]
-        else:
-            state[f"{key}.lora_mid.weight"] = mid
-        state[f"{key}.lora_up.weight"] = (up * layer.scaling[adapter_name])[:, :, None, None]
-        state[f"{key}.lora_down.weight"] = down.mT[:, :, None, None]
-        state[f"{key}.alpha"] = torch.tensor(float(rank))
-    save_file({key: value.contiguous() for key, value in state.items()}, Path(file), metadata={"format": "pt"})
-
-
-def _exportable(name: str, layer: FloraLayer, adapter_name: str) -> str:
-    """Kind of an adapted layer that LoRA layouts can hold; raises ValueError for all others."""
-    base = layer.get_base_layer()
-    if not isinstance(layer, Linear | Embedding | ConvNd):
-        raise ValueError(f"{name}: {type(base).__name__} has no LoRA layout; merge the adapter instead")
-    if adapter_name in layer.tucker_magnitude:
-        raise ValueError(f"{name}: use_dora is not a sum and has no LoRA layout; merge the adapter instead")
-    if layer.weights[adapter_name]["weight"].folded:
-        raise ValueError(f"{name}: a folded weight has more modes than LoRA's matrices; merge the adapter instead")
-    if isinstance(layer, ConvNd):
-        if base.groups > 1:
-            raise ValueError(f"{name}: a grouped convolution has no LoRA layout; merge the adapter instead")
-        if base.padding_mode != "zeros" or set(base.dilation) != {1}:
-            raise ValueError(
-                f"{name}: LoRA layers pad with zeros and do not dilate (padding_mode={base.padding_mode!r}, "
-                f"dilation={base.dilation}); merge the adapter instead"
-            )
-        return f"Conv{len(base.kernel_size)}d"
-    if isinstance(layer, Linear):
-        return "Conv1D" if isinstance(base, Conv1D) else "Linear"
-    return "Embedding"
-
-
-def _layers(model: peft.PeftModel, adapter_name: str) -> list[tuple[str, FloraLayer]]:
-    if adapter_name not in model.peft_config or not isinstance(model.peft_config[adapter_name], FloraConfig):
-        raise ValueError(f"adapter_name: the model has no FLoRA adapter {adapter_name!r}")
-    named = model.get_base_model().named_modules()
-    return [(name, m) for name, m in named if isinstance(m, FloraLayer) and adapter_name in m.weights]
-
-
-def _with_ones(layer: FloraLayer, adapter_name: str) -> list[Tensor]:
-    core = layer.core(adapter_name)
-    return [core.new_ones(1, 1) if f is None else f.detach() for f in layer.factors(adapter_name)]
-
-
-def _others(model: peft.PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """What is saved with an adapter besides it: trained heads and biases."""
-    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {key: value for key, value in saved.items() if ".tucker_" not in key}
-
-
-def _exactly(names: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str] | str:
+def exactly(names: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str] | str:
     """Targets that match these modules only; PEFT also takes a listed name for the ending of longer ones."""
     wanted = set(names)
     longer = any(module.endswith(f".{name}") for name in wanted for module in modules if module not in wanted)
     return "|".join(re.escape(name) for name in sorted(wanted)) if longer else sorted(wanted)
-
-
-def _write(config: peft.PeftConfig, state: Mapping[str, Tensor], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    config.save_pretrained(str(folder))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import flora
-from flora.adapters import convert
+from flora.adapters import convert, export
 
 from .published import PublishedModel
 
@@ -121,7 +121,7 @@ def test_lora_adapters_come_in_exactly(net, tokens, tmp_path):
 def test_adapters_go_out_as_lora(net, tokens, tmp_path):
     model = adapted(net, rank_pattern={"conv2": [4, 2, 1, 2]}, modules_to_save=["block.head"])
     model.base_model.model.block["head"].modules_to_save["default"].weight.data.mul_(2)
-    convert.to_lora(model, tmp_path)
+    export.to_lora(model, tmp_path)
     lora = peft.PeftModel.from_pretrained(copy.deepcopy(net), tmp_path).eval()
     assert lora.peft_config["default"].peft_type == peft.PeftType.LORA
     assert_same_updates(updates(lora, net), updates(model, net))
@@ -130,14 +130,14 @@ def test_adapters_go_out_as_lora(net, tokens, tmp_path):
 
 def test_lora_there_and_back(net, tmp_path):
     model = adapted(net)
-    convert.to_lora(model, tmp_path)
+    export.to_lora(model, tmp_path)
     back = convert.attach(copy.deepcopy(net), convert.from_lora(net, tmp_path))
     assert_same_updates(updates(back, net), updates(model, net))
 
 
 def test_adapters_go_out_as_tucker_locon(net, tmp_path):
     model = adapted(net, target_modules=["conv2", "point"], rank_pattern={"conv2": [5, 2, 2, 1]})
-    convert.to_lycoris(model, tmp_path / "locon.safetensors")
+    export.to_lycoris(model, tmp_path / "locon.safetensors")
     state = load_file(tmp_path / "locon.safetensors")
     for name in ("conv2", "point"):
         up, down = state[f"lycoris_{name}.lora_up.weight"], state[f"lycoris_{name}.lora_down.weight"]
@@ -200,15 +200,15 @@ def test_updates_that_lora_cannot_hold_are_refused(case, tmp_path):
     model = peft.get_peft_model(
         nn.Sequential(copy.deepcopy(layer)), flora.FloraConfig(target_modules=["0"], **settings)
     )
-    for export in (convert.to_lora, convert.to_lycoris):
+    for write in (export.to_lora, export.to_lycoris):
         with pytest.raises(ValueError, match=r"^0: .*merge the adapter instead"):
-            export(model, tmp_path / "out")
+            write(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_lycoris_takes_conv2d_only(net, tmp_path):
     with pytest.raises(ValueError, match=r"block.c: Linear has no Tucker LoCon"):
-        convert.to_lycoris(adapted(net, target_modules=["block.c"]), tmp_path / "x.safetensors")
+        export.to_lycoris(adapted(net, target_modules=["block.c"]), tmp_path / "x.safetensors")
 
 
 def test_bad_sources(net, tmp_path):
@@ -235,7 +235,7 @@ def test_bad_sources(net, tmp_path):
 
 
 def test_lora_config_says_alpha_is_the_rank(net, tmp_path):
-    convert.to_lora(adapted(net), tmp_path)
+    export.to_lora(adapted(net), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"]
     assert config["alpha_pattern"] == config["rank_pattern"]
