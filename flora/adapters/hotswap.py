@@ -8,9 +8,9 @@ import torch
 from peft.utils import hotswap
 from torch import Tensor, nn
 
-from flora.adapters.parameters import Parameters
 from flora.adapters.config import FLORA, FloraConfig
 from flora.adapters.layer import FloraLayer
+from flora.adapters.parameters import Parameters
 
 _peft_swap, _peft_prepare = hotswap.hotswap_adapter_from_state_dict, hotswap._convert_scalings_to_tensor
 
