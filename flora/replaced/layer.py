@@ -111,6 +111,10 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         """
         raise NotImplementedError
 
+    def add_delta(self, weight: Tensor, adapter: str, name: str) -> Tensor:
+        """A weight plus the update that an adapter makes to the base weight of that name."""
+        return weight + self.get_delta_weight(adapter, name)
+
     def drops(self, adapter_name: str) -> bool:
         """Whether the update's input is dropped out now."""
         return False
@@ -237,7 +241,7 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         weight = base
         for adapter in adapters:
             if name in self.weights[adapter]:
-                weight = weight + self.get_delta_weight(adapter, name)
+                weight = self.add_delta(weight, adapter, name)
                 if adapter in self.tucker_magnitude:
                     weight = weight * self.norm_ratio(adapter, name, weight)
         return weight.to(base.dtype)
@@ -398,6 +402,13 @@ _SWAPS = threading.RLock()  # held while a base layer bears other weights than i
 
 def _swapping() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _SWAPS
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Where autocast is on, a context without it: small products cost more to convert than to compute."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

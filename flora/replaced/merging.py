@@ -22,7 +22,7 @@ def merge(layer: Any, adapter: str, safe: bool) -> None:
     for name in layer.weights[adapter]:
         base = layer.base_weight(name)
         _check_mergeable(base, name)
-        weight = base + layer.get_delta_weight(adapter, name)
+        weight = layer.add_delta(base, adapter, name)
         if adapter in layer.tucker_magnitude:
             ratios[name] = layer.norm_ratio(adapter, name, weight)
             weight = weight * ratios[name]
