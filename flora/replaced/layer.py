@@ -6,11 +6,12 @@ from itertools import chain
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flora.replaced import bases, magnitude, merging, stand_in, tied
+from flora.replaced.kept import Kept
 from flora.replaced.lazy import lazy
 from flora.replaced.mixed import run_mixed
 from flora.replaced.weights import AdaptedWeight, scaling_of
@@ -18,7 +19,7 @@ from flora.replaced.weights import AdaptedWeight, scaling_of
 Form = Literal["factored", "merged", "dense"]
 
 
-class ReplacedLayer(nn.Module, BaseTunerLayer):
+class ReplacedLayer(nn.Module, Kept):
     """A base layer whose weights are updated, by one set of parameters per adapter name.
 
     Subclasses say which weights their layer has (``describe_weights``) and how to run it with others in their place
@@ -184,46 +185,6 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         """Raise ValueError for settings that the layer does not know."""
         if config.use_dora and not self.supports_dora:
             raise ValueError(f"use_dora: {name} ({type(self.get_base_layer()).__name__}) has no magnitude per output")
-
-    def forget(self, adapter_name: str) -> None:
-        """Drop what the layer holds of an adapter."""
-        for name in self.adapter_layer_names + self.other_param_names:
-            if adapter_name in getattr(self, name):
-                del getattr(self, name)[adapter_name]
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Drop an adapter; where it was the only active one, another becomes active.
-
-        Raises:
-            ValueError: if the adapter is merged.
-        """
-        if adapter_name in self.merged_adapters:
-            raise ValueError(f"{adapter_name}: merged adapters cannot be deleted; unmerge first (unmerge_adapter)")
-        super().delete_adapter(adapter_name)
-
-    def scale_of(self, adapter_name: str, weight_name: str = "weight") -> float:
-        """Factor of the update of one adapted weight."""
-        return self.scaling[adapter_name] * self._relative_scaling.get(adapter_name, {}).get(weight_name, 1.0)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the factor of an adapter's update to ``scale`` times the configured one."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._configured_scaling[adapter]
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the factor of the active adapters' updates."""
-        for adapter in self._present(self.active_adapters):
-            self.scaling[adapter] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the factor of the active adapters' updates, or restore the configured one (``None``)."""
-        for adapter in self._present(self.active_adapters):
-            self.scaling[adapter] = (
-                self._configured_scaling[adapter] if scale is None else self.scaling[adapter] / scale
-            )
-
-    def _present(self, adapters: list[str]) -> list[str]:
-        return [adapter for adapter in adapters if adapter in self.weights]
 
     # ------------------------------------------------------------------ weights
 

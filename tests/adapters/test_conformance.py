@@ -45,6 +45,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("attention and linear", "MHA", {"target_modules": ["mha", "lin0"]}),
     ("bare parameters", "MlpUsingParameters", {"target_parameters": ["lin0.weight", "lin1.weight"], "scale": 0.1}),
     ("GRU", "GRU", {"target_modules": ["gru"], "scale": 16.0}),
+    ("trained tokens", "EmbConv1D", {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}}),
 ]
 
 PAIRS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -60,6 +61,23 @@ PAIRS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("magnitudes, different layers", {"target_modules": ["lin0"], "use_dora": True}, {"target_modules": ["lin1"]}),
     ("same parameter", {"target_parameters": ["lin0.weight"]}, {"target_parameters": ["lin0.weight"]}),
     ("different parameters", {"target_parameters": ["lin0.weight"]}, {"target_parameters": ["lin1.weight"]}),
+]
+
+MIXED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("same layers", {"target_modules": ["lin0", "lin1"]}, {"target_modules": ["lin0", "lin1"]}),
+    ("different layers", {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}),
+    ("different ranks", {"target_modules": ["lin0"], "r": 2}, {"target_modules": ["lin0"], "r": [3, 5]}),
+    ("different forms", {"target_modules": ["lin0"], "forward": "merged"}, {"target_modules": ["lin0", "lin1"]}),
+    (
+        "fold and none",
+        {"target_modules": ["lin0"], "fold_pattern": {"lin0": [4, 5, 2, 5]}},
+        {"target_modules": ["lin0"]},
+    ),
+    (
+        "saved module",
+        {"target_modules": ["lin0"], "modules_to_save": ["lin1"]},
+        {"target_modules": ["lin0"], "modules_to_save": ["lin1"]},
+    ),
 ]
 
 
@@ -106,6 +124,10 @@ peft_tests.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = [
     (name, "flora", FloraConfig, {**first, "init_weights": False}, {**second, "init_weights": False})
     for name, first, second in PAIRS
 ]
+peft_tests.MIXED_ADAPTER_TEST_CASES[:] = [
+    (name, *(FloraConfig(**{"scale": 8.0, "init_weights": False, **settings}) for settings in pair))
+    for name, *pair in MIXED
+]
 
 
 class TestCustomModels(peft_tests.TestPeftCustomModel):
@@ -126,6 +148,13 @@ class TestActiveAdapters(peft_tests.TestMultipleActiveAdapters):
     pass
 
 
+class TestMixedBatches(peft_tests.TestMixedAdapterBatches):
+    # These ask for PEFT's sentences; test_mixed_batches asks for ours.
+    test_mixed_adapter_batches_length_mismatch_raises = None
+    test_mixed_adapter_batches_training_mode_raises = None
+    test_mixed_adapter_batches_merged_raises = None
+
+
 def _hide_tests_of_other_methods(tests: type, cases: list) -> None:
     """Leave only the tests that run over the list of cases: all others are about one of PEFT's own methods."""
     for name in dir(tests):
@@ -137,3 +166,4 @@ def _hide_tests_of_other_methods(tests: type, cases: list) -> None:
 
 _hide_tests_of_other_methods(TestCustomModels, peft_tests.TEST_CASES)
 _hide_tests_of_other_methods(TestActiveAdapters, peft_tests.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES)
+_hide_tests_of_other_methods(TestMixedBatches, peft_tests.MIXED_ADAPTER_TEST_CASES)
