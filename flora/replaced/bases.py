@@ -16,15 +16,20 @@ FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _MARKS = ("quant_state", "quant_type", "CB")  # attributes of quantised parameters, before and after they are packed
 
 
+def parametrised(owner: nn.Module, attribute: str) -> bool:
+    """``torch.nn.utils.parametrize.is_parametrized``, in a tenth of the time."""
+    return "parametrizations" in owner._modules and parametrize.is_parametrized(owner, attribute)
+
+
 def stored(owner: nn.Module, attribute: str) -> Any:
     """The tensor that a weight is kept as, looked up without computing anything; ``None`` where there is none.
 
     That of a parametrised weight is the first of its originals.
     """
     for tensors in (owner._parameters, owner._buffers):
-        if tensors.get(attribute) is not None:
-            return tensors[attribute]
-    if parametrize.is_parametrized(owner, attribute):
+        if (tensor := tensors.get(attribute)) is not None:
+            return tensor
+    if parametrised(owner, attribute):
         kept: Any = owner.parametrizations[attribute]  # type: ignore[index]
         return next(chain(kept.parameters(recurse=False), kept.buffers(recurse=False)), None)
     return getattr(owner, attribute, None)

@@ -202,8 +202,7 @@ class ReplacedLayer(nn.Module, Kept):
 
     def quantised_as(self, name: str) -> str | None:
         """What the weight of that name is quantised to, in a word, if it is: now, as models are quantised in place."""
-        owner, _, attribute = name.rpartition(".")
-        return bases.quantised_as(self.get_base_layer().get_submodule(owner), attribute)
+        return bases.quantised_as(*stand_in.place(self.get_base_layer(), name))
 
     def quantised(self) -> bool:
         """Whether an adapted weight is quantised: it is never added to, and the update runs apart from it."""
@@ -326,8 +325,7 @@ class ReplacedLayer(nn.Module, Kept):
 
     def _spread_weights(self, adapter_name: str) -> list[DTensor]:
         base = self.get_base_layer()
-        places = (name.rpartition(".") for name in self.weights[adapter_name])
-        kept = (bases.stored(base.get_submodule(owner), attribute) for owner, _, attribute in places)
+        kept = [bases.stored(*stand_in.place(base, name)) for name in self.weights[adapter_name]]
         return [weight for weight in kept if isinstance(weight, DTensor)]
 
     def _weight_is_elsewhere(self) -> bool:
@@ -366,8 +364,7 @@ class ReplacedLayer(nn.Module, Kept):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         # PEFT's own looks for an attribute `weight` only, and has adapters follow an offloaded or a float8 one.
         base, name = self.get_base_layer(), next(iter(next(iter(self.weights.values()))))
-        owner, _, attribute = name.rpartition(".")
-        weight = bases.stored(base.get_submodule(owner), attribute)
+        weight = bases.stored(*stand_in.place(base, name))
         if not isinstance(weight, Tensor):  # packed away: the device is that of whatever the layer holds
             weight = next(chain(base.parameters(), base.buffers()), torch.empty(0))
         runs_on = (hook.execution_device for module in base.modules() for hook in stand_in.offloading(module))

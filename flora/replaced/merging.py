@@ -119,10 +119,7 @@ def _store(layer: Any, weights: dict[str, Tensor], untie: bool = False) -> None:
 
 def _parametrised(layer: Any, names: Iterable[str]) -> dict[str, tuple[Any, str]]:
     """Those of the weights that are parametrised, with their owner and their name in it."""
-    places = {}
-    for name in names:
-        owner, _, attribute = name.rpartition(".")
-        places[name] = layer.get_base_layer().get_submodule(owner), attribute
+    places = {name: stand_in.place(layer.get_base_layer(), name) for name in names}
     return {name: place for name, place in places.items() if parametrize.is_parametrized(*place)}
 
 

@@ -16,12 +16,20 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from flora.replaced.bases import parametrised
+
+
+def place(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that owns a parameter or buffer of that name, and its name there."""
+    owner, _, attribute = name.rpartition(".")
+    return root.get_submodule(owner) if owner else root, attribute
+
 
 def value(root: nn.Module, name: str) -> Tensor:
     """A parameter or buffer of a module, by its full name; of an offloaded one a copy where the module runs."""
-    owner, _, attribute = name.rpartition(".")
+    owner, attribute = place(root, name)
     with _swapping():
-        tensor = getattr(root.get_submodule(owner), attribute)
+        tensor = getattr(owner, attribute)
     if isinstance(tensor, Tensor) and tensor.is_meta:
         for _, hook, key in _kept_by(root, name):
             return hook.weights_map[key].to(hook.execution_device)
@@ -30,8 +38,7 @@ def value(root: nn.Module, name: str) -> Tensor:
 
 def store(root: nn.Module, name: str, tensor: Tensor) -> None:
     """Put new numbers into a plain parameter of a module, and into what keeps them while it is offloaded."""
-    owner, _, attribute = name.rpartition(".")
-    parameter = getattr(root.get_submodule(owner), attribute)
+    parameter = getattr(*place(root, name))
     if not parameter.is_meta or tensor.is_meta:
         parameter.data = tensor
     for module, hook, key in _kept_by(root, name):
@@ -51,14 +58,15 @@ def _kept_by(root: nn.Module, name: str) -> Iterator[tuple[nn.Module, Any, str]]
 def offloading(module: nn.Module) -> list[Any]:
     """The hooks with which accelerate keeps a module's tensors elsewhere until its forward runs."""
     hook = vars(module).get("_hf_hook")
+    if hook is None:
+        return []
     return [part for part in (hook, *getattr(hook, "hooks", ())) if getattr(part, "offload", False)]
 
 
 def run(root: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
     """What the module gives with these weights (by name) in place of its own; its hooks run too."""
-    owners = (name.rpartition(".") for name in weights)
-    parametrised = any(parametrize.is_parametrized(root.get_submodule(owner), last) for owner, _, last in owners)
-    if not parametrised and not any(offloading(module) for module in root.modules()):
+    modules = root.modules() if root._modules else (root,)
+    if not any(parametrised(*place(root, name)) for name in weights) and not any(map(offloading, modules)):
         with _swapping():
             return torch.func.functional_call(root, weights, args, kwargs)
     for hook in offloading(root):
