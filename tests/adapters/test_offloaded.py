@@ -251,10 +251,14 @@ def test_loading_onto_a_dispatched_model(tmp_path):
     torch.testing.assert_close(loaded(TOKENS), expected)
 
 
-def test_bare_parameters_of_an_offloaded_module_are_refused():
+def test_bare_parameters_of_an_offloaded_module():
     net = nn.Sequential(nn.Bilinear(3, 4, 5))
     config = flora.FloraConfig(target_modules=None, target_parameters=["0.weight"], init_weights=False)
-    model = peft.get_peft_model(net, config)
+    model, inputs = peft.get_peft_model(net, config), (torch.randn(2, 3), torch.randn(2, 4))
+    layer = model.base_model.model[0]
+    delta = layer.adapted_parameters.get_delta_weight("default").detach()
+    expected = torch.einsum("bi,oij,bj->bo", inputs[0], net[0]._parameters["weight"] + delta, inputs[1])
+    expected += net[0]._parameters["bias"]
     accelerate.cpu_offload(net, execution_device="cpu")
-    with pytest.raises(ValueError, match=r"^0\.weight: a bare parameter of an offloaded module cannot be adapted.*$"):
-        model.base_model.model[0](torch.randn(2, 3), torch.randn(2, 4))
+    assert net[0]._parameters["weight"].is_meta
+    torch.testing.assert_close(layer(*inputs), expected)
