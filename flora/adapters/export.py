@@ -23,6 +23,7 @@ from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import mode_product
 from flora.replaced.weights import AdaptedWeight, ModeKind, configured, plain, scaling_of
 
+_PREFIX = "base_model.model."
 _CONVS = {3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
 
 
@@ -83,7 +84,8 @@ def folder_to_lora(
     if not isinstance(config, FloraConfig):
         raise ValueError(f"{source}: its peft_type is {config.peft_type.value}, not FLORA")
     modules = None if model is None else dict(model.named_modules())
-    state = load_file(file)
+    # Saved from a model that diffusers or transformers adapted, names lack the prefix of PEFT's wrapper.
+    state = {f"{_PREFIX}{key.removeprefix(_PREFIX)}": value for key, value in load_file(file).items()}
     updates, others = [], {}
     for key, value in state.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.tucker_(core|factors|magnitude)\.(.+)", key)
@@ -109,7 +111,7 @@ def _of_file(
     """The update that a saved adapter holds for one weight of a layer."""
     if key != "weight":
         _refuse(name, f"its {key} is one of several or a bare parameter, and has no LoRA layout")
-    prefix = f"base_model.model.{name}"
+    prefix = f"{_PREFIX}{name}"
     core = state[f"{prefix}.tucker_core.{key}"]
     found = [state.get(f"{prefix}.tucker_factors.{key}_{mode}") for mode in range(core.dim())]
     factors = [core.new_ones(1, 1) if factor is None else factor for factor in found]
@@ -158,7 +160,7 @@ def _write_lora(
             if mode != out_mode:
                 inward = mode_product(inward, factor, mode)
         ranks[update.name] = outward.shape[1]
-        prefix = f"base_model.model.{update.name}"
+        prefix = f"{_PREFIX}{update.name}"
         if update.kind == "Embedding":
             state[f"{prefix}.lora_embedding_A"], state[f"{prefix}.lora_embedding_B"] = inward.mT, outward
         else:

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import flora
@@ -114,6 +114,21 @@ def test_a_reader_that_knows_no_patterns_gets_the_same_logits(tmp_path):
         assert len(inward) == outward.shape[1] <= config["r"]
         by_hand.get_submodule(name).weight.data += config["lora_alpha"] / config["r"] * outward @ inward
     assert_alike(by_hand(tokens()).logits, model(tokens()).logits, base(tokens()).logits)
+    lora = as_lora(copy.deepcopy(base), tmp_path / "lora")
+    assert_alike(lora(tokens()).logits, model(tokens()).logits, base(tokens()).logits)
+
+
+def test_names_without_the_prefix_of_pefts_wrapper(tmp_path):
+    """As an adapter is saved that diffusers or transformers added to a model."""
+    base = llama()
+    model = peft.inject_adapter_in_model(
+        flora.FloraConfig(target_modules=LINEAR, init_weights=False), copy.deepcopy(base)
+    )
+    state = peft.get_peft_model_state_dict(model)
+    assert not any(key.startswith("base_model") for key in state)
+    model.peft_config["default"].save_pretrained(tmp_path / "flora")
+    save_file(state, tmp_path / "flora" / "adapter_model.safetensors")
+    folder_to_lora(tmp_path / "flora", tmp_path / "lora")
     lora = as_lora(copy.deepcopy(base), tmp_path / "lora")
     assert_alike(lora(tokens()).logits, model(tokens()).logits, base(tokens()).logits)
 

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor, nn
 
@@ -88,7 +89,6 @@ def added(method: Method) -> None:
 @trial("diffusers", "save_pretrained of the adapter, from_pretrained into a new UNet, merge_and_unload", needs=NEEDS)
 def saved(method: Method) -> None:
     import diffusers
-    import peft
 
     base = unet()
     model = three_steps(method, base, ALL, loss)
@@ -122,9 +122,9 @@ def fused(method: Method) -> None:
 
 @trial(
     "diffusers",
-    "save_lora_adapter and load_lora_adapter, which hold LoRA's matrices only",
+    "save_lora_adapter and load_lora_adapter, which are of LoRA's matrices only",
     needs=NEEDS,
-    expected={"FLoRA": "right|refused: .*"},
+    expected={"FLoRA": "fails: TypeError: `LoraConfig` class could not be instantiated."},
 )
 def saved_by_diffusers(method: Method) -> None:
     base = unet()
@@ -134,6 +134,20 @@ def saved_by_diffusers(method: Method) -> None:
     model.save_lora_adapter("adapter")
     loaded = copy.deepcopy(base)
     loaded.load_lora_adapter("adapter", weight_name="pytorch_lora_weights.safetensors", prefix=None)
+    assert_close(predicted(loaded), expected, TIGHT, "output of the loaded adapter")
+
+
+@trial("diffusers", "unet.add_adapter, saved and loaded by PEFT's functions for state dicts", needs=NEEDS)
+def saved_by_peft(method: Method) -> None:
+    base = unet()
+    model = copy.deepcopy(base)
+    model.add_adapter(method.config(ALL))
+    expected = predicted(by_hand(method, base, model))
+    model.peft_config["default"].save_pretrained("adapter")
+    state = {key: value.clone() for key, value in peft.get_peft_model_state_dict(model).items()}
+    loaded = copy.deepcopy(base)
+    loaded.add_adapter(peft.PeftConfig.from_pretrained("adapter"))
+    peft.set_peft_model_state_dict(loaded, state)
     assert_close(predicted(loaded), expected, TIGHT, "output of the loaded adapter")
 
 
