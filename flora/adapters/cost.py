@@ -12,6 +12,7 @@ rounding between training and evaluation, or before and after a resumed run, and
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -91,5 +92,13 @@ def factored_is_cheaper(work: Work, device: str, dtype: torch.dtype) -> bool:
         device: as in ``torch.device.type``; kinds without rates of their own count as GPUs.
         dtype: in which the layer computes.
     """
+    # Asked in every forward pass; torch.compile cannot look into the cache.
+    return (_cheaper if torch.compiler.is_compiling() else _remembered)(work, device, dtype)
+
+
+def _cheaper(work: Work, device: str, dtype: torch.dtype) -> bool:
     rates = DEVICES.get(device, DEVICES["cuda"])
     return factored_seconds(work, rates, dtype.itemsize) < merged_seconds(work, rates, dtype.itemsize)
+
+
+_remembered = lru_cache(maxsize=4096)(_cheaper)

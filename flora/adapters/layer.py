@@ -9,11 +9,12 @@ from typing_extensions import override
 
 from flora.adapters.config import FloraConfig
 from flora.adapters.init import init_tucker
-from flora.adapters.tucker import factor_modes, to_tensor
+from flora.adapters.tucker import add_tensor, factor_modes, to_tensor
 from flora.adapters.weights import fold, ranks_of
 from flora.replaced import passes
 from flora.replaced.containers import AdapterParameters, at_hand
 from flora.replaced.layer import ReplacedLayer
+from flora.replaced.precision import full_precision
 from flora.replaced.weights import AdaptedWeight
 
 
@@ -106,6 +107,21 @@ class FloraLayer(ReplacedLayer):
         described = self.weights[adapter][weight or names[0]]
         core = self.core(adapter, described.name) * self.scale_of(adapter, described.name)
         return to_tensor(core, self.factors(adapter, described.name)).reshape(described.weight_shape)
+
+    @override
+    def add_delta(self, weight: Tensor, adapter: str, name: str) -> Tensor:
+        described = self.weights[adapter][name]
+        if not self.is_tucker():
+            return super().add_delta(weight, adapter, name)
+        core, factors = self.core(adapter, name), self.factors(adapter, name)
+        with full_precision(weight.device):
+            total = add_tensor(weight.reshape(described.shape), core, factors, self.scale_of(adapter, name))
+        return total.reshape(described.weight_shape)
+
+    @classmethod
+    def is_tucker(cls) -> bool:
+        """Whether the update is the Tucker form itself, which may be computed in other orders too."""
+        return cls.get_delta_weight is FloraLayer.get_delta_weight
 
     @override
     def drops(self, adapter_name: str) -> bool:

@@ -93,6 +93,65 @@ def to_tensor(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
     return tensor
 
 
+def add_tensor(weight: Tensor, core: Tensor, factors: Sequence[Tensor | None], scale: float) -> Tensor:
+    """``weight + scale * to_tensor(core, factors)``, laid out in memory as ``weight``, in few operations.
+
+    The factors of the small modes (kernel positions) become one matrix, their Kronecker product, and the last and
+    largest product is added to the weight as it is computed.
+
+    Args:
+        weight: d_1 x ... x d_N.
+        core: r_1 x ... x r_N.
+        factors: d_n x r_n each, ``None`` for modes without one.
+        scale: factor of the update.
+
+    Returns:
+        The sum, in the wider of the dtypes of the weight and the core.
+    """
+    if not weight.is_contiguous():
+        strides = weight.stride()
+        order = sorted(range(weight.dim()), key=lambda mode: -strides[mode])  # channels-last: 0, 2, 3, 1
+        dense = weight.permute(order)
+        if not dense.is_contiguous():
+            return weight + scale * to_tensor(core, factors)
+        total = add_tensor(dense, core.permute(order), [factors[mode] for mode in order], scale)
+        return total.permute([order.index(mode) for mode in range(len(order))])
+    rows, others = factors[0], [factor for factor in factors[1:] if factor is not None]
+    left = any(factor is None and rank > 1 for factor, rank in zip(factors, core.shape, strict=True))
+    if rows is None or not others or left:
+        return weight + scale * to_tensor(core, factors)
+    dtype = torch.promote_types(weight.dtype, core.dtype)
+    rows, *others = (factor.to(dtype) for factor in (rows, *others))
+    first, last = others[0], others[-1]
+    columns = core.to(dtype)
+    if len(others) == 1:
+        columns = columns.reshape(rows.shape[1], -1) @ first.mT
+    elif len(first) >= len(last):  # rank of the rows x wide mode x small positions
+        along = _kronecker(others[1:])
+        columns = columns.reshape(-1, along.shape[1]) @ along.mT
+        columns = _in_each(first, columns.view(rows.shape[1], -1, len(along)))
+    else:  # rank of the rows x small positions x wide mode
+        along = _kronecker(others[:-1])
+        columns = _in_each(along, columns.reshape(rows.shape[1], along.shape[1], -1))
+        columns = columns.view(-1, last.shape[1]) @ last.mT
+    flat = weight.view(len(rows), -1).to(dtype)
+    return torch.addmm(flat, rows, columns.reshape(rows.shape[1], -1), alpha=scale).view(weight.shape)
+
+
+def _in_each(matrix: Tensor, batch: Tensor) -> Tensor:
+    """``matrix @ batch``; torch.matmul would round otherwise where gradients are required, by another route."""
+    return torch.bmm(matrix.expand(len(batch), -1, -1), batch)
+
+
+def _kronecker(factors: Sequence[Tensor]) -> Tensor:
+    """Matrix of all products of rows and of columns of the factors, those of the last changing fastest."""
+    product = factors[0]
+    for factor in factors[1:]:
+        both = product[:, None, :, None] * factor[None, :, None, :]
+        product = both.view(len(product) * len(factor), -1)
+    return product
+
+
 def leading_subspace(tensor: Tensor, mode: int, rank: int) -> Tensor:
     """Orthonormal basis (d_n x rank) of the leading left singular subspace of the mode-n unfolding.
 

@@ -105,6 +105,10 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
         """
         raise NotImplementedError
 
+    def add_delta(self, weight: Tensor, adapter: str, name: str) -> Tensor:
+        """A weight plus the update that an adapter makes to the base weight of that name."""
+        return weight + self.get_delta_weight(adapter, name)
+
     def drops(self, adapter_name: str) -> bool:
         """Whether the update's input is dropped out now."""
         return False
@@ -239,8 +243,10 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
             )
         for adapter in adapters:
             if name in self.weights[adapter]:
-                delta = self.get_delta_weight(adapter, name)
-                weight = weight + (bases.spread_like(delta, base) if isinstance(base, DTensor) else delta)
+                if isinstance(base, DTensor):
+                    weight = weight + bases.spread_like(self.get_delta_weight(adapter, name), base)
+                else:
+                    weight = self.add_delta(weight, adapter, name)
                 if adapter in self.tucker_magnitude:
                     weight = weight * magnitude.ratio(self, adapter, name, weight)
         return weight.to(base.dtype)
@@ -382,12 +388,3 @@ class ReplacedLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "flora." + super().__repr__()
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product or convolution with this weight runs now."""
-    device = weight.device.type
-    if device == "meta":
-        return weight.dtype
-    casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if casts else weight.dtype

@@ -23,7 +23,7 @@ def merge(layer: Any, adapter: str, safe: bool) -> None:
     for name in layer.weights[adapter]:
         check_mergeable(layer, name)
         base = layer.base_weight(name)
-        weight = base + layer.get_delta_weight(adapter, name)
+        weight = layer.add_delta(base, adapter, name)
         if adapter in layer.tucker_magnitude:
             ratios[name] = magnitude.ratio(layer, adapter, name, weight)
             weight = weight * ratios[name]

@@ -42,6 +42,34 @@ def test_full_tensor_is_tensorlys(shape, data):
 
 @examples
 @hypothesis.given(shape=sizes, data=st.data())
+def test_a_tensor_is_added_to_a_weight_of_any_layout(shape, data):
+    core, factors = random_form(shape, [data.draw(st.integers(1, 4)) for _ in shape])
+    order = data.draw(st.permutations(range(len(shape))))
+    weight = torch.randn(*(shape[mode] for mode in order), dtype=torch.float64)
+    weight = weight.permute([order.index(mode) for mode in range(len(shape))])
+    if data.draw(st.booleans()):  # with gaps
+        weight = weight.repeat_interleave(2, dim=0)[::2]
+    total = tucker.add_tensor(weight, core, factors, 0.7)
+    expected = weight.numpy() + 0.7 * dense(core, factors)
+    np.testing.assert_allclose(total.numpy(), expected, rtol=1e-10, atol=1e-10)
+    if weight.is_contiguous() or 1 not in shape:
+        dense_layout = sorted(weight.stride()) == sorted(total.stride())
+        assert not dense_layout or weight.stride() == total.stride()
+    narrow = tucker.add_tensor(weight.float(), core.float(), [f if f is None else f.float() for f in factors], 0.7)
+    np.testing.assert_allclose(narrow.numpy(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("weight", "core"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_sum_has_the_wider_dtype(weight, core):
+    base, (small, factors) = torch.randn(6, 5, 3, 3), random_form((6, 5, 3, 3), (2, 2, 2, 2))
+    total = tucker.add_tensor(base.to(weight), small.to(core), [factor.to(core) for factor in factors], 2.0)
+    assert total.dtype == torch.float32
+    rounded = dense(small.to(core).double(), [factor.to(core).double() for factor in factors])
+    np.testing.assert_allclose(total.numpy(), base.to(weight).double().numpy() + 2 * rounded, rtol=1e-4, atol=1e-4)
+
+
+@examples
+@hypothesis.given(shape=sizes, data=st.data())
 def test_mode_product_is_tensorlys(shape, data):
     mode = data.draw(st.integers(0, len(shape) - 1))
     tensor = torch.randn(*shape, dtype=torch.float64)

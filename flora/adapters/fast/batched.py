@@ -19,7 +19,6 @@ from flora.adapters.fast.fused import linear_plus_thin
 from flora.adapters.fast.plan import Plan, capturing, stacks
 from flora.adapters.fast.torch_plan import TorchPlan
 from flora.adapters.layer import FloraLayer
-from flora.replaced.bases import stored
 from flora.replaced.containers import AdapterParameters
 from flora.replaced.passes import RUNNING
 
@@ -46,7 +45,7 @@ class Batched:
         self.layers = [layer for layer in model.modules() if isinstance(layer, FloraLayer) and _buildable(layer)]
         self.members = {id(layer) for layer in self.layers}
         self.devices: tuple[str, ...] = ()
-        self._plans: dict[Casts, tuple[list[Any], list[Plan | FactoredPlan]]] = {}
+        self._plans: dict[Casts, tuple[list[Any], list[_Planned]]] = {}
         self._captured: list[Plan | FactoredPlan] = []
 
     def __enter__(self) -> "Batched":
@@ -65,11 +64,11 @@ class Batched:
         self.layers, self.members = state["layers"], {id(layer) for layer in state["layers"]}
         self.devices, self._plans, self._captured = (), {}, []
 
-    def plans(self, signature: list[Any], casts: Casts) -> list[Plan | FactoredPlan]:
+    def plans(self, signature: list[Any], casts: Casts) -> "list[_Planned]":
         """How the layers' weights are built, as they stand now."""
         planned_for, made = self._plans.get(casts, (None, []))
         if planned_for != signature:
-            made = plans(self.layers)
+            made = [_Planned(plan) for plan in plans(self.layers)]
             self._plans[casts] = signature, made
         return made
 
@@ -98,11 +97,11 @@ class Pass:
         if id(layer) not in self.batched.members:
             return None if self.outer is None else self.outer.prepared_for(layer)
         # A layer that leaves autocast or autograd within the model computes otherwise than those before it.
-        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        built = self._built.get((*mode, self._casts()))
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(_autocast, self.batched.devices)
+        built = self._built.get(mode)
         if built is None or built.spent:
             built = _Built(self.batched)
-            self._built[*mode, self._casts()] = built
+            self._built[*mode[:2], *map(_autocast, self.batched.devices)] = built
         return built.prepared_for(layer)
 
     def linear_plus_thin(
@@ -127,58 +126,62 @@ class Pass:
             self._inputs[id(input)] = weakref.ref(input), input._version, weakref.ref(cast)  # autograd keeps them
         return cast
 
-    def _casts(self) -> Casts:
-        return tuple([_autocast(device) for device in self.batched.devices])
-
 
 class _Built:
     """What a pass built for all layers at once, in one mode of autograd and autocast."""
 
     def __init__(self, batched: Batched) -> None:
-        weights = [stored(layer.base_layer, "weight") for layer in batched.layers]
-        batched.devices = tuple(sorted({weight.device.type for weight in weights if isinstance(weight, Tensor)}))
-        signature = [(_state(layer), *_layout(layer)) for layer in batched.layers]
-        casts = tuple([_autocast(device) for device in batched.devices])
+        signature = [_signature(layer) for layer in batched.layers]
+        batched.devices = tuple(sorted({weight.device.type for _, weight, *_ in signature if weight is not None}))
+        self.spent: list[bool] = []  # filled by a backward pass that goes through what was built, and frees its graph
+        self._ready: dict[int, tuple[Prepared, Any, list[Any], list[Tensor], list[int]]] = {}
         states = {id(layer): state for layer, (state, *_) in zip(batched.layers, signature, strict=True)}
-        self._ready: dict[int, tuple[Prepared, Any, list[int], list[int]]] = {}
-        self._held: list[Any] = []  # so that no other tensor takes the place in memory of one that was built from
-        self._spent: list[bool] = []
-        for plan in batched.plans(signature, casts):
-            parameters = plan.parameters()
-            sharded = any(issubclass(kind, DTensor) for kind in {type(p) for p in parameters})
-            if sharded or len({p.dtype for p in parameters}) > 1 or 0 in {p.numel() for p in parameters}:
+        for planned in batched.plans([_plannable(*part) for part in signature], tuple(map(_autocast, batched.devices))):
+            outputs = planned.build(batched, self.spent)
+            if outputs is None:
                 continue
-            layers = [layer for stack in plan.stacks for layer in stack.layers]
-            outputs: Sequence[Prepared] = plan.build(parameters)
-            if capturing(parameters[0]):
-                batched.keep(plan)
-            self._watch(outputs[0])
-            for layer, prepared in zip(layers, outputs, strict=True):
-                sources = _sources(layer)
-                self._held.append(sources)
-                if not any(source.is_inference() for source in sources):  # they count no changes
-                    versions = [source._version for source in sources]
-                    self._ready[id(layer)] = prepared, states[id(layer)], list(map(id, sources)), versions
-
-    @property
-    def spent(self) -> bool:
-        """Whether a backward pass has gone through what was built, and freed its graph."""
-        return bool(self._spent)
+            for layer, places, prepared in zip(planned.layers, planned.places, outputs, strict=True):
+                sources = [owner[key] for owner, key in places]
+                versions = [source._version for source in sources]
+                self._ready[id(layer)] = prepared, states[id(layer)], places, sources, versions
 
     def prepared_for(self, layer: FloraLayer) -> Prepared | None:
         """What was built for the layer, unless the layer has changed since."""
-        prepared, state, identities, versions = self._ready.get(id(layer), (None, None, None, None))
-        if prepared is None or _state(layer) != state:
+        ready = self._ready.get(id(layer))
+        if ready is None:
             return None
-        sources = _sources(layer)
-        same = list(map(id, sources)) == identities and [source._version for source in sources] == versions
-        return prepared if same else None
+        prepared, state, places, sources, versions = ready
+        if _state(layer) != state:
+            return None
+        for (owner, key), source, version in zip(places, sources, versions, strict=True):
+            if owner.get(key) is not source or source._version != version:
+                return None
+        return prepared
 
-    def _watch(self, output: Prepared) -> None:
-        tensor = output["weight"] if isinstance(output, dict) else output[0]
-        if tensor.grad_fn is not None:
-            spent = self._spent
-            tensor.grad_fn.register_prehook(lambda gradients: spent.append(True))
+
+class _Planned:
+    """A plan, its layers, and where the tensors lie that each layer's weight is built from: a dict and a key in it."""
+
+    def __init__(self, plan: Plan | FactoredPlan) -> None:
+        self.plan = plan
+        self.layers = [layer for stack in plan.stacks for layer in stack.layers]
+        self.places = [_places(layer, stack.adapter) for stack in plan.stacks for layer in stack.layers]
+
+    def build(self, batched: Batched, spent: list[bool]) -> Sequence[Prepared] | None:
+        """What the layers run with; None where they must build their own."""
+        parameters = self.plan.parameters()
+        kinds = {(type(parameter), parameter.dtype, parameter.is_inference()) for parameter in parameters}
+        if len({dtype for _, dtype, _ in kinds}) > 1 or any(inference for *_, inference in kinds):
+            return None  # tensors of the inference mode count no changes
+        if any(issubclass(kind, DTensor) for kind, *_ in kinds) or 0 in {p.numel() for p in parameters}:
+            return None
+        outputs: Sequence[Prepared] = self.plan.build(parameters)
+        if capturing(parameters[0]):
+            batched.keep(self.plan)
+        one = outputs[0]["weight"] if isinstance(outputs[0], dict) else outputs[0][0]
+        if one.grad_fn is not None:
+            one.grad_fn.register_prehook(lambda gradients: spent.append(True))
+        return outputs
 
 
 def together(model: nn.Module) -> Mapping[FloraLayer, int]:
@@ -192,7 +195,7 @@ def _buildable(layer: FloraLayer) -> bool:
     """Whether the layer's only weight can be built with those of others: W + update, the update made as FLoRA's is."""
     parameters = (*layer.tucker_core.values(), *layer.tucker_factors.values())
     at_hand = all(isinstance(container, AdapterParameters) for container in parameters)  # not wrapped by FSDP
-    return at_hand and layer.stackable and type(layer).get_delta_weight is FloraLayer.get_delta_weight
+    return at_hand and layer.stackable and layer.is_tucker()
 
 
 def plans(layers: Sequence[FloraLayer]) -> list[Plan | FactoredPlan]:
@@ -223,6 +226,7 @@ def _state(layer: FloraLayer) -> tuple[Any, ...]:
     own = layer.__dict__  # past nn.Module's attribute lookup
     active = own["_active_adapter"]
     return (
+        id(own["_modules"]["base_layer"]),
         own["revision"],
         own["training"],
         own["_disable_adapters"],
@@ -232,19 +236,28 @@ def _state(layer: FloraLayer) -> tuple[Any, ...]:
     )
 
 
-def _sources(layer: FloraLayer) -> list[Tensor]:
-    """The tensors that a layer's weight is built from: cores and factors of its adapters, weight and bias."""
+def _places(layer: FloraLayer, adapter: str) -> list[tuple[dict[str, Any], str]]:
     own = layer.__dict__["_modules"]
-    holders = [*own["tucker_core"]._modules.values(), *own["tucker_factors"]._modules.values(), own["base_layer"]]
-    return [tensor for holder in holders for tensor in holder._parameters.values() if tensor is not None]
+    holders = own["tucker_core"]._modules[adapter], own["tucker_factors"]._modules[adapter], own["base_layer"]
+    tensors = [
+        (owner._parameters, key) for owner in holders for key, value in owner._parameters.items() if value is not None
+    ]
+    return tensors
 
 
-def _layout(layer: FloraLayer) -> tuple[Any, ...]:
-    """What ``plans`` depends on besides the layer's state and autocast, cheap enough for every forward pass."""
+def _signature(layer: FloraLayer) -> tuple[Any, ...]:
+    """The layer's state, its base weight and the dtypes of its cores; cheap enough for every forward pass."""
     own = layer.__dict__["_modules"]
-    weight = own["base_layer"]._parameters.get("weight")
     cores = own["tucker_core"]._modules.values()
     dtypes = [core.dtype for weights in cores for core in weights._parameters.values() if core is not None]
+    return _state(layer), own["base_layer"]._parameters.get("weight"), *dtypes
+
+
+def _plannable(state: Any, weight: Tensor | None, *dtypes: torch.dtype) -> tuple[Any, ...]:
+    """What ``plans`` depends on besides autocast, without the weight's values."""
     if weight is None:
-        return tuple(dtypes)
-    return (*dtypes, type(weight), weight.dtype, weight.device, weight.requires_grad, weight.numel(), weight.stride())
+        return state, *dtypes
+    return (
+        *(state, *dtypes, type(weight), weight.dtype, weight.device, weight.requires_grad),
+        *(weight.numel(), weight.stride()),
+    )

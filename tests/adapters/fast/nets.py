@@ -85,7 +85,7 @@ def built(model: peft.PeftModel, *args: Any) -> dict[FloraLayer, Prepared]:
 
 def plans_of(model: peft.PeftModel) -> list[Any]:
     """The plans of the last call under the autocast that is on now."""
-    return model.block._plans[tuple(map(_autocast, model.block.devices))][1]
+    return [made.plan for made in model.block._plans[tuple(map(_autocast, model.block.devices))][1]]
 
 
 def gradients(model: peft.PeftModel, x: Tensor) -> dict[str, Tensor]:

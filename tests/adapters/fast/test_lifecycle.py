@@ -277,6 +277,8 @@ def states(model: peft.PeftModel) -> Iterator[str]:
     yield "a base weight"
     inner.fc[2].base_layer.weight = nn.Parameter(torch.randn(5, 5), requires_grad=False)
     yield "another base weight"
+    inner.fc[2].base_layer = nn.Linear(5, 5).requires_grad_(False)
+    yield "another base layer"
     model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()})
     yield "loaded"
     model.delete_adapter("second")
