@@ -14,8 +14,9 @@ from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import to_tensor
 from flora.replaced.bases import stored, unpacks
 from flora.replaced.conv import ReplacedConv, conv_modes
-from flora.replaced.layer import Form, compute_dtype
+from flora.replaced.layer import Form
 from flora.replaced.linear import runs_plain_op
+from flora.replaced.precision import compute_dtype
 from flora.replaced.weights import AdaptedWeight
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -13,7 +13,8 @@ from flora.adapters.tucker import add_tensor, factor_modes, to_tensor
 from flora.adapters.weights import fold, ranks_of
 from flora.replaced import passes
 from flora.replaced.containers import AdapterParameters, at_hand
-from flora.replaced.layer import ReplacedLayer, full_precision
+from flora.replaced.layer import ReplacedLayer
+from flora.replaced.precision import full_precision
 from flora.replaced.weights import AdaptedWeight
 
 

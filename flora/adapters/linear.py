@@ -13,8 +13,9 @@ from flora.adapters.cost import Work, factored_is_cheaper
 from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import to_tensor
 from flora.replaced.bases import stored, unpacks
-from flora.replaced.layer import Form, compute_dtype
+from flora.replaced.layer import Form
 from flora.replaced.linear import ReplacedLinear, runs_plain_op
+from flora.replaced.precision import compute_dtype
 from flora.replaced.weights import AdaptedWeight, plain
 
 

@@ -1,6 +1,5 @@
 """The base of adapted layers: runs a layer with an updated weight, shows that weight, and merges it."""
 
-import contextlib
 import warnings
 from itertools import chain
 from typing import Any, Literal
@@ -377,19 +376,3 @@ class ReplacedLayer(nn.Module, Kept):
 
     def __repr__(self) -> str:
         return "flora." + super().__repr__()
-
-
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Where autocast is on, a context without it: small products cost more to convert than to compute."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product or convolution with this weight runs now."""
-    device = weight.device.type
-    if device == "meta":
-        return weight.dtype
-    casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if casts else weight.dtype

@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from flora.replaced import passes
-from flora.replaced.layer import Form, ReplacedLayer, compute_dtype
+from flora.replaced.layer import Form, ReplacedLayer
+from flora.replaced.precision import compute_dtype
 from flora.replaced.weights import AdaptedWeight, plain
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flora.adapters.layer import FloraLayer
-from flora.replaced.layer import compute_dtype
+from flora.replaced.precision import compute_dtype
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import factor_modes, to_tensor
-from flora.replaced.layer import compute_dtype
+from flora.replaced.precision import compute_dtype
 from flora.replaced.weights import AdaptedWeight
 
 # Layers that do nothing with their bias but add it.
