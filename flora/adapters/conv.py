@@ -75,7 +75,7 @@ class _Conv(FloraLayer):
         factors = self.factors(adapter_name)
         kernel = to_tensor(self.core(adapter_name) * self.scaling[adapter_name], [None, None, *factors[2:]])
         inward, outward = factors[1 - self.output_dim], factors[self.output_dim]
-        hidden = input if inward is None else self._pointwise(input, inward.mT)
+        hidden = input if inward is None else self._pointwise(input, inward.T)
         hidden = self._op(hidden, *args, weight=kernel.to(input.dtype), **kwargs)
         return hidden if outward is None else self._pointwise(hidden, outward)
 

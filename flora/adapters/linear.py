@@ -39,7 +39,7 @@ class _Matrix(FloraLayer):
         without_core = core.new_ones(1, 1) if single is None else single
         with_core = to_tensor(core, factors)
         if core_side == "rows":
-            return with_core.reshape(described.weight_shape[0], -1), without_core.mT
+            return with_core.reshape(described.weight_shape[0], -1), without_core.T
         return without_core, with_core.reshape(-1, described.weight_shape[1])
 
     def core_side(self, adapter: str) -> str:

@@ -69,7 +69,7 @@ def mode_product(tensor: Tensor, factor: Tensor, mode: int) -> Tensor:
     shape = tensor.shape[len(batch) :]
     before, after = math.prod(shape[:mode]), math.prod(shape[mode + 1 :])
     if after == 1:  # one matrix product instead of `before` matrix-vector products
-        product = tensor.reshape(*batch, before, rank) @ factor.mT
+        product = tensor.reshape(*batch, before, rank) @ factor.transpose(-2, -1)
     elif before == 1:
         product = factor @ tensor.reshape(*batch, rank, after)
     else:
@@ -125,15 +125,15 @@ def add_tensor(weight: Tensor, core: Tensor, factors: Sequence[Tensor | None], s
     first, last = others[0], others[-1]
     columns = core.to(dtype)
     if len(others) == 1:
-        columns = columns.reshape(rows.shape[1], -1) @ first.mT
+        columns = columns.reshape(rows.shape[1], -1) @ first.T
     elif len(first) >= len(last):  # rank of the rows x wide mode x small positions
         along = _kronecker(others[1:])
-        columns = columns.reshape(-1, along.shape[1]) @ along.mT
+        columns = columns.reshape(-1, along.shape[1]) @ along.T
         columns = _in_each(first, columns.view(rows.shape[1], -1, len(along)))
     else:  # rank of the rows x small positions x wide mode
         along = _kronecker(others[:-1])
         columns = _in_each(along, columns.reshape(rows.shape[1], along.shape[1], -1))
-        columns = columns.view(-1, last.shape[1]) @ last.mT
+        columns = columns.view(-1, last.shape[1]) @ last.T
     flat = weight.view(len(rows), -1).to(dtype)
     return torch.addmm(flat, rows, columns.reshape(rows.shape[1], -1), alpha=scale).view(weight.shape)
 

@@ -201,7 +201,8 @@ class ReplacedLayer(nn.Module, Kept):
 
     def quantised_as(self, name: str) -> str | None:
         """What the weight of that name is quantised to, in a word, if it is: now, as models are quantised in place."""
-        return bases.quantised_as(*stand_in.place(self.get_base_layer(), name))
+        base = self.get_base_layer()
+        return None if bases.plain(base, name) else bases.quantised_as(*stand_in.place(base, name))
 
     def quantised(self) -> bool:
         """Whether an adapted weight is quantised: it is never added to, and the update runs apart from it."""
@@ -324,7 +325,8 @@ class ReplacedLayer(nn.Module, Kept):
 
     def _spread_weights(self, adapter_name: str) -> list[DTensor]:
         base = self.get_base_layer()
-        kept = [bases.stored(*stand_in.place(base, name)) for name in self.weights[adapter_name]]
+        names = [name for name in self.weights[adapter_name] if not bases.plain(base, name)]
+        kept = [bases.stored(*stand_in.place(base, name)) for name in names]
         return [weight for weight in kept if isinstance(weight, DTensor)]
 
     def _weight_is_elsewhere(self) -> bool:
@@ -332,7 +334,7 @@ class ReplacedLayer(nn.Module, Kept):
 
         accelerate's hook brings it from where it is offloaded, diffusers' from the dtype in which it is stored.
         """
-        return self.quantised() or any(hasattr(self.base_layer, hook) for hook in ("_hf_hook", "_diffusers_hook"))
+        return self.quantised() or any(hook in vars(self.base_layer) for hook in ("_hf_hook", "_diffusers_hook"))
 
     # ------------------------------------------------------------------ merging
 

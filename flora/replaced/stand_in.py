@@ -66,7 +66,8 @@ def offloading(module: nn.Module) -> list[Any]:
 def run(root: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
     """What the module gives with these weights (by name) in place of its own; its hooks run too."""
     modules = root.modules() if root._modules else (root,)
-    if not any(parametrised(*place(root, name)) for name in weights) and not any(map(offloading, modules)):
+    needs_copy = any(parametrised(*place(root, name)) for name in weights) or any(map(offloading, modules))
+    if not needs_copy and torch._C._get_tracing_state() is None:  # functional_call refuses a traced module
         with _swapping():
             return torch.func.functional_call(root, weights, args, kwargs)
     for hook in offloading(root):
