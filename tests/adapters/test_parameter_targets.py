@@ -156,6 +156,10 @@ def with_script(net: Net) -> None:
     net.layers[1].fused = torch.jit.script(net.layers[1].fused)
 
 
+def with_graph(net: Net) -> None:
+    net.layers[1].fused = torch.fx.symbolic_trace(net.layers[1].fused)
+
+
 def with_seven_modes(net: Net) -> None:
     net.layers[3].fused.w = nn.Parameter(torch.randn(2, 5, 5)[:, None, None, None, None])
 
@@ -164,7 +168,8 @@ REFUSED = {
     "a parametrization": (parametrised, r"target_parameters: layers.1.fused.w is no parameter: it is computed"),
     "a hook": (with_hook, r"target_parameters: layers.1.fused.w is no parameter: it is computed"),
     "a list of modules": (with_list, r"target_parameters: layers.1.fused.w belongs to a list of modules"),
-    "TorchScript": (with_script, r"target_parameters: layers.1.fused.w belongs to compiled TorchScript"),
+    "TorchScript": (with_script, r"target_parameters: layers.1.fused.w belongs to a traced module"),
+    "a graph": (with_graph, r"target_parameters: layers.1.fused.w belongs to a traced module"),
     "seven modes": (with_seven_modes, r"target_parameters: layers.3.fused.w has 7 modes; 2 to 6"),
 }
 
