@@ -76,12 +76,12 @@ def adapt(owner: nn.Module, names: list[str]) -> None:
     kind = type(owner)
     own, known = vars(kind).get("_derived_from", (kind, ()))
     key = own, tuple(sorted({*known, *names}))
-    if key not in _CLASSES:
+    if (derived := _CLASSES.get(key)) is None:
         about = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
         properties = {name: _property(name) for name in key[1]}
         bases = (own,) if issubclass(own, Owner) else (Owner, own)
-        _CLASSES[key] = type(own)(own.__name__, bases, {**about, **properties, "_derived_from": key})
-    owner.__class__ = _CLASSES[key]
+        derived = _CLASSES[key] = type(own)(own.__name__, bases, {**about, **properties, "_derived_from": key})
+    owner.__class__ = derived
 
 
 def release(owner: nn.Module) -> None:

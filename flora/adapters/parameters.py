@@ -74,8 +74,13 @@ class Parameters(FloraLayer):
         """W + update of a parameter, W (``own``) being that of whichever copy of the owner is read.
 
         Raises:
-            ValueError: if W has another shape than the update.
+            ValueError: if W has another shape than the update, or has been quantised.
         """
+        if not own.is_floating_point():
+            raise ValueError(
+                f"{self.full_name(name)}: is quantised now ({own.dtype}), and cannot be added to; merge the adapter "
+                "before, or leave this parameter out"
+            )
         if own.is_meta and not self.core(adapters[0], name).is_meta:
             return own  # offloaded, and not brought back: like W itself, of no use in a computation
         weight = own

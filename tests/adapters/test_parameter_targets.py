@@ -312,6 +312,14 @@ def test_a_new_parameter_of_another_shape_is_refused():
         model(torch.randn(2, 3, 5))
 
 
+def test_a_parameter_quantised_later_is_refused():
+    model = adapt(Net(), "position")
+    whole = nn.Parameter(torch.zeros(3, 5, dtype=torch.int8), requires_grad=False)
+    model.base_model.model.position = whole
+    with pytest.raises(ValueError, match=r"position: is quantised now \(torch.int8\), and cannot be added to"):
+        model(torch.randn(2, 3, 5))
+
+
 def test_an_adapted_parameter_can_be_neither_deleted_nor_parametrised():
     model = adapt(Net(), "fused.w")
     owner = model.base_model.model.layers[0].fused
