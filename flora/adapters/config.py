@@ -108,7 +108,10 @@ class FloraConfig(ReplacedConfig):
     )
     target_parameters: list[str] | None = field(
         default=None,
-        metadata={"help": "Names (full or endings) of bare parameters of 2 to 6 modes to adapt, e.g. MoE experts."},
+        metadata={
+            "help": "Names (full or endings) of bare parameters of 2 to 6 modes to adapt, e.g. MoE experts. "
+            "exclude_modules and layers_to_transform hold for them too."
+        },
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from flora.replaced.guarded import guarded
+from flora.replaced.guarded import check, guarded
 
 CHILD = "adapted_parameters"  # under which the adapter is a child of the owner
 
@@ -40,11 +40,15 @@ class Owner(nn.Module):
         if torch.compiler.is_compiling():  # finds what is computed twice by itself
             return super().__call__(*args, **kwargs)
         outer = _CALLS.get()
+        computed: dict[Any, Any] = {}
         try:
-            _CALLS.set({**outer, id(self): (_place(), {})})
-            return super().__call__(*args, **kwargs)
+            _CALLS.set({**outer, id(self): (_place(), computed)})
+            result = super().__call__(*args, **kwargs)
         finally:
             _CALLS.set(outer)
+        for _, value in computed.values():
+            check(value)
+        return result
 
     @override
     def __delattr__(self, name: str) -> None:
@@ -72,12 +76,12 @@ def adapt(owner: nn.Module, names: list[str]) -> None:
     kind = type(owner)
     own, known = vars(kind).get("_derived_from", (kind, ()))
     key = own, tuple(sorted({*known, *names}))
-    if key not in _CLASSES:
+    if (derived := _CLASSES.get(key)) is None:
         about = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
         properties = {name: _property(name) for name in key[1]}
         bases = (own,) if issubclass(own, Owner) else (Owner, own)
-        _CLASSES[key] = type(own)(own.__name__, bases, {**about, **properties, "_derived_from": key})
-    owner.__class__ = _CLASSES[key]
+        derived = _CLASSES[key] = type(own)(own.__name__, bases, {**about, **properties, "_derived_from": key})
+    owner.__class__ = derived
 
 
 def release(owner: nn.Module) -> None:
@@ -129,7 +133,7 @@ def _read(owner: nn.Module, layer: Any, name: str, w: Any) -> Any:
         key = name, *adapters
         of, value = computed.get(key, (None, None))
         if of is not w:
-            value = guarded(layer.adapted(name, w, adapters), layer.full_name(name))
+            value = guarded(layer.adapted(name, w, adapters), layer.full_name(name), parts=False)
             computed[key] = w, value
         return value
     except AttributeError as error:  # would have Python ask nn.Module.__getattr__, which knows W

@@ -60,18 +60,23 @@ class Parameters(FloraLayer):
 
     def adapting(self, name: str) -> list[str]:
         """The adapters whose updates a read of this parameter has to see now."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
+        if self._disable_adapters or self.merged_adapters:  # plain attributes: a read is frequent
+            if self._disable_adapters and self.merged:
+                self.unmerge()
             return []
-        return [adapter for adapter in self._present(self.active_adapters) if name in self.weights[adapter]]
+        return [adapter for adapter in self.active_adapters if name in self.weights.get(adapter, ())]
 
     def adapted(self, name: str, own: Tensor, adapters: list[str]) -> Tensor:
         """W + update of a parameter, W (``own``) being that of whichever copy of the owner is read.
 
         Raises:
-            ValueError: if W has another shape than the update.
+            ValueError: if W has another shape than the update, or has been quantised.
         """
+        if not own.is_floating_point():
+            raise ValueError(
+                f"{self.full_name(name)}: is quantised now ({own.dtype}), and cannot be added to; merge the adapter "
+                "before, or leave this parameter out"
+            )
         if own.is_meta and not self.core(adapters[0], name).is_meta:
             return own  # offloaded, and not brought back: like W itself, of no use in a computation
         weight = own
@@ -205,8 +210,8 @@ def _check(owner: nn.Module, key: str, full_name: str) -> None:
             "hook such as weight_norm), which an update would not survive; name those"
         )
     kind = type(owner).__name__
-    if isinstance(owner, torch.jit.ScriptModule):
-        raise ValueError(f"target_parameters: {full_name} belongs to compiled TorchScript; adapt the module before")
+    if isinstance(owner, torch.jit.ScriptModule | torch.fx.GraphModule):
+        raise ValueError(f"target_parameters: {full_name} belongs to a traced module ({kind}); adapt before tracing")
     if isinstance(owner, nn.RNNBase):
         raise ValueError(f"target_parameters: {full_name} belongs to a {kind}; name the {kind} in target_modules")
     if isinstance(owner, nn.ModuleList | nn.ModuleDict):

@@ -1,6 +1,7 @@
 """A tensor that is computed when an operation needs its values."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -60,15 +61,22 @@ class _Lazy(Tensor):
         return func(*args, **kwargs)
 
 
-def written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+def written(func: Any, args: Any, kwargs: Any) -> Iterable[Any]:
     """The tensors that a function of torch writes to."""
-    out = kwargs.get("out")
-    yield from out if isinstance(out, tuple | list) else [out]
+    if not _in_place(func) and "out" not in kwargs:
+        return ()
+    targets = [kwargs.get("out")]
+    if _in_place(func):
+        targets.append(args[0] if args else next(iter(kwargs.values()), None))
+    return [tensor for target in targets for tensor in (target if isinstance(target, tuple | list) else [target])]
+
+
+@lru_cache(1024)
+def _in_place(func: Any) -> bool:
     name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    if in_place or name in ("__set__", "__delete__", "__setitem__") or (name.startswith("__i") and name in _IN_PLACE):
-        target = args[0] if args else next(iter(kwargs.values()), None)
-        yield from target if isinstance(target, tuple | list) else [target]
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    return name in ("__set__", "__delete__", "__setitem__") or name in _IN_PLACE
 
 
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow")} | {

@@ -156,6 +156,10 @@ def with_script(net: Net) -> None:
     net.layers[1].fused = torch.jit.script(net.layers[1].fused)
 
 
+def with_graph(net: Net) -> None:
+    net.layers[1].fused = torch.fx.symbolic_trace(net.layers[1].fused)
+
+
 def with_seven_modes(net: Net) -> None:
     net.layers[3].fused.w = nn.Parameter(torch.randn(2, 5, 5)[:, None, None, None, None])
 
@@ -164,7 +168,8 @@ REFUSED = {
     "a parametrization": (parametrised, r"target_parameters: layers.1.fused.w is no parameter: it is computed"),
     "a hook": (with_hook, r"target_parameters: layers.1.fused.w is no parameter: it is computed"),
     "a list of modules": (with_list, r"target_parameters: layers.1.fused.w belongs to a list of modules"),
-    "TorchScript": (with_script, r"target_parameters: layers.1.fused.w belongs to compiled TorchScript"),
+    "TorchScript": (with_script, r"target_parameters: layers.1.fused.w belongs to a traced module"),
+    "a graph": (with_graph, r"target_parameters: layers.1.fused.w belongs to a traced module"),
     "seven modes": (with_seven_modes, r"target_parameters: layers.3.fused.w has 7 modes; 2 to 6"),
 }
 
@@ -304,6 +309,14 @@ def test_a_new_parameter_of_another_shape_is_refused():
     model = adapt(Net(), "position")
     model.base_model.model.position = nn.Parameter(torch.randn(1, 5))
     with pytest.raises(ValueError, match=r"position: has shape \[1, 5\] now, and had \[3, 5\]"):
+        model(torch.randn(2, 3, 5))
+
+
+def test_a_parameter_quantised_later_is_refused():
+    model = adapt(Net(), "position")
+    whole = nn.Parameter(torch.zeros(3, 5, dtype=torch.int8), requires_grad=False)
+    model.base_model.model.position = whole
+    with pytest.raises(ValueError, match=r"position: is quantised now \(torch.int8\), and cannot be added to"):
         model(torch.randn(2, 3, 5))
 
 
