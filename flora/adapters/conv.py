@@ -12,6 +12,7 @@ from flora.adapters.config import FloraConfig
 from flora.adapters.cost import Work, factored_is_cheaper
 from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import to_tensor
+from flora.replaced import stand_in
 from flora.replaced.bases import stored, unpacks
 from flora.replaced.conv import ReplacedConv, conv_modes
 from flora.replaced.layer import Form
@@ -102,7 +103,7 @@ class ConvNd(ReplacedConv, _Conv):
         if self.plain_op:
             return base._conv_forward(input, weight, None)
         swapped = {"weight": weight} if base.bias is None else {"weight": weight, "bias": torch.zeros_like(base.bias)}
-        return torch.func.functional_call(base, swapped, (input,))
+        return stand_in.run_alone(base, swapped, input)  # whose hooks have run for W
 
 
 class ConvTransposeNd(_Conv):

@@ -12,6 +12,7 @@ from flora.adapters.config import FloraConfig
 from flora.adapters.cost import Work, factored_is_cheaper
 from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import to_tensor
+from flora.replaced import passes
 from flora.replaced.bases import stored, unpacks
 from flora.replaced.layer import Form
 from flora.replaced.linear import ReplacedLinear, runs_plain_op
@@ -108,7 +109,7 @@ class Linear(_Matrix, ReplacedLinear):
             args = (shared.converted(args[0], dtype),)
         if isinstance(prepared, dict):
             return super().run_prepared(shared, prepared, *args, **kwargs)
-        if plain_input and args[0].dim() >= 2 and runs_plain_op(self.base_layer, nn.Linear):
+        if plain_input and passes.converts(args[0], dtype) and runs_plain_op(self.base_layer, nn.Linear):
             return shared.linear_plus_thin(self.base_layer, args[0], *prepared, dtype)
         return super().run_apart(self._present(self.active_adapters), *args, **kwargs)
 

@@ -130,7 +130,7 @@ def _read(owner: nn.Module, layer: Any, name: str, w: Any) -> Any:
         began, computed = _CALLS.get().get(id(owner), (None, {}))
         if began != _place():
             return guarded(layer.adapted(name, w, adapters), layer.full_name(name))
-        key = name, *adapters
+        key = name, layer.stamp()
         of, value = computed.get(key, (None, None))
         if of is not w:
             value = guarded(layer.adapted(name, w, adapters), layer.full_name(name), parts=False)

@@ -72,9 +72,9 @@ class Parameters(FloraLayer):
         Raises:
             ValueError: if W has another shape than the update, or has been quantised.
         """
-        if not own.is_floating_point():
+        if (kind := self.quantised_as(name)) is not None:
             raise ValueError(
-                f"{self.full_name(name)}: is quantised now ({own.dtype}), and cannot be added to; merge the adapter "
+                f"{self.full_name(name)}: is quantised now ({kind}), and cannot be added to; merge the adapter "
                 "before, or leave this parameter out"
             )
         if own.is_meta and not self.core(adapters[0], name).is_meta:

@@ -22,8 +22,8 @@ def batched(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     Nothing is kept on the model, and nothing but the grouping of layers from one block to the next. Within a block, a
     layer whose weights, active adapters or scale have changed since, and every layer where operations are recorded or
     repeated (gradient checkpointing, functorch, forward-mode AD, tracing, torch.compile), builds its own. A change
-    through ``tensor.data`` within a block goes unnoticed, since torch counts no version for it; what a block builds
-    stays in memory until it ends.
+    in place through ``tensor.data`` within a block goes unnoticed, since torch counts no version for it. All forward
+    passes of a block share one graph: call backward once for them. What a block builds stays in memory until it ends.
 
     Args:
         model: a module with adapted layers, such as a ``peft.PeftModel``; layers added later build their own.

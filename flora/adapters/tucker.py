@@ -118,7 +118,7 @@ def add_tensor(weight: Tensor, core: Tensor, factors: Sequence[Tensor | None], s
         return total.permute([order.index(mode) for mode in range(len(order))])
     rows, others = factors[0], [factor for factor in factors[1:] if factor is not None]
     left = any(factor is None and rank > 1 for factor, rank in zip(factors, core.shape, strict=True))
-    if rows is None or not others or left:
+    if rows is None or not others or left or weight.numel() == 0:
         return weight + scale * to_tensor(core, factors)
     dtype = torch.promote_types(weight.dtype, core.dtype)
     rows, *others = (factor.to(dtype) for factor in (rows, *others))

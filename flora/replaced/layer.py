@@ -154,11 +154,10 @@ class ReplacedLayer(nn.Module, Kept):
         weights = {weight.name: self.modes(weight, config, name) for weight in self.describe_weights(config, name)}
         self.check_config(config, name)
         for key in weights:
-            owner, _, attribute = key.rpartition(".")
-            if isinstance(vars(self.get_base_layer().get_submodule(owner)).get(attribute), Tensor):
+            if stand_in.set_by_hook(self.get_base_layer(), key):
                 raise ValueError(
-                    f"{name}: its {key} is computed anew by a hook (torch.nn.utils.weight_norm, spectral_norm), which "
-                    "an update would not survive; use torch.nn.utils.parametrizations"
+                    f"{name}: its {key} is computed anew by a hook (torch.nn.utils.prune, weight_norm, spectral_norm), "
+                    "which an update would not survive; call prune.remove, or use torch.nn.utils.parametrizations"
                 )
         self.weights[adapter_name] = weights
         scales = {key: scaling_of(weight, config, name) for key, weight in weights.items()}
@@ -219,6 +218,11 @@ class ReplacedLayer(nn.Module, Kept):
                 f"{self.full_name(name)}: a quantised weight ({kind}), which this layer's adapter would be added to; "
                 "keep this layer in full precision, or quantise the model before it is wrapped, without this layer"
             )
+        if stand_in.set_by_hook(self.get_base_layer(), name):
+            raise ValueError(
+                f"{self.full_name(name)}: is computed anew by a hook since it was adapted (prune, weight_norm), which "
+                "an update would not survive; make it a parameter again (torch.nn.utils.prune.remove)"
+            )
         base = weight = self.base_weight(name)
         described = next(self.weights[adapter][name] for adapter in adapters if name in self.weights[adapter])
         if base.shape != described.weight_shape:
@@ -275,7 +279,13 @@ class ReplacedLayer(nn.Module, Kept):
         adapters = [a for a in self._present(self.active_adapters) if name in self.weights[a]]
         if self.disable_adapters or self.merged or not adapters or self.quantised_as(name):
             return self.base_weight(name)
-        return lazy(self.base_weight(name), lambda: self.adapted_weight(name, adapters))
+        base, full_name = self.base_weight(name), self.full_name(name)
+        return lazy(full_name, base, lambda: self.adapted_weight(name, adapters), self.stamp, self.parameters())
+
+    def stamp(self) -> Any:
+        """What tells states of the layer apart in which its weights differ."""
+        how = self.disable_adapters, *self.active_adapters, *self.merged_adapters, *self.scaling.items()
+        return how, [(id(p), 0 if p.is_inference() else p._version) for p in self.parameters()]
 
     # ------------------------------------------------------------------ forward
 
@@ -316,7 +326,7 @@ class ReplacedLayer(nn.Module, Kept):
             return apart
         configured = self.configured_form[adapters[0]]
         if configured == "auto":
-            return self.cheaper_form(adapters[0])
+            return apart if self._hooked() else self.cheaper_form(adapters[0])
         return apart if configured == "factored" else "merged"
 
     def apart(self, adapter_name: str) -> Form | None:
@@ -334,7 +344,16 @@ class ReplacedLayer(nn.Module, Kept):
 
         accelerate's hook brings it from where it is offloaded, diffusers' from the dtype in which it is stored.
         """
-        return self.quantised() or any(hook in vars(self.base_layer) for hook in ("_hf_hook", "_diffusers_hook"))
+        base = self.base_layer
+        if self.quantised() or "_hf_hook" in vars(base) or "_diffusers_hook" in vars(base):
+            return True
+        names = {name for weights in self.weights.values() for name in weights}
+        return any(stand_in.set_by_hook(self.get_base_layer(), n) for n in names if not bases.plain(base, n))
+
+    def _hooked(self) -> bool:
+        """Whether calling the base layer may do more than its op: then ``auto`` calls it as it is, as LoRA does."""
+        base = self.base_layer
+        return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
 
     # ------------------------------------------------------------------ merging
 

@@ -58,11 +58,13 @@ class ReplacedLinear(ReplacedLayer):
     @override
     def run_apart(self, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         shared = passes.running()
-        plain_input = len(args) == 1 and not kwargs and args[0].dim() >= 2
-        if shared is None or len(adapters) > 1 or not plain_input or not self.runs_fused(adapters[0]):
+        if shared is None or len(adapters) > 1 or len(args) != 1 or kwargs or not self.runs_fused(adapters[0]):
+            return super().run_apart(adapters, *args, **kwargs)
+        dtype = compute_dtype(self.base_layer.weight)
+        if not passes.converts(args[0], dtype):
             return super().run_apart(adapters, *args, **kwargs)
         left, right = self.thin_matrices(adapters[0])
-        return shared.linear_plus_thin(self.base_layer, args[0], left, right, compute_dtype(self.base_layer.weight))
+        return shared.linear_plus_thin(self.base_layer, args[0], left, right, dtype)
 
     def runs_fused(self, adapter: str) -> bool:
         """Whether base layer and update can run in one op: a frozen nn.Linear at hand, and no dropout."""

@@ -54,6 +54,11 @@ def check_mergeable(layer: Any, name: str) -> None:
             f"{full_name}: a quantised weight ({kind}) cannot be merged into; reload the model in full precision, "
             "load the adapter onto it and merge there"
         )
+    if stand_in.set_by_hook(layer.get_base_layer(), name):
+        raise ValueError(
+            f"{full_name}: is computed anew by a hook (prune, weight_norm), which would undo the merging; make it a "
+            "parameter first (torch.nn.utils.prune.remove, remove_weight_norm)"
+        )
     for owner, attribute in _parametrised(layer, [name]).values():
         if stand_in.offloading(owner.parametrizations[attribute]):
             raise ValueError(

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 # flora.adapters.fast.batched.Pass
@@ -20,6 +21,12 @@ def running() -> Any:
         return None
     shared = RUNNING.get()
     return None if shared is None or _watched() else shared
+
+
+def converts(input: Tensor, dtype: torch.dtype) -> bool:
+    """Whether an op in ``dtype`` takes this input: a plain one of that dtype, or one that autocast converts."""
+    alike = input.dtype == dtype or torch.is_autocast_enabled(input.device.type)
+    return alike and input.dim() >= 2 and not input.is_nested
 
 
 def _watched() -> bool:

@@ -36,6 +36,12 @@ def value(root: nn.Module, name: str) -> Tensor:
     return tensor
 
 
+def set_by_hook(root: nn.Module, name: str) -> bool:
+    """Whether a hook computes a weight anew for each call (torch.nn.utils.prune, the first weight_norm)."""
+    owner, attribute = place(root, name)
+    return isinstance(vars(owner).get(attribute), Tensor)
+
+
 def store(root: nn.Module, name: str, tensor: Tensor) -> None:
     """Put new numbers into a plain parameter of a module, and into what keeps them while it is offloaded."""
     parameter = getattr(*place(root, name))
@@ -73,6 +79,11 @@ def run(root: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any) -> 
     for hook in offloading(root):
         args, kwargs = send_to_device((args, kwargs), hook.execution_device)
     return _copy(root, root, "", weights)(*args, **kwargs)
+
+
+def run_alone(root: nn.Module, weights: dict[str, Tensor], *args: Any) -> Any:
+    """The module's own forward with these weights, without its hooks."""
+    return _copy(root, root, "", weights).forward(*args)
 
 
 _SWAPS = threading.RLock()  # held while a layer bears other weights than its own, which no thread must read

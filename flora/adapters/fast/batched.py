@@ -55,7 +55,8 @@ class Batched:
 
     def __exit__(self, *raised: object) -> None:
         if not torch.compiler.is_compiling():
-            RUNNING.set(RUNNING.get().outer)
+            entered = RUNNING.get()
+            RUNNING.set(None if entered is None else entered.outer)  # None: entered in another thread or task
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers}  # plans hold addresses of this process
@@ -90,7 +91,7 @@ class Pass:
         self.batched = batched
         self.outer = outer
         self._built: dict[tuple[Any, ...], _Built] = {}
-        self._inputs: dict[int, tuple[Any, int, Any]] = {}
+        self._inputs: dict[int, tuple[Any, Any, Any]] = {}
 
     def prepared_for(self, layer: FloraLayer) -> Prepared | None:
         """What the layer runs with, if anything was built for it as it stands now."""
@@ -119,11 +120,11 @@ class Pass:
             return input
         if not torch.is_grad_enabled():
             return input
-        source, version, copy = self._inputs.get(id(input), (None, 0, None))
-        cast = copy() if source is not None and source() is input and version == input._version else None
+        source, version, copy = self._inputs.get(id(input), (None, None, None))
+        cast = copy() if source is not None and source() is input and version == _version(input) else None
         if cast is None:
             cast = input.to(dtype)
-            self._inputs[id(input)] = weakref.ref(input), input._version, weakref.ref(cast)  # autograd keeps them
+            self._inputs[id(input)] = weakref.ref(input), _version(input), weakref.ref(cast)  # autograd keeps them
         return cast
 
 
@@ -134,7 +135,7 @@ class _Built:
         signature = [_signature(layer) for layer in batched.layers]
         batched.devices = tuple(sorted({weight.device.type for _, weight, *_ in signature if weight is not None}))
         self.spent: list[bool] = []  # filled by a backward pass that goes through what was built, and frees its graph
-        self._ready: dict[int, tuple[Prepared, Any, list[Any], list[Tensor], list[int]]] = {}
+        self._ready: dict[int, tuple[Prepared, Any, list[Any], list[Tensor], list[Any]]] = {}
         states = {id(layer): state for layer, (state, *_) in zip(batched.layers, signature, strict=True)}
         for planned in batched.plans([_plannable(*part) for part in signature], tuple(map(_autocast, batched.devices))):
             outputs = planned.build(batched, self.spent)
@@ -142,7 +143,7 @@ class _Built:
                 continue
             for layer, places, prepared in zip(planned.layers, planned.places, outputs, strict=True):
                 sources = [owner[key] for owner, key in places]
-                versions = [source._version for source in sources]
+                versions = [_version(source) for source in sources]
                 self._ready[id(layer)] = prepared, states[id(layer)], places, sources, versions
 
     def prepared_for(self, layer: FloraLayer) -> Prepared | None:
@@ -154,7 +155,7 @@ class _Built:
         if _state(layer) != state:
             return None
         for (owner, key), source, version in zip(places, sources, versions, strict=True):
-            if owner.get(key) is not source or source._version != version:
+            if owner.get(key) is not source or _version(source) != version:
                 return None
         return prepared
 
@@ -221,12 +222,18 @@ def _autocast(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if casts else None
 
 
+def _version(tensor: Tensor) -> tuple[int, int, bool]:
+    """What tells apart a tensor's numbers, where they lie (``tensor.data = ...``), and whether it is trained."""
+    return tensor._version, tensor.data_ptr(), tensor.requires_grad
+
+
 def _state(layer: FloraLayer) -> tuple[Any, ...]:
     """Which adapter a layer runs with, and how."""
     own = layer.__dict__  # past nn.Module's attribute lookup
-    active = own["_active_adapter"]
+    active, base = own["_active_adapter"], own["_modules"]["base_layer"]
     return (
-        id(own["_modules"]["base_layer"]),
+        id(base),
+        bool(base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__),
         own["revision"],
         own["training"],
         own["_disable_adapters"],
