@@ -104,13 +104,14 @@ class Linear(_Matrix, ReplacedLinear):
     @override
     def run_prepared(self, shared: Any, prepared: Any, *args: Any, **kwargs: Any) -> Tensor:
         dtype = prepared["weight"].dtype if isinstance(prepared, dict) else prepared[0].dtype
+        base: Any = self._modules["base_layer"]  # past nn.Module's attribute lookup
         plain_input = len(args) == 1 and not kwargs
         if plain_input:
             args = (shared.converted(args[0], dtype),)
         if isinstance(prepared, dict):
             return super().run_prepared(shared, prepared, *args, **kwargs)
-        if plain_input and passes.converts(args[0], dtype) and runs_plain_op(self.base_layer, nn.Linear):
-            return shared.linear_plus_thin(self.base_layer, args[0], *prepared, dtype)
+        if plain_input and passes.converts(args[0], dtype) and runs_plain_op(base, nn.Linear):
+            return shared.linear_plus_thin(base, args[0], *prepared, dtype)
         return super().run_apart(self._present(self.active_adapters), *args, **kwargs)
 
 

@@ -143,7 +143,7 @@ class _Built:
                 continue
             for layer, places, prepared in zip(planned.layers, planned.places, outputs, strict=True):
                 sources = [owner[key] for owner, key in places]
-                versions = [_version(source) for source in sources]
+                versions = [(source._version, source.data_ptr(), source.requires_grad) for source in sources]
                 self._ready[id(layer)] = prepared, states[id(layer)], places, sources, versions
 
     def prepared_for(self, layer: FloraLayer) -> Prepared | None:
@@ -154,8 +154,10 @@ class _Built:
         prepared, state, places, sources, versions = ready
         if _state(layer) != state:
             return None
-        for (owner, key), source, version in zip(places, sources, versions, strict=True):
-            if owner.get(key) is not source or _version(source) != version:
+        for (owner, key), source, (version, at, trained) in zip(places, sources, versions, strict=True):
+            if owner.get(key) is not source or source._version != version:
+                return None
+            if source.data_ptr() != at or source.requires_grad is not trained:
                 return None
         return prepared
 

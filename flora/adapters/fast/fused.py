@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -23,12 +22,17 @@ class _LinearPlusThin(torch.autograd.Function):
             x = input.to(dtype)
             flat, matrix, thin = x.flatten(0, -2), weight.to(dtype), right.to(dtype)
             hidden = flat @ thin.mT
-            output = F.linear(flat, matrix, None if bias is None else bias.to(dtype))
-            output.addmm_(hidden, left.to(dtype).mT)
+            # Not a view: torch forbids to change a view that such a function returns in place (ReLU(inplace=True)).
+            output = flat.new_empty(*input.shape[:-1], len(matrix))
+            rows = output.view(-1, len(matrix))
+            if bias is None:
+                torch.mm(flat, matrix.T, out=rows)
+            else:
+                torch.addmm(bias.to(dtype), flat, matrix.T, out=rows)
+            rows.addmm_(hidden, left.to(dtype).mT)
             ctx.save_for_backward(x, matrix, left, right, hidden)
             ctx.dtypes = input.dtype, None if bias is None else bias.dtype
-            # No view: torch forbids to change a view that such a function returns in place, as ReLU(inplace=True) does.
-            return torch.ops.aten._unsafe_view(output, [*input.shape[:-1], output.shape[-1]])
+            return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
