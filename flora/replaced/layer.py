@@ -285,7 +285,7 @@ class ReplacedLayer(nn.Module, Kept):
     def stamp(self) -> Any:
         """What tells states of the layer apart in which its weights differ."""
         how = self.disable_adapters, *self.active_adapters, *self.merged_adapters, *self.scaling.items()
-        return how, [(id(p), 0 if p.is_inference() else p._version) for p in self.parameters()]
+        return how, tuple([(id(p), 0 if p.is_inference() else p._version) for p in self.parameters()])
 
     # ------------------------------------------------------------------ forward
 
