@@ -154,7 +154,8 @@ class ReplacedLayer(nn.Module, Kept):
         weights = {weight.name: self.modes(weight, config, name) for weight in self.describe_weights(config, name)}
         self.check_config(config, name)
         for key in weights:
-            if stand_in.set_by_hook(self.get_base_layer(), key):
+            owner, attribute = stand_in.place(self.get_base_layer(), key)
+            if isinstance(vars(owner).get(attribute), Tensor):
                 raise ValueError(
                     f"{name}: its {key} is computed anew by a hook (torch.nn.utils.prune, weight_norm, spectral_norm), "
                     "which an update would not survive; call prune.remove, or use torch.nn.utils.parametrizations"

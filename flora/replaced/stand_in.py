@@ -39,7 +39,8 @@ def value(root: nn.Module, name: str) -> Tensor:
 def set_by_hook(root: nn.Module, name: str) -> bool:
     """Whether a hook computes a weight anew for each call (torch.nn.utils.prune, the first weight_norm)."""
     owner, attribute = place(root, name)
-    return isinstance(vars(owner).get(attribute), Tensor)
+    made_of = (f"{attribute}_{end}" in owner._parameters for end in ("orig", "g", "v"))
+    return isinstance(vars(owner).get(attribute), Tensor) and any(made_of)  # FSDP keeps plain tensors there too
 
 
 def store(root: nn.Module, name: str, tensor: Tensor) -> None:

@@ -213,7 +213,7 @@ def test_a_trained_base_gets_its_gradients_through_its_parametrization():
 
 def test_hooks_and_a_forward_of_its_own_survive():
     seen = []
-    model, adapted = adapt("ConvTranspose1d", "weight_norm")
+    model, adapted = adapt("ConvTranspose1d", "weight_norm", forward="merged")
     base, x = adapted.base_layer, inputs("ConvTranspose1d")
     expected = model(*x)
     base.register_forward_hook(lambda module, args, output: seen.append(module.weight) or 2 * output)
