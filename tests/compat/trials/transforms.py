@@ -269,7 +269,14 @@ def flop_count(method: Method) -> None:
     assert own < counted < 4 * own, f"{counted} operations, of the base {own}"
 
 
-@trial("opacus", "GradSampleModule: gradients of single examples", needs=("opacus",))
+@trial(
+    "opacus",
+    "GradSampleModule: gradients of single examples",
+    needs=("opacus",),
+    # Its hooks are on modules that have parameters and are called; cores and factors lie in containers. The gradients
+    # of torch.func (single_gradients) are right.
+    expected={"FLoRA": "fails: TypeError: 'NoneType' object is not subscriptable"},
+)
 def opacus_samples(method: Method) -> None:
     from opacus import GradSampleModule
 
