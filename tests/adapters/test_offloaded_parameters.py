@@ -13,8 +13,6 @@ import flora
 
 from . import by_hand
 
-pytest.importorskip("flora.replaced.containers", reason="cores and factors come back through their containers")
-
 
 class Experts(nn.Module):
     def __init__(self) -> None:

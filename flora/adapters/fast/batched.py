@@ -248,10 +248,8 @@ def _state(layer: FloraLayer) -> tuple[Any, ...]:
 def _places(layer: FloraLayer, adapter: str) -> list[tuple[dict[str, Any], str]]:
     own = layer.__dict__["_modules"]
     holders = own["tucker_core"]._modules[adapter], own["tucker_factors"]._modules[adapter], own["base_layer"]
-    tensors = [
-        (owner._parameters, key) for owner in holders for key, value in owner._parameters.items() if value is not None
-    ]
-    return tensors
+    kept = [owner._parameters for owner in holders]
+    return [(parameters, key) for parameters in kept for key, value in parameters.items() if value is not None]
 
 
 def _signature(layer: FloraLayer) -> tuple[Any, ...]:

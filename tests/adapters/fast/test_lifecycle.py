@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import flora
 from flora.adapters import FloraLayer
 from flora.replaced import passes
-from tests.adapters.fast.nets import TARGETS, Net, adapt, assert_same, gradients, layer_by_layer
+from tests.adapters.fast.nets import TARGETS, Net, adapt, assert_same, gradients
 
 pytestmark = pytest.mark.usefixtures("double")
 FORMS = pytest.mark.parametrize("form", ["merged", "factored"])
@@ -391,8 +391,6 @@ def test_checkpoints_of_other_libraries_see_what_each_layer_computes(form):
     """Hooks on saved tensors get what is saved for each layer, so that they may move or recompute it."""
     model = alone(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), target_modules=["0", "1"], forward=form)
     x, saved = torch.randn(3, 6), []
-    expected = gradients(layer_by_layer(adapt(nn.Sequential(nn.Linear(6, 6)), target_modules=["0"])), x)
-    assert expected
     with flora.batched(model), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         checkpoint(model, x, use_reentrant=False).sum().backward()
     twin, count = copy.deepcopy(model), len(saved)
