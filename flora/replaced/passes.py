@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# Bound once, since every layer asks.
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_backward_pass = torch._C._current_graph_task_id
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_trace = torch._C._get_tracing_state
+
 # flora.adapters.fast.batched.Pass
 RUNNING: ContextVar[Any] = ContextVar("flora_pass", default=None)
 
@@ -37,10 +44,10 @@ def _watched() -> bool:
     operations that torch can differentiate or write down.
     """
     return (
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # checkpoints, save_on_cpu
-        or torch._C._current_graph_task_id() != -1  # within a backward pass
-        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, counters of operations
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        _saving_hooks(True) is not None  # checkpoints, save_on_cpu
+        or _backward_pass() != -1
+        or _dispatch_modes() > 0  # make_fx, counters of operations
+        or _transform() is not None
+        or _trace() is not None
         or forward_ad._current_level >= 0
     )

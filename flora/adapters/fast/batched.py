@@ -135,29 +135,28 @@ class _Built:
         signature = [_signature(layer) for layer in batched.layers]
         batched.devices = tuple(sorted({weight.device.type for _, weight, *_ in signature if weight is not None}))
         self.spent: list[bool] = []  # filled by a backward pass that goes through what was built, and frees its graph
-        self._ready: dict[int, tuple[Prepared, Any, list[Any], list[Tensor], list[Any]]] = {}
+        self._ready: dict[int, tuple[Prepared, Any, list[Any]]] = {}
         states = {id(layer): state for layer, (state, *_) in zip(batched.layers, signature, strict=True)}
         for planned in batched.plans([_plannable(*part) for part in signature], tuple(map(_autocast, batched.devices))):
             outputs = planned.build(batched, self.spent)
             if outputs is None:
                 continue
             for layer, places, prepared in zip(planned.layers, planned.places, outputs, strict=True):
-                sources = [owner[key] for owner, key in places]
-                versions = [(source._version, source.data_ptr(), source.requires_grad) for source in sources]
-                self._ready[id(layer)] = prepared, states[id(layer)], places, sources, versions
+                made_from = [(owner, key, owner[key], *_version(owner[key])) for owner, key in places]
+                self._ready[id(layer)] = prepared, states[id(layer)], made_from
 
     def prepared_for(self, layer: FloraLayer) -> Prepared | None:
         """What was built for the layer, unless the layer has changed since."""
         ready = self._ready.get(id(layer))
         if ready is None:
             return None
-        prepared, state, places, sources, versions = ready
+        prepared, state, made_from = ready
         if _state(layer) != state:
             return None
-        for (owner, key), source, (version, at, trained) in zip(places, sources, versions, strict=True):
+        for owner, key, source, version, address, trained in made_from:  # `_version` written out: every layer asks
             if owner.get(key) is not source or source._version != version:
                 return None
-            if source.data_ptr() != at or source.requires_grad is not trained:
+            if source.data_ptr() != address or source.requires_grad is not trained:
                 return None
         return prepared
 
