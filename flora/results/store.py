@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from flora.errors import DataError, FailedBefore
 from flora.launch import processes
+from flora.results.checks import contradiction
 from flora.results.lock import HEARTBEAT, STALE_AFTER, Lock, Owner, owners
 from flora.results.record import SCHEMA_VERSION, STATUSES, Record, now
 
@@ -30,7 +31,7 @@ _FINISHED = {  # what tables read of a finished record
 _COUNTS = ("trainable_params", "head_params", "total_params")
 _TIMES = ("started", "finished")
 _COSTS = ("lr", "train_seconds", "peak_memory_bytes")  # numbers, or None where nothing was measured
-_CACHE_VERSION = b"3"  # bumped when summaries or the checks of `read` change
+_CACHE_VERSION = b"4"  # bumped when summaries or the checks of `read` change
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Store:
         self.folder = Path(folder)
         self.heartbeat = heartbeat
         self.stale_after = stale_after
+        self._told: set[str] = set()
 
     def path(self, run_id: str) -> Path:
         """Where the record of a run id is, or would be."""
@@ -93,7 +95,7 @@ class Store:
 
     def finished(self, run_id: str) -> dict[str, Any] | None:
         """The finished record of a run id, whole, or None."""
-        record = self._sound(run_id)
+        record, _ = self._look(run_id)
         return record if record is not None and record["status"] == "finished" else None
 
     def settled(self, run_id: str, retry: bool = False, force: bool = False) -> dict[str, Any] | None:
@@ -106,8 +108,14 @@ class Store:
 
         Raises:
             FailedBefore: the run failed, and neither ``retry`` nor ``force`` asks for another attempt.
+            DataError: a newer version of flora wrote the record.
         """
-        record = None if force else self._sound(run_id)
+        record, problem = self._look(run_id)
+        self._check_age(run_id)
+        if problem is not None and problem not in self._told:
+            self._told.add(problem)
+            print(f"warning: {problem}: it is left out, the run is done anew", file=sys.stderr)
+        record = None if force else record
         if record is not None and record["status"] == "failed" and not retry:
             raise FailedBefore(f"run {run_id} failed before ({record.get('error')}): retry=true tries again")
         return record if record is not None and record["status"] == "finished" else None
@@ -117,8 +125,13 @@ class Store:
         return Lock(self.folder, run_id, self.heartbeat, self.stale_after)
 
     def write(self, record: Record) -> Path:
-        """Write a record atomically; returns its path. A finished record gives way to another finished one only."""
+        """Write a record atomically; returns its path. A finished record gives way to another finished one only.
+
+        Raises:
+            DataError: what is there was written by a newer version of flora.
+        """
         path = self.path(record.run_id)
+        self._check_age(record.run_id)
         if record.status == "finished" or self.finished(record.run_id) is None:
             record.write(path)
         return path
@@ -153,9 +166,21 @@ class Store:
                 records[record["run_id"]] = record
         return Contents(records, problems, owners(self.folder, self.stale_after))
 
-    def _sound(self, run_id: str) -> dict[str, Any] | None:
+    def _look(self, run_id: str) -> tuple[dict[str, Any] | None, str | None]:
         path = self.path(run_id)
-        return read(path)[0] if path.exists() else None
+        return read(path) if path.exists() else (None, None)
+
+    def _check_age(self, run_id: str) -> None:
+        """DataError where a newer version of flora has written this run's record, which is then no one else's."""
+        try:
+            version = json.loads(self.path(run_id).read_bytes())["schema_version"]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
+            return
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise DataError(
+                f"{self.path(run_id)} was written by a newer flora (schema version {version}, this code reads "
+                f"{SCHEMA_VERSION}): update flora, or choose another folder with paths.results=DIR"
+            )
 
 
 def read(path: Path) -> tuple[dict[str, Any] | None, str | None]:
@@ -181,7 +206,7 @@ def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | N
     for key in _OBJECTS:
         if not isinstance(record.get(key, {}), dict):
             return None, f"{path}: {key} is {record[key]!r:.40}, it must be an object"
-    if record["schema_version"] != SCHEMA_VERSION:
+    if record["schema_version"] != SCHEMA_VERSION or isinstance(record["schema_version"], bool):
         return None, f"{path}: schema version {record['schema_version']!r:.40}, this code reads {SCHEMA_VERSION}"
     if record["status"] not in STATUSES:
         return None, f"{path}: unknown status {record['status']!r}"
@@ -204,6 +229,8 @@ def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | N
                 return None, f"{path}: finished with {key} {record.get(key)!r:.40}, it must be a time with its zone"
         if not _logged(record.get("history")):
             return None, f"{path}: finished with a history that is no list of objects with finite numbers"
+    if (wrong := contradiction(record)) is not None:
+        return None, f"{path}: {wrong}"
     return record, None
 
 
