@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Sequence
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -224,8 +224,7 @@ def _targets(node: Any) -> list[str]:
 def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[str, Any]:
     """The resolved part of the config that decides the result, as plain containers; by default of this version."""
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(resolved, dict)
-    return _decisive(resolved) | {"method_version": method_version or METHOD_VERSION}
+    return _decisive(cast(dict[str, Any], resolved)) | {"method_version": method_version or METHOD_VERSION}
 
 
 def _decisive(resolved: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from flora.files import ROOT, write_json
 from flora.results import Record, Store
 from flora.results.record import command
 
-
 SETTINGS = semantic_config(composed(["task=vtab", "task.dataset=eurosat"]))
 
 
