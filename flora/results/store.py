@@ -173,7 +173,8 @@ class Store:
     def _check_age(self, run_id: str) -> None:
         """DataError where a newer version of flora has written this run's record, which is then no one else's."""
         try:
-            version = json.loads(self.path(run_id).read_bytes())["schema_version"]
+            path = self.path(run_id)
+            version = json.loads(path.read_bytes())["schema_version"] if path.is_file() else 0
         except (OSError, ValueError, RecursionError, KeyError, TypeError):
             return
         if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -281,25 +282,23 @@ _COLUMNS = ("name", "mtime_ns", "size", "summary", "problem")
 def _read_cache(path: Path) -> dict[tuple[str, int, int], tuple[Any, Any]]:
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid):
+        columns = [table.column(name).to_pylist() for name in _COLUMNS]
+    except (OSError, pa.ArrowException, KeyError, ValueError):
         return {}
-    if (table.schema.metadata or {}).get(b"version") != _CACHE_VERSION:
+    said = table.schema.metadata or {}
+    if said.get(b"version") != _CACHE_VERSION or said.get(b"sha256") != _sum(columns):
         return {}
-    columns = [table.column(name).to_pylist() for name in _COLUMNS]
     return {(name, mtime, size): (text, problem) for name, mtime, size, text, problem in zip(*columns, strict=True)}
 
 
 def _write_cache(path: Path, looked: dict[tuple[str, int, int], tuple[Any, Any]]) -> None:
     """Best effort, atomically: a folder that cannot be written is read whole each time."""
+    columns = [[*key, *value] for key, value in looked.items()]
+    columns = [list(column) for column in zip(*columns, strict=True)] or [[] for _ in _COLUMNS]
+    types = (pa.string(), pa.int64(), pa.int64(), pa.string(), pa.string())
     table = pa.table(
-        {
-            "name": pa.array([key[0] for key in looked], pa.string()),
-            "mtime_ns": pa.array([key[1] for key in looked], pa.int64()),
-            "size": pa.array([key[2] for key in looked], pa.int64()),
-            "summary": pa.array([value[0] for value in looked.values()], pa.string()),
-            "problem": pa.array([value[1] for value in looked.values()], pa.string()),
-        },
-        metadata={b"version": _CACHE_VERSION},
+        {name: pa.array(column, kind) for name, column, kind in zip(_COLUMNS, columns, types, strict=True)},
+        metadata={b"version": _CACHE_VERSION, b"sha256": _sum(columns)},
     )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -308,3 +307,7 @@ def _write_cache(path: Path, looked: dict[tuple[str, int, int], tuple[Any, Any]]
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
+
+
+def _sum(columns: list[list[Any]]) -> bytes:
+    return hashlib.sha256(json.dumps(columns).encode()).hexdigest().encode()

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 
 from flora.config import composed, recorded_id, semantic_config
@@ -155,6 +156,18 @@ def test_a_changed_added_or_removed_file_is_seen_through_the_cache(tmp_path):
     assert values(store) == {"a": 0.75, "c": 0.1}
     (tmp_path / ".cache" / "records.parquet").write_bytes(b"damaged")
     assert values(store) == {"a": 0.75, "c": 0.1}
+
+
+def test_a_cache_with_another_number_in_it_is_not_believed(tmp_path):
+    store = Store(tmp_path)
+    store.write(record(value=0.5))
+    store.read_all()
+    cache = tmp_path / ".cache" / "records.parquet"
+    table = pq.read_table(cache)
+    texts = [text.replace('"value": 0.5', '"value": 0.9') for text in table["summary"].to_pylist()]
+    place = table.schema.names.index("summary")
+    pq.write_table(table.set_column(place, "summary", [texts]), cache)
+    assert store.read_all().records[named("abc")]["value"] == 0.5
 
 
 def test_a_folder_that_does_not_exist_is_empty():
