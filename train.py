@@ -11,7 +11,7 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach flora.launch.entry.main, wh
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from flora.config import METHOD_VERSION, check_shape, instantiate, instantiate_method, run_id, semantic_config
 from flora.errors import CheckpointError, ConfigError, DataError, ProcessLost, WeightsError, WorkerLost
@@ -31,7 +31,8 @@ def run(cfg: DictConfig) -> Path:
     """Run what the config says, unless a finished record of the same run exists; returns the record's path."""
     check_shape(cfg)
     adapter = saved.adapter_folder(cfg.checkpoint) if cfg.mode == "eval" else None
-    weights = saved.digest(adapter) if adapter else None
+    weights = saved.digest(adapter, OmegaConf.to_container(cfg.model, resolve=True)) if adapter else None
+    cfg.checkpoint = weights  # what is tested counts by what it holds
     if (dataset := aliases.canonical(cfg.task)) is not None:
         cfg.task.dataset = dataset  # an alias and the name it stands for are one run
     processes.start(cfg.trainer.get("device") == "cpu")
@@ -101,6 +102,7 @@ def execute(
         split="validation" if splits.test is splits.validation else "test",
         data=splits.facts,
         weights=model.facts,
+        adapter_path=str(adapter) if adapter else None,
         deterministic=settings.deterministic,
     )
     try:

@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Sequence
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -224,7 +224,11 @@ def _targets(node: Any) -> list[str]:
 def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[str, Any]:
     """The resolved part of the config that decides the result, as plain containers; by default of this version."""
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(resolved, dict)
+    return _decisive(cast(dict[str, Any], resolved)) | {"method_version": method_version or METHOD_VERSION}
+
+
+def _decisive(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved config that decides the result."""
     semantic = {key: resolved[key] for key in _SEMANTIC if resolved.get(key) is not None}
     if (resolved.get("analysis") or {}).get("every_n_steps"):
         semantic["analysis"] = resolved["analysis"]  # such a run's record holds more
@@ -233,7 +237,7 @@ def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[
         unused["trainer"] = (*unused["trainer"], "lr")
     for group, keys in unused.items():
         semantic[group] = {k: v for k, v in semantic[group].items() if k not in keys}
-    return semantic | {"method_version": method_version or METHOD_VERSION}
+    return semantic
 
 
 def run_id(cfg: DictConfig, checkpoint_digest: str | None = None, method_version: int | None = None) -> str:
@@ -242,6 +246,21 @@ def run_id(cfg: DictConfig, checkpoint_digest: str | None = None, method_version
     A checkpoint to evaluate counts by its content, not by where it lies.
     """
     return identity(semantic_config(cfg, method_version) | {"checkpoint": checkpoint_digest})
+
+
+def recorded_id(config: dict[str, Any]) -> str:
+    """The run id of a record's config.
+
+    The first records hold rates as well that decided nothing: those of the adapter's config, and the head's of a linear
+    probe, which trained with ``trainer.lr``.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it is no config of a run.
+    """
+    semantic = _decisive(config) | {"method_version": config["method_version"]}
+    if "head_lr" in config["adapter"] and config["adapter"]["name"] == "linear_probe":
+        semantic["trainer"].pop("head_lr", None)
+    return identity(semantic)
 
 
 def identity(semantic: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ class ConfigError(FloraError):
 
 
 class TrainingDiverged(FloraError):
-    """The training loss became NaN or infinite; the run leaves a failed record."""
+    """A loss, a weight or a result became NaN or infinite; the run leaves a failed record."""
 
     exit_code = 3
 

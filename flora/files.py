@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,15 @@ def saved_weights(run: Path) -> Path | None:
     """The file of weights in a finished run's folder, or in one of its adapter alone; None if there is none."""
     places = (folder / name for folder in (run, run / "adapter") for name in _WEIGHTS)
     return next((path for path in places if path.is_file()), None)
+
+
+def unlike(names: Collection[str], expected: Collection[str]) -> str | None:
+    """How the names of saved tensors differ from those expected, for a message; None where they do not."""
+    missing, added = sorted({*expected} - {*names}), sorted({*names} - {*expected})
+    if not (missing or added):
+        return None
+    which, of = ("lacks", missing) if missing else ("has", added)
+    return f"{which} {len(of)} tensors{'' if missing else ' too many'} ({of[0]}{', ...' if len(of) > 1 else ''})"
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from flora.bench.report import main, positive
+from flora.config import recorded_id
 from flora.errors import DataError
 from flora.results.store import Store
 
@@ -24,8 +25,9 @@ def bench_store() -> None:
     template = json.loads(record.read_text())
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.records):
-            run_id = f"{number:012x}"
-            (Path(folder) / f"{run_id}.json").write_text(json.dumps(template | {"run_id": run_id}))
+            config = template["config"] | {"seed": number}
+            made = template | {"run_id": recorded_id(config), "seed": number, "config": config}
+            (Path(folder) / f"{made['run_id']}.json").write_text(json.dumps(made))
         for what in ("without cache", "from the cache"):
             started = time.perf_counter()
             count = len(Store(folder).read_all().records)

@@ -25,7 +25,7 @@ def analyze(tmp_path, monkeypatch, script):
     monkeypatch.setattr(analyze_delta, "instantiate", lambda config: network)
 
     def run(*arguments, moved=(), pretrained=True):
-        write(Store(tmp_path), cell, 0.9, config={"model": {}}, weights={"pretrained": pretrained})
+        write(Store(tmp_path), cell, 0.9, weights={"pretrained": pretrained})
         after = base.state_dict() | {name: torch.randn(base.state_dict()[name].shape) for name in moved}
         save_file(after, tmp_path / "model.safetensors")
         facts = {"run_id": cell.run_id, "adapter": "full", "dataset": "eurosat", "model": "net", "num_classes": 2}

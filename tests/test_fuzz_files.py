@@ -112,7 +112,8 @@ def parquet_complaint(chance, folder):
 
 def record_complaint(chance, folder):
     store = Store(folder / "records")
-    path = store.write(record("abc"))
+    made = record("abc")
+    path = store.write(made)
     whole = json.loads(path.read_text())
     if chance.random() < 0.5:
         path.write_bytes(damaged(path.read_bytes(), chance))
@@ -120,13 +121,13 @@ def record_complaint(chance, folder):
         key = chance.choice(list(whole))
         value = chance.choice([None, True, [], {}, "x", -1, 1e400, {"a": "b"}, [1], "finished", "../../escape"])
         path.write_text(json.dumps(whole | {key: value}))
-    contents, read = store.read_all(), store.finished("abc")
-    summary = contents.finished("abc")
+    contents, read = store.read_all(), store.finished(made.run_id)
+    summary = contents.finished(made.run_id)
     if (read is None) != (summary is None):
         return "the two ways to read it disagree"
     if read is None:
         return None if contents.problems or contents.records else "it vanished without a word"
-    sound = type(read["value"]) in (int, float) and math.isfinite(read["value"]) and read["run_id"] == "abc"
+    sound = type(read["value"]) in (int, float) and math.isfinite(read["value"]) and read["run_id"] == made.run_id
     return None if sound else f"finished with {read['value']!r}"
 
 

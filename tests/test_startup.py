@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flora.config import composed, run_id
+from flora.config import composed, recorded_id, semantic_config
 from flora.files import ROOT
 from flora.results import Store
 from flora.results.cells import Cell, load
@@ -65,7 +65,8 @@ def test_an_evaluation_whose_record_exists(tmp_path):
     (saved / "adapter_model.safetensors").write_bytes(b"weights")
     asked = ["adapter=lora", "mode=eval", f"checkpoint={tmp_path / 'run'}"]
     cell = Cell(("adapter=lora",))
-    write(Store(tmp_path), cell, 0.5, run_id=run_id(composed(asked), digest(saved)), mode="eval")
+    settings = semantic_config(composed(asked)) | {"checkpoint": digest(saved)}
+    write(Store(tmp_path), cell, 0.5, run_id=recorded_id(settings), mode="eval", config=settings)
     names, out, _ = imported("train.py", *asked, f"paths.results={tmp_path}")
     assert not names & HEAVY
     assert out.startswith("record: ")

@@ -1,6 +1,7 @@
 """What a fine-tuning method is: what it must do, what it gives a run, and how what it trained is saved and loaded."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from flora.files import unlike
 from flora.methods.heads import in_head
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -105,29 +107,55 @@ def load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:
     """Put what ``save`` wrote onto a fresh base model, whichever method wrote it.
 
     Raises:
-        ValueError: nothing saved in ``folder``, or saved from another model or number of classes.
+        ValueError: nothing saved in ``folder``, or saved from another model or number of classes, or not whole.
     """
-    if (folder / "adapter_config.json").exists():
-        if not (folder / "adapter_model.safetensors").exists():
-            raise ValueError(f"{folder} has no adapter_model.safetensors (other formats are not loaded)")
-        try:
-            wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder} does not fit this model: {first_lines(error)}") from error
-        return Adapted(wrapped, [], effective_ranks(wrapped))
-    if not (folder / "model.safetensors").exists():
-        raise ValueError(f"{folder} holds neither adapter_config.json nor model.safetensors")
     try:
-        state = load_file(folder / "model.safetensors")
-        result = model.load_state_dict(state, strict=False)
+        return _load_peft(model, folder) if (folder / "adapter_config.json").exists() else _load(model, head, folder)
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} does not fit this model: {first_lines(error)}") from error
-    missing_head = [name for name in result.missing_keys if in_head(name, head)]
-    if result.unexpected_keys or missing_head:
+
+
+def _load_peft(model: nn.Module, folder: Path) -> Adapted:
+    if not (folder / "adapter_model.safetensors").exists():
+        raise ValueError(f"{folder} has no adapter_model.safetensors (other formats are not loaded)")
+    saved = load_file(folder / "adapter_model.safetensors")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+        try:
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        except KeyError as error:  # of a module that is saved beside the adapter
+            raise ValueError(f"{folder} lacks the tensor {error.args[0]}") from error
+    with warnings.catch_warnings():
+        # PEFT says what it assumes of embeddings, which may be there or not.
+        warnings.simplefilter("ignore")
+        least, most = (
+            peft.get_peft_model_state_dict(wrapped, save_embedding_layers=embeddings) for embeddings in (False, True)
+        )
+    expected = {*least, *(name for name in most if name in saved)}
+    _check_tensors(folder, saved, {name: most[name] for name in expected})
+    return Adapted(wrapped, [], effective_ranks(wrapped))
+
+
+def _load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:
+    if not (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} holds neither adapter_config.json nor model.safetensors")
+    saved, own = load_file(folder / "model.safetensors"), model.state_dict()
+    if not {*saved} <= {*own}:
         raise ValueError(f"{folder} does not fit this model: it was trained with another one")
+    _check_tensors(folder, saved, {name: own[name] for name in own if name in saved or in_head(name, head)})
+    model.load_state_dict(saved, strict=False)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in state)
+        parameter.requires_grad_(name in saved)
     return Adapted(model)
+
+
+def _check_tensors(folder: Path, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are missing, unexpected, or no floats where floats belong: torch would convert them."""
+    if wrong := unlike(saved, expected):
+        raise ValueError(f"{folder} {wrong}: it is not what a run saved for this model")
+    for name, tensor in saved.items():
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(f"{folder}: {name} is {tensor.dtype}, it must be {expected[name].dtype}")
 
 
 def effective_ranks(model: peft.PeftModel) -> dict[str, list[int]]:

@@ -215,6 +215,8 @@ class Llava(TransformersModel):
         misfits = [name for name in own if name not in stored or stored[name].shape != own[name].shape]
         if misfits:
             raise WeightsError(f"{path} holds no projector of {self.name}: {misfits[0]} is missing or of another size")
+        if broken := [n for n in own if not (stored[n].is_floating_point() and stored[n].isfinite().all())]:
+            raise WeightsError(f"{path}: {broken[0]} does not hold finite numbers: train the projector again")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(stored[name])

@@ -26,6 +26,8 @@ class Record:
     Attributes:
         schema_version, method_version: versions of this layout and of the numerics.
         run_id: hash of the semantic config.
+        config: that, with the digest of what an evaluation tests in the place of its path.
+        masked: whether secrets were taken out of the config, which then no longer gives the id.
         status: one of finished, failed, interrupted, running.
         metric, value: the task's headline metric on ``split``; ``metrics`` holds all of them.
         trainable_params: parameters of the adapter, or of the trained backbone, without the head; ``head_params`` those
@@ -42,6 +44,7 @@ class Record:
         peak_memory_bytes: peak while training (GPU allocator, or resident memory on a CPU), of the first process.
         data: facts of the splits: sources, counts, checksums.
         weights: facts of the pretrained weights: source and sha256.
+        adapter_path: the folder of what was trained, or was evaluated.
         lock: sha256 of requirements.lock, where the source has one.
         history: logged training losses and validation metrics of the reported run.
     """
@@ -87,12 +90,15 @@ class Record:
     dirty: bool | None = field(default_factory=lambda: commit()[1])
     versions: dict[str, str] = field(default_factory=lambda: versions())
     lock: str | None = field(default_factory=lambda: lock_digest())
+    masked: bool = False
     error: str | None = None
     finished: str | None = None
 
     def write(self, path: Path) -> None:
         """Write atomically, without secrets: a reader sees the old file or the whole new one."""
-        write_json(path, without_secrets(asdict(self)))
+        content = asdict(self)
+        shown = without_secrets(content)
+        write_json(path, shown | {"masked": shown["config"] != content["config"]})
 
 
 def now() -> str:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from flora.errors import DataError, FailedBefore
 from flora.launch import processes
+from flora.results.checks import contradiction
 from flora.results.lock import HEARTBEAT, STALE_AFTER, Lock, Owner, owners
 from flora.results.record import SCHEMA_VERSION, STATUSES, Record, now
 
@@ -30,7 +31,7 @@ _FINISHED = {  # what tables read of a finished record
 _COUNTS = ("trainable_params", "head_params", "total_params")
 _TIMES = ("started", "finished")
 _COSTS = ("lr", "train_seconds", "peak_memory_bytes")  # numbers, or None where nothing was measured
-_CACHE_VERSION = b"3"  # bumped when summaries or the checks of `read` change
+_CACHE_VERSION = b"4"  # bumped when summaries or the checks of `read` change
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Store:
         self.folder = Path(folder)
         self.heartbeat = heartbeat
         self.stale_after = stale_after
+        self._told: set[str] = set()
 
     def path(self, run_id: str) -> Path:
         """Where the record of a run id is, or would be."""
@@ -93,7 +95,7 @@ class Store:
 
     def finished(self, run_id: str) -> dict[str, Any] | None:
         """The finished record of a run id, whole, or None."""
-        record = self._sound(run_id)
+        record, _ = self._look(run_id)
         return record if record is not None and record["status"] == "finished" else None
 
     def settled(self, run_id: str, retry: bool = False, force: bool = False) -> dict[str, Any] | None:
@@ -106,8 +108,14 @@ class Store:
 
         Raises:
             FailedBefore: the run failed, and neither ``retry`` nor ``force`` asks for another attempt.
+            DataError: a newer version of flora wrote the record.
         """
-        record = None if force else self._sound(run_id)
+        record, problem = self._look(run_id)
+        self._check_age(run_id)
+        if problem is not None and problem not in self._told:
+            self._told.add(problem)
+            print(f"warning: {problem}: it is left out, the run is done anew", file=sys.stderr)
+        record = None if force else record
         if record is not None and record["status"] == "failed" and not retry:
             raise FailedBefore(f"run {run_id} failed before ({record.get('error')}): retry=true tries again")
         return record if record is not None and record["status"] == "finished" else None
@@ -117,8 +125,13 @@ class Store:
         return Lock(self.folder, run_id, self.heartbeat, self.stale_after)
 
     def write(self, record: Record) -> Path:
-        """Write a record atomically; returns its path. A finished record gives way to another finished one only."""
+        """Write a record atomically; returns its path. A finished record gives way to another finished one only.
+
+        Raises:
+            DataError: what is there was written by a newer version of flora.
+        """
         path = self.path(record.run_id)
+        self._check_age(record.run_id)
         if record.status == "finished" or self.finished(record.run_id) is None:
             record.write(path)
         return path
@@ -153,9 +166,22 @@ class Store:
                 records[record["run_id"]] = record
         return Contents(records, problems, owners(self.folder, self.stale_after))
 
-    def _sound(self, run_id: str) -> dict[str, Any] | None:
+    def _look(self, run_id: str) -> tuple[dict[str, Any] | None, str | None]:
         path = self.path(run_id)
-        return read(path)[0] if path.exists() else None
+        return read(path) if path.exists() else (None, None)
+
+    def _check_age(self, run_id: str) -> None:
+        """DataError where a newer version of flora has written this run's record, which is then no one else's."""
+        try:
+            path = self.path(run_id)
+            version = json.loads(path.read_bytes())["schema_version"] if path.is_file() else 0
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
+            return
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise DataError(
+                f"{self.path(run_id)} was written by a newer flora (schema version {version}, this code reads "
+                f"{SCHEMA_VERSION}): update flora, or choose another folder with paths.results=DIR"
+            )
 
 
 def read(path: Path) -> tuple[dict[str, Any] | None, str | None]:
@@ -181,7 +207,7 @@ def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | N
     for key in _OBJECTS:
         if not isinstance(record.get(key, {}), dict):
             return None, f"{path}: {key} is {record[key]!r:.40}, it must be an object"
-    if record["schema_version"] != SCHEMA_VERSION:
+    if record["schema_version"] != SCHEMA_VERSION or isinstance(record["schema_version"], bool):
         return None, f"{path}: schema version {record['schema_version']!r:.40}, this code reads {SCHEMA_VERSION}"
     if record["status"] not in STATUSES:
         return None, f"{path}: unknown status {record['status']!r}"
@@ -204,6 +230,8 @@ def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | N
                 return None, f"{path}: finished with {key} {record.get(key)!r:.40}, it must be a time with its zone"
         if not _logged(record.get("history")):
             return None, f"{path}: finished with a history that is no list of objects with finite numbers"
+    if (wrong := contradiction(record)) is not None:
+        return None, f"{path}: {wrong}"
     return record, None
 
 
@@ -254,25 +282,23 @@ _COLUMNS = ("name", "mtime_ns", "size", "summary", "problem")
 def _read_cache(path: Path) -> dict[tuple[str, int, int], tuple[Any, Any]]:
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid):
+        columns = [table.column(name).to_pylist() for name in _COLUMNS]
+    except (OSError, pa.ArrowException, KeyError, ValueError):
         return {}
-    if (table.schema.metadata or {}).get(b"version") != _CACHE_VERSION:
+    said = table.schema.metadata or {}
+    if said.get(b"version") != _CACHE_VERSION or said.get(b"sha256") != _sum(columns):
         return {}
-    columns = [table.column(name).to_pylist() for name in _COLUMNS]
     return {(name, mtime, size): (text, problem) for name, mtime, size, text, problem in zip(*columns, strict=True)}
 
 
 def _write_cache(path: Path, looked: dict[tuple[str, int, int], tuple[Any, Any]]) -> None:
     """Best effort, atomically: a folder that cannot be written is read whole each time."""
+    columns = [[*key, *value] for key, value in looked.items()]
+    columns = [list(column) for column in zip(*columns, strict=True)] or [[] for _ in _COLUMNS]
+    types = (pa.string(), pa.int64(), pa.int64(), pa.string(), pa.string())
     table = pa.table(
-        {
-            "name": pa.array([key[0] for key in looked], pa.string()),
-            "mtime_ns": pa.array([key[1] for key in looked], pa.int64()),
-            "size": pa.array([key[2] for key in looked], pa.int64()),
-            "summary": pa.array([value[0] for value in looked.values()], pa.string()),
-            "problem": pa.array([value[1] for value in looked.values()], pa.string()),
-        },
-        metadata={b"version": _CACHE_VERSION},
+        {name: pa.array(column, kind) for name, column, kind in zip(_COLUMNS, columns, types, strict=True)},
+        metadata={b"version": _CACHE_VERSION, b"sha256": _sum(columns)},
     )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -281,3 +307,7 @@ def _write_cache(path: Path, looked: dict[tuple[str, int, int], tuple[Any, Any]]
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
+
+
+def _sum(columns: list[list[Any]]) -> bytes:
+    return hashlib.sha256(json.dumps(columns).encode()).hexdigest().encode()

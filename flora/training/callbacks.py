@@ -91,19 +91,22 @@ class TellEpoch(TrainerCallback):
 
 
 class StopOnDivergence(TrainerCallback):
-    """Raises TrainingDiverged at the first logged loss or gradient that is not finite, at the latest at the end.
+    """Raises TrainingDiverged at the first logged number that is not finite, at the latest at the end.
 
-    So does a loss above ``LIMIT``: no classifier comes back from there.
+    So does a training loss above ``LIMIT``: no classifier comes back from there.
     """
 
     NAMES = {"loss": "training loss", "grad_norm": "norm of the gradients", "train_loss": "mean training loss"}
+    LOSSES = ("loss", "train_loss")
     LIMIT = 1e6
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Check what is logged."""
-        for key, name in self.NAMES.items():
-            value = (logs or {}).get(key, 0.0)
-            if not math.isfinite(value) or (key != "grad_norm" and value > self.LIMIT):
+        for key, value in (logs or {}).items():
+            if key.startswith("test_") or not isinstance(value, int | float):
+                continue  # what a test comes to is looked at where it ends
+            if not math.isfinite(value) or (key in self.LOSSES and value > self.LIMIT):
+                name = self.NAMES.get(key) or key.replace("eval_", "validation ")
                 raise TrainingDiverged(f"the {name} was {value} at step {state.global_step}: lower trainer.lr")
 
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from flora.errors import ConfigError, TrainingDiverged, WorkerLost
@@ -21,11 +22,13 @@ from flora.methods.base import Adapted, Method, effective_ranks, load
 from flora.methods.heads import trained
 from flora.models.spec import ModelSpec
 from flora.tasks.base import Split, Splits, Task
+from flora.training.finite import check_metrics, check_weights, masks
 from flora.training.internals import raise_for_killed_workers
 from flora.training.loggers import Log
 from flora.training.norms import DeltaNorms
 from flora.training.progress import Progress
 from flora.training.resume import Keeper, facts, finished
+from flora.training.saved import check_whole
 from flora.training.settings import CHECKPOINTS, Protocol, TrainerSettings
 from flora.training.trainer import Trainer
 
@@ -92,12 +95,20 @@ class Run:
         return Outcome(adapted, trainer, self._test(trainer), lr, selection)
 
     def evaluate(self, adapter: Path) -> Outcome:
-        """Test the adapter that an earlier run has saved in a folder."""
+        """Test the adapter that an earlier run has saved in a folder.
+
+        Raises:
+            ConfigError: it does not fit the model or is not whole.
+            TrainingDiverged: it holds numbers that are not finite, or gives some.
+        """
         model = self._base()
+        known = masks(model)
         try:
+            check_whole(adapter, model.state_dict().keys())
             adapted = load(model, self.model.classifier, adapter)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, SafetensorError) as error:
             raise ConfigError(f"checkpoint: {error}") from error
+        check_weights(adapted.model, known, f"checkpoint={adapter}: {{}} is not finite; train it again")
         trainer = self._trainer(adapted, self.settings, None, None, "evaluate")
         return Outcome(adapted, trainer, self._test(trainer))
 
@@ -152,6 +163,7 @@ class Run:
     ) -> tuple[Adapted, Trainer]:
         """Train, or go on where an earlier process was; ``reported``: this fit may become the run's result."""
         adapted = self._adapt()
+        known = masks(adapted.model)
         if self.settings.gradient_checkpointing and not hasattr(adapted.model, "gradient_checkpointing_enable"):
             raise ConfigError("trainer.gradient_checkpointing is for networks of transformers: leave it false")
         trainer = self._trainer(adapted, replace(self.settings, lr=lr), train, validation, label)
@@ -174,6 +186,8 @@ class Run:
         with preemption.held():
             try:
                 keeper.train()
+                # Before anything of it is kept: the last losses are logged before the last step changes the weights.
+                check_weights(adapted.model, known, "{} was not finite when training ended: lower trainer.lr")
             except TrainingDiverged as error:
                 good = self.progress.newest
                 raise TrainingDiverged(f"{error} (last good checkpoint: {good})" if good else str(error)) from error
@@ -235,7 +249,9 @@ class Run:
 
     def _test_on(self, trainer: Trainer, test: Split) -> dict[str, float]:
         test = _limited(test, self.settings.max_eval_examples)
-        return _metrics(trainer.evaluate(test, metric_key_prefix="test"))
+        metrics = _metrics(trainer.evaluate(test, metric_key_prefix="test"))
+        check_metrics(metrics, "the test")
+        return metrics
 
 
 @contextlib.contextmanager

@@ -1,29 +1,48 @@
 """Made-up records of a table's cells, written through the store as a run would."""
 
+import json
+from functools import cache
+from typing import Any
+
+from flora.config import composed, semantic_config
 from flora.results import Record, Store
 from flora.results.cells import Cell
 
 
+def settings_of(cell: Cell) -> dict[str, Any]:
+    """The config that the record of a cell holds."""
+    return json.loads(_settings(tuple(o for o in cell.overrides if not o.startswith("seed=")))) | {"seed": cell.seed}
+
+
+@cache
+def _settings(overrides: tuple[str, ...]) -> str:
+    return json.dumps(semantic_config(composed(overrides)))
+
+
 def write(store: Store, cell: Cell, value: float, **changes) -> None:
     """A finished record of a cell with a chosen metric."""
+    settings = settings_of(cell)
+    rates = settings["protocol"]["lr_grid"] or [settings["trainer"]["lr"]]
     made = Record(
         run_id=cell.run_id,
         method_version=1,
-        task="vtab",
-        dataset=cell.task,
+        task=settings["task"]["name"],
+        dataset=settings["task"]["dataset"],
         model=cell.model,
-        adapter=cell.method,
-        protocol="vtab1k",
+        adapter=settings["adapter"]["name"],
+        protocol=settings["protocol"]["name"],
         mode="train",
         seed=cell.seed,
-        config={},
+        config=settings,
         command="python train.py",
-        dtype="fp32",
+        dtype=settings["trainer"]["dtype"],
         device="cpu",
         started="2026-01-01T00:00:00+00:00",
     )
     made.status, made.metric, made.value, made.finished = "finished", "accuracy", value, "2026-01-01T00:01:40+00:00"
-    made.lr, made.trainable_params, made.head_params, made.total_params = 1e-3, 50, 10, 1000
+    made.metrics = {"accuracy": value}
+    made.lr = 1e-3 if 1e-3 in rates else rates[0]
+    made.trainable_params, made.head_params, made.total_params = 50, 10, 1000
     made.train_seconds, made.examples_per_second, made.peak_memory_bytes = 2.0, 100.0, 10**6
     made.history = [{"loss": 1.0 / (step + 1), "step": step} for step in (0, 10, 20)]
     made.commit, made.dirty = "c0ffee", False

@@ -17,7 +17,7 @@ from flora.results import Store, cells
 from flora.results.cells import load
 from scripts.make_tables import make_tables
 from tests.results import browser
-from tests.results.records import write
+from tests.results.records import settings_of, write
 
 EVIL = "</pre></script><script>window.planted = 1</script><img src=x onerror='window.planted = 2'>"
 VALUES = {"flora": (0.90, 0.91, 0.92), "lora": (0.90, 0.90, 0.945), "full": (0.80, 0.81, 0.83)}
@@ -49,7 +49,7 @@ def store(tmp_path, one_table):
     store = Store(tmp_path / "records")
     for cell in load("eurosat").cells:
         if cell.model == "convnext" and cell.method in VALUES:
-            write(store, cell, VALUES[cell.method][cell.seed], config={"adapter": {"name": cell.method}, "note": EVIL})
+            write(store, cell, VALUES[cell.method][cell.seed], config=settings_of(cell) | {"note": EVIL})
     return store
 
 
@@ -120,7 +120,8 @@ def test_whatever_a_record_holds_is_text_on_the_page(tmp_path, monkeypatch, rend
     scale = {"common": ["task=digits", "model=timm", model, "adapter=flora"], "grid": {"seed": [0]}}
     (tmp_path / "experiments" / "eurosat.yaml").write_text(yaml.safe_dump({"title": EVIL, "scales": {"mini": scale}}))
     (cell,) = load("eurosat").cells
-    planted = {"task": "digits", "model": EVIL, "metric": EVIL, "device": EVIL, "commit": EVIL, "config": {EVIL: EVIL}}
+    planted = {"model": EVIL, "metric": EVIL, "device": EVIL, "commit": EVIL, "metrics": {EVIL: 0.5}}
+    planted["config"] = settings_of(cell) | {EVIL: EVIL}
     monkeypatch.setattr("flora.results.render.plots", lambda *_: [])  # no such file name
     write(Store(tmp_path / "records"), cell, 0.5, **planted)
     _, err, page = render()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from flora.contents import checksum
 from flora.errors import DataError
 from flora.tasks import manifest
 from flora.tasks.imagefolder.dataset import Catalogue
@@ -64,16 +65,17 @@ def _tree(folder: Path) -> tuple[dict[str, Part], list[str], dict[str, Any]]:
         for split, place in places.items()
     }
     names = classes_of.get("train", [])
-    splits = {}
+    splits, sums = {}, {}
     for split, place in places.items():
         if unknown := sorted(set(classes_of[split]) - set(names)):
             raise DataError(f"{place}: class {unknown[0]} is not in train; check that both are of the same dataset")
         files = [(file, label) for label, name in enumerate(names) for file in _images(place / name)]
         if not files:
             raise DataError(f"{place} holds no folders with images ({', '.join(_IMAGES)})")
+        sums[split] = checksum([file for file, _ in files], place)
         openers: list[Callable[[], Image.Image]] = [partial(Image.open, file) for file, _ in files]
         splits[split] = openers, np.array([label for _, label in files], np.int64), [str(file) for file, _ in files]
-    return splits, names, {}
+    return splits, names, {"sha256": sums}
 
 
 def _images(folder: Path) -> list[Path]:

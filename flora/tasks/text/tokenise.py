@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tempfile
 from array import array
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flora.errors import ConfigError
+from flora.errors import ConfigError, first_line
 from flora.models.weights import cache_dir
 from flora.tasks.text.dataset import as_tensor, starts_of
 
@@ -44,12 +45,8 @@ def tokenise(
         raise ConfigError(f"task.max_length={max_length} must be above {added}, the tokens that mark where texts end")
     fields = [name for name in tokenizer.model_input_names if name != "attention_mask"]
     path = cache_dir() / "tokenised" / f"{_key(texts, fields, tokenizer, max_length)}.safetensors"
-    try:
-        with safe_open(path, framework="pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            return tensors, tensors.pop("starts"), int(stored.metadata()["truncated"])
-    except (OSError, SafetensorError):
-        pass  # not there, or damaged
+    if (stored := _stored(path)) is not None:
+        return stored
     flat: dict[str, array[int]] = {name: array("i") for name in fields}
     lengths: list[int] = []
     truncated = 0
@@ -62,7 +59,7 @@ def tokenise(
                 flat[name].extend(row)
     tokens = {name: as_tensor(values) for name, values in flat.items()}
     starts = starts_of(lengths)
-    _store(path, tokens | {"starts": starts}, {"truncated": str(truncated)})
+    _store(path, tokens | {"starts": starts}, str(truncated))
     return tokens, starts, truncated
 
 
@@ -118,12 +115,40 @@ def _key(texts: Sequence[tuple[str, ...]], fields: list[str], tokenizer: Any, ma
     return digest.hexdigest()
 
 
-def _store(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _stored(path: Path) -> tuple[dict[str, Tensor], Tensor, int] | None:
+    """What ``_store`` wrote, or None where it is not there or damaged."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            tensors, said = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    if said.get("sha256") != _sum(tensors, said.get("truncated", "")):
+        return None
+    return tensors, tensors.pop("starts"), int(said["truncated"])
+
+
+def _store(path: Path, tensors: dict[str, Tensor], truncated: str) -> None:
+    """Best effort: a cache that cannot be written costs time, not results."""
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         os.close(handle)
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, {"truncated": truncated, "sha256": _sum(tensors, truncated)})
         os.replace(temporary, path)
-    except OSError:
-        pass  # a cache that cannot be written costs time, not results
+    except (OSError, SafetensorError) as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        print(
+            f"warning: {path.parent} cannot be written ({first_line(error)}): texts are tokenised anew each time; make "
+            "room, or name another folder with FLORA_CACHE",
+            file=sys.stderr,
+        )
+
+
+def _sum(tensors: dict[str, Tensor], truncated: str) -> str:
+    whole = hashlib.sha256(truncated.encode())
+    for name, tensor in sorted(tensors.items()):
+        whole.update(repr([name, tensor.dtype, tensor.shape]).encode())
+        whole.update(tensor.contiguous().numpy().data)
+    return whole.hexdigest()

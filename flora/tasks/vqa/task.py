@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora.contents import checksum
 from flora.errors import ConfigError, DataError
 from flora.models.spec import ImageTextSpec, ModelSpec
 from flora.tasks import manifest
@@ -214,6 +215,8 @@ class Instruct(Task[ImageTextSpec]):
                 dialogues.setdefault(split, []).extend(read_json(path, folder / "images", pictures))
             if split in dialogues:
                 facts[split] = facts_of(tables or lists, len(dialogues[split]))
+        if files := [key for key in pictures.places if isinstance(key, Path)]:
+            facts["images"] = {"sha256": checksum(files, folder)}
         if "train" not in dialogues or len(dialogues) == 1:
             raise DataError(f"{folder} needs train and validation or test, as *.parquet or *.json")
         return dialogues, facts

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from flora.contents import checksum
 from flora.errors import DataError
 from flora.models.weights import sha256_of
 from flora.tasks import manifest
@@ -35,13 +36,14 @@ def open_folder(folder: Path, classes: int) -> tuple[dict[str, Pool], list[str],
         path = folder / name
         if not path.is_file():
             raise DataError(f"{folder}: no {name} beside the other official lists; fetch it again")
-        pools[split] = _pool(path, classes)
-        files[name] = {"rows": len(pools[split]), "sha256": sha256_of(path)}
+        pools[split], images = _pool(path, classes)
+        sums = {"sha256": sha256_of(path), "images_sha256": checksum(images, folder)}
+        files[name] = {"rows": len(pools[split])} | sums
     names = [str(index) for index in range(classes)]
     return pools, names, {"source": "paths.data, official lists", "files": files}
 
 
-def _pool(path: Path, classes: int) -> Pool:
+def _pool(path: Path, classes: int) -> tuple[Pool, list[Path]]:
     images, labels = [], []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -60,4 +62,4 @@ def _pool(path: Path, classes: int) -> Pool:
         for row in rows:
             yield partial(Image.open, images[row])
 
-    return Pool(np.array(labels, np.int64), open_rows, lambda row: f"{path}, line {row + 1}")
+    return Pool(np.array(labels, np.int64), open_rows, lambda row: f"{path}, line {row + 1}"), images

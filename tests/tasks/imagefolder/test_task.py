@@ -123,3 +123,13 @@ def test_top_five_counts_the_five_best_and_the_matrix_counts_confusions():
     assert metric.confusion[2].tolist() == [2, 0, 1, 0, 0, 0, 0, 0]
     nan = np.full((1, 8), np.nan)
     assert TopFive().compute(predictions=nan, references=[7])["top5_accuracy"] == 0
+
+
+def test_the_facts_hold_a_checksum_of_the_images_of_each_split(tmp_path):
+    write_tree(tmp_path, splits=("train", "val", "test"))
+    before = load(tmp_path).facts["sha256"]
+    assert set(before) == {"train", "validation", "test"}
+    assert load(tmp_path).facts["sha256"] == before
+    write_tree(tmp_path, splits=("val",), each=1)  # an image more in each class
+    after = load(tmp_path).facts["sha256"]
+    assert {split for split in before if before[split] != after[split]} == {"validation"}

@@ -1,9 +1,11 @@
 """Texts as tokens: what the tokenizer says, cut, and kept in the cache."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from flora.errors import ConfigError
 from flora.tasks.text.tokenise import padding_of, tokenise
@@ -59,6 +61,36 @@ def test_the_cache_is_asked_before_the_tokenizer_and_survives_damage(cache, monk
     monkeypatch.setenv("FLORA_CACHE", str(cache.parent))
     file.write_bytes(b"half")
     assert torch.equal(tokenise(texts, tokenizer, 4)[1], first[1])
+
+
+def test_a_damaged_entry_is_told_by_its_checksum_and_replaced(cache):
+    texts, tokenizer = [("the cat",), ("a dog ran",)], word_tokenizer()
+    expected = tokenise(texts, tokenizer, 9)
+    (file,) = cache.glob("*")
+    whole = file.read_bytes()
+    for place in range(8, len(whole)):  # after the length of the header
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        tokens, starts, cut = tokenise(texts, tokenizer, 9)
+        assert tokens.keys() == expected[0].keys()
+        assert all(torch.equal(tokens[name], expected[0][name]) for name in tokens), place
+        assert (starts.tolist(), cut) == (expected[1].tolist(), expected[2]), place
+    assert tokenise(texts, tokenizer, 9)[1].tolist() == expected[1].tolist()
+    assert len(list(cache.glob("*"))) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")])
+def test_a_full_disk_is_one_line_and_leaves_no_file(cache, monkeypatch, capsys, error):
+    def fail(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr("flora.tasks.text.tokenise.save_file", fail)
+    assert tokenise([("the cat",)], word_tokenizer(), 9)[1].tolist() == [0, 4]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {cache} cannot be written")
+    assert "No space left" in line
+    assert "FLORA_CACHE" in line
+    assert list(cache.iterdir()) == []
 
 
 @pytest.mark.parametrize("change", ["text", "length", "border"])

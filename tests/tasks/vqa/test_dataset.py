@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from flora.errors import DataError
+from flora.tasks.vqa.dialogues import Pictures
 from tests.tasks.chats import tiny_llava
 from tests.tasks.conftest import png
 from tests.tasks.vqa.questions import conversation, task, write_conversations, write_questions
@@ -81,3 +82,18 @@ def test_images_keep_their_shape_on_a_square_of_their_mean_colour(tmp_path):
     assert pixels[:, 0, 32].tolist() == pixels[:, -1, 32].tolist() == [127, 127, 127]
     assert pixels[:, 32, 0].tolist() == pixels[:, 32, -1].tolist() == [250, 0, 0]
     assert int((pixels[0] == 250).sum()) == 64 * 32
+
+
+def test_the_facts_hold_a_checksum_of_the_images_that_a_list_names(tmp_path):
+    entries = [conversation("<image>\nwhat is it?", "a dog", image="0.png")]
+    for split in ("train", "validation", "test"):
+        write_conversations(tmp_path, entries, split)
+
+    def checksum():
+        return task()._read_folder(tmp_path, Pictures())[1]["images"]["sha256"]
+
+    before = checksum()
+    (tmp_path / "images" / "1.png").write_bytes(b"is in no list")
+    assert checksum() == before
+    (tmp_path / "images" / "0.png").write_bytes((tmp_path / "images" / "0.png").read_bytes() + b"more")
+    assert checksum() != before

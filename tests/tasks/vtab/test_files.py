@@ -69,6 +69,14 @@ def test_a_list_that_changed_since_it_was_prepared_is_refused(tmp_path):
         load(tmp_path)
 
 
+def test_the_facts_hold_a_checksum_of_the_images_of_each_list(tmp_path):
+    write_lists(tmp_path / "eurosat")
+    before = {name: fact["images_sha256"] for name, fact in load(tmp_path).facts["files"].items()}
+    (tmp_path / "eurosat" / "images" / "test" / "an image 45.png").write_bytes(png(46))
+    after = {name: fact["images_sha256"] for name, fact in load(tmp_path).facts["files"].items()}
+    assert {name for name in before if before[name] != after[name]} == {"test.txt"}
+
+
 def test_a_missing_image_of_a_list_is_skipped_and_counted_or_an_error(tmp_path):
     write_lists(tmp_path / "eurosat")
     (tmp_path / "eurosat" / "images" / "train800" / "an image 3.png").unlink()

@@ -1,0 +1,91 @@
+"""What many files hold, as one checksum that is cheap to ask for again."""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flora.files import write_json
+
+_THREADS = 8
+_SETTLED_NS = 2_000_000_000  # a file changed more recently may change again without another time
+_UNREADABLE = "unreadable"
+_SAID_FROM = 1 << 30  # bytes that are read without a word
+
+
+def checksum(files: Iterable[Path], root: Path) -> str:
+    """Sha256 over the names, sizes and contents of files; the same for the same files in another place or order.
+
+    The contents' checksums are kept in FLORA_CACHE: a file is read again only where its size or its times have changed.
+
+    Args:
+        files: any number; one that cannot be read counts as such.
+        root: the folder that their names start from.
+
+    Returns:
+        64 hex digits.
+    """
+    known = _known(root)
+    named = sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in files)
+    stats = {name: _stat(path) for name, path in named}
+    unread = [(name, path) for name, path in named if stats[name] and known.get(name, [])[:3] != stats[name]]
+    if (size := sum(stats[name][0] for name, _ in unread)) > _SAID_FROM:
+        print(f"{root}: reading {len(unread)} files, {size / 1e9:.1f} GB, once for their checksum", file=sys.stderr)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        digests = list(pool.map(_content, (path for _, path in unread)))
+    known |= {name: [*stats[name], digest] for (name, _), digest in zip(unread, digests, strict=True)}
+    if unread:
+        settled = time.time_ns() - _SETTLED_NS
+        _keep(root, {name: entry for name, entry in known.items() if max(entry[1:3]) < settled})
+    whole = hashlib.sha256()
+    for name, stat in stats.items():
+        size, *_, digest = known[name] if stat else (0, _UNREADABLE)
+        whole.update(json.dumps([name, size, digest]).encode() + b"\n")
+    return whole.hexdigest()
+
+
+def _stat(path: Path) -> list[int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _content(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return _UNREADABLE
+
+
+def _cache(root: Path) -> Path:
+    from flora.models.weights import cache_dir  # here, as it imports torch
+
+    return cache_dir() / "contents" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
+
+
+def _known(root: Path) -> dict[str, list[Any]]:
+    """Size, times and checksum of files, as ``_keep`` wrote them; nothing where that is damaged."""
+    try:
+        kept = json.loads(_cache(root).read_bytes())
+        return kept["files"] if kept["sha256"] == _sum(kept["files"]) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _keep(root: Path, files: dict[str, list[Any]]) -> None:
+    try:
+        write_json(_cache(root), {"sha256": _sum(files), "files": files})
+    except OSError as error:
+        print(f"warning: {_cache(root)} cannot be written ({error.strerror}): files are read again", file=sys.stderr)
+
+
+def _sum(files: dict[str, list[Any]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
