@@ -27,7 +27,7 @@ class TrainingDiverged(FloraError):
 
 
 class CheckpointError(FloraError):
-    """A checkpoint or an adapter cannot be written, as on a full disk; what was there is intact, the run can go on."""
+    """A file of a run cannot be written, as on a full disk; what was there is intact, and the run can go on."""
 
 
 class CaptureFailed(FloraError):

@@ -53,7 +53,7 @@ def plant(tmp_path, age, machine="elsewhere"):
     """The lock of a process on another machine, last touched ``age`` seconds ago."""
     (tmp_path / ".locks").mkdir(exist_ok=True)
     path = tmp_path / ".locks" / "abc.1.lock"
-    path.write_text(json.dumps({"token": "theirs", "machine": machine, "host": "node7", "pid": 1, "born": 0.0}))
+    path.write_text(json.dumps({"token": "theirs", "machine": machine, "host": "node7", "pid": 1, "after_boot": 0.0}))
     os.utime(path, (time.time() - age,) * 2)
     return path
 
@@ -64,7 +64,7 @@ def test_an_owner_on_another_machine_lives_as_long_as_its_heartbeat(tmp_path):
         pass
     plant(tmp_path, age=70)
     with Lock(tmp_path, "abc", stale_after=60):
-        assert owners(tmp_path)["abc"].generation == 2
+        assert owners(tmp_path)[0]["abc"].generation == 2
 
 
 def test_a_lock_whose_owner_has_not_written_yet_counts_as_held(tmp_path):
@@ -75,7 +75,7 @@ def test_a_lock_whose_owner_has_not_written_yet_counts_as_held(tmp_path):
 
 def test_the_heartbeat_keeps_a_lock_fresh(tmp_path):
     with Lock(tmp_path, "abc", heartbeat=0.05):
-        path = owners(tmp_path)["abc"].path
+        path = owners(tmp_path)[0]["abc"].path
         os.utime(path, (0, 0))
         deadline = time.monotonic() + 10
         while path.stat().st_mtime == 0 and time.monotonic() < deadline:
@@ -86,7 +86,7 @@ def test_the_heartbeat_keeps_a_lock_fresh(tmp_path):
 def test_who_was_taken_over_while_stopped_finds_out(tmp_path):
     with Lock(tmp_path, "abc", heartbeat=1000) as mine:
         mine.check()
-        path = owners(tmp_path)["abc"].path
+        path = owners(tmp_path)[0]["abc"].path
         theirs = json.loads(path.read_text()) | {"machine": "elsewhere"}  # as another machine sees it
         path.write_text(json.dumps(theirs))
         os.utime(path, (0, 0))
