@@ -202,7 +202,7 @@ def shown(path: Path) -> str:
 def _facts(path: Path) -> dict[str, Any]:
     """What the file of a lock says of its owner; nothing where it is none, or its owner is about to write."""
     try:
-        facts = json.loads(path.read_bytes()) if path.is_file() else None
+        facts: Any = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return {}
     sound = isinstance(facts, dict) and all(isinstance(facts.get(key), kind) for key, kind in _FACTS.items())
@@ -243,7 +243,7 @@ def _machine() -> str:
 
 
 def _after_boot(process: psutil.Process) -> float:
-    """When a process began, in seconds from the machine's start: who sets its clock, as after a pause, changes nothing."""
+    """When a process began, in seconds from the machine's start, which no setting of its clock changes."""
     return process.create_time() - psutil.boot_time()
 
 

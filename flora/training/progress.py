@@ -30,8 +30,8 @@ _STATE, _SUMS, _OWNER = "state.pt", "sha256.json", "owner"
 class Checkpoints:
     """Numbered folders under one folder.
 
-    Each is written under another name, synced to the disk and renamed, and says the sha256 of its files and whose it is;
-    only then do older ones go. Nothing in them is unpickled but tensors and plain containers.
+    Each is written under another name, synced to the disk and renamed, and says whose it is and the sha256 of its
+    files; only then do older ones go. Nothing in them is unpickled but tensors and plain containers.
 
     Args:
         folder: holds them.
@@ -53,8 +53,8 @@ class Checkpoints:
         self._check()
         path, temporary = self._next(), self.folder / f".{self.owner}.tmp"
         try:
-            for left in self.folder.glob(".*.tmp"):  # of a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for torn in self.folder.glob(".*.tmp"):  # of a process that was killed
+                shutil.rmtree(torn, ignore_errors=True)
             temporary.mkdir(parents=True)
             sums = {
                 _STATE: _written(temporary / _STATE, lambda file: torch.save(state, file)),
