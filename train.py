@@ -3,10 +3,13 @@
 import contextlib
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a trace what has not begun
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach flora.launch.entry.main, which prints one line
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -14,7 +17,7 @@ import hydra
 from omegaconf import DictConfig
 
 from flora.config import METHOD_VERSION, check_shape, instantiate, instantiate_method, run_id, semantic_config
-from flora.errors import AlreadyRunning, CheckpointError, ConfigError, DataError, ProcessLost, WeightsError, WorkerLost
+from flora.errors import MENDABLE, AlreadyRunning, ConfigError, WeightsError, enough_memory
 from flora.launch import processes
 from flora.launch.entry import main, quietly
 from flora.results import Record, Store
@@ -23,9 +26,6 @@ from flora.results.record import command, device_name, now
 from flora.tasks import aliases
 from flora.training import saved
 from flora.training.settings import CHECKPOINTS
-
-if TYPE_CHECKING:
-    from flora.tasks.base import Task
 
 
 def run(cfg: DictConfig) -> Path:
@@ -70,12 +70,12 @@ def finished_before(store: Store, done: dict[str, Any], folder: Path) -> Path:
 
 
 def execute(
-    cfg: DictConfig, identity: str, task: "Task[Any]", adapter: Path | None, folder: Path, store: Store, claim: Claim
+    cfg: DictConfig, identity: str, task: Any, adapter: Path | None, folder: Path, store: Store, claim: Claim
 ) -> Record:
     """Train, or evaluate ``adapter``; returns the finished record, or writes one of the failure."""
     from flora.training import NoLogger, Run
     from flora.training.finish import finished_record
-    from flora.training.loggers import about
+    from flora.training.loggers import about, opened
     from flora.training.run import data_workers
 
     model, method = instantiate(cfg.model), instantiate_method(cfg.adapter)
@@ -108,8 +108,8 @@ def execute(
         deterministic=settings.deterministic,
     )
     try:
-        log = logger.run(about(record, label, cfg.table, cfg.cell, cfg.force), folder)
-        with processes.together(), log as current.log, data_workers():
+        log = opened(logger, about(record, label, cfg.table, cfg.cell, cfg.force), folder)
+        with enough_memory(), processes.together(), log as current.log, data_workers():
             if adapter is not None:
                 saved.check_same_model(adapter, model.name)
                 outcome = current.evaluate(adapter)
@@ -120,7 +120,7 @@ def execute(
             record = finished_record(record, current, outcome)
     except (AlreadyRunning, ConfigError, WeightsError):
         raise  # another's run now, or bad input: nothing was run that a record should keep
-    except (KeyboardInterrupt, CheckpointError, DataError, ProcessLost, WorkerLost, OSError) as error:
+    except (KeyboardInterrupt, OSError, *MENDABLE) as error:
         store.end(record, "interrupted", error, claim)  # the same command goes on from the last checkpoint
         raise
     except Exception as error:

@@ -251,6 +251,7 @@ def data_workers() -> Iterator[None]:
         killed = str(error) if isinstance(error, RuntimeError) else _killed_worker()
         if not killed.startswith("DataLoader worker"):
             raise
+        preemption.check()  # Ctrl-C may reach that process too
         raise WorkerLost(
             f"a data-loading process was killed ({killed.splitlines()[0].rstrip('. ')}): "
             "start the run again to go on, with more memory or a smaller trainer.num_workers"
