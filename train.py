@@ -3,10 +3,13 @@
 import contextlib
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a trace what has not begun
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach flora.launch.entry.main, which prints one line
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -14,17 +17,15 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from flora.config import METHOD_VERSION, check_shape, instantiate, instantiate_method, run_id, semantic_config
-from flora.errors import CheckpointError, ConfigError, DataError, ProcessLost, WeightsError, WorkerLost
+from flora.errors import MENDABLE, AlreadyRunning, ConfigError, WeightsError, enough_memory
 from flora.launch import processes
 from flora.launch.entry import main, quietly
 from flora.results import Record, Store
+from flora.results.lock import Claim
 from flora.results.record import command, device_name, now
 from flora.tasks import aliases
 from flora.training import saved
 from flora.training.settings import CHECKPOINTS
-
-if TYPE_CHECKING:
-    from flora.tasks.base import Task
 
 
 def run(cfg: DictConfig) -> Path:
@@ -45,34 +46,37 @@ def run(cfg: DictConfig) -> Path:
     cfg.task.dataset = task.dataset  # a class may know further aliases
     identity = run_id(cfg, weights)
     folder = processes.once(lambda: paths.prepare(identity))
-    with store.lock(identity) if processes.first() else contextlib.nullcontext() as lock:
+    with contextlib.ExitStack() as locked:
+        claim = processes.once(lambda: locked.enter_context(store.lock(identity)))
         if done := processes.once(lambda: store.settled(identity, cfg.retry, cfg.force)):  # by another, since we looked
+            locked.close()
             return finished_before(store, done, folder)
         if cfg.force and processes.first():
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        record = execute(cfg, identity, task, adapter, folder, store)
-        if lock is not None:
-            lock.check()
-            store.write(record)
+        record = execute(cfg, identity, task, adapter, folder, store, claim)
+        if processes.first():
+            store.write(record, claim)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return store.path(identity)
 
 
 def finished_before(store: Store, done: dict[str, Any], folder: Path) -> Path:
     """Say what a finished record holds; returns its path. Its process may have been killed before it had tidied up."""
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if (checkpoints := folder / CHECKPOINTS).exists() and processes.first():
+        with contextlib.suppress(AlreadyRunning), store.lock(done["run_id"]):  # not those of a run that is done again
+            shutil.rmtree(checkpoints, ignore_errors=True)
     result = f"{done['dataset']} {done['model']} {done['adapter']}: test {done['metric']} {done['value']:.4f}"
     say(f"finished before: {result} (force=true runs it again)")
     return store.path(done["run_id"])
 
 
 def execute(
-    cfg: DictConfig, identity: str, task: "Task[Any]", adapter: Path | None, folder: Path, store: Store
+    cfg: DictConfig, identity: str, task: Any, adapter: Path | None, folder: Path, store: Store, claim: Claim
 ) -> Record:
     """Train, or evaluate ``adapter``; returns the finished record, or writes one of the failure."""
     from flora.training import NoLogger, Run
     from flora.training.finish import finished_record
-    from flora.training.loggers import about
+    from flora.training.loggers import about, opened
     from flora.training.run import data_workers
 
     model, method = instantiate(cfg.model), instantiate_method(cfg.adapter)
@@ -82,7 +86,7 @@ def execute(
     say(f"{label}: run {identity}")
     splits = task.load_for(model, Path(cfg.paths.data))
     analysis = dict(cfg.analysis) if cfg.analysis.every_n_steps is not None else None
-    current = Run(task, model, method, settings, protocol, splits, cfg.seed, folder, analysis=analysis)
+    current = Run(task, model, method, settings, protocol, splits, cfg.seed, folder, None, claim, analysis)
     record = Record(
         run_id=identity,
         method_version=METHOD_VERSION,
@@ -106,8 +110,8 @@ def execute(
         deterministic=settings.deterministic,
     )
     try:
-        log = logger.run(about(record, label, cfg.table, cfg.cell, cfg.force), folder)
-        with processes.together(), log as current.log, data_workers():
+        log = opened(logger, about(record, label, cfg.table, cfg.cell, cfg.force), folder)
+        with enough_memory(), processes.together(), log as current.log, data_workers():
             if adapter is not None:
                 saved.check_same_model(adapter, model.name)
                 outcome = current.evaluate(adapter)
@@ -116,14 +120,13 @@ def execute(
                 outcome = current.train()
             current.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
             record = finished_record(record, current, outcome)
-    except (ConfigError, WeightsError):
-        raise  # bad input: nothing was run that a record should keep
-    except (KeyboardInterrupt, CheckpointError, DataError, ProcessLost, WorkerLost, OSError) as error:
-        with contextlib.suppress(OSError):  # the same command goes on from the last checkpoint
-            store.end(record, "interrupted", error)
+    except (AlreadyRunning, ConfigError, WeightsError):
+        raise  # another's run now, or bad input: nothing was run that a record should keep
+    except (KeyboardInterrupt, OSError, *MENDABLE) as error:
+        store.end(record, "interrupted", error, claim)  # the same command goes on from the last checkpoint
         raise
     except Exception as error:
-        if path := store.end(record, "failed", error):
+        if path := store.end(record, "failed", error, claim):
             say(f"failed: {error} (record: {path})")
         raise
     if processes.first():

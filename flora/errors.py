@@ -1,5 +1,12 @@
 """Errors that a user can mend: each message is one line that says what is wrong and what to do."""
 
+import contextlib
+import traceback
+from collections.abc import Iterator
+
+# How C++ and the system say it, through torch, CUDA's libraries or the loading of a file.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it says nothing: to quote in a message of ours."""
@@ -27,7 +34,7 @@ class TrainingDiverged(FloraError):
 
 
 class CheckpointError(FloraError):
-    """A checkpoint or an adapter cannot be written, as on a full disk; what was there is intact, the run can go on."""
+    """A file of a run cannot be written, as on a full disk; what was there is intact, and the run can go on."""
 
 
 class CaptureFailed(FloraError):
@@ -62,6 +69,12 @@ class WorkerLost(FloraError):
     exit_code = 1
 
 
+class OutOfMemory(FloraError):
+    """The machine or the GPU has too little memory for a run; with more it goes on."""
+
+    exit_code = 1
+
+
 class ProcessLost(FloraError):
     """Another of the processes that do this run together has ended; the run can be resumed."""
 
@@ -72,3 +85,22 @@ class AlreadyRunning(FloraError):
     """Another process is doing this run; a sweep goes on to its next cell."""
 
     exit_code = 75  # sysexits.h: temporary failure, try again later
+
+
+# What a run ends with that the same command goes on from, once the cause is mended.
+MENDABLE = (CheckpointError, DataError, OutOfMemory, ProcessLost, WorkerLost)
+
+
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """Inside, what says that memory has run out is an OutOfMemory, whoever says it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _NO_MEMORY):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold what filled it
+        raise OutOfMemory(
+            f"out of memory ({first_line(error):.160}): start the same command again where there is more, and it goes "
+            "on; a larger trainer.gradient_accumulation or smaller batches, images or models need less"
+        ) from error

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from flora.errors import CheckpointError
+from flora.launch import preemption
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout: configs/, experiments/ and results/ lie there
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
@@ -61,8 +62,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        with preemption.held():  # between the two there is neither the old nor the new
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path} cannot be written ({reason}): make room and start the run again") from error

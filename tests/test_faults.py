@@ -20,6 +20,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import ClassLabel, Features
 from datasets import Image as ImageFeature
 
@@ -204,6 +205,62 @@ def adapter_not_saved(place):
     shutil.rmtree(place.outputs)
     (place.folder / "copy").rename(place.outputs)
     return ended, lambda: None
+
+
+@fault("disk full while the record is written")
+def record_not_written(place):
+    with disk(place.results, "size=64m"):
+        ended = place.run(at=5, do=lambda: fill(place.results))
+    return ended, lambda: None
+
+
+@fault("disk full for the logger")
+def logger_stopped(place):
+    place.run("logger=csv", at=4, do=interrupt)
+    (numbers,) = place.outputs.glob("*/metrics.csv")
+    numbers.unlink()
+    numbers.symlink_to("/dev/full")
+    return place.run("logger=csv"), None
+
+
+@fault("out of memory")
+def out_of_memory(place):
+    return place.run(at=4, do=lambda: torch.empty(1 << 60)), lambda: None
+
+
+@fault("out of memory on a GPU")
+def gpu_out_of_memory(place):
+    def ask():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of …")
+
+    return place.run(at=4, do=ask), lambda: None
+
+
+@fault("Ctrl-C, many times")
+def many_interrupts(place):
+    def press():
+        for _ in range(20):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return place.run("trainer.checkpoint_every=1000", at=4, do=press), lambda: None
+
+
+@fault("process stopped, its run taken over from another machine")
+def taken_over(place):
+    def thaw():
+        (lock,) = place.results.glob(".locks/*.lock")
+        lock.rename(lock.with_name(lock.name.replace(".1.", ".2.")))
+
+    ended = place.run(at=4, do=thaw)
+    shutil.rmtree(place.results / ".locks")
+    return ended, lambda: None
+
+
+@fault("copy of a synchronised folder among the locks")
+def odd_lock(place):
+    (place.results / ".locks").mkdir(parents=True)
+    (place.results / ".locks" / "0123456789ab.1 (conflicted copy).lock").write_text("{}")
+    return place.run(), None
 
 
 @fault("output folder read-only")

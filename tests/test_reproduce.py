@@ -1,5 +1,6 @@
 """`python scripts/reproduce.py TABLE`: what is done, what is left, how long it will take."""
 
+import os
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -57,6 +58,22 @@ def test_a_running_cell_shows_as_running_and_jobs_divide_the_time_left(store, ca
         _, out, err, _ = call("eurosat", "--status", "--jobs", "2")
     assert out.splitlines()[10].startswith("running ")
     assert "about 0:16:40 left" in err
+
+
+def test_odd_entries_among_locks_and_records_are_named_and_left_out(store, call, tmp_path):
+    (tmp_path / ".locks").mkdir()
+    for folder, ending in ((tmp_path, "json"), (tmp_path / ".locks", "1.lock")):
+        (folder / f"copied.{ending}").symlink_to("nowhere")
+        os.mkfifo(folder / f"pipe.{ending}")
+        (folder / f"folder.{ending}").mkdir()
+        (folder / f"bytes\udcff.{ending}").touch()
+    code, _, err, _ = call("eurosat", "--status")
+    assert code == 0
+    assert "3 of 24 cells finished, 1 failed, 1 interrupted" in err
+    named = [line.split(":")[1].rpartition("/")[2] for line in err.splitlines() if line.startswith("left out: ")]
+    assert [name.partition(".")[0].partition("\\")[0] for name in sorted(named)] == [
+        *("bytes", "copied", "copied", "folder", "folder", "pipe", "pipe")
+    ]  # of the locks the one with half a character may still be written by its owner
 
 
 def test_a_cell_of_more_than_a_day_counts_whole_and_jobs_below_one_are_refused(store, call):

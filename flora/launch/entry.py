@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from flora.config import one_line
-from flora.errors import ConfigError, FloraError, Interrupted
+from flora.errors import ConfigError, FloraError, Interrupted, enough_memory
 from flora.launch import pipes, preemption, processes, sweep
 
 
@@ -25,7 +25,8 @@ def quietly() -> Iterator[None]:
     """
     try:
         preemption.check()
-        yield
+        with enough_memory():
+            yield
     except preemption.Preempted as end:
         if not preemption.adopted():
             raise
@@ -48,13 +49,21 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
     Hydra prints its own composition errors and exits 1. With HYDRA_FULL_ERROR set it lets exceptions through, so that
     one place decides what the user sees.
     """
-    preemption.install()
-    processes.hush()
     try:
+        _run(entry, trace)
+    finally:
+        preemption.uninstall()
+
+
+def _run(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
+    try:
+        preemption.install()
+        processes.hush()
         if processes.launched() and {"-m", "--multirun"} & set(sys.argv):
             raise ConfigError("a sweep cannot be shared out by torchrun: start it once for each run")
         try:
-            entry()
+            with enough_memory():
+                entry()
         except Exception as error:
             if lost := sweep.lost(error):
                 preemption.check()
@@ -74,7 +83,7 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
         if isinstance(end, preemption.Preempted):
             _tell(f"interrupted: {end}; start the same command again to go on")
             sys.exit(end.exit_code)
-        sys.exit(130)
+        sys.exit(preemption.BY_HAND)
     except (FloraError, HydraException, OmegaConfBaseException) as error:
         _tell(f"error: {one_line(error)}", trace())
         sys.exit(error.exit_code if isinstance(error, FloraError) else 2)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: a scheduler wants the machine back; training first writes a checkpoint, all else ends."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: the machine is wanted back; training first writes a checkpoint, all else ends."""
 
 import contextlib
 import os
@@ -8,18 +8,27 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from flora.launch import processes
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+BY_HAND = 130  # what a shell shows of a process that Ctrl-C ended
 
 
 class Preempted(KeyboardInterrupt):
-    """A scheduler asked the process to end; started again, the run goes on. Not an error that a handler may keep."""
+    """The process was asked to end; started again, the run goes on. Not an error that a handler may keep."""
 
     exit_code = 75  # sysexits.h: temporary failure, try again later
+
+    def __init__(self) -> None:
+        super().__init__("the scheduler asked for the machine")
+        if signal.SIGINT in _came[:1]:
+            self.args, self.exit_code = ("Ctrl-C",), BY_HAND
 
 
 _wanted = _held = _forwards = _adopted = False
 _owner: int | None = None  # the process that these settings are of
 _theirs: dict[int, Any] = {}  # handlers of a launcher, that were there before
+_before: dict[int, Any] = {}  # handlers that `install` found
 _came: list[int] = []
 
 
@@ -27,8 +36,17 @@ def install() -> None:
     """Take the signals from now on, in the main thread."""
     global _wanted, _forwards, _owner
     _wanted, _forwards, _owner = False, False, os.getpid()
+    _came.clear()
     for number in SIGNALS:
-        signal.signal(number, _take)
+        if (before := signal.signal(number, _take)) is not _take:
+            _before[number] = before
+
+
+def uninstall() -> None:
+    """Give the signals back to who had them, as nothing is on that they could interrupt."""
+    for number, before in _before.items():
+        signal.signal(number, signal.SIG_DFL if before is None else before)
+    _before.clear()
 
 
 def adopt() -> None:
@@ -71,24 +89,27 @@ def wanted() -> bool:
 def check(elsewhere: bool = False) -> None:
     """Raise Preempted if a signal has come, here or to another process of the run."""
     if _wanted or elsewhere:
-        raise Preempted("the scheduler asked for the machine")
+        raise Preempted
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Inside, signals wait until somebody asks for them."""
     global _held
-    _held = True
+    before, _held = _held, True
     try:
         yield
     finally:
-        _held = False
+        _held = before
 
 
 def _take(number: int, frame: FrameType | None) -> None:
     global _wanted
     first, _wanted = not _wanted, True
     _came.append(number)
+    if first and _held and number == signal.SIGINT and os.getpid() == _owner and processes.first():
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step, with a checkpoint\n")  # print may be at work on another line
     if not first or _held:  # a second signal must not disturb what the first one has begun to tidy up
         return
     if not (_forwards and _terminate_children()):

@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from flora.launch import preemption, processes
 from flora.launch.entry import main
 from flora.launch.sweep import visible_gpus
 
-INTERRUPTED = 130
+INTERRUPTED = preemption.BY_HAND
 
 
 class Worker:
@@ -123,6 +124,7 @@ def pool(count: int) -> Iterator[Pool]:
 
 def serve() -> None:
     """Run the cells that stdin names until it ends, or until one ends in an unknown state."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # between cells nothing is on
     asked, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)

@@ -45,9 +45,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
     results = []
     for path in sorted(folder.glob("*.json")):
         try:
-            result = json.loads(path.read_text())
+            result: Any = json.loads(path.read_text()) if path.is_file() else None
             results.append((list(TITLES).index(result["benchmark"]), path.name, result | {"file": path.name}))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: not the result of a benchmark ({type(error).__name__}); remove it") from error
     return [result for _, _, result in sorted(results, key=lambda entry: entry[:2])]
 

@@ -53,8 +53,8 @@ def inputs(results: Path, output: Path) -> str:
 
 def _input(path: Path) -> str:
     try:
-        return _sha256(path.read_bytes())
-    except OSError as error:  # a folder, which the reader of records reports
+        return _sha256(path.read_bytes()) if path.is_file() else "not a file"  # the reader of records reports it
+    except OSError as error:
         return f"not readable: {error.strerror}"
 
 

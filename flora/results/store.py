@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -14,10 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flora.errors import DataError, FailedBefore
+from flora.errors import AlreadyRunning, CheckpointError, DataError, FailedBefore
 from flora.launch import processes
 from flora.results.checks import contradiction
-from flora.results.lock import HEARTBEAT, STALE_AFTER, Lock, Owner, owners
+from flora.results.lock import HEARTBEAT, STALE_AFTER, Claim, Lock, Owner, owners, shown
 from flora.results.record import SCHEMA_VERSION, STATUSES, Record, now
 
 _REQUIRED = ("schema_version", "run_id", "status", "task", "dataset", "model", "adapter", "seed")
@@ -40,7 +41,7 @@ class Contents:
 
     Attributes:
         records: sound records by run id, without their longest fields, with ``sha256`` of their file.
-        problems: one line for each file that is not a sound record.
+        problems: one line for each file that is not a sound record, or a sound lock.
         owners: who runs, or ran and died, by run id.
     """
 
@@ -124,23 +125,37 @@ class Store:
         """The lock to hold while a run is on; entering it raises AlreadyRunning when another process does."""
         return Lock(self.folder, run_id, self.heartbeat, self.stale_after)
 
-    def write(self, record: Record) -> Path:
+    def write(self, record: Record, claim: Claim | None = None) -> Path:
         """Write a record atomically; returns its path. A finished record gives way to another finished one only.
 
         Raises:
+            AlreadyRunning: the claim to the run is lost.
+            CheckpointError: the disk is full or refuses.
             DataError: what is there was written by a newer version of flora.
         """
         path = self.path(record.run_id)
+        if claim is not None:
+            claim.check()
         self._check_age(record.run_id)
         if record.status == "finished" or self.finished(record.run_id) is None:
-            record.write(path)
+            try:
+                record.write(path)
+            except OSError as error:
+                reason = error.strerror or error
+                raise CheckpointError(
+                    f"record {path} cannot be written ({reason}): make room and start the run again to go on"
+                ) from error
         return path
 
-    def end(self, record: Record, status: str, error: BaseException) -> Path | None:
-        """Write the record of a run that has ended early; None where another of its processes does."""
+    def end(self, record: Record, status: str, error: BaseException, claim: Claim) -> Path | None:
+        """Write the record of a run that has ended early; None where another process does, or none can be written."""
         if not processes.tells():
             return None
-        return self.write(replace(record, status=status, error=repr(error), finished=now()))
+        try:
+            return self.write(replace(record, status=status, error=repr(error), finished=now()), claim)
+        except (AlreadyRunning, CheckpointError) as also:
+            print(f"warning: {also}", file=sys.stderr)  # the error that ended the run is still to be told
+            return None
 
     def read_all(self) -> Contents:
         """Everything in the folder; files that have not changed since the last look come from a parquet cache.
@@ -153,18 +168,19 @@ class Store:
         cache, cached = self.folder / ".cache" / "records.parquet", dict[tuple[str, int, int], tuple[Any, Any]]()
         if self.folder.is_dir():
             cached = _read_cache(cache)
-        files = sorted(_files(self.folder))
+        files, problems = _files(self.folder)
         looked = {key: cached.get(key) or _summary(self.folder / key[0]) for key in files}
         if looked.keys() != cached.keys() and self.folder.is_dir():
             _write_cache(cache, looked)
-        records, problems = {}, []
+        records = {}
         for summary, problem in looked.values():
             if problem is not None:
                 problems.append(f"{self.folder}/{problem}")
             elif summary is not None:
                 record = json.loads(summary)
                 records[record["run_id"]] = record
-        return Contents(records, problems, owners(self.folder, self.stale_after))
+        found, odd = owners(self.folder, self.stale_after)
+        return Contents(records, problems + odd, found)
 
     def _look(self, run_id: str) -> tuple[dict[str, Any] | None, str | None]:
         path = self.path(run_id)
@@ -187,7 +203,7 @@ class Store:
 def read(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     """A record and None, or None and what is wrong with the file in one line."""
     try:
-        return _checked(path, path.read_bytes())
+        return _checked(path, path.read_bytes()) if path.is_file() else (None, f"{path}: not a file")
     except OSError as error:
         return None, f"{path}: not readable ({error.strerror})"
 
@@ -197,6 +213,8 @@ def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | N
         record = json.loads(content)
     except (ValueError, RecursionError) as error:
         return None, f"{path}: not readable as JSON ({error})"
+    if b"\\ud" in content.lower() and not _writable(record):
+        return None, f"{path}: holds half a character (\\ud800 to \\udfff), which no table can show"
     if not isinstance(record, dict) or any(key not in record for key in _REQUIRED):
         return None, f"{path}: not a record (needs {', '.join(_REQUIRED)})"
     for key in _WORDS:
@@ -235,6 +253,13 @@ def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | N
     return record, None
 
 
+def _writable(record: Any) -> bool:
+    try:
+        return bool(json.dumps(record, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _integer(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool)
 
@@ -255,12 +280,26 @@ def _finite(number: Any) -> bool:
     return isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
 
 
-def _files(folder: Path) -> list[tuple[str, int, int]]:
+def _files(folder: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """Name, time and size of each file that may be a record, and a line for each other entry of such a name."""
+    files, problems = list[tuple[str, int, int]](), list[str]()
     if not folder.is_dir():
-        return []
+        return files, problems
     with os.scandir(folder) as entries:
-        named = [entry for entry in entries if entry.name.endswith(".json") and not entry.name.startswith(".")]
-        return [(entry.name, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in named]
+        for entry in (e for e in entries if e.name.endswith(".json") and not e.name.startswith(".")):
+            try:
+                entry.name.encode()
+                there = entry.stat()
+            except UnicodeEncodeError:
+                problems.append(f"{shown(Path(entry.path))}: not the name of a record")
+            except OSError as error:
+                problems.append(f"{entry.path}: not readable ({error.strerror})")
+            else:
+                if stat.S_ISREG(there.st_mode):
+                    files.append((entry.name, there.st_mtime_ns, there.st_size))
+                else:
+                    problems.append(f"{entry.path}: not a file")
+    return sorted(files), sorted(problems)
 
 
 def _summary(path: Path) -> tuple[str | None, str | None]:

@@ -17,6 +17,7 @@ def finished_record(record: Record, run: Run, outcome: Outcome) -> Record:
     All processes must ask; the first one gets it and saves, the others keep the record as it was.
 
     Raises:
+        AlreadyRunning: the run is another process's now; nothing is touched.
         CheckpointError: the adapter cannot be written; then nothing of it is.
     """
     with gathered(outcome.adapted.model):
@@ -38,9 +39,13 @@ def _finished(record: Record, run: Run, outcome: Outcome) -> Record:
         record.peak_memory_bytes = meter.peak_memory_bytes
         record.history = outcome.trainer.state.log_history
         record.adapter_path = str(folder)
+        if run.claim is not None:
+            run.claim.check()
         with whole_folder(folder) as place:
             run.method.save(outcome.adapted.model, place)
             write_facts(record, classes, place)
             write_card(record, classes, place)
+            if run.claim is not None:
+                run.claim.check()  # once more, as the disk takes its time
     record.status, record.finished = "finished", now()
     return record

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import logging
 import os
 import shutil
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -106,7 +108,7 @@ class Log(TrainerCallback):
         try:
             self._write(numbers, step, epoch)
         except Exception as error:
-            warn(f"stopped ({error})")
+            warn(f"stopped ({_reason(error)})")
             self._write = _nowhere
 
     def _named(self, logs: dict[str, Any]) -> dict[str, float]:
@@ -118,6 +120,49 @@ class Log(TrainerCallback):
             if kind != "test":  # `result` logs it
                 named[self._fit + (f"validation/{rest}" if kind == "eval" else f"train/{name}")] = float(value)
         return named
+
+
+@contextmanager
+def opened(logger: Any, about: About, folder: Path) -> Iterator[Log]:
+    """A logger's log for a run: what fails as it is opened or closed, as on a full disk, is said and ends nothing.
+
+    Args:
+        logger: one of the classes below, or another with their ``run``.
+        about, folder: of the run.
+    """
+    with _muted():
+        place = logger.run(about, folder)
+        try:
+            log = place.__enter__()
+        except Exception as error:
+            warn(f"logging nothing ({_reason(error)})")
+            place, log = nullcontext(), Log(_nowhere)
+        try:
+            yield log
+        except BaseException as error:
+            _close(place, error)
+            raise
+        _close(place, None)
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Inside, TensorBoard's thread and Python's logging, which W&B uses, print no traces of what we warn of."""
+    hook, told = threading.excepthook, logging.raiseExceptions
+    threading.excepthook = lambda end: None if type(end.thread).__module__.startswith("tensorboard.") else hook(end)
+    logging.raiseExceptions = False
+    try:
+        yield
+    finally:
+        threading.excepthook, logging.raiseExceptions = hook, told
+
+
+def _close(place: AbstractContextManager[Log], ended_by: BaseException | None) -> None:
+    try:
+        place.__exit__(type(ended_by) if ended_by else None, ended_by, ended_by.__traceback__ if ended_by else None)
+    except Exception as error:
+        if error is not ended_by:
+            warn(f"not finished ({_reason(error)})")
 
 
 class NoLogger:
@@ -220,7 +265,7 @@ class Wandb:
                 return self._init(wandb, about, folder, mode)
             except Exception as error:
                 then = "logging offline" if mode != "offline" else "logging nothing"
-                warn(f"{then} ({' '.join(str(error).split()) or type(error).__name__})")
+                warn(f"{then} ({_reason(error)})")
                 with suppress(Exception):
                     wandb.teardown()  # else the run id stays in use
         return None
@@ -292,6 +337,10 @@ def _rows_in(content: bytes) -> int:
 def warn(text: str) -> None:
     """A line on stderr."""
     print(f"warning: logger: {text}; the run goes on", file=sys.stderr, flush=True)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _nowhere(numbers: dict[str, float], step: int, epoch: float) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -18,34 +19,42 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from flora.errors import CheckpointError, first_line
 from flora.launch import processes
+from flora.results.lock import Claim
 
 KEPT = 2  # checkpoints: the newest, and one to fall back on
 SECONDS = 60.0  # between two checkpoints, at least
 SHARE = 0.02  # of a run's time that writing them may take
-_STATE, _SUMS = "state.pt", "sha256.json"
+_STATE, _SUMS, _OWNER = "state.pt", "sha256.json", "owner"
 
 
 class Checkpoints:
     """Numbered folders under one folder.
 
-    Each is written under another name, synced to the disk and renamed, and says the sha256 of its files; only then do
-    older ones go. Nothing in them is unpickled but tensors and plain containers.
+    Each is written under another name, synced to the disk and renamed, and says whose it is and the sha256 of its
+    files; only then do older ones go. Nothing in them is unpickled but tensors and plain containers.
+
+    Args:
+        folder: holds them.
+        claim: to the run; None: no other process can have it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, claim: Claim | None = None) -> None:
+        self.folder, self.claim = folder, claim
+        self.owner = secrets.token_hex(8) if claim is None else claim.token
         self._damaged: set[int] = set()
 
     def write(self, state: dict[str, Any], trainer_state: str) -> Path:
         """Write tensors in containers, and transformers' state as JSON.
 
         Raises:
+            AlreadyRunning: the run is another process's now; nothing is touched.
             CheckpointError: the disk is full or refuses; what was there is intact.
         """
-        number = max(self._numbers(), default=0) + 1
-        path, temporary = self.folder / str(number), self.folder / f".{number}.tmp"
+        self._check()
+        path, temporary = self._next(), self.folder / f".{self.owner}.tmp"
         try:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+            for torn in self.folder.glob(".*.tmp"):  # of a process that was killed
+                shutil.rmtree(torn, ignore_errors=True)
             temporary.mkdir(parents=True)
             sums = {
                 _STATE: _written(temporary / _STATE, lambda file: torch.save(state, file)),
@@ -53,11 +62,14 @@ class Checkpoints:
                     temporary / TRAINER_STATE_NAME, lambda file: file.write(trainer_state.encode())
                 ),
             }
-            _written(temporary / _SUMS, lambda file: file.write(json.dumps(sums).encode()))
+            _written(temporary / _SUMS, lambda file: file.write(json.dumps(sums | {_OWNER: self.owner}).encode()))
             _sync(temporary)
+            self._check()  # once more, as the disk takes its time
+            path = self._next()
             temporary.rename(path)
             _sync(self.folder)
         except OSError as error:
+            self._check()  # it may have swept the folder
             before = max(self._numbers() - self._damaged, default=None)
             left = f"{self.folder / str(before)} is intact" if before else "there is none before it"
             raise CheckpointError(
@@ -66,6 +78,7 @@ class Checkpoints:
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        self._check()
         whole = sorted(self._numbers() - self._damaged)
         for old in {*self._damaged, *whole[:-KEPT]}:
             shutil.rmtree(self.folder / str(old), ignore_errors=True)
@@ -77,7 +90,7 @@ class Checkpoints:
             path = self.folder / str(number)
             try:
                 return path, _read(path)
-            except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
                 reason = first_line(error)
                 print(f"warning: checkpoint {path} is damaged ({reason}): using the one before", file=sys.stderr)
                 self._damaged.add(number)
@@ -87,8 +100,15 @@ class Checkpoints:
         """Delete all."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _check(self) -> None:
+        if self.claim is not None:
+            self.claim.check()
+
+    def _next(self) -> Path:
+        return self.folder / str(max(self._numbers(), default=0) + 1)
+
     def _numbers(self) -> set[int]:
-        return {int(path.name) for path in self.folder.glob("*") if path.name.isdigit()}
+        return {int(path.name) for path in self.folder.glob("*") if path.name.isdecimal() and path.name.isascii()}
 
 
 class _Hashed:
@@ -162,18 +182,20 @@ class Progress:
         folder: of its checkpoints.
         every: optimiser steps between two of them; None: by the clock, at most SHARE of the time and one in SECONDS.
         resume: go on from the newest; otherwise they are deleted.
+        claim: to the run, checked before each is written; None: no other process can have it.
     """
 
     folder: Path
     every: int | None = None
     resume: bool = True
+    claim: Claim | None = None
     done: dict[str, Fit] = field(default_factory=dict)
     notes: dict[str, float] = field(default_factory=dict)
     unfinished: dict[str, Any] | None = None
     newest: Path | None = None
 
     def __post_init__(self) -> None:
-        self.checkpoints = Checkpoints(self.folder)
+        self.checkpoints = Checkpoints(self.folder, self.claim)
         self._began = self._last = time.monotonic()
         self._cost = 0.0
         if not self.resume:

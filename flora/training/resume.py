@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from flora.errors import ConfigError, TrainingDiverged
+from flora.errors import CheckpointError, ConfigError, TrainingDiverged
 from flora.launch import preemption, processes
 from flora.training.progress import Fit, Progress
 from flora.training.sharding import like, local, reshard, whole
@@ -146,6 +146,11 @@ class Keeper(TrainerCallback):
         """Put back what the other callbacks and transformers have just reset."""
         if self.saved is None:
             return
+        if state.global_step != (step := self.saved.get("step", state.global_step)):
+            raise CheckpointError(
+                f"the checkpoint of step {step} changed while it was read (it says step {state.global_step} now): "
+                "start the run again to go on"
+            )
         for callback, saved in zip(self._stateful(), self.saved["callbacks"], strict=True):
             callback.load_state_dict(saved)
         trainer = self.trainer
@@ -169,7 +174,7 @@ class Keeper(TrainerCallback):
         if new and (stop or due):
             with self.trainer.meter.pause():
                 self._check_finite(state)
-                self.progress.write(self._state(), facts(state))
+                self.progress.write(self._state(state.global_step), facts(state))
         preemption.check(stop)
 
     def _check_finite(self, state: Any) -> None:
@@ -177,10 +182,11 @@ class Keeper(TrainerCallback):
         if any(processes.anywhere(*(not bool(flag) for flag in finite))):
             raise TrainingDiverged(f"the loss or a weight was not finite at step {state.global_step}: lower trainer.lr")
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, step: int) -> dict[str, Any]:
         trainer = self.trainer
         return {
             "label": self.label,
+            "step": step,
             "weights": weights(trainer.model),
             "optimizer": optimizer_state(trainer.optimizer),
             "scheduler": trainer.lr_scheduler.state_dict(),

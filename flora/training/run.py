@@ -21,6 +21,7 @@ from flora.launch import preemption, processes
 from flora.methods.base import Adapted, Method, effective_ranks, load
 from flora.methods.heads import trained
 from flora.models.spec import ModelSpec
+from flora.results.lock import Claim
 from flora.tasks.base import Split, Splits, Task
 from flora.training.finite import check_metrics, check_weights, masks
 from flora.training.internals import raise_for_killed_workers
@@ -63,6 +64,7 @@ class Run:
         seed: seeds the head, the adapter, data order and dropout.
         folder: the run's output folder.
         log: takes the numbers of the reported run, and of the fits that may become it; None: nobody does.
+        claim: to the run, checked before a checkpoint or the adapter is written; None: no other process can have it.
         analysis: arguments of ``flora.training.norms.DeltaNorms``; None: no analysis.
         progress: what training has done so far, here and in processes before this one.
     """
@@ -76,6 +78,7 @@ class Run:
     seed: int
     folder: Path
     log: Log | None = None
+    claim: Claim | None = None
     analysis: dict[str, int] | None = None
     progress: Progress = field(init=False)
 
@@ -83,7 +86,7 @@ class Run:
         """Choose the learning rate if the protocol has a grid, train, test once."""
         splits, protocol, settings = self.splits, self.protocol, self.settings
         folder = self.folder / CHECKPOINTS
-        self.progress = Progress(folder, settings.checkpoint_every, settings.resume == "auto")
+        self.progress = Progress(folder, settings.checkpoint_every, settings.resume == "auto", self.claim)
         lr, selection, chosen = self._select() if protocol.lr_grid else (settings.lr, {}, None)
         if chosen is not None:
             adapted, trainer = chosen
@@ -264,6 +267,7 @@ def data_workers() -> Iterator[None]:
         killed = str(error) if isinstance(error, RuntimeError) else _killed_worker()
         if not killed.startswith("DataLoader worker"):
             raise
+        preemption.check()  # Ctrl-C may reach that process too
         raise WorkerLost(
             f"a data-loading process was killed ({killed.splitlines()[0].rstrip('. ')}): "
             "start the run again to go on, with more memory or a smaller trainer.num_workers"

@@ -1,5 +1,6 @@
 """Records: written whole or not at all, found again by run id, never silently averaged when broken."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flora.config import composed, recorded_id, semantic_config
-from flora.errors import DataError, FailedBefore
+from flora.errors import AlreadyRunning, CheckpointError, DataError, FailedBefore
 from flora.files import ROOT, write_json
 from flora.results import Record, Store
 from flora.results.record import command
@@ -113,6 +114,7 @@ def test_broken_records_are_reported_and_left_out(tmp_path):
     plant("weights", weights="random")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     plant("dataset", dataset=["eurosat"])
+    plant("half", command="python train.py paths.data=\udcff")
     plant("finished", finished=None)
     plant("status", status="done")
     plant("copy", run_id=named("good"))  # the same run twice would count twice in a mean
@@ -141,6 +143,48 @@ def test_broken_records_are_reported_and_left_out(tmp_path):
 
 def values(store):
     return {record["task"]: record["value"] for record in store.read_all().records.values()}
+
+
+ODD = {
+    "link.json": lambda path: path.symlink_to("nowhere"),
+    "endless.json": lambda path: path.symlink_to("/dev/zero"),
+    "folder.json": lambda path: path.mkdir(),
+    "pipe.json": os.mkfifo,
+    "name\udcff.json": lambda path: path.write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_entry_is_reported_and_left_out(tmp_path, name):
+    store = Store(tmp_path)
+    store.write(record("good"))
+    ODD[name](tmp_path / name)
+    for _ in range(2):  # from the files, then from the cache
+        contents = store.read_all()
+        assert list(contents.records) == [named("good")]
+        (problem,) = contents.problems
+        assert problem.encode().startswith(f"{tmp_path}/{name[:4]}".encode())
+    assert store.finished(name.removesuffix(".json")) is None
+
+
+def test_who_lost_a_run_writes_no_record_of_it(tmp_path, capsys):
+    store = Store(tmp_path)
+    with store.lock(named("abc")) as claim:
+        claim.path.unlink()
+        with pytest.raises(AlreadyRunning, match="was taken over"):
+            store.write(record("abc"), claim)
+        assert store.end(record("abc"), "interrupted", KeyboardInterrupt(), claim) is None
+    assert f"warning: run {named('abc')} was taken over" in capsys.readouterr().err
+    assert list(tmp_path.glob("*.json")) == []
+
+
+def test_a_record_that_cannot_be_written_is_named_with_the_remedy(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("flora.results.record.write_json", full)
+    with pytest.raises(CheckpointError, match=r"record .*json cannot be written \(No space left .*: make room"):
+        Store(tmp_path).write(record("abc"))
 
 
 def test_a_changed_added_or_removed_file_is_seen_through_the_cache(tmp_path):

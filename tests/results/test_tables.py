@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 from functools import partial
@@ -218,6 +219,15 @@ def test_broken_records_are_reported_and_never_averaged(store, render, tmp_path)
     assert code == 0
     assert after == before
     assert err.count("left out: ") == 3
+
+
+def test_an_odd_entry_among_the_records_is_named_and_the_rest_is_rendered(store, render, tmp_path):
+    (tmp_path / "records" / "copied.json").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "records" / "pipe.json")
+    code, _, err = render("eurosat")
+    assert code == 0, err
+    assert err.count("left out: ") == 2
+    assert render("eurosat", "--check")[0] == 0
 
 
 def test_without_a_table_all_that_have_records_are_rendered(store, render):

@@ -1,10 +1,13 @@
 """Loggers: what each writes, that W&B's runs are grouped and go on, and that no logger ends a run."""
 
 import csv
+import errno
 import json
+import os
 import struct
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from flora.errors import ConfigError
 from flora.launch.entry import main
 from flora.secrets import without_secrets
 from flora.training import Csv, Protocol, TensorBoard, Wandb
-from flora.training.loggers import About, Log
+from flora.training.loggers import About, Log, opened
 from tests.training.test_run import toy_run
 
 SECRET = "c0ffee" * 7
@@ -68,6 +71,66 @@ def test_tensorboard_files_hold_the_losses_of_the_last_run(tmp_path):
     events.Reload()
     assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(losses(outcome))
     assert [e.value for e in events.Scalars("test/accuracy")] == pytest.approx([outcome.metrics["accuracy"]])
+
+
+class Broken:
+    """A logger that fails at one moment."""
+
+    def __init__(self, moment):
+        self.moment = moment
+
+    def fail(self, moment):
+        if moment == self.moment:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextmanager
+    def run(self, about, folder):
+        self.fail("open")
+        try:
+            yield Log(lambda *numbers: self.fail("write"))
+        finally:
+            self.fail("close")
+
+
+ABOUT = About("0123456789ab", "toy", "group", "cell")
+SAID = {"open": "logging nothing", "write": "stopped", "close": "not finished"}
+
+
+@pytest.mark.parametrize("moment", SAID)
+def test_a_logger_that_fails_ends_nothing_and_hides_no_other_error(tmp_path, capsys, moment):
+    with opened(Broken(moment), ABOUT, tmp_path) as log:
+        log.write({"a": 1.0}, 1)
+    warning = f"warning: logger: {SAID[moment]} ([Errno 28] No space left on device); the run goes on\n"
+    assert capsys.readouterr().err == warning
+
+    def fails():
+        with opened(Broken(moment), ABOUT, tmp_path) as log:
+            log.write({"a": 1.0}, 1)
+            raise KeyError("of the run")
+
+    with pytest.raises(KeyError, match="of the run"):
+        fails()
+    assert capsys.readouterr().err == warning
+
+
+def test_a_full_disk_ends_the_csv_alone(tmp_path, capsys):
+    (tmp_path / "metrics.csv").symlink_to("/dev/full")
+    with opened(Csv(), ABOUT, tmp_path) as log:
+        log.write({"a": 1.0}, 1)
+    assert "logging nothing ([Errno 28]" in capsys.readouterr().err
+
+
+def test_what_tensorboards_thread_meets_prints_no_trace(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    with opened(TensorBoard(), ABOUT, tmp_path) as log:
+        monkeypatch.setattr(RecordWriter, "write", lambda *args: Broken("write").fail("write"))
+        for step in range(30):
+            log.write({"a": 1.0}, step)
+    err = capsys.readouterr().err
+    assert "warning: logger: stopped ([Errno 28]" in err
+    assert "Traceback" not in err
 
 
 def test_without_tensorboard_the_error_says_what_to_install(monkeypatch):

@@ -1,6 +1,7 @@
 """An interrupted fit ends as one that was left alone, bit for bit; only whole checkpoints count."""
 
 import dataclasses
+import json
 import os
 import resource
 import shutil
@@ -11,13 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from flora.errors import CheckpointError, ConfigError, TrainingDiverged
+from flora.errors import AlreadyRunning, CheckpointError, ConfigError, TrainingDiverged
 from flora.launch import preemption
 from flora.methods import Full
 from flora.methods.adalora import AdaLora
+from flora.results.lock import Lock
 from flora.tasks.images.augment import Augment
-from flora.training import Run, TrainerSettings
+from flora.training import Run, TrainerSettings, progress
 from flora.training.progress import KEPT, Checkpoints, Progress
+from flora.training.trainer import Trainer
 from tests.training.test_run import HOLDOUT, SPLITS, VTAB, ToyModel, ToyTask, lora
 
 EPOCHS, STEPS = 3, 6  # of 96 examples in batches of 16
@@ -192,6 +195,45 @@ def test_where_no_checkpoint_is_whole_the_run_starts_over(tmp_path, monkeypatch,
         path.write_text("{}")
     assert result(checkpointed_run(tmp_path / "torn").train()) == calm
     assert capsys.readouterr().err.count("is damaged") == KEPT
+
+
+def test_who_lost_the_run_writes_no_checkpoint_and_deletes_none(tmp_path, monkeypatch):
+    with Lock(tmp_path / "records", "abc") as claim:
+        checkpoints = Checkpoints(tmp_path / "c", claim)
+        first = checkpoints.write(STATE, "{}")
+        assert json.loads((first / "sha256.json").read_text())["owner"] == claim.token
+        sync = progress._sync
+
+        def lose(folder):  # while the disk is busy
+            sync(folder)
+            claim.path.unlink(missing_ok=True)
+
+        monkeypatch.setattr(progress, "_sync", lose)
+        for _ in range(2):
+            with pytest.raises(AlreadyRunning, match="was taken over"):
+                checkpoints.write(STATE, "{}")
+    assert list((tmp_path / "c").iterdir()) == [first]
+
+
+def test_a_checkpoint_that_changed_while_it_was_read_starts_no_training(tmp_path, monkeypatch):
+    interrupted(checkpointed_run(tmp_path), monkeypatch, 3)
+    fitting = Trainer.fitting
+
+    def gone(self):  # transformers then begins at step 0
+        shutil.rmtree(tmp_path / "checkpoints")
+        return fitting(self)
+
+    monkeypatch.setattr(Trainer, "fitting", gone)
+    with pytest.raises(CheckpointError, match=r"of step 3 changed while it was read .it says step 0 now"):
+        checkpointed_run(tmp_path).train()
+
+
+def test_a_sum_file_that_is_no_mapping_is_damage(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path)
+    first, second = checkpoints.write(STATE, "{}"), checkpoints.write(STATE, "{}")
+    (second / "sha256.json").write_text("[]")
+    assert Checkpoints(tmp_path).newest()[0] == first
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_older_checkpoints_go_once_the_new_one_is_there(tmp_path, monkeypatch):
