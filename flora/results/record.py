@@ -91,8 +91,8 @@ class Record:
     finished: str | None = None
 
     def write(self, path: Path) -> None:
-        """Write atomically, without secrets: a reader sees the old file or the whole new one."""
-        write_json(path, without_secrets(asdict(self)))
+        """Write atomically: a reader sees the old file or the whole new one."""
+        write_json(path, asdict(self))
 
 
 def now() -> str:
@@ -153,4 +153,4 @@ def commit() -> tuple[str | None, bool | None]:
 
 def command() -> str:
     """The command line of this process, as a user would type it, with the names of secrets in their place."""
-    return without_secrets(" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
+    return " ".join(["python", Path(sys.argv[0]).name, *without_secrets(sys.argv[1:])])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from flora.results.record import Record
+from flora.secrets import without_secrets
 
 _PEFT = """import flora, flora.models, peft  # `import flora` registers FLoRA with PEFT
 
@@ -51,4 +52,4 @@ def write_card(record: Record, num_classes: int, folder: Path) -> None:
         "",
         "The licence of the base weights and of the data applies to this adapter as well.",
     ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    (folder / "README.md").write_text(without_secrets("\n".join(lines)) + "\n")
