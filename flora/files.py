@@ -13,14 +13,15 @@ from safetensors import SafetensorError
 
 from flora.errors import CheckpointError
 from flora.launch import preemption
+from flora.secrets import without_secrets
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout: configs/, experiments/ and results/ lie there
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON (NaN refused) to a temporary neighbour, sync it to disk, then rename it into place."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    """Write JSON (NaN refused, no secrets) to a temporary neighbour, sync it to disk, then rename it into place."""
+    text = json.dumps(without_secrets(content), indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 from matplotlib import pyplot as plt
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from flora.config import instantiate
-from flora.errors import ConfigError, DataError
+from flora.errors import ConfigError, DataError, first_line
 from flora.launch.entry import main
 from flora.methods.heads import in_head
 from flora.results.delta import Kept, energy_kept
+from flora.results.escape import file_name, label, spreadsheet
 from flora.results.plots import DPI, style
 from flora.results.store import read
 from flora.training import saved
@@ -39,17 +42,20 @@ def analyze_delta() -> None:
     facts = saved.facts(folder)
     if facts.get("adapter") != "full":
         raise ConfigError(f"{arguments.run} is a run with adapter={facts.get('adapter')}: choose one with adapter=full")
-    path = arguments.results / f"{facts['run_id']}.json"
+    run_id, classes = facts.get("run_id"), facts.get("num_classes")
+    if run_id != file_name(str(run_id)) or type(classes) is not int or classes < 1:
+        raise DataError(f"{folder / 'run.json'}: run_id {run_id!r:.40}, num_classes {classes!r:.40} are of no run")
+    path = arguments.results / f"{run_id}.json"
     record, problem = read(path)
     if record is None:
         raise DataError(problem or f"{path}: no record")
-    if record["weights"].get("pretrained") is False:
+    if record.get("weights", {}).get("pretrained") is False:
         raise ConfigError(f"{arguments.run} started from random weights, which are not kept: choose a pretrained model")
-    model = instantiate(OmegaConf.create(record["config"]["model"]))
-    before = model.build(facts["num_classes"]).state_dict()
-    trained = load_file(folder / "model.safetensors")
-    if strange := sorted(trained.keys() - before.keys()):
-        raise DataError(f"{folder / 'model.safetensors'}: model {facts['model']} has no {strange[0]}")
+    model = instantiate(OmegaConf.create(record.get("config", {})).get("model"))
+    if not hasattr(model, "build"):
+        raise DataError(f"{path}: config.model is of no model")
+    before = model.build(classes).state_dict()
+    trained = weights_of(folder / "model.safetensors", before, record["model"])
     layers = [
         energy_kept(name.removesuffix(".weight"), after - before[name], arguments.r, arguments.kernel_rank)
         for name, after in trained.items()
@@ -58,8 +64,8 @@ def analyze_delta() -> None:
     ]
     if not layers:
         raise DataError(f"{arguments.run}: no weight outside the head has changed")
-    stem = f"delta_{facts['dataset']}_{facts['model']}_{facts['run_id']}"
-    title = f"{facts['dataset']}, {facts['model']}, full fine-tuning ({facts['run_id']}), r = {arguments.r}"
+    stem = file_name("delta", record["dataset"], record["model"], run_id)
+    title = f"{record['dataset']}, {record['model']}, full fine-tuning ({run_id}), r = {arguments.r}"
     table = arguments.output / "tables" / f"{stem}.csv"
     write_table(layers, table)
     figure = arguments.output / "figures" / f"{stem}.png"
@@ -68,6 +74,22 @@ def analyze_delta() -> None:
     means = {structure: mean(convolutions, structure) for structure in STRUCTURES}
     print(json.dumps({"layers": len(layers), "convolutions": len(convolutions)} | means))
     print(table, figure, sep="\n")
+
+
+def weights_of(path: Path, before: dict[str, Tensor], model: str) -> dict[str, Tensor]:
+    """The weights in a file; DataError where they are not finite numbers in the shapes that the model has."""
+    try:
+        trained = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read as weights ({first_line(error)}): save the run again") from error
+    for name, weight in sorted(trained.items()):
+        if name not in before:
+            raise DataError(f"{path}: model {model} has no {name}")
+        if weight.shape != before[name].shape or weight.dtype.is_floating_point != before[name].is_floating_point():
+            raise DataError(f"{path}: {name} is {weight.dtype} {list(weight.shape)}, model {model} has another shape")
+        if not weight.isfinite().all():
+            raise DataError(f"{path}: {name} holds numbers that are not finite")
+    return trained
 
 
 def mean(layers: list[Kept], structure: str) -> float | None:
@@ -84,7 +106,7 @@ def write_table(layers: list[Kept], path: Path) -> None:
         for k in layers:
             shares = ["" if share is None else f"{share:.6f}" for share in (k.tucker, k.flattened, k.shuffled)]
             modes = " ".join(f"{share:.4f}" for share in k.modes)
-            writer.writerow([k.layer, "x".join(map(str, k.shape)), k.params, *shares, modes])
+            writer.writerow([spreadsheet(k.layer), "x".join(map(str, k.shape)), k.params, *shares, modes])
 
 
 def draw(layers: list[Kept], title: str, path: Path) -> None:
@@ -97,11 +119,11 @@ def draw(layers: list[Kept], title: str, path: Path) -> None:
         axes.plot(
             *zip(*points, strict=True) if points else ([], []), marker, color=colour, label=structure, markersize=4
         )
-    axes.set_yticks(range(len(layers)), [k.layer for k in layers], fontsize=6)
+    axes.set_yticks(range(len(layers)), [label(k.layer) for k in layers], fontsize=6)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)
     axes.set_xlabel("share of the change's squared norm kept at equal parameters")
-    axes.set_title(title, fontsize=8)
+    axes.set_title(label(title), fontsize=8)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=DPI, metadata={"Software": None})

@@ -51,7 +51,7 @@ def rendered(outcomes: dict[str, Any]) -> str:
         date=outcomes["date"],
         versions=", ".join(f"{name} {version}" for name, version in outcomes["versions"].items()),
     )
-    lines = markdown_table(["library", "version", "what", "FLoRA", "LoRA"], [list(map(_escaped, r)) for r in table])
+    lines = markdown_table(["library", "version", "what", "FLoRA", "LoRA"], table)
     return text + "\n".join(lines) + "\n"
 
 
@@ -70,10 +70,6 @@ def _said(outcome: dict[str, str] | None) -> str:
     if outcome is None:
         return DASH
     return f"{outcome['status']}: {outcome['line']}" if outcome["line"] else outcome["status"]
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
 
 
 def make_compatibility() -> None:

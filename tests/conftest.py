@@ -1,8 +1,11 @@
 """Shared fixtures. The hub is offline: nothing here may depend on it."""
 
+import contextlib
 import os
 import resource
 import sys
+from importlib import metadata
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -50,6 +53,17 @@ def sandbox(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _one_seed():
     torch.manual_seed(0)
+
+
+def pytest_report_header():
+    """Where this environment is not that of requirements.lock: tests are to pass in both."""
+    lines = (Path(__file__).parents[1] / "requirements.lock").read_text().splitlines()
+    differing = []
+    for name, version in (line.split("==") for line in lines if not line.startswith("#")):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            if (there := metadata.version(name)) != version:
+                differing.append(f"{name} {there} (locked: {version})")
+    return f"requirements.lock: {', '.join(differing) or 'these versions'}"
 
 
 def pytest_collection_modifyitems(items):

@@ -24,15 +24,16 @@ def analyze(tmp_path, monkeypatch, script):
     network = types.SimpleNamespace(build=lambda classes: base, classifier=["fc"])
     monkeypatch.setattr(analyze_delta, "instantiate", lambda config: network)
 
-    def run(*arguments, moved=(), pretrained=True):
-        write(Store(tmp_path), cell, 0.9, weights={"pretrained": pretrained})
+    def run(*arguments, moved=(), pretrained=True, facts=None, record=None, weights=None):
+        made = {"weights": {"pretrained": pretrained}} | (record or {})
+        write(Store(tmp_path / "run"), cell, 0.9, **made)
         after = base.state_dict() | {name: torch.randn(base.state_dict()[name].shape) for name in moved}
-        save_file(after, tmp_path / "model.safetensors")
-        facts = {"run_id": cell.run_id, "adapter": "full", "dataset": "eurosat", "model": "net", "num_classes": 2}
-        (tmp_path / "run.json").write_text(json.dumps(facts))
-        places = ["--results", str(tmp_path), "--output", str(tmp_path / "out")]
+        save_file(after | (weights or {}), tmp_path / "run" / "model.safetensors")
+        kept = {"run_id": cell.run_id, "adapter": "full", "dataset": "eurosat", "model": "net", "num_classes": 2}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(kept | (facts or {})))
+        places = ["--results", str(tmp_path / "run"), "--output", str(tmp_path / "out" / "deep")]
         entry = partial(main, analyze_delta.analyze_delta, trace=lambda: False)
-        return script(entry, "analyze_delta.py", tmp_path, *places, *arguments)
+        return script(entry, "analyze_delta.py", tmp_path / "run", *places, *arguments)
 
     return run
 
@@ -45,12 +46,30 @@ def test_the_head_is_left_out_and_nothing_that_only_begins_like_it(analyze, tmp_
     assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["layer", "conv", "fc_norm"]
 
 
+@pytest.mark.parametrize("name", ["../../../escape", "/escape", "..", "x" * 300, "$\\frac{", "a\nb\tc"])
+@pytest.mark.parametrize("of", ["facts", "record"])
+def test_no_name_leads_out_of_the_output_folder(analyze, tmp_path, of, name):
+    code, _, err = analyze(moved=["conv.weight"], **{of: {"dataset": name, "model": name}})
+    assert code == 0, err
+    made = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert made == {"run", "out/deep/tables", "out/deep/figures"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "made", "message"),
     [
         (["--r", "0"], {}, "--r 0: at least 1"),
         (["--kernel-rank", "-1"], {}, "--kernel-rank -1: at least 1"),
         ([], {"pretrained": False}, "started from random weights"),
+        ([], {"facts": {"run_id": "../run/x"}}, "run_id '../run/x', num_classes 2 are of no run"),
+        ([], {"facts": {"num_classes": "2"}}, "num_classes '2' are of no run"),
+        (
+            [],
+            {"weights": {"conv.weight": torch.zeros(1)}},
+            "conv.weight is torch.float32 [1], model convnext has another shape",
+        ),
+        ([], {"weights": {"conv.weight": torch.zeros(6, 4, 3, 3).int()}}, "conv.weight is torch.int32"),
+        ([], {"weights": {"fc.bias": torch.full((2,), torch.nan)}}, "fc.bias holds numbers that are not finite"),
         ([], {"moved": ["fc.weight"]}, "no weight outside the head has changed"),
     ],
 )

@@ -14,11 +14,13 @@ from flora.errors import ConfigError, FloraError
 from flora.files import write_json
 from flora.launch import pipes, processes
 from flora.results.record import commit, device_name, versions
+from flora.secrets import unspoken, without_secrets
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @pipes.while_read()
+@unspoken()
 def main(entry: Callable[[], None]) -> None:
     """Run a script; bad input ends in one ``error:`` line on stderr and exit code 2."""
     try:
@@ -87,7 +89,7 @@ def _command() -> str:
             next(arguments, None)
         elif not argument.startswith("--json="):
             kept.append(argument)
-    return shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *kept])
+    return shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *without_secrets(kept)])
 
 
 def write(path: Path | None, content: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flora.config import one_line
 from flora.errors import ConfigError, FloraError, Interrupted, enough_memory
 from flora.launch import pipes, preemption, processes, sweep
+from flora.secrets import unspoken, without_secrets
 
 
 @contextlib.contextmanager
@@ -25,7 +26,7 @@ def quietly() -> Iterator[None]:
     """
     try:
         preemption.check()
-        with enough_memory():
+        with unspoken(), enough_memory():  # in the process of a launcher too
             yield
     except preemption.Preempted as end:
         if not preemption.adopted():
@@ -34,15 +35,20 @@ def quietly() -> Iterator[None]:
         raise Interrupted(str(end)) from None
     except FloraError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            error.args = (one_line(error),)  # a launcher may write it down
+            print(f"error: {error}", file=sys.stderr)
             raise
         _kept.append(error)
+    except Exception as error:
+        error.args = tuple(without_secrets(error.args))  # a launcher may write it down
+        raise
 
 
 _kept: list[FloraError] = []
 
 
 @pipes.while_read()
+@unspoken()
 def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
     """Run a Hydra entry point; bad input ends in one ``error:`` line on stderr and exit code 2, a sweep in a summary.
 
@@ -64,6 +70,8 @@ def _run(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
         try:
             with enough_memory():
                 entry()
+        except sweep.Refused as refused:
+            raise refused.args[0] from None
         except Exception as error:
             if lost := sweep.lost(error):
                 preemption.check()

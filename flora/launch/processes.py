@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flora.errors import ConfigError, ProcessLost
+from flora.secrets import Masked
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ def _tasks_of_submitit() -> int:
 
 def hush() -> None:
     """Let only the first process be heard from now on."""
-    if not first() and sys.stderr is sys.__stderr__:
+    if not first() and getattr(sys.stderr, "unmasked", sys.stderr) is sys.__stderr__:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
@@ -176,7 +177,7 @@ def tells() -> bool:
             with contextlib.suppress(RuntimeError):  # the process that kept the store is gone
                 _tells = _claimed(distributed.distributed_c10d._get_default_store())
         if _tells:
-            sys.stderr = sys.__stderr__
+            sys.stderr = Masked(sys.__stderr__)  # type: ignore[assignment]
     return _tells is not False
 
 

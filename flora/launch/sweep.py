@@ -3,15 +3,16 @@
 import json
 import os
 import sys
+import textwrap
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from flora.errors import AlreadyRunning, Interrupted, WorkerLost
+from flora.errors import AlreadyRunning, ConfigError, Interrupted, WorkerLost
 from flora.files import write_json
 from flora.launch import preemption, processes
 from flora.secrets import without_secrets
@@ -23,9 +24,15 @@ _OUTCOMES = {"finished": None, "failed": None, "running elsewhere": AlreadyRunni
 class Outcomes(Callback):
     """Hydra callback of configs/train.yaml: outcomes go to ``SWEEP_DIR/cells/NUMBER.json``, from any process."""
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse a secret that Hydra would write down, where it was asked to write what it composed."""
+        if config.hydra.output_subdir is not None:
+            _check_secrets(config, "hydra.output_subdir has overrides written to disk")
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Remember where this process's sweep keeps its outcomes; signals go on to processes of a launcher here."""
         global _folder
+        _check_secrets(config, "a sweep writes its overrides to disk")
         _folder = _cells(config)
         if config.hydra.launcher._target_.endswith(("JoblibLauncher", "LocalLauncher")):
             preemption.forward()
@@ -45,7 +52,24 @@ class Outcomes(Callback):
             message = " ".join(str(error).split()) or type(error).__name__
         overrides = list(job_return.overrides or [])
         cell = {"overrides": overrides, "outcome": outcome, "message": message}
-        write_json(_cells(config) / f"{config.hydra.job.num}.json", without_secrets(cell))
+        write_json(_cells(config) / f"{config.hydra.job.num}.json", cell)
+
+
+class Refused(BaseException):
+    """Takes an error through Hydra, which makes a warning of any Exception of a callback."""
+
+
+def _check_secrets(config: DictConfig, why: str) -> None:
+    """Refuse secrets among overrides and settings as they were written, of ours and of Hydra's launcher."""
+    written: Any = OmegaConf.to_container(config)
+    hydra = written.pop("hydra")
+    settings = [*hydra["overrides"]["task"], *hydra["overrides"]["hydra"]]
+    settings += [{"hydra.job.env_set": hydra["job"]["env_set"]}, {"hydra.launcher": hydra["launcher"]}]
+    for setting in [*settings, *({key: value} for key, value in written.items())]:
+        if (shown := without_secrets(setting)) != setting:
+            named = shown if isinstance(shown, str) else json.dumps(shown)
+            where = "put it in a variable of the environment and give ${oc.env:NAME} in its place"
+            raise Refused(ConfigError(f"{why}, and {textwrap.shorten(named, 200)} holds a secret: {where}"))
 
 
 class OneGpu(Callback):

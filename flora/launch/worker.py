@@ -25,6 +25,7 @@ from flora.files import ROOT
 from flora.launch import preemption, processes
 from flora.launch.entry import main
 from flora.launch.sweep import visible_gpus
+from flora.secrets import unspoken
 
 INTERRUPTED = preemption.BY_HAND
 
@@ -149,6 +150,7 @@ def _train() -> Any:
     return module
 
 
+@unspoken()
 def _run(train: Any, overrides: list[str]) -> tuple[int, bool]:
     """Exit code of a cell, and whether the process may run another: an unforeseen error may leave a GPU unusable."""
     sys.argv = ["train.py", *overrides]  # the record quotes it

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flora.errors import DataError
+from flora.results.escape import code, spreadsheet
+from flora.results.escape import markdown as escaped
 from flora.results.markdown import formatted, markdown_table
 
 SETTINGS = (
@@ -62,12 +64,12 @@ def rendered(results: Path) -> dict[Path, str]:
 def markdown(measured: Sequence[dict[str, Any]]) -> str:
     """A section per benchmark, a table per file, and below each where it was measured."""
     lines = ["# What a step costs", "", *_notes()]
-    lines += [f"- {line}" for line in speedups(measured)]
+    lines += [f"- {escaped(line)}" for line in speedups(measured)]
     for benchmark, title in TITLES.items():
         results = [result for result in measured if result["benchmark"] == benchmark]
         lines += ["", f"## {title}"] if results else []
         for result in results:
-            lines += ["", f"### {heading(result)}", "", *_table(result), "", *_source(result)]
+            lines += ["", f"### {escaped(heading(result))}", "", *_table(result), "", *_source(result)]
     return "\n".join(lines) + "\n"
 
 
@@ -147,18 +149,18 @@ def _train_cells(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _source(result: dict[str, Any]) -> list[str]:
-    lines = [f"- {row['method']}: {row['error']}" for row in result["rows"] if row.get("error")]
+    lines = [f"{row['method']}: {row['error']}" for row in result["rows"] if row.get("error")]
     if result["benchmark"] == "infer":
-        lines.append(f"- merged against adapted outputs: {result['difference']:.1e} of the largest")
+        lines.append(f"merged against adapted outputs: {result['difference']:.1e} of the largest")
         export = result.get("export")
         if export:
             ends = f"passes, outputs equal to {export['difference']:.1e}" if export["passed"] else export["error"]
             base = "" if export["passed"] else f"; the base model {'passes' if export['base_passed'] else 'fails too'}"
-            lines.append(f"- torch.export of the merged model: {ends}{base}")
+            lines.append(f"torch.export of the merged model: {ends}{base}")
     dirty = ", with uncommitted changes" if result["dirty"] else ""
     several = f"{result['processes']} processes, " if result.get("processes", 1) > 1 else ""
     where = f"{several}{result['device']}, torch {result['torch']}, commit {str(result['commit'])[:12]}{dirty}"
-    return [*lines, f"- {where}", f"- `{result['command']}`"]
+    return [f"- {line}" for line in (*map(escaped, (*lines, where)), code(str(result["command"])))]
 
 
 def _times(result: dict[str, Any]) -> dict[str, float]:
@@ -177,5 +179,5 @@ def as_csv(measured: Sequence[dict[str, Any]]) -> str:
         head = [result.get(key) for key in facts]
         for row in result["rows"]:
             cells = [*head, row["method"], row.get("layers"), *(row.get(key) for key in numbers)]
-            writer.writerow(["" if cell is None else cell for cell in cells])
+            writer.writerow(map(spreadsheet, cells))
     return out.getvalue()

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from flora import config
 from flora.errors import ConfigError
 from flora.files import ROOT
+from flora.results.escape import file_name
 
 OUTPUTS = "outputs"  # the folder of runs that ``starts_from`` names: the default of paths.output
 _NOT_LABELS = ("seed", "logger", "adapter", "model", "task", "task.dataset", "trainer.max_eval_examples")
@@ -100,7 +101,7 @@ class Table:
     @property
     def stem(self) -> str:
         """What its rendered files are called."""
-        return self.name if self.scale == "mini" else f"{self.name}_{self.scale}"
+        return file_name(self.name, "" if self.scale == "mini" else self.scale)
 
     @cached_property
     def rows(self) -> dict[tuple[str, str, str, str], list[Cell]]:
@@ -135,8 +136,7 @@ def load(table: str, scale: str = "mini") -> Table:
     Raises:
         ConfigError: no such table or scale, the message lists those that exist; or its file defines no cells.
     """
-    path = ROOT / "experiments" / f"{table}.yaml"
-    if not path.exists():
+    if table not in names():
         raise ConfigError(f"no table {table!r} in experiments/: choose one of {', '.join(names())}")
     definition = _definition(table)
     if not scales(table):

@@ -12,6 +12,7 @@ import yaml
 
 from flora.config import composed, run_id
 from flora.files import ROOT
+from flora.results.escape import markdown as escaped
 from flora.results.markdown import markdown_table
 
 _COLUMNS = ("claim", "assumes", "claimed", "computed", "verdict", "source")
@@ -53,7 +54,7 @@ class Claims:
     def markdown(self) -> str:
         """A Markdown table."""
         note = "Counted from the models' sizes without weights, heads left out (`scripts/count_params.py`)."
-        lines = [f"# {self.title}", "", *markdown_table(_COLUMNS, self.rows()), "", note]
+        lines = [f"# {escaped(self.title)}", "", *markdown_table(_COLUMNS, self.rows()), "", note]
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:

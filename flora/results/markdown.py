@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+from flora.results.escape import markdown
+
 DASH = "-"  # where nothing was measured
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> list[str]:
-    """The lines of a table; ``numbers``: every column but the first is set flush right."""
+    """The lines of a table of any texts; ``numbers``: every column but the first is set flush right."""
     rule = ["---"] + ["---:" if numbers else "---"] * (len(head) - 1)
-    return ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
+    return ["| " + " | ".join(map(markdown, row)) + " |" for row in (head, rule, *rows)]
 
 
 def formatted(value: float | None, spec: str) -> str:

@@ -22,6 +22,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from flora.errors import ConfigError
 from flora.results.cells import Table
+from flora.results.escape import file_name
+from flora.results.escape import label as shown_as
 from flora.results.rows import Row, digest
 from flora.results.statistics import mean_std
 
@@ -64,7 +66,7 @@ class Plot:
     @property
     def name(self) -> str:
         """Its file's name."""
-        return "_".join(part for part in (self.kind, self.task, self.model) if part) + ".png"
+        return file_name(self.kind, self.task, self.model) + ".png"
 
     def write(self, path: Path) -> None:
         """Draw to a PNG that carries the hash."""
@@ -113,7 +115,7 @@ def plots(table: Table, rows: list[Row], whole: Callable[[str], dict[str, Any] |
             title = ", ".join(part for part in key if part) + "\n" + textwrap.fill(table.title, 84)
             records = [record for row in chosen for record in row.records.values()]
             content = json.dumps([_VERSION, kind, title, digest(records)])
-            draw = _drawing(kind, title, chosen, whole)
+            draw = _drawing(kind, shown_as(title), chosen, whole)
             yield Plot(kind, *key, hashlib.sha256(content.encode()).hexdigest(), draw)
 
 
@@ -130,7 +132,9 @@ def pareto(title: str, rows: list[Row], whole: Any) -> Figure:
         trained = row.first["trainable_params"] + row.first["head_params"]
         points.append((trained, mean))
         colour, marker = style(row.method)
-        axes.errorbar(trained, mean, yerr=std, color=colour, fmt=marker, markersize=7, capsize=3, label=row.name)
+        axes.errorbar(
+            trained, mean, yerr=std, color=colour, fmt=marker, markersize=7, capsize=3, label=shown_as(row.name)
+        )
     axes.plot(*zip(*front(points), strict=True), color="#666666", linewidth=0.8, linestyle=":", zorder=0)
     axes.set_xscale("log")
     _legend(axes)
@@ -187,8 +191,15 @@ def radar(title: str, rows: list[Row], whole: Any) -> Figure:
             for v, lo, hi in zip(values, lows, highs, strict=True)
         ]
         colour, marker = style(row.method)
-        axes.plot([*angles, angles[0]], [*scaled, scaled[0]], color=colour, marker=marker, markersize=4, label=row.name)
-    labels = [f"{t}\n{lo:.3f} to {hi:.3f}" for t, lo, hi in zip(tasks, lows, highs, strict=True)]
+        axes.plot(
+            [*angles, angles[0]],
+            [*scaled, scaled[0]],
+            color=colour,
+            marker=marker,
+            markersize=4,
+            label=shown_as(row.name),
+        )
+    labels = [f"{shown_as(t)}\n{lo:.3f} to {hi:.3f}" for t, lo, hi in zip(tasks, lows, highs, strict=True)]
     axes.set_xticks(angles, labels, fontsize=8)
     axes.set_ylim(0, 1.05)
     axes.set_yticks([0.3, 1.0], ["lowest", "highest"], fontsize=6)
@@ -203,7 +214,7 @@ def cost(title: str, rows: list[Row], whole: Any) -> Figure:
     shown = [("train_seconds", "training time / LoRA's"), ("peak_memory_bytes", "peak memory / LoRA's")]
     for axes, (key, label) in zip(pair, shown, strict=True):
         values = [row.relative(key) or math.nan for row in rows]
-        bars = axes.barh([row.name for row in rows], values, color=[style(row.method)[0] for row in rows])
+        bars = axes.barh([shown_as(row.name) for row in rows], values, color=[style(row.method)[0] for row in rows])
         axes.bar_label(bars, [f"{v:.2f}" for v in values], padding=2, fontsize=8)
         axes.margins(x=0.15)
         axes.axvline(1, color="#666666", linewidth=0.8, linestyle=":")
@@ -240,7 +251,9 @@ def _over_steps(title: str, rows: list[Row], whole: Callable[[str], Any], shown:
 
 def _line(axes: Any, x: Any, mean: Any, std: Any, method: str, label: str, markers: bool = True) -> None:
     colour, marker = style(method)
-    axes.plot(x, mean, color=colour, marker=marker if markers else None, markersize=5, linewidth=1.4, label=label)
+    axes.plot(
+        x, mean, color=colour, marker=marker if markers else None, markersize=5, linewidth=1.4, label=shown_as(label)
+    )
     axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
 
 
@@ -258,7 +271,7 @@ def _legend(axes: Any) -> None:
 
 
 def _metric(rows: list[Row]) -> str:
-    return "test " + ", ".join(sorted({row.first["metric"] for row in rows}))
+    return shown_as("test " + ", ".join(sorted({row.first["metric"] for row in rows})))
 
 
 def _rank(row: Row) -> int | None:

@@ -95,10 +95,8 @@ class Record:
     finished: str | None = None
 
     def write(self, path: Path) -> None:
-        """Write atomically, without secrets: a reader sees the old file or the whole new one."""
-        content = asdict(self)
-        shown = without_secrets(content)
-        write_json(path, shown | {"masked": shown["config"] != content["config"]})
+        """Write atomically: a reader sees the old file or the whole new one."""
+        write_json(path, asdict(self) | {"masked": without_secrets(self.config) != self.config})
 
 
 def now() -> str:
@@ -159,4 +157,4 @@ def commit() -> tuple[str | None, bool | None]:
 
 def command() -> str:
     """The command line of this process, as a user would type it, with the names of secrets in their place."""
-    return without_secrets(" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
+    return " ".join(["python", Path(sys.argv[0]).name, *without_secrets(sys.argv[1:])])

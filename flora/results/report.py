@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from flora.results.cells import Table
+from flora.results.escape import plain
 from flora.results.markdown import DASH
 from flora.results.plots import Plot, style
 from flora.results.rows import Row, blocks
@@ -162,11 +163,11 @@ def document(text: str) -> Document:
         if kind and (kind != before or kind in ("heading", "text")):
             blocks.append((kind, []))
         if kind == "table":
-            blocks[-1][1].append([cell.strip() for cell in line.strip("|").split(" | ")])
+            blocks[-1][1].append([plain(cell.strip()) for cell in line.strip("|").split(" | ")])
         elif kind:
-            blocks[-1][1].append(line.lstrip("#- "))
+            blocks[-1][1].append(plain(line.lstrip("#- ")))
         before = kind
-    return Document(title.lstrip("# "), blocks)
+    return Document(plain(title.lstrip("# ")), blocks)
 
 
 def address(folder: Path, page: Path) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from flora.errors import ConfigError
 from flora.files import ROOT
 from flora.results.cells import Table
+from flora.results.escape import file_name
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def published(table: Table) -> dict[tuple[str, str, str], Published]:
     where: dict[str, Any] = table.definition.get("published") or {}
     if not where:
         return {}
-    path = ROOT / "results" / "reported" / f"{where['file']}.csv"
+    path = ROOT / "results" / "reported" / f"{file_name(str(where.get('file')))}.csv"
     if not path.exists():
         raise ConfigError(f"{table.name}: published.file names {path}, which does not exist")
     with path.open(newline="") as file:

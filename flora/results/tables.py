@@ -5,6 +5,7 @@ import io
 import statistics
 from collections.abc import Sequence
 
+from flora.results import escape
 from flora.results.cells import Table
 from flora.results.markdown import DASH, formatted, markdown_table
 from flora.results.rows import Row, blocks, by_task, digest
@@ -120,10 +121,10 @@ def markdown(title: str, rows: Sequence[Row], groups: dict[str, list[str]] | Non
     """A Markdown table, with the means over ``groups`` of data sets below it."""
     body = [cells_as_text(row) for row in rows]
     for row, cells in zip(rows, body, strict=True):
-        cells[4] = _MARKS[row.mark].format(cells[4])
-    lines = [f"# {title}", "", *markdown_table(COLUMNS, body)]
+        cells[4] = _marked(row, cells[4])
+    lines = [f"# {escape.markdown(title)}", "", *markdown_table(COLUMNS, body)]
     lines += [*_groups_markdown(rows, groups or {}), ""]
-    return "\n".join(lines + [f"- {note}" for note in notes(rows)]) + "\n"
+    return "\n".join(lines + [f"- {escape.markdown(note)}" for note in notes(rows)]) + "\n"
 
 
 def compact(table: Table, rows: Sequence[Row]) -> str:
@@ -134,12 +135,16 @@ def compact(table: Table, rows: Sequence[Row]) -> str:
     body = []
     for (model, name), of_task in by_task(rows).items():
         params = {f"{row.first['trainable_params']:,}" for row in of_task.values() if row.records}
-        shown = [_MARKS[row.mark].format(_mean(row)) if row else DASH for row in map(of_task.get, tasks)]
+        shown = [_marked(row, _mean(row)) if row else DASH for row in map(of_task.get, tasks)]
         body.append([model, name, ", ".join(sorted(params)) or DASH, *shown])
     lines = markdown_table(["model", "method", "adapter params", *names], body)
     done = sum(len(row.records) for row in rows)
     where = f"results/tables/{table.stem}.md"
     return "\n".join([*lines, "", f"{done} of {len(table.cells)} runs are finished; [all columns]({where}).", ""])
+
+
+def _marked(row: Row, cell: str) -> escape.Markdown:
+    return escape.Markdown(_MARKS[row.mark].format(escape.markdown(cell)))
 
 
 def _mean(row: Row) -> str:
@@ -153,24 +158,17 @@ def _mean(row: Row) -> str:
 def latex(title: str, rows: Sequence[Row]) -> str:
     """A booktabs table, a rule between blocks of one task and model."""
     marks = {"best": r"\textbf{{{}}}", "tied": "{}*", "": "{}"}
-    lines = [r"% \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{escaped(title)}}}"]
+    lines = [r"% \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{escape.latex(title)}}}"]
     lines += [r"\begin{tabular}{lll" + "r" * (len(COLUMNS) - 3) + "}", r"\toprule"]
-    lines += [" & ".join(escaped(name) for name in COLUMNS) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(escape.latex, COLUMNS)) + r" \\", r"\midrule"]
     for number, block in enumerate(blocks(rows)):
         lines += [r"\midrule"] if number else []
         for row in block:
-            cells = ["--" if cell == DASH else escaped(cell) for cell in cells_as_text(row)]
+            cells = ["--" if cell == DASH else escape.latex(cell) for cell in cells_as_text(row)]
             cells[4] = marks[row.mark].format(cells[4])
             lines.append(" & ".join(cells) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}", *(f"% {note}" for note in notes(rows)), r"\end{table}"]
+    lines += [r"\bottomrule", r"\end{tabular}", *(f"% {escape.one_line(note)}" for note in notes(rows)), r"\end{table}"]
     return "\n".join(lines) + "\n"
-
-
-def escaped(text: str) -> str:
-    """Text with LaTeX's special characters made literal."""
-    for character, replacement in (("\\", r"\textbackslash "), *((c, "\\" + c) for c in "&%$#_{}")):
-        text = text.replace(character, replacement)
-    return text.replace("±", r"$\pm$")
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -188,7 +186,7 @@ def as_csv(rows: Sequence[Row]) -> str:
         left = [row.task, row.model, row.method, row.settings, metric, printed, mean, std, len(row.values), difference]
         spent = [_mean_of(row, key) for key in costs]
         right = [row.relative("train_seconds"), row.relative("peak_memory_bytes")]
-        writer.writerow(["" if cell is None else cell for cell in (*left, row.mark, *spent, *right)])
+        writer.writerow(map(escape.spreadsheet, (*left, row.mark, *spent, *right)))
     return out.getvalue()
 
 

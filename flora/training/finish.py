@@ -1,8 +1,9 @@
 """The end of a run: its adapter is saved, and its record is filled in."""
 
 import dataclasses
+import json
 
-from flora.files import whole_folder
+from flora.files import whole_folder, write_json
 from flora.launch import processes
 from flora.results.record import Record, now
 from flora.training.model_card import write_card
@@ -43,6 +44,8 @@ def _finished(record: Record, run: Run, outcome: Outcome) -> Record:
             run.claim.check()
         with whole_folder(folder) as place:
             run.method.save(outcome.adapted.model, place)
+            for config in place.glob("*.json"):  # it may name a place of this machine, and people publish it
+                write_json(config, json.loads(config.read_text()))
             write_facts(record, classes, place)
             write_card(record, classes, place)
             if run.claim is not None:

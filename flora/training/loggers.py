@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class About:
     tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     anew: bool = False
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # no logger is told a secret
+            object.__setattr__(self, entry.name, without_secrets(getattr(self, entry.name)))
 
 
 def about(record: Record, name: str, table: str | None = None, cell: str | None = None, anew: bool = False) -> About:
@@ -206,7 +210,7 @@ class TensorBoard:
         """Write new event files while the run is on."""
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         writer = self._writer(str(folder / "tensorboard"))
-        writer.add_text("config", f"```\n{json.dumps(without_secrets(about.config), indent=1)}\n```")
+        writer.add_text("config", f"```\n{json.dumps(about.config, indent=1)}\n```")
 
         def write(numbers: dict[str, float], step: int, epoch: float) -> None:
             for name, value in numbers.items():
@@ -271,6 +275,7 @@ class Wandb:
         return None
 
     def _init(self, wandb: Any, about: About, folder: Path, mode: str) -> Any:
+        secret = without_secrets(sys.argv) != sys.argv
         run = wandb.init(
             project=self.project,
             id=about.run_id,
@@ -279,13 +284,14 @@ class Wandb:
             group=about.group[:_LONGEST_NAME],
             job_type=about.cell[:_LONGEST_NAME],
             tags=[tag[:_LONGEST_TAG] for tag in dict.fromkeys([*self.tags, *about.tags]) if tag],
-            config=without_secrets(about.config),
+            config=about.config,
             dir=str(folder),
             mode=mode,
             settings=wandb.Settings(
                 init_timeout=SECONDS,
                 finish_timeout=SECONDS if mode == "online" else 0.0,  # offline: until it is written
-                x_disable_meta=without_secrets(sys.argv) != sys.argv,  # it holds the command line
+                x_disable_meta=secret,  # it holds the command line
+                console="off" if secret else "auto",
             ),
         )
         run.define_metric("*", step_metric="step")

@@ -1,19 +1,24 @@
 """The README.md saved beside an adapter: what it is and how to load it."""
 
+import json
 from pathlib import Path
 
+from flora.results.escape import code, markdown
 from flora.results.record import Record
+from flora.secrets import without_secrets
 
 _PEFT = """import flora, flora.models, peft  # `import flora` registers FLoRA with PEFT
 
-base = flora.models.load("{model}", num_classes={num_classes})
-model = peft.PeftModel.from_pretrained(base, "{folder}").eval()
+base = flora.models.load({model!r}, num_classes={num_classes})
+model = peft.PeftModel.from_pretrained(base, {folder!r}).eval()
 """
-_PLAIN = """import flora.models
+_PLAIN = """import pathlib
+
+import flora.models
 from flora.methods.base import load
 
-spec = flora.models.get("{model}")
-model = load(spec.build({num_classes}), spec.classifier, pathlib.Path("{folder}")).model.eval()
+spec = flora.models.get({model!r})
+model = load(spec.build({num_classes}), spec.classifier, pathlib.Path({folder!r})).model.eval()
 """
 
 
@@ -26,29 +31,30 @@ def write_card(record: Record, num_classes: int, folder: Path) -> None:
         folder: where the method has saved the adapter, on its way to ``record.adapter_path``.
     """
     is_peft = (folder / "adapter_config.json").exists()
-    code = (_PEFT if is_peft else _PLAIN).format(
+    lines_to_load = (_PEFT if is_peft else _PLAIN).format(
         model=record.model, num_classes=num_classes, folder=record.adapter_path
     )
     source = record.data.get("source", "unknown")
+    about = f"{record.task}, dataset {record.dataset} (source: {source}), protocol {record.protocol}"
     lines = [
         "---",
         f"library_name: {'peft' if is_peft else 'timm'}",
-        f"tags: [{record.adapter}, {record.model}, {record.dataset}]",
+        f"tags: {json.dumps([record.adapter, record.model, record.dataset])}",
         "---",
-        f"# {record.adapter} on {record.model}, {record.dataset}",
+        f"# {markdown(f'{record.adapter} on {record.model}, {record.dataset}')}",
         "",
-        f"- Task: {record.task}, dataset {record.dataset} (source: {source}), protocol {record.protocol}",
+        f"- Task: {markdown(about)}",
         f"- Test {record.metric}: {record.value:.4f}, seed {record.seed}",
         f"- Trained parameters: {record.trainable_params} and {record.head_params} in the head,"
         f" of a base model of {record.total_params}",
-        f"- Run {record.run_id}, commit {record.commit}, device {record.device}, dtype {record.dtype}",
-        f"- Command: `{record.command}`",
+        f"- Run {record.run_id}, commit {record.commit}, device {markdown(record.device)}, dtype {record.dtype}",
+        f"- Command: {code(record.command)}",
         "",
         "## Load",
         "```python",
-        code.rstrip(),
+        lines_to_load.rstrip(),
         "```",
         "",
         "The licence of the base weights and of the data applies to this adapter as well.",
     ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    (folder / "README.md").write_text(without_secrets("\n".join(lines)) + "\n")

@@ -17,7 +17,6 @@ from wandb.proto import wandb_internal_pb2
 import train
 from flora.errors import ConfigError
 from flora.launch.entry import main
-from flora.secrets import without_secrets
 from flora.training import Csv, Protocol, TensorBoard, Wandb
 from flora.training.loggers import About, Log, opened
 from tests.training.test_run import toy_run
@@ -355,21 +354,3 @@ def test_a_resumed_run_repeats_its_history_where_the_logger_starts_anew(tmp_path
     run.log.on_train_begin(outcome.trainer.args, outcome.trainer.state, outcome.trainer.control)
     assert seen[len(before) :] == before
     assert (1, ["train/grad_norm", "train/learning_rate", "train/loss"]) in before
-
-
-def test_secrets_of_the_environment_are_replaced_wherever_they_stand(monkeypatch):
-    monkeypatch.setenv("MY_PASSWORD", "hunter2hunter2")
-    monkeypatch.setenv("HOME_PAGE", "not a secret at all")
-    node = {"a": ["x hunter2hunter2 y", 3], "b": {"c": "not a secret at all"}}
-    assert without_secrets(node) == {"a": ["x <MY_PASSWORD> y", 3], "b": {"c": "not a secret at all"}}
-
-
-def test_secrets_of_the_config_are_replaced_by_their_name():
-    node = {"api_key": "abcdefgh1", "hf_token": "abcdefgh2", "tokenizer": "bert-base-cased", "eos_token": "</s>"}
-    assert without_secrets(node) == {**node, "api_key": "<secret>", "hf_token": "<secret>"}
-    command = "python train.py +model.api_key=abcdefgh1 task.hub_token=abcdefgh2 model.tokenizer=bert-base-cased"
-    shown = "python train.py +model.api_key=<secret> task.hub_token=<secret> model.tokenizer=bert-base-cased"
-    assert without_secrets(command) == shown
-    assert without_secrets({"overrides": ["+wandb_password=abcdefgh3", "seed=1"]}) == {
-        "overrides": ["+wandb_password=<secret>", "seed=1"]
-    }

@@ -18,15 +18,20 @@ from filelock import FileLock
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from PIL import Image
 from torchvision import datasets
+from torchvision.datasets.utils import download_url, extract_archive
 
 from flora.errors import DataError, WeightsError, first_line
-from flora.models.weights import reach_hub
+from flora.models.weights import reach_hub, sha256_of
 from flora.tasks.base import draw
 from flora.tasks.images.decode import Pool
 from flora.tasks.vtab import rules
 
 _TIMEOUT_S = 5
 _CALTECH_TRAIN_PER_CLASS = 30
+KITTI_SHA256 = {  # of the files that VTAB reads, as tensorflow_datasets lists them in url_checksums/kitti.txt
+    "data_object_image_2.zip": "351c5a2aa0cd9238b50174a3a62b846bc5855da256b82a196431d60ff8d43617",
+    "data_object_label_2.zip": "4efc76220d867e1c31bb980bbf8cbc02599f02a9cb4350effa98dbb04aaed880",
+}
 
 
 def _cifar100(root: Path, download: bool) -> dict[str, Any]:
@@ -94,10 +99,22 @@ def _clevr_distance(root: Path, download: bool) -> dict[str, Any]:
 
 
 def _kitti(root: Path, download: bool) -> dict[str, Any]:
-    images = datasets.Kitti(str(root), download=download)
+    if download:
+        _fetch_kitti(root / datasets.Kitti.__name__ / "raw")
+    images = datasets.Kitti(str(root))
     boxes_of = [images._parse_target(index) for index in range(len(images))]
     labels = [rules.kitti((box["type"], box["location"][2]) for box in boxes) for boxes in boxes_of]
     return {"train": _Labelled(images, labels)}
+
+
+def _fetch_kitti(folder: Path) -> None:
+    """Download and unpack what torchvision, which knows no checksum of it, looks for there."""
+    for name, digest in KITTI_SHA256.items():
+        download_url(f"{datasets.Kitti.data_url}{name}", str(folder), name)
+        if sha256_of(folder / name) != digest:
+            (folder / name).unlink()  # else it stays in the way of the next attempt
+            raise RuntimeError(f"{name} has not the sha256 {digest} and was removed: try again")
+        extract_archive(str(folder / name), str(folder))
 
 
 class _Labelled:

@@ -1,0 +1,191 @@
+"""Secrets stay out of all that a process leaves: records, what lies beside weights, logs, lines and a sweep's files."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+
+import train
+from flora.launch.entry import main
+from flora.secrets import unspoken, without_secrets
+from tests.launch.test_sweep import TINY
+
+PASSWORD, TYPED, SHORT = "hunter2hunter2", "c0ffeec0ffee", "s3cr3t"
+QUICK = (*TINY, "model.image_size=32", "trainer.max_steps=1", "trainer.device=cpu")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, script):
+    """Run train.py in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: script(partial(main, train.job, trace=lambda: False), "train.py", *words, *QUICK)
+
+
+def files_with(folder, *secrets):
+    """Files in which one of them stands in clear."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return [str(path) for path in files if any(secret.encode() in path.read_bytes() for secret in secrets)]
+
+
+def test_secrets_of_the_environment_are_replaced_wherever_they_stand(monkeypatch):
+    monkeypatch.setenv("MY_PASSWORD", PASSWORD)
+    monkeypatch.setenv("HOME_PAGE", "not a secret at all")
+    node = {"a": [f"x {PASSWORD} y", 3], "b": {"c": "not a secret at all"}}
+    assert without_secrets(node) == {"a": ["x <MY_PASSWORD> y", 3], "b": {"c": "not a secret at all"}}
+
+
+@pytest.mark.parametrize("name", ["DB_PASS", "PGPASS", "GITHUB_PAT", "SSH_PASSPHRASE", "API_BEARER", "MYSQL_PWD"])
+def test_names_of_variables_that_end_as_a_secret_does(monkeypatch, name):
+    monkeypatch.setenv(name, PASSWORD)
+    assert without_secrets(f"cannot log in with {PASSWORD}") == f"cannot log in with <{name}>"
+    monkeypatch.setenv(name, SHORT)
+    assert without_secrets(f"cannot log in with {SHORT}") == f"cannot log in with <{name}>"
+
+
+def test_words_and_folders_that_a_variable_holds_are_no_secrets(monkeypatch, tmp_path):
+    for name, value in {"AWS_SECRET_ACCESS_KEY": "test", "A_TOKEN": "1000", "DATA_KEY": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    text = f"split test of 1000 images in {tmp_path}"
+    assert without_secrets(text) == text
+
+
+def test_secrets_of_the_config_are_replaced_by_their_name():
+    node = {"api_key": "abcdefgh1", "hf_token": "x", "tokenizer": "bert-base-cased", "eos_token": "</s>"}
+    assert without_secrets(node) == {**node, "api_key": "<secret>", "hf_token": "<secret>"}
+    command = "python train.py +model.api_key=abcdefgh1 task.hub_token=abcdefgh2 model.tokenizer=bert-base-cased"
+    shown = "python train.py +model.api_key=<secret> task.hub_token=<secret> model.tokenizer=bert-base-cased"
+    assert without_secrets(command) == shown
+    assert without_secrets({"overrides": ["+wandb_password=abcdefgh3", "seed=1"]}) == {
+        "overrides": ["+wandb_password=<secret>", "seed=1"]
+    }
+    assert without_secrets({"credentials": {"user": "me"}, "api_keys": ["a", ""]}) == {
+        "credentials": {"user": "<secret>"},
+        "api_keys": ["<secret>", ""],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("+db_pass=abc", "+db_pass=<secret>"),
+        ("+passphrase=open sesame, now", "+passphrase=<secret>"),
+        ("+password='open sesame'", "+password=<secret>"),
+        ("+x.api_key=a,b", "+x.api_key=<secret>"),
+        ("auth={token: abc, user: me}", "auth={token: <secret>, user: me}"),
+        ('{"hf_token": "abc"}', '{"hf_token": <secret>}'),
+        ("logger:\n  pat: abc\n  mode: online", "logger:\n  pat: <secret>\n  mode: online"),
+        ('hydra.launcher.setup=["export HF_TOKEN=abc"]', 'hydra.launcher.setup=["export HF_TOKEN=<secret>"]'),
+        ("https://me:abc@host/x?token=abc&y=1", "https://<secret>@host/x?token=<secret>&y=1"),
+        ("Authorization: Bearer abcdefghijk", "Authorization: Bearer <secret>"),
+        (f"cannot read hf_{'a1' * 17}", "cannot read <secret>"),
+    ],
+)
+def test_a_text_is_shown_without_what_it_assigns(text, shown):
+    assert without_secrets(text) == shown
+    assert without_secrets(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("+api_key=${oc.env:HF_TOKEN}", "model.share_att_key=true", "adapter.num_tokens=10", "+hub_token=null"),
+        *("the forward pass: nan", "full_key: model.x", "token recognition error at: '('", "train.py model.path=a"),
+    ],
+)
+def test_what_is_no_secret_stays(text):
+    assert without_secrets(text) == text
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_a_run_leaves_no_secret_in_any_file_or_line(run, tmp_path, monkeypatch, logger):
+    monkeypatch.setenv("SITE_PASS", PASSWORD)
+    words = [f"+api_key={TYPED}", f"+note={PASSWORD}", f"table={PASSWORD}", f"cell={PASSWORD}", f"logger={logger}"]
+    code, out, err = run(*words)
+    assert code == 0, err
+    assert files_with(tmp_path, PASSWORD, TYPED) == []
+    card = next(tmp_path.glob("outputs/*/adapter/README.md")).read_text()
+    assert "+api_key=<secret> +note=<SITE_PASS>" in card
+    assert not any(secret in out + err for secret in (PASSWORD, TYPED))
+
+
+def test_a_data_set_of_that_name_is_masked_beside_the_weights_too(run, tmp_path, monkeypatch):
+    from tests.tasks.imagefolder.folders import photographs
+
+    monkeypatch.setenv("SITE_PASS", PASSWORD)
+    photographs(tmp_path / "data" / PASSWORD)
+    code, _, err = run("task=imagefolder", f"task.dataset={PASSWORD}", "trainer.batch_size=4")
+    assert code == 0, err
+    assert files_with(tmp_path / "outputs", PASSWORD) == files_with(tmp_path / "results", PASSWORD) == []
+    facts = json.loads(next(tmp_path.glob("outputs/*/adapter/run.json")).read_text())
+    assert facts["dataset"] == "<SITE_PASS>"
+
+
+def test_lines_about_errors_and_printed_configs_show_none(run, monkeypatch):
+    monkeypatch.setenv("SITE_PASS", PASSWORD)
+    code, _, err = run(f"paths.output=/dev/null/{PASSWORD}")
+    assert code == 2
+    assert "<SITE_PASS>" in err
+    assert PASSWORD not in err
+    code, out, _ = run(f"+api_key={TYPED}", f"+note={PASSWORD}", "--cfg", "job")
+    assert code == 0
+    assert "note: <SITE_PASS>" in out
+    assert not any(secret in out for secret in (PASSWORD, TYPED))
+
+
+def test_the_trace_of_an_unforeseen_error_shows_none():
+    code = (
+        f"from flora.secrets import unspoken\nwith unspoken():\n    raise KeyError('{PASSWORD[:7]}' + '{PASSWORD[7:]}')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], env={"A_PASS": PASSWORD}, capture_output=True, text=True)
+    assert ended.stderr.strip().splitlines()[-1] == "KeyError: '<A_PASS>'"
+    assert PASSWORD not in ended.stderr
+
+
+def test_streams_are_as_before_after_a_program(capsys):
+    before = sys.stdout, sys.stderr
+    with unspoken():
+        print("+api_key=abc")
+    assert (sys.stdout, sys.stderr) == before
+    assert capsys.readouterr().out == "+api_key=<secret>\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [f"+api_key={TYPED}"],
+        [f"+note={PASSWORD}"],
+        [f"+hydra.job.env_set.SITE_PASS={SHORT}"],
+        [f"+auth={{token: {SHORT}}}", "hydra/launcher=joblib"],
+    ],
+)
+def test_a_sweep_refuses_secrets_among_its_overrides(run, tmp_path, monkeypatch, words):
+    monkeypatch.setenv("SITE_PASS", PASSWORD)
+    code, _, err = run("-m", "seed=0,1", *words)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: a sweep writes its overrides to disk, and ")
+    assert err.rstrip().endswith("give ${oc.env:NAME} in its place")
+    assert not any(secret in err for secret in (PASSWORD, TYPED, SHORT))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hydra_is_not_asked_to_write_a_secret_of_one_run(run, tmp_path):
+    code, _, err = run(f"+api_key={TYPED}", "hydra.output_subdir=.hydra")
+    assert code == 2
+    assert "error: hydra.output_subdir has overrides written to disk" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.slow)])
+def test_a_sweep_has_secrets_of_the_environment_and_leaves_none(run, tmp_path, monkeypatch, launcher):
+    monkeypatch.setenv("SITE_PASS", PASSWORD)
+    reference = "${oc.env:SITE_PASS}"
+    words = [f"+api_key={reference}", f"paths.output=outputs_{reference}", f"hydra/launcher={launcher}"]
+    code, _, err = run("-m", *words, "hydra.sweep.dir=sweep")
+    assert code == 0, err
+    assert [path.name for path in tmp_path.glob("outputs_*")] == [f"outputs_{PASSWORD}"], "the run had the real value"
+    assert "multirun.yaml" in {path.name for path in (tmp_path / "sweep").iterdir()}
+    assert files_with(tmp_path, PASSWORD) == []
+    assert PASSWORD not in err
