@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flora.errors import ConfigError, WeightsError, first_line
+from flora.methods.base import first_lines
 from flora.methods.heads import in_head
 from flora.models.gguf import converted
 from flora.models.quiet import quietly
 from flora.models.spec import Kind
 from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve
+from flora.values import with_floats
 
 KINDS: dict[Kind, Any] = {
     "sequence_classification": transformers.AutoModelForSequenceClassification,
@@ -139,9 +141,9 @@ class TransformersModel:
         if self.head_dropout is not None:
             sizes[_HEAD_DROPOUT.get(sizes["model_type"], "classifier_dropout")] = self.head_dropout
         try:
-            return transformers.AutoConfig.for_model(**sizes)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"model.architecture: {first_line(error)}") from error
+            return transformers.AutoConfig.for_model(**_with_floats(sizes))
+        except Exception as error:  # of a kind of its own for each check
+            raise ConfigError(f"model.architecture: {first_lines(error)}") from error
 
     def skeleton(self, num_classes: int | None = None) -> nn.Module:
         """The network on the meta device, without values, to count with; ``num_classes`` as for ``config``."""
@@ -209,6 +211,13 @@ class TransformersModel:
         if file is None:
             raise WeightsError(f"{folder} holds none of {', '.join(_FILES)}: correct model.weights")
         return replace(self.weights, path=str(file))
+
+
+def _with_floats(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes, also of the parts, with floats where transformers takes no integer for one."""
+    inner = {key: _with_floats(value) if isinstance(value, Mapping) else value for key, value in sizes.items()}
+    kind = str(sizes.get("model_type"))
+    return with_floats(transformers.CONFIG_MAPPING[kind], inner) if kind in transformers.CONFIG_MAPPING else inner
 
 
 def _read(source: Source) -> dict[str, Tensor]:

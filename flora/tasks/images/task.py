@@ -48,7 +48,7 @@ class ImageTask(Task[ImageSpec]):
         *,
         name: str,
         dataset: str,
-        epochs: int,
+        epochs: float,
         augment: str = "auto",
         split_seed: int = 0,
         normalisation: str | None = None,
