@@ -19,7 +19,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from flora import names
+from flora import names, values
 from flora.errors import ConfigError, FloraError, first_line
 from flora.files import ROOT
 from flora.secrets import without_secrets
@@ -98,7 +98,7 @@ def check_shape(cfg: DictConfig) -> None:
         raise ConfigError(f"mode must be train or eval, got {cfg.mode!r}")
     if cfg.mode == "train" and cfg.checkpoint is not None:
         raise ConfigError(f"checkpoint={cfg.checkpoint} is for mode=eval; a run that was cut short goes on without it")
-    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
         raise ConfigError(f"seed must be a whole number in 0..{2**32 - 1}, got {cfg.seed!r}")
     for key in ("force", "retry"):
         if not isinstance(cfg[key], bool):
@@ -119,7 +119,7 @@ def instantiate(node: DictConfig) -> Any:
     Raises:
         ConfigError: a target that is not ours, an unknown key, or a value the constructor rejects.
     """
-    return _built(_settings(node))
+    return _built(_settings(node), node._get_full_key(None))
 
 
 def instantiate_method(node: DictConfig) -> Any:
@@ -133,7 +133,7 @@ def instantiate_method(node: DictConfig) -> Any:
     """
     settings = {key: value for key, value in _settings(node).items() if key not in _TRAINER_DEFAULTS}
     budget, allocation = settings.pop("budget", None), settings.pop("allocation", None)
-    method = _built(settings)
+    method = _built(settings, node._get_full_key(None))
     if budget is None and allocation is None:
         return method
     if not getattr(method, "has_ranks", False):
@@ -184,9 +184,10 @@ def _settings(node: DictConfig) -> dict[str, Any]:
     return names.current_targets(OmegaConf.to_container(node, resolve=True))
 
 
-def _built(settings: dict[str, Any]) -> Any:
+def _built(settings: dict[str, Any], group: str) -> Any:
     for target in _targets(settings):
         _check_target(target)
+    settings = _fitted(settings, group)
     try:
         return hydra.utils.instantiate(settings, _convert_="all")
     except InstantiationException as error:
@@ -196,6 +197,16 @@ def _built(settings: dict[str, Any]) -> Any:
         if isinstance(cause, TypeError | ValueError):
             raise ConfigError(f"{settings['_target_']}: {cause}") from error
         raise ConfigError(first_line(error)) from error
+
+
+def _fitted(node: Any, name: str) -> Any:
+    """A node, and all in it that have a ``_target_``, with the kinds of numbers that the targets take."""
+    if isinstance(node, list):
+        return [_fitted(value, f"{name}.{index}") for index, value in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    inner = {key: _fitted(value, f"{name}.{key}") for key, value in node.items()}
+    return values.fitted(hydra.utils.get_object(node["_target_"]), inner, name) if "_target_" in node else inner
 
 
 def _check_target(target: str) -> None:

@@ -98,7 +98,7 @@ def build(spec: str, num_classes: int, weights: bool = True) -> nn.Module:
         return flora.models.load(spec, num_classes) if weights else flora.models.get(spec).skeleton(num_classes)
     if not Path(folder).is_dir():
         raise ValueError(f"--model: there is no folder {folder}")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not config.architectures:
         raise ValueError(f"--model: {folder}/config.json names no architecture")
     architecture: Any = getattr(transformers, config.architectures[0])

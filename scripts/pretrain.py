@@ -13,7 +13,6 @@ Needs torch, timm, pyarrow, pillow and safetensors, and nothing of flora, so tha
 import argparse
 import copy
 import hashlib
-import io
 import json
 import math
 import multiprocessing
@@ -29,9 +28,10 @@ import pyarrow.parquet as pq
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from flora.tasks.images.decode import open_image
 
 ARCHITECTURE = "convnextv2_atto"
 NAME = "convnextv2_atto_tiny_imagenet"
@@ -79,7 +79,7 @@ def parse_args() -> argparse.Namespace:
 
 def decode(chunk: list[bytes]) -> np.ndarray:
     """Decode encoded images to uint8 ``[n, 3, 64, 64]``."""
-    pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in chunk]
+    pixels = [np.asarray(open_image(data).convert("RGB")) for data in chunk]
     return np.stack(pixels).transpose(0, 3, 1, 2)
 
 

@@ -20,6 +20,7 @@ from flora.methods.allocation import check_allocation
 from flora.methods.base import CONVS, LAYERS, Adapted, adaptable, effective_ranks, normalisations
 from flora.methods.budget import Budget, Matched
 from flora.methods.ladders import has_ranks
+from flora.values import with_floats
 
 _KINDS = {kind.__name__: kind for kind in LAYERS}
 
@@ -77,6 +78,7 @@ class Peft:
         if unknown:
             raise ValueError(f"adapter.layer_types: {unknown[0]!r} is none of {', '.join(_KINDS)}")
         self.layer_types = LAYERS if layer_types is None else tuple(_KINDS[kind] for kind in layer_types)
+        options = with_floats(self.config_class, options)
         self.options = {key: _pattern(key, value) for key, value in options.items()}
 
     @property

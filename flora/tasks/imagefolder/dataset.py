@@ -31,12 +31,14 @@ class Catalogue:
         labels: class indices ``[N]``.
         names: what messages call the images.
         unreadable: bool ``[N]``, which turned out so; in memory that worker processes share.
+        orientation: how images are turned, see ``as_rgb``.
     """
 
     openers: Sequence[Callable[[], Image.Image]]
     labels: np.ndarray
     names: Sequence[str]
     unreadable: Tensor
+    orientation: str = "exif"
 
     def skipped(self) -> list[str]:
         """Names of the images that could not be decoded, sorted."""
@@ -125,7 +127,7 @@ class LazyImages(Dataset[Batch]):
 
     def _decode(self, row: int) -> np.ndarray | None:
         try:
-            rgb = as_rgb(self.catalogue.openers[row], self.catalogue.names[row])
+            rgb = as_rgb(self.catalogue.openers[row], self.catalogue.names[row], self.catalogue.orientation)
         except DataError:
             if not self.skip:
                 raise

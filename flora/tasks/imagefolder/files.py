@@ -17,6 +17,7 @@ from flora.errors import DataError
 from flora.tasks import manifest
 from flora.tasks.imagefolder.dataset import Catalogue
 from flora.tasks.images import parquet
+from flora.tasks.images.decode import open_image
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
@@ -25,13 +26,14 @@ Part = tuple[list[Callable[[], Image.Image]], np.ndarray, list[str]]
 
 
 def open_folder(
-    folder: Path, classes: int | None
+    folder: Path, classes: int | None, orientation: str = "exif"
 ) -> tuple[Catalogue, dict[str, np.ndarray], list[str], dict[str, Any]]:
     """All images, the rows of each split, the names of the classes, and facts of the files.
 
     Args:
         folder: with ``train``, and ``val`` or ``test``.
         classes: how many there must be; None: as many as there are.
+        orientation: of the catalogue.
 
     Raises:
         DataError: a split is missing, or does not fit the others or ``classes``.
@@ -51,7 +53,7 @@ def open_folder(
         raise DataError(f"{folder} has one class, {names[0]}: there is nothing to tell apart")
     openers, labels, called = (list(chain(*parts)) for parts in zip(*splits.values(), strict=True))
     unreadable = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
-    catalogue = Catalogue(openers, np.array(labels, np.int64), called, unreadable)
+    catalogue = Catalogue(openers, np.array(labels, np.int64), called, unreadable, orientation)
     starts = np.cumsum([0, *(len(members) for members, _, _ in splits.values())])
     rows = {split: np.arange(*place) for split, place in zip(splits, pairwise(starts), strict=True)}
     return catalogue, rows, names, {"source": "paths.data"} | facts
@@ -73,7 +75,7 @@ def _tree(folder: Path) -> tuple[dict[str, Part], list[str], dict[str, Any]]:
         if not files:
             raise DataError(f"{place} holds no folders with images ({', '.join(_IMAGES)})")
         sums[split] = checksum([file for file, _ in files], place)
-        openers: list[Callable[[], Image.Image]] = [partial(Image.open, file) for file, _ in files]
+        openers: list[Callable[[], Image.Image]] = [partial(open_image, file) for file, _ in files]
         splits[split] = openers, np.array([label for _, label in files], np.int64), [str(file) for file, _ in files]
     return splits, names, {"sha256": sums}
 

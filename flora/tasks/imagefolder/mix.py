@@ -64,5 +64,5 @@ def boxes(area: Tensor, ratio: Tensor, images: Tensor) -> Tensor:
 
 def _beta(alpha: float, device: torch.device) -> Tensor:
     """A share drawn from Beta(alpha, alpha): a quotient of gamma variates."""
-    gamma = torch._standard_gamma(torch.full((2,), alpha, device=device))
+    gamma = torch._standard_gamma(torch.full((2,), float(alpha), device=device))
     return gamma[0] / gamma.sum()

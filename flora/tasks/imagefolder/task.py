@@ -88,7 +88,7 @@ class ImageFolder(ImageTask):
     def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
         """See ImageTask.load; nothing is decoded yet."""
         folder = Path(data_dir or ".") / self.dataset
-        catalogue, rows, names, facts = open_folder(folder, self.classes)
+        catalogue, rows, names, facts = open_folder(folder, self.classes, self.orientation)
         draws, skip = self._augment != "none", self.unreadable == "skip"
         whole = self._transform(image_size, interpolation, False)
         plain = partial(LazyImages, catalogue, transform=whole, skip=skip, once=True)
@@ -113,6 +113,7 @@ class ImageFolder(ImageTask):
         facts |= {
             "counts": {split: len(part) for split, part in splits.items()},
             "split_rule": rule,
+            "orientation": self.orientation,
             "unreadable": {"policy": self.unreadable},
             "warnings": [],
         }

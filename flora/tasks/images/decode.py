@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from flora.errors import ConfigError, DataError, first_line
 from flora.tasks.images.dataset import ImageDataset
@@ -20,6 +23,10 @@ INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+# What an image may be, whatever its name says; JPEG includes MPO. Pillow hands others to programs, EPS to Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+ORIENTATIONS = ("exif", "stored")  # Pillow itself turns TIFF, whatever is asked
+_LONGEST = 1000  # times the short side: scaled by that one, a longer image takes more memory than a machine has
 _CHUNK = 256
 
 
@@ -49,16 +56,30 @@ def interpolation_mode(name: str) -> Image.Resampling:
     return INTERPOLATIONS[name]
 
 
-def as_rgb(open_image: Callable[[], Image.Image], name: str) -> Image.Image:
-    """A decoded image; DataError with its name where it cannot be decoded."""
+def open_image(file: Path | bytes) -> Image.Image:
+    """An image of one of ``FORMATS``, not decoded yet; OSError where it is none of them."""
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+
+
+def as_rgb(open_image: Callable[[], Image.Image], name: str, orientation: str = "exif") -> Image.Image:
+    """A decoded image, turned as its EXIF says or as ``stored``; DataError with its name where it cannot be decoded."""
     try:
         with open_image() as image:
-            return _eight_bits(image).convert("RGB")
+            if max(image.size) > _LONGEST * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels are no picture")
+            image.load()
+            return _eight_bits(_upright(image) if orientation == "exif" else image).convert("RGB")
     # Pillow's decoders raise almost any type on broken bytes: OSError, SyntaxError, struct.error, zlib.error, ...
     except Exception as error:
         raise DataError(
             f"{name}: image cannot be decoded ({first_line(error)}); mend it or set task.unreadable=skip"
         ) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    with contextlib.suppress(Exception):  # Pillow raises almost any type on a broken EXIF; the pixels are whole
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -97,7 +118,14 @@ def as_square(
 
 
 def decode(
-    pool: Pool, rows: np.ndarray, *, image_size: int, interpolation: str, unreadable: str, resize: str = "squash"
+    pool: Pool,
+    rows: np.ndarray,
+    *,
+    image_size: int,
+    interpolation: str,
+    unreadable: str,
+    resize: str = "squash",
+    orientation: str = "exif",
 ) -> tuple[ImageDataset, list[str]]:
     """Decode the given rows of a pool, in ascending order.
 
@@ -108,6 +136,7 @@ def decode(
         interpolation: a key of INTERPOLATIONS.
         unreadable: ``error``, or ``skip`` to leave out an image that cannot be decoded.
         resize: ``squash`` or ``crop``, see ``as_square``.
+        orientation: one of ORIENTATIONS.
 
     Returns:
         The images, and where the ones left out lie.
@@ -123,7 +152,7 @@ def decode(
     def decode_one(position: int, open_image: Callable[[], Image.Image]) -> str | None:
         place = pool.where(int(rows[position]))
         try:
-            rgb = as_rgb(open_image, place)
+            rgb = as_rgb(open_image, place, orientation)
         except DataError:
             if unreadable == "skip":
                 return place

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from datasets import ClassLabel, Features
 from PIL import Image
 
 from flora.errors import DataError, first_line
-from flora.tasks.images.decode import Pool
+from flora.tasks.images.decode import Pool, open_image
 
 _BATCH = 64
 
@@ -158,15 +157,15 @@ def _open_images(path: Path, file: pq.ParquetFile, rows: np.ndarray) -> Iterator
 def opener(folder: Path, cell: dict[str, Any]) -> Callable[[], Image.Image]:
     """A function that opens the image of a cell ``{bytes, path}``; paths start in ``folder``."""
 
-    def open_image() -> Image.Image:
+    def open_cell() -> Image.Image:
         if cell.get("bytes") is not None:
-            return Image.open(io.BytesIO(cell["bytes"]))
+            return open_image(cell["bytes"])
         if cell.get("path"):
             # The layout lets a file hold paths instead of bytes.
             place = Path(os.path.normpath(folder / cell["path"]))
             if not place.is_relative_to(os.path.normpath(folder)):
                 raise ValueError(f"its path {cell['path']} leads out of the folder")
-            return Image.open(place)
+            return open_image(place)
         raise ValueError("neither bytes nor path")
 
-    return open_image
+    return open_cell

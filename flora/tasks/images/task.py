@@ -12,6 +12,7 @@ from flora.errors import ConfigError
 from flora.models.spec import ImageSpec, ModelSpec
 from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed
 from flora.tasks.images.augment import Augment
+from flora.tasks.images.decode import ORIENTATIONS
 from flora.tasks.metrics import Classification
 
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -34,6 +35,7 @@ class ImageTask(Task[ImageSpec]):
         normalisation: ``imagenet``, ``half`` (mean and deviation 1/2), ``none`` (pixels in [0, 1]); None: the model's.
         resize: ``squash`` to a square, or ``crop``; None: squash, as VTAB does.
         interpolation: ``nearest``, ``bilinear`` or ``bicubic``; None: the model's.
+        orientation: ``exif`` turns images as their files ask, ``stored`` takes the pixels as they lie; None: exif.
 
     Raises:
         ConfigError: for an unknown augmentation or preprocessing, epochs below 1, or a seed out of range.
@@ -46,12 +48,13 @@ class ImageTask(Task[ImageSpec]):
         *,
         name: str,
         dataset: str,
-        epochs: int,
+        epochs: float,
         augment: str = "auto",
         split_seed: int = 0,
         normalisation: str | None = None,
         resize: str | None = None,
         interpolation: str | None = None,
+        orientation: str | None = None,
     ):
         if augment not in ("auto", *AUGMENTATIONS):
             raise ConfigError(f"task.augment={augment} is unknown; choose one of auto, {', '.join(AUGMENTATIONS)}")
@@ -66,6 +69,7 @@ class ImageTask(Task[ImageSpec]):
             ("normalisation", normalisation, tuple(NORMALISATIONS)),
             ("resize", resize, ("squash", "crop")),
             ("interpolation", interpolation, ("nearest", "bilinear", "bicubic")),
+            ("orientation", orientation, ORIENTATIONS),
         ):
             if value is not None and value not in allowed:
                 raise ConfigError(f"task.{key}={value} is unknown; choose null (the default) or {', '.join(allowed)}")
@@ -73,6 +77,7 @@ class ImageTask(Task[ImageSpec]):
         self.normalisation = normalisation
         self.resize = resize or "squash"
         self.interpolation = interpolation
+        self.orientation = orientation or "exif"
 
     @abstractmethod
     def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:

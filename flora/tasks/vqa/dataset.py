@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from flora.errors import ConfigError, DataError
 from flora.tasks.base import COUNTS, Batch, draw
-from flora.tasks.images.decode import as_rgb, stand_in
+from flora.tasks.images.decode import stand_in
 from flora.tasks.text.dataset import TextDataset
 from flora.tasks.vqa.dialogues import Pictures
 
@@ -88,7 +88,7 @@ class Shown(Dataset[Batch]):
 
     def _decode(self, index: int) -> np.ndarray | None:
         try:
-            return self.pixels(as_rgb(self.pictures.openers[index], self.pictures.names[index]))
+            return self.pixels(self.pictures.rgb(index))
         except DataError:
             if self.unreadable is None:
                 raise

@@ -17,6 +17,7 @@ from PIL import Image
 
 from flora.errors import DataError, first_line
 from flora.models.weights import sha256_of
+from flora.tasks.images.decode import as_rgb, open_image
 from flora.tasks.images.parquet import opener
 from flora.tasks.text.rows import row_of
 
@@ -55,11 +56,17 @@ class Pictures:
         openers: one function an image, that opens it.
         names: what messages call the images.
         places: index by what identifies an image.
+        orientation: how images are turned, see ``as_rgb``.
     """
 
     openers: list[Callable[[], Image.Image]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     places: dict[Any, int] = field(default_factory=dict)
+    orientation: str = "exif"
+
+    def rgb(self, index: int) -> Image.Image:
+        """A decoded image; DataError where it cannot be decoded."""
+        return as_rgb(self.openers[index], self.names[index], self.orientation)
 
     def add(self, key: Any, name: str, open_image: Callable[[], Image.Image]) -> int:
         """The index of an image, which is new unless its key is known."""
@@ -243,7 +250,7 @@ def _place(folder: Path, file: str, pictures: Pictures) -> int:
     place = Path(os.path.normpath(folder / file))
     if not place.is_relative_to(os.path.normpath(folder)):
         raise ValueError(f"its image {file} leads out of {folder}")
-    return pictures.add(place, str(place), partial(Image.open, place))
+    return pictures.add(place, str(place), partial(open_image, place))
 
 
 def facts_of(paths: Sequence[Path], rows: int) -> dict[str, Any]:

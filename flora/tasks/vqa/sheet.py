@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from flora.tasks.images.decode import as_rgb
 from flora.tasks.vqa.dialogues import IMAGE, Dialogue, Pictures
 
 ROWS, COLUMNS = 4, 6
@@ -19,7 +18,7 @@ def draw_sheet(shown: Sequence[tuple[Dialogue, str]], pictures: Pictures, path: 
     figure = Figure((2.4 * COLUMNS, 2.7 * ROWS), layout="constrained")
     for axes, (dialogue, text) in zip(figure.subplots(ROWS, COLUMNS).flat, shown, strict=False):
         if dialogue.images:
-            axes.imshow(as_rgb(pictures.openers[dialogue.images[-1]], dialogue.where))
+            axes.imshow(pictures.rgb(dialogue.images[-1]))
         right = text.lower() == dialogue.answers[0].lower()
         words = dialogue.turns[-1][0].replace(IMAGE, "").strip()
         told = text if right else f"{text}  (not {dialogue.answers[0]})"

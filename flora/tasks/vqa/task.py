@@ -20,7 +20,7 @@ from flora.errors import ConfigError, DataError
 from flora.models.spec import ImageTextSpec, ModelSpec
 from flora.tasks import manifest
 from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed, draw
-from flora.tasks.images.decode import as_square
+from flora.tasks.images.decode import ORIENTATIONS, as_square
 from flora.tasks.text.causal import answer_logits, answer_loss, write_greedily
 from flora.tasks.text.tokenise import fingerprint
 from flora.tasks.vqa import sheet
@@ -63,6 +63,7 @@ class Instruct(Task[ImageTextSpec]):
             files have no validation split.
         split_seed: of that draw.
         unreadable: ``error``, or ``skip`` to leave out and count images that cannot be decoded.
+        orientation: ``exif`` turns images as their files ask, ``stored`` takes the pixels as they lie; None: exif.
 
     Raises:
         ConfigError: for a value out of range.
@@ -81,8 +82,10 @@ class Instruct(Task[ImageTextSpec]):
         validation_size: int = 200,
         split_seed: int = 0,
         unreadable: str = "error",
+        orientation: str | None = None,
     ):
         for key, value, allowed in (
+            ("orientation", orientation or "exif", ORIENTATIONS),
             ("metric", metric, ("exact_match", "vqa_accuracy")),
             ("unreadable", unreadable, ("error", "skip")),
         ):
@@ -98,7 +101,7 @@ class Instruct(Task[ImageTextSpec]):
         self.suffix = suffix
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
         self.validation_size, self.split_seed = validation_size, split_seed
-        self.unreadable = unreadable
+        self.unreadable, self.orientation = unreadable, orientation or "exif"
         self._asked: list[Dialogue] = []  # questions of validation and test, which batches name by index
         self._coder: Coder | None = None
 
@@ -111,7 +114,7 @@ class Instruct(Task[ImageTextSpec]):
 
     def read(self, model: ImageTextSpec, data_dir: Path | None) -> Splits:
         """See Task.read."""
-        pictures = Pictures()
+        pictures = Pictures(orientation=self.orientation)
         dialogues, files = self._read_folder(Path(data_dir or ".") / self.dataset, pictures)
         answers_first = {split: sum(dialogue.answer_first for dialogue in part) for split, part in dialogues.items()}
         rule = "as in the files"
@@ -143,6 +146,7 @@ class Instruct(Task[ImageTextSpec]):
             "files": files,
             "counts": {split: len(part) for split, part in sets.items()},
             "split_rule": rule,
+            "orientation": self.orientation,
             "majority": majority(dialogues["train"], dialogues["test"]),
             "image_tokens": model.image_tokens,
             "max_length": coder.max_length,

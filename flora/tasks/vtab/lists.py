@@ -14,7 +14,7 @@ from flora.contents import checksum
 from flora.errors import DataError
 from flora.models.weights import sha256_of
 from flora.tasks import manifest
-from flora.tasks.images.decode import Pool
+from flora.tasks.images.decode import Pool, open_image
 
 FILES = {"train": "train800.txt", "validation": "val200.txt", "test": "test.txt"}
 
@@ -60,6 +60,6 @@ def _pool(path: Path, classes: int) -> tuple[Pool, list[Path]]:
 
     def open_rows(rows: np.ndarray) -> Iterator[Callable[[], Image.Image]]:
         for row in rows:
-            yield partial(Image.open, images[row])
+            yield partial(open_image, images[row])
 
     return Pool(np.array(labels, np.int64), open_rows, lambda row: f"{path}, line {row + 1}"), images

@@ -83,11 +83,13 @@ class Vtab(ImageTask):
                 interpolation=interpolation,
                 unreadable=self.unreadable,
                 resize=self.resize,
+                orientation=self.orientation,
             )
             skipped += missed
         facts |= {
             "counts": {split: len(images) for split, images in splits.items()},
             "split_rule": rule,
+            "orientation": self.orientation,
             "unreadable": {"policy": self.unreadable, "skipped": len(skipped), "first": skipped[:10]},
             "warnings": warnings,
             "stands_for": self.info.stands_for,
