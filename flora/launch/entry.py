@@ -1,9 +1,14 @@
 """Around an entry point: bad input ends in one line on stderr and exit code 2, whoever raises it."""
 
+import codecs
 import contextlib
+import errno
+import locale
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -33,7 +38,7 @@ def quietly() -> Iterator[None]:
             raise
         preemption.hand_on()
         raise Interrupted(str(end)) from None
-    except FloraError as error:
+    except (FloraError, OSError) as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             error.args = (one_line(error),)  # a launcher may write it down
             print(f"error: {error}", file=sys.stderr)
@@ -44,7 +49,7 @@ def quietly() -> Iterator[None]:
         raise
 
 
-_kept: list[FloraError] = []
+_kept: list[Exception] = []
 
 
 @pipes.while_read()
@@ -55,6 +60,10 @@ def main(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
     Hydra prints its own composition errors and exits 1. With HYDRA_FULL_ERROR set it lets exceptions through, so that
     one place decides what the user sees.
     """
+    _speak_utf8()
+    if problem := processes.misplaced():  # so that nobody can say who of them tells
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
     try:
         _run(entry, trace)
     finally:
@@ -65,6 +74,7 @@ def _run(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
     try:
         preemption.install()
         processes.hush()
+        _check_names()
         if processes.launched() and {"-m", "--multirun"} & set(sys.argv):
             raise ConfigError("a sweep cannot be shared out by torchrun: start it once for each run")
         try:
@@ -99,11 +109,40 @@ def _run(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
         if isinstance(error, BrokenPipeError) and pipes.unread():
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _tell(f"error: {where}{error.strerror or error}", trace())
+        _tell(f"error: {where}{error.strerror or error}{_remedy(error)}", trace())
         sys.exit(2 if error.filename else 1)
     except Exception:
         processes.tells()  # Python prints the trace, where it is heard
         raise
+
+
+def _speak_utf8() -> None:
+    """Where the locale cannot say every name, start this process again in Python's UTF-8 mode."""
+    if not sys.flags.utf8_mode and codecs.lookup(locale.getencoding()).name != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"  # of the processes that it starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def _check_names() -> None:
+    """Refuse a working directory that is gone, and names that no record could hold."""
+    try:
+        names = [*sys.argv[1:], os.getcwd()]
+    except FileNotFoundError as error:
+        raise ConfigError("the working directory does not exist any more: cd to one that does") from error
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{name!a}: the name's bytes are not UTF-8: rename what it names") from error
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ": make room and start the same command again to go on"
+    home, place = Path(os.environ.get("HOME") or "/"), Path(os.fsdecode(error.filename or "."))
+    if (place.is_relative_to(home) or home.is_relative_to(place)) and not os.access(home, os.W_OK):
+        return f" (the home folder {home} cannot be used: set HOME to one that can be written)"
+    return ""
 
 
 def _refused(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""Output that nobody reads any more, as after `| head`: the script ends without a word, like Unix tools."""
+"""A script's streams: one whose reader has gone, as after `| head`, ends it like a Unix tool; a closed one does not."""
 
 import contextlib
 import os
@@ -14,6 +14,7 @@ _STREAMS = (1, 2)
 @contextlib.contextmanager
 def while_read() -> Iterator[None]:
     """Around a whole script, to end it where its output has no reader; any other broken pipe stays an error."""
+    _open_closed()
     try:
         try:
             yield
@@ -26,6 +27,15 @@ def while_read() -> Iterator[None]:
         for stream in closed:
             os.dup2(nowhere, stream)  # takes what is still in Python's buffers
         sys.exit(EXIT_CODE)
+
+
+def _open_closed() -> None:
+    """Give streams that were closed, as by `>&-`, the null device: else the next file opened is printed into."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115  it gets the lowest number that is free, the stream's own
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
 
 
 def unread() -> list[int]:

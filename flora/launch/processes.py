@@ -16,9 +16,10 @@ from flora.secrets import Masked
 if TYPE_CHECKING:
     import torch
 
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # What tells a process its place. A process that a process of ours starts for work of its own must not inherit it.
 ENVIRONMENT = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SUBMITIT_EXECUTOR"),
+    *(*_PLACE, "LOCAL_WORLD_SIZE", "SUBMITIT_EXECUTOR"),
     *("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),  # accelerate counts processes by these
 )
 _TOLD = "flora/told"  # in the store that the processes share
@@ -28,9 +29,29 @@ T = TypeVar("T")
 _tells: bool | None = None
 
 
+def misplaced() -> str | None:
+    """What is wrong with the place among others that the environment gives this process; None where nothing is."""
+    place = {name: os.environ.get(name) for name in (*_PLACE, "MASTER_ADDR", "MASTER_PORT")}
+    alone = place["LOCAL_RANK"] is None and place["WORLD_SIZE"] in (None, "0", "1")
+    if alone or _tasks_of_submitit() > 1:
+        return None
+    remedy = "start the processes with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK"
+    if missing := [name for name, value in place.items() if value is None]:
+        there = " and ".join(name for name in _PLACE if name not in missing)
+        return (
+            f"{there} says that this is one of several processes, but there is no {' and no '.join(missing)}: {remedy}"
+        )
+    for name in (*_PLACE, "MASTER_PORT"):
+        if not (place[name] or "").isdecimal():
+            return f"{name}={place[name]} is not a number: {remedy}"
+    if int(place["RANK"] or 0) >= int(place["WORLD_SIZE"] or 0):
+        return f"RANK={place['RANK']} is not below WORLD_SIZE={place['WORLD_SIZE']}: {remedy}"
+    return None
+
+
 def launched() -> bool:
     """Whether a launcher gave this process a place among others, or in a group of one."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return all(name in os.environ for name in _PLACE)
 
 
 def count() -> int:

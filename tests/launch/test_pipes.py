@@ -57,7 +57,8 @@ def test_an_error_whose_line_is_unread_ends_quietly(run):
     def status():
         raise OSError(28, "No space left on device")
 
-    assert run(lambda: flora_main(status), unread=[]) == (1, "", "error: No space left on device\n")
+    line = "error: No space left on device: make room and start the same command again to go on\n"
+    assert run(lambda: flora_main(status), unread=[]) == (1, "", line)
     assert run(lambda: flora_main(status), unread=[1, 2]) == (141, "", "")
 
 
