@@ -23,6 +23,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Features
 from datasets import Image as ImageFeature
+from safetensors.torch import load_file, save_file
 
 import train
 from flora.launch.entry import main
@@ -353,6 +354,42 @@ def loader_killed(place):
 @fault("loss not finite")
 def diverged(place):
     return place.run("adapter=full", "trainer.lr=1e30", "trainer.max_grad_norm=1e30", "trainer.log_every=1"), None
+
+
+@fault("weights not finite when training ends")
+def broken_at_the_end(place):
+    def spoil(callback, args, state, control, model=None, **kwargs):
+        next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    with place.patch.context() as patch:
+        patch.setattr("flora.training.callbacks.StepMeter.on_train_end", spoil)
+        return place.run("protocol.select=last"), None
+
+
+@fault("tensors missing from saved weights that are tested")
+def halved(place):
+    place.run("adapter=full")
+    (path,) = place.outputs.glob("*/adapter/model.safetensors")
+    tensors = load_file(path)
+    save_file({name: tensors[name] for name in sorted(tensors)[::2]}, path)
+    return place.run("adapter=full", "mode=eval", f"checkpoint={path.parent}"), None
+
+
+def edit_record(place, **changes):
+    place.run()
+    (path,) = place.results.glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return place.run(), None
+
+
+@fault("record edited by hand")
+def edited(place):
+    return edit_record(place, value=0.75)
+
+
+@fault("record of a newer version")
+def newer(place):
+    return edit_record(place, schema_version=2)
 
 
 def worker_killed(place, launcher):

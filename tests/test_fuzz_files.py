@@ -164,6 +164,8 @@ def adapter_complaint(chance, folder):
         adapted = load_adapter(network(), ["1"], place)
     except (ValueError, KeyError, FloraError):
         return None  # Run.evaluate makes one line of it
+    if any(not tensor.is_floating_point() for tensor in load(files["adapter_model.safetensors"]).values()):
+        return "tensors that are no floats were taken for some"
     logits = adapted.model(torch.ones(1, 4))
     return None if logits.shape == (1, 2) else f"logits {list(logits.shape)}"
 

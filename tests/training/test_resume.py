@@ -340,7 +340,7 @@ def test_a_divergence_names_the_last_good_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges_after_its_last_log_has_no_result(tmp_path):
-    with pytest.raises(TrainingDiverged, match="step 8"):
+    with pytest.raises(TrainingDiverged, match="validation loss was nan at step 6"):
         checkpointed_run(
             tmp_path, lr=1e30, max_grad_norm=1e30, max_steps=8, log_every=100, checkpoint_every=None
         ).train()
