@@ -164,7 +164,9 @@ KINDS = {
     "manifest": Kind(("data/glue/rte/manifest.json",), (WORDS,)),
     "tokenizer": Kind(("words/*.json",), (WORDS,)),
     "tokens": Kind(("cache/tokenised/*.safetensors",), (WORDS,)),
-    "weights": Kind(("weights.safetensors",), (partial(trained, *DIGITS, "adapter=linear_probe"),), tensors=True),
+    "weights": Kind(
+        ("weights.safetensors",), (partial(trained, *DIGITS, "adapter=linear_probe", "seed=1"),), tensors=True
+    ),
     "checkpoint": Kind(("outputs/*/checkpoints/*/*",), (partial(trained, *LONG),)),
     "lock": Kind(("results/measured/.locks/*.lock",), (status, partial(trained, *LONG)), busy=True),
     "record": Kind(("results/measured/*.json",), (status, tabled)),

@@ -10,7 +10,7 @@ import pytest
 import train
 from flora.launch.entry import main
 from flora.secrets import unspoken, without_secrets
-from tests.launch.test_sweep import TINY
+from tests.launch.test_sweep import TINY, needs
 
 PASSWORD, TYPED, SHORT = "hunter2hunter2", "c0ffeec0ffee", "s3cr3t"
 QUICK = (*TINY, "model.image_size=32", "trainer.max_steps=1", "trainer.device=cpu")
@@ -178,8 +178,11 @@ def test_hydra_is_not_asked_to_write_a_secret_of_one_run(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "launcher", ["basic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("joblib", "submitit_local"))]
+)
 def test_a_sweep_has_secrets_of_the_environment_and_leaves_none(run, tmp_path, monkeypatch, launcher):
+    needs(launcher.removesuffix("_local"))
     monkeypatch.setenv("SITE_PASS", PASSWORD)
     reference = "${oc.env:SITE_PASS}"
     words = [f"+api_key={reference}", f"paths.output=outputs_{reference}", f"hydra/launcher={launcher}"]
