@@ -69,7 +69,7 @@ def execute(
     cfg: DictConfig, identity: str, task: "Task[Any]", adapter: Path | None, folder: Path, store: Store
 ) -> Record:
     """Train, or evaluate ``adapter``; returns the finished record, or writes one of the failure."""
-    from flora.training import NoLogger, Run
+    from flora.training import NoLogger, Run, demand
     from flora.training.finish import finished_record
     from flora.training.loggers import about
     from flora.training.run import data_workers
@@ -82,6 +82,7 @@ def execute(
     splits = task.load_for(model, Path(cfg.paths.data))
     analysis = dict(cfg.analysis) if cfg.analysis.every_n_steps is not None else None
     current = Run(task, model, method, settings, protocol, splits, cfg.seed, folder, analysis=analysis)
+    demand.check(current)
     record = Record(
         run_id=identity,
         method_version=METHOD_VERSION,

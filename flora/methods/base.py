@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from flora.files import read_object
 from flora.methods.heads import in_head
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -111,8 +112,12 @@ def load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:
         if not (folder / "adapter_model.safetensors").exists():
             raise ValueError(f"{folder} has no adapter_model.safetensors (other formats are not loaded)")
         try:
+            read_object(folder / "adapter_config.json")
+        except ValueError as error:
+            raise ValueError(f"{folder}/adapter_config.json is no configuration of an adapter ({error})") from error
+        try:
             wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-        except (RuntimeError, SafetensorError) as error:
+        except Exception as error:  # PEFT raises almost any type on a configuration that is not what it says
             raise ValueError(f"{folder} does not fit this model: {first_lines(error)}") from error
         return Adapted(wrapped, [], effective_ranks(wrapped))
     if not (folder / "model.safetensors").exists():

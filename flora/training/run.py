@@ -174,6 +174,13 @@ class Run:
         with preemption.held():
             try:
                 keeper.train()
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise ConfigError(
+                    "batch norm has one value a channel, of a batch of one, and cannot train on it: choose another "
+                    "trainer.batch_size (the last batch of an epoch holds what is left), or raise model.image_size"
+                ) from error
             except TrainingDiverged as error:
                 good = self.progress.newest
                 raise TrainingDiverged(f"{error} (last good checkpoint: {good})" if good else str(error)) from error

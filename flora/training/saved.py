@@ -1,12 +1,11 @@
 """What a finished run has saved: where its adapter lies, what it says of itself, what identifies it."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from flora.errors import ConfigError
-from flora.files import saved_weights, write_json
+from flora.files import read_object, saved_weights, write_json
 from flora.results.record import Record
 
 
@@ -29,7 +28,7 @@ def facts(folder: Path) -> dict[str, Any]:
     """What the training run wrote beside its weights; empty for an adapter from elsewhere."""
     path = folder / "run.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_object(path) if path.exists() else {}
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}): delete it or save the adapter again") from error
 
