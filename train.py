@@ -74,7 +74,7 @@ def execute(
     cfg: DictConfig, identity: str, task: Any, adapter: Path | None, folder: Path, store: Store, claim: Claim
 ) -> Record:
     """Train, or evaluate ``adapter``; returns the finished record, or writes one of the failure."""
-    from flora.training import NoLogger, Run
+    from flora.training import NoLogger, Run, demand
     from flora.training.finish import finished_record
     from flora.training.loggers import about, opened
     from flora.training.run import data_workers
@@ -87,6 +87,7 @@ def execute(
     splits = task.load_for(model, Path(cfg.paths.data))
     analysis = dict(cfg.analysis) if cfg.analysis.every_n_steps is not None else None
     current = Run(task, model, method, settings, protocol, splits, cfg.seed, folder, None, claim, analysis)
+    demand.check(current)
     record = Record(
         run_id=identity,
         method_version=METHOD_VERSION,

@@ -36,6 +36,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         raise
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError("too deeply nested") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"a JSON object was expected, not {type(content).__name__}")
+    return content
+
+
 def saved_weights(run: Path) -> Path | None:
     """The file of weights in a finished run's folder, or in one of its adapter alone; None if there is none."""
     places = (folder / name for folder in (run, run / "adapter") for name in _WEIGHTS)

@@ -286,6 +286,33 @@ def no_wandb(place):
     return place.run("logger=wandb"), None
 
 
+@fault("settings that ask for more memory than there is")
+def too_large(place):
+    return place.run("model.image_size=100000"), None
+
+
+@fault("batch norm over one value")
+def one_value(place):
+    return place.run("adapter=full", "trainer.batch_size=1"), None
+
+
+@fault("EPS or another format named .jpg")
+def postscript(place):
+    photographs(place.folder / "data")
+    for image in (place.folder / "data" / "train").rglob("*.png"):
+        image.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+        image.rename(image.with_suffix(".jpg"))
+    return place.run(*FOLDER, f"paths.data={place.folder}/data"), None
+
+
+@fault("class name that no font can write")
+def undrawable(place):
+    photographs(place.folder / "data")
+    for split in ("train", "val"):
+        (place.folder / "data" / split / "bee").rename(place.folder / "data" / split / "b\udcffe")
+    return place.run(*FOLDER, f"paths.data={place.folder}/data"), None
+
+
 @fault("hub unreachable")
 def no_hub(place):
     place.patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

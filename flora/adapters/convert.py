@@ -4,7 +4,6 @@ What comes in becomes a ``TuckerUpdate`` per layer, then an adapter of a model (
 goes the other way.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flora.adapters.config import FloraConfig
 from flora.adapters.tucker import clip_ranks, hooi, hosvd, mode_product, ranks_for_energy, reduce_ranks
+from flora.files import read_object
 
 
 @dataclass
@@ -104,7 +104,10 @@ def from_lora(model: nn.Module, folder: str | Path) -> dict[str, TuckerUpdate]:
     weights_file = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights_file.exists():
         raise ValueError(f"{weights_file} does not exist; save the adapter as safetensors")
-    config = json.loads((folder / CONFIG_NAME).read_text())
+    try:
+        config = read_object(folder / CONFIG_NAME)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_NAME} is no configuration of an adapter ({error})") from error
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')}, not LORA")
     if config.get("use_dora") or config.get("lora_bias"):

@@ -87,8 +87,8 @@ def _run(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
                 preemption.check()
                 sweep.summary()
                 raise lost from error
-            if _refused(error):
-                raise ConfigError(one_line(error)) from error
+            if said := _refused(error):
+                raise ConfigError(said) from error
             if not sweep.unfinished():
                 raise
         if _kept:
@@ -145,10 +145,18 @@ def _remedy(error: OSError) -> str:
     return ""
 
 
-def _refused(error: Exception) -> bool:
-    """Whether Hydra or a launcher refused its input before anything ran, though not with an error of its own kind."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, ValueError) and frame.f_globals["__name__"].startswith(("hydra.", "joblib."))
+def _refused(error: Exception) -> str | None:
+    """What Hydra, a launcher or a file of configs refused before anything ran, though not with an error of their own.
+
+    None: the error is another.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [frame.f_code.co_name for frame in frames]
+    if "load_config" in names and "run_job" not in names:  # Hydra reads a file, and does not say which
+        place = frames[names.index("load_config")].f_locals.get("full_path", "")
+        return one_line(error) if str(place) in str(error) else f"{place}: {one_line(error)}"
+    of_theirs = isinstance(error, ValueError) and frames[-1].f_globals["__name__"].startswith(("hydra.", "joblib."))
+    return one_line(error) if of_theirs else None
 
 
 def _tell(line: str, trace: bool = False) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from flora.files import unlike
+from flora.files import read_object, unlike
 from flora.methods.heads import in_head
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -118,6 +118,10 @@ def load(model: nn.Module, head: Sequence[str], folder: Path) -> Adapted:
 def _load_peft(model: nn.Module, folder: Path) -> Adapted:
     if not (folder / "adapter_model.safetensors").exists():
         raise ValueError(f"{folder} has no adapter_model.safetensors (other formats are not loaded)")
+    try:
+        read_object(folder / "adapter_config.json")
+    except ValueError as error:
+        raise ValueError(f"{folder}/adapter_config.json is no configuration of an adapter ({error})") from error
     saved = load_file(folder / "adapter_model.safetensors")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
@@ -125,6 +129,8 @@ def _load_peft(model: nn.Module, folder: Path) -> Adapted:
             wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
         except KeyError as error:  # of a module that is saved beside the adapter
             raise ValueError(f"{folder} lacks the tensor {error.args[0]}") from error
+        except Exception as error:  # PEFT raises almost any type on a configuration that is not what it says
+            raise ValueError(f"{folder} does not fit this model: {first_lines(error)}") from error
     with warnings.catch_warnings():
         # PEFT says what it assumes of embeddings, which may be there or not.
         warnings.simplefilter("ignore")

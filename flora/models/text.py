@@ -1,6 +1,5 @@
 """Language and vision-language models from transformers: their sizes, their weights, their heads."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flora.errors import ConfigError, WeightsError, first_line
+from flora.files import read_object
 from flora.methods.base import first_lines
 from flora.methods.heads import in_head
 from flora.models.gguf import converted
@@ -213,6 +213,17 @@ class TransformersModel:
         return replace(self.weights, path=str(file))
 
 
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index lists, which lie beside it."""
+    try:
+        names = set(read_object(index)["weight_map"].values())
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("its weight_map names no files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{index} is no index of weights ({first_line(error)}): fetch it again") from error
+    return sorted(names)
+
+
 def _with_floats(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes, also of the parts, with floats where transformers takes no integer for one."""
     inner = {key: _with_floats(value) if isinstance(value, Mapping) else value for key, value in sizes.items()}
@@ -225,7 +236,7 @@ def _read(source: Source) -> dict[str, Tensor]:
     path = resolve(source)
     if path.name.endswith(".index.json"):
         state: dict[str, Tensor] = {}
-        for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+        for shard in _shards(path):
             here = str(path.parent / shard) if source.path else None
             file = str(Path(source.file).parent / shard) if source.file else None
             state |= _read(replace(source, path=here, file=file, sha256=None))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from flora.errors import ConfigError, WeightsError, first_line
@@ -57,6 +57,13 @@ class Source:
             raise ConfigError("model.weights names no place: give path, bundled, package or hub, or set it to null")
         if (self.package or self.hub) and not self.file:
             raise ConfigError("model.weights needs file, the path of the weights inside the package or hub repository")
+        for key in ("path", "bundled", "package", "hub", "file", "sha256"):
+            if not isinstance(value := getattr(self, key), str | None):
+                raise ConfigError(f"model.weights.{key} must be a text, got {value!r}")
+        for key in ("bundled", "file"):
+            if ".." in Path(value := getattr(self, key) or "").parts or Path(value).is_absolute():
+                raise ConfigError(f"model.weights.{key} must be a file's path inside its place, got {value!r}")
+        check_repository("model.weights.hub", self.hub)
         if self.package and not _PACKAGE.fullmatch(self.package):  # it becomes a folder's name and an argument of pip
             raise ConfigError(f"model.weights.package must be NAME==VERSION, got {self.package!r}")
 
@@ -64,6 +71,15 @@ class Source:
     def name(self) -> str:
         """The file as a user would call it, for messages."""
         return self.path or self.bundled or f"{self.file} of {self.package or self.hub}"
+
+
+def check_repository(key: str, name: str | None) -> None:
+    """ConfigError for what can be no repository's name on the hub; None is none."""
+    try:
+        if name is not None:
+            huggingface_hub.utils.validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f"{key} must be OWNER/NAME, a repository on the hub, got {name!r}") from error
 
 
 Weights = str | Source | Mapping[str, Any]

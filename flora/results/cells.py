@@ -127,7 +127,7 @@ def names() -> list[str]:
 
 def scales(table: str) -> list[str]:
     """The scales that a table's file defines; none where it lists no cells of its own."""
-    return list(_definition(table).get("scales", {}))
+    return list(read_definition(table).get("scales", {}))
 
 
 def load(table: str, scale: str = "mini") -> Table:
@@ -138,7 +138,7 @@ def load(table: str, scale: str = "mini") -> Table:
     """
     if table not in names():
         raise ConfigError(f"no table {table!r} in experiments/: choose one of {', '.join(names())}")
-    definition = _definition(table)
+    definition = read_definition(table)
     if not scales(table):
         raise ConfigError(f"experiments/{table}.yaml lists no cells to run")
     if scale not in scales(table):
@@ -150,19 +150,38 @@ def load(table: str, scale: str = "mini") -> Table:
     return Table(table, scale, definition, cells)
 
 
-def _definition(table: str) -> dict[str, Any]:
+def read_definition(table: str) -> dict[str, Any]:
+    """What a file of experiments/ says; ConfigError where it is not YAML, or of another shape."""
     path = ROOT / "experiments" / f"{table}.yaml"
     try:
-        definition = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        definition = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"experiments/{path.name} is not YAML: {config.one_line(error)}") from error
-    if not isinstance(definition, dict) or "title" not in definition:
+    if not isinstance(definition, dict) or not isinstance(definition.get("title"), str):
         raise ConfigError(f"experiments/{path.name} needs a title and scales")
+    scales = definition.get("scales", {})
+    if not isinstance(scales, dict) or not all(isinstance(name, str) for name in scales):
+        raise ConfigError(f"experiments/{path.name}: scales must be named, got {scales!r:.100}")
     return definition
 
 
-def _cells(table: str, scale: dict[str, Any]) -> Iterator[Cell]:
-    parts = scale.get("parts", [scale])
+def _parts(table: str, scale: Any) -> list[dict[str, Any]]:
+    """The parts of a scale, or itself where it has none."""
+    parts = scale.get("parts", [scale]) if isinstance(scale, dict) else None
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise ConfigError(f"experiments/{table}.yaml: a scale must be settings or a list of parts, got {scale!r:.100}")
+    for part in (scale, *parts):
+        common = part.get("common", [])
+        if not isinstance(common, list) or not all(isinstance(o, str) and "=" in o for o in common):
+            raise ConfigError(f"experiments/{table}.yaml: common must be a list of KEY=VALUE, got {common!r:.100}")
+        for key in ("not_runnable_yet", "published"):
+            if not isinstance(part.get(key), str | None):
+                raise ConfigError(f"experiments/{table}.yaml: {key} must be a text, got {part[key]!r:.100}")
+    return parts
+
+
+def _cells(table: str, scale: Any) -> Iterator[Cell]:
+    parts = _parts(table, scale)
     first = {id(part): _part(table, scale, part, ()) for part in parts if "starts_from" not in part}
     for part in parts:
         if "starts_from" not in part:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flora.config import composed, run_id
-from flora.files import ROOT
+from flora.results.cells import read_definition
 from flora.results.escape import markdown as escaped
 from flora.results.markdown import markdown_table
 
@@ -65,7 +63,7 @@ class Claims:
 
 def claims(kept: dict[str, float], count_missing: bool = True) -> Claims | None:
     """Claims with their values: those kept, the others counted; None where one is missing and may not be counted."""
-    definition = yaml.safe_load((ROOT / "experiments" / "claims.yaml").read_text())
+    definition = read_definition("claims")
     values = dict(kept)
     for claim in definition["claims"]:
         if key(claim) not in values:

@@ -18,6 +18,7 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
 from flora.errors import CheckpointError, first_line
+from flora.files import read_object
 from flora.launch import processes
 from flora.results.lock import Claim
 
@@ -151,10 +152,10 @@ def _sync(folder: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    sums = json.loads((path / _SUMS).read_bytes())
+    sums = read_object(path / _SUMS)
     for name in (_STATE, TRAINER_STATE_NAME):
         with (path / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sums[name]:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sums.get(name):
                 raise ValueError(f"{name} does not match its sha256")
     return torch.load(path / _STATE, map_location="cpu", weights_only=True)
 

@@ -191,6 +191,13 @@ class Run:
                 keeper.train()
                 # Before anything of it is kept: the last losses are logged before the last step changes the weights.
                 check_weights(adapted.model, known, "{} was not finite when training ended: lower trainer.lr")
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise ConfigError(
+                    "batch norm has one value a channel, of a batch of one, and cannot train on it: choose another "
+                    "trainer.batch_size (the last batch of an epoch holds what is left), or raise model.image_size"
+                ) from error
             except TrainingDiverged as error:
                 good = self.progress.newest
                 raise TrainingDiverged(f"{error} (last good checkpoint: {good})" if good else str(error)) from error

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from flora.errors import ConfigError
-from flora.files import saved_weights, unlike, write_json
+from flora.files import read_object, saved_weights, unlike, write_json
 from flora.results.record import Record
 
 _PLACES = ("weights", "path", "projector", "tokenizer")  # keys of a model's config that may name a user's files
@@ -35,7 +35,7 @@ def facts(folder: Path) -> dict[str, Any]:
     """What the training run wrote beside its weights; empty for an adapter from elsewhere."""
     path = folder / "run.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_object(path) if path.exists() else {}
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}): delete it or save the adapter again") from error
 

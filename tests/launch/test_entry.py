@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 
+import train
 from flora.errors import OutOfMemory, enough_memory
 from flora.launch import preemption
 from flora.launch.entry import main
@@ -161,3 +162,33 @@ def test_ctrl_c_ends_what_is_not_training_at_once_and_once(call):
     code, _, err = call(press)
     assert (code, err) == (preemption.BY_HAND, "interrupted: Ctrl-C; start the same command again to go on\n")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+FILES = {
+    "a tag that names a function": b"a: !!python/object/apply:os.system ['touch evil']\n",
+    "an unknown tag": b"a: !thing 1\n",
+    "no UTF-8": b"a: \xff\xfe\n",
+    "a number": b"7\n",
+    "no date": b"a: 2020-99-99\n",
+    "a bracket": b"a: [",
+    "many brackets": b"[" * 3000,
+    "a key twice": b"a: 1\na: 2\n",
+    "a null byte": b"a: \x00\n",
+    "no reference": b"a: ${\n",
+    "no defaults": b"defaults: 7\n",
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_of_configs_that_cannot_be_read_ends_in_one_line(kind, sandbox, script):
+    file = sandbox / "configs" / "local" / "default.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(FILES[kind])
+    code, _, err = script(
+        lambda: main(train.job, trace=lambda: False), "train.py", "--config-dir", sandbox / "configs", "--cfg", "job"
+    )
+    assert code == 2
+    (line,) = err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert "default" in line or "${" in line, "it names the file, or quotes it"
+    assert not list(sandbox.rglob("evil"))

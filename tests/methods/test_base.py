@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flora.methods import Adapted, Method
+from flora.methods import Adapted, Method, Peft
 from flora.methods.base import load, save_trained
 from tests.methods.families import ADAPTERS, adapter
 from tests.training.test_run import ToyModel, toy_run
@@ -44,6 +44,18 @@ def test_a_method_of_ten_lines_trains_is_saved_and_evaluated(tmp_path):
     assert moved == trained > {"7.fc.weight", "7.fc.bias"}
     run.method.save(outcome.adapted.model, tmp_path / "saved")
     assert run.evaluate(tmp_path / "saved").metrics == outcome.metrics
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "7", "null", "{", "[" * 9000, "{}", '{"peft_type": []}', '{"peft_type": "LORA", "r": []}', "\x00"]
+)
+def test_a_configuration_that_is_none_is_said_in_one_line(tmp_path, content):
+    method = Peft("lora", "peft.LoraConfig", target_modules=["0"], r=2)
+    method.save(method.apply(ToyModel().build(3), ToyModel.classifier).model, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}") as refused:
+        load(ToyModel().build(3), ToyModel.classifier, tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_only_what_trains_is_saved(tmp_path):

@@ -184,6 +184,13 @@ def test_an_unwritable_cache_is_named(own_cache, monkeypatch):
         ({}, "names no place"),
         ({"package": "a==1"}, "needs file"),
         ({"package": "a>=1", "file": "w"}, "NAME==VERSION"),
+        ({"hub": "../../x", "file": "w"}, "model.weights.hub must be OWNER/NAME"),
+        ({"hub": "a/b/c", "file": "w"}, "model.weights.hub must be OWNER/NAME"),
+        ({"hub": ["a"], "file": "w"}, "model.weights.hub must be a text"),
+        ({"hub": "a/b", "file": "../../../etc/passwd"}, "model.weights.file must be a file's path inside"),
+        ({"hub": "a/b", "file": "/etc/passwd"}, "model.weights.file must be a file's path inside"),
+        ({"bundled": "../vision.py"}, "model.weights.bundled must be a file's path inside"),
+        ({"path": 7}, "model.weights.path must be a text"),
     ],
 )
 def test_sources_that_cannot_work_are_refused(fields, message):

@@ -25,7 +25,7 @@ LORA = "{grid: {adapter: [lora], seed: [0, 1]}}"
 def table_of(folder, monkeypatch, text):
     """Make ``text`` the file of table t, and ``folder`` the root that holds experiments/."""
     (folder / "experiments").mkdir()
-    (folder / "experiments" / "t.yaml").write_text(text)
+    (folder / "experiments" / "t.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     monkeypatch.setattr(cells, "ROOT", folder)
 
 
@@ -145,6 +145,17 @@ def test_rows_gather_seeds_and_name_what_else_varies(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("title: [", "is not YAML"),
+        (b"title: \xff", "is not YAML"),
+        ("{title: T, at: 2020-99-99}", "is not YAML"),
+        ("[title]", "needs a title"),
+        ("{title: [T]}", "needs a title"),
+        ("{title: T, scales: [mini]}", "scales must be named"),
+        ("{title: T, scales: {mini: [1]}}", "a scale must be settings or a list of parts"),
+        ("{title: T, scales: {mini: {parts: 7}}}", "a scale must be settings or a list of parts"),
+        ("{title: T, scales: {mini: {parts: [7]}}}", "a scale must be settings or a list of parts"),
+        ("{title: T, scales: {mini: {common: seed=1, grid: {seed: [0]}}}}", "common must be a list of KEY=VALUE"),
+        ("{title: T, scales: {mini: {common: [7], grid: {seed: [0]}}}}", "common must be a list of KEY=VALUE"),
+        ("{title: T, scales: {mini: {published: [x], grid: {seed: [0]}}}}", "published must be a text"),
         ("scales: {mini: {grid: {seed: [0]}}}", "needs a title"),
         ("{title: T, scales: {mini: {gird: {seed: [0]}}}}", "grid must give each key a list"),
         ("{title: T, scales: {mini: {grid: {adapter: lora}}}}", "grid must give each key a list"),

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import pyarrow as pa
-import pyarrow.parquet as pq
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from flora.errors import DataError, WeightsError, first_line
 from flora.models.weights import reach_hub, sha256_of
 from flora.tasks import manifest
 from flora.tasks.commonsense.questions import DatasetInfo, Question, Row, adapters_row, with_passage
-from flora.tasks.text.rows import row_of
+from flora.tasks.text.rows import read_table, row_of
 
 MIX = "commonsense_170k.json"
 
@@ -95,6 +93,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError("not a list of questions")
             return rows
-        return pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
+        return read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error

@@ -7,11 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
+from flora.tasks.pictures import drawing
+
 _NAMED_CLASSES, _LETTERS = 40, 30  # more do not fit beside a picture
 
 
 def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
     """A picture of counts ``[true, called]``, each row as shares of its class."""
+    with drawing(path):
+        _draw(counts, names, path)
+
+
+def _draw(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
     side = 4 + 0.2 * min(len(names), _NAMED_CLASSES)

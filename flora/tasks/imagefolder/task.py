@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
-from flora.errors import ConfigError, DataError
+from flora.errors import ConfigError, DataError, first_line
 from flora.models.spec import ImageSpec
 from flora.tasks.base import Batch, Forward, Splits, draw
 from flora.tasks.imagefolder.confusion import draw_confusion
@@ -76,6 +76,13 @@ class ImageFolder(ImageTask):
         self.auto_augment, self.color_jitter, self.crop_scale = auto_augment, color_jitter, crop_scale
         self.random_erasing, self.mixup, self.cutmix, self.crop_pct = random_erasing, mixup, cutmix, crop_pct
         self._num_classes = 0
+        try:
+            self._transform(8, "bicubic", True)
+        except Exception as error:  # timm raises almost any type on a policy that is none
+            raise ConfigError(
+                f"task.auto_augment={auto_augment} with task.color_jitter={color_jitter} is no augmentation of timm "
+                f"({first_line(error)}): choose e.g. rand-m9-mstd0.5-inc1"
+            ) from error
 
     def augment(self) -> None:
         """Nothing on batches: training images are cropped and changed one by one."""

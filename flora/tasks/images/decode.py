@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from flora import memory
 from flora.errors import ConfigError, DataError, first_line
 from flora.tasks.images.dataset import ImageDataset
 
@@ -58,7 +59,7 @@ def interpolation_mode(name: str) -> Image.Resampling:
 
 def open_image(file: Path | bytes) -> Image.Image:
     """An image of one of ``FORMATS``, not decoded yet; OSError where it is none of them."""
-    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+    return Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=FORMATS)
 
 
 def as_rgb(open_image: Callable[[], Image.Image], name: str, orientation: str = "exif") -> Image.Image:
@@ -145,6 +146,7 @@ def decode(
         DataError: for an unreadable image under ``error``, or if nothing is left.
     """
     interpolation_mode(interpolation)
+    _check_room(3 * len(rows), image_size)
     rows = np.sort(rows)
     images = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8)
     pixels = images.numpy()
@@ -179,6 +181,7 @@ def decode(
 def from_grey(grey: np.ndarray, labels: np.ndarray, image_size: int, interpolation: str) -> ImageDataset:
     """A dataset of grey images uint8 ``[N, h, w]``, resized, their one channel shown as three."""
     interpolation_mode(interpolation)
+    _check_room(len(grey), image_size)
     if grey.shape[1:] != (image_size, image_size):
         resized = np.empty((len(grey), image_size, image_size), np.uint8)
         for target, source in zip(resized, grey, strict=True):
@@ -186,6 +189,11 @@ def from_grey(grey: np.ndarray, labels: np.ndarray, image_size: int, interpolati
         grey = resized
     images = torch.from_numpy(grey)[:, None].expand(-1, 3, -1, -1)
     return ImageDataset(images, torch.from_numpy(labels.astype(np.int64)))
+
+
+def _check_room(bands: int, size: int) -> None:
+    """ConfigError where so many bands of so many pixels a side do not fit into memory."""
+    memory.check(bands * size**2, f"images of {size} x {size} pixels", "lower model.image_size")
 
 
 def stand_in(index: int, count: int, can_be_read: Callable[[int], bool]) -> list[int]:

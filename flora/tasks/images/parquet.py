@@ -46,7 +46,7 @@ def open_pool(
     labels, facts = [], {}
     for path, file in zip(paths, files, strict=True):
         _check_columns(path, file.schema_arrow, column)
-        named = _class_names(file.schema_arrow) if column == "label" else None
+        named = names_in(path, file.schema_arrow) if column == "label" else None
         if named is not None and named != class_names:
             raise DataError(f"{path}: class names or their order differ from the other files'; fetch them all again")
         labels.append(_labels(path, file, len(class_names), column, first))
@@ -78,7 +78,7 @@ def read_class_names(paths: list[Path], num_classes: int | None) -> list[str]:
         DataError: if it names another number of classes, or a file is no parquet.
     """
     for path in paths:
-        names = _class_names(_open(path).schema_arrow)
+        names = names_in(path, _open(path).schema_arrow)
         if names is not None:
             if num_classes is not None and len(names) != num_classes:
                 raise DataError(
@@ -112,9 +112,19 @@ def _check_columns(path: Path, schema: pa.Schema, column: str) -> None:
         raise DataError(f"{path}: column {column} is {label}; it must hold integers, the class indices")
 
 
-def _class_names(schema: pa.Schema) -> list[str] | None:
-    feature = Features.from_arrow_schema(schema).get("label")
-    return list(feature.names) if isinstance(feature, ClassLabel) else None
+def names_in(path: Path, schema: pa.Schema) -> list[str] | None:
+    """The names of ``label`` in a file's Hugging Face metadata, None without them; DataError where it is broken."""
+    try:
+        feature = Features.from_arrow_schema(schema).get("label")
+        names = list(feature.names) if isinstance(feature, ClassLabel) else None
+        if names is not None and not all(isinstance(name, str) for name in names):
+            raise ValueError("class names are no texts")
+        return names
+    except Exception as error:  # datasets raises almost any type on metadata that is not its own
+        raise DataError(
+            f"{path}: its Hugging Face metadata cannot be read ({first_line(error)}); write the file again, with "
+            "another version of datasets or without metadata"
+        ) from error
 
 
 def _labels(path: Path, file: pq.ParquetFile, num_classes: int, name: str, first: int) -> np.ndarray:
@@ -150,7 +160,7 @@ def _open_images(path: Path, file: pq.ParquetFile, rows: np.ndarray) -> Iterator
             start, taken = stop, end
             if taken == len(rows):
                 return
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: column image cannot be read ({first_line(error)}); fetch it again") from error
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import ClassLabel, Features
 
 from flora.errors import DataError, first_line
 from flora.models.weights import sha256_of
+from flora.tasks.images.parquet import names_in
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,16 @@ def read_parquet(paths: Sequence[Path], columns: Sequence[str], classes: int, bo
     labels: list[np.ndarray] = []
     facts: dict[str, Any] = {}
     for path in paths:
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} is no readable parquet file ({first_line(error)}); fetch it again") from error
+        table = read_table(path)
         missing = [name for name in (*columns, "label") if name not in table.column_names]
         if missing:
             raise DataError(
                 f"{path}: no column {' and '.join(missing)} (it has {', '.join(table.column_names)}); "
                 f"this dataset has {', '.join(columns)} and label"
             )
-        feature = Features.from_arrow_schema(table.schema).get("label")
-        if isinstance(feature, ClassLabel) and classes and len(feature.names) != classes:
-            raise DataError(f"{path}: {len(feature.names)} class names, but this dataset has {classes} classes")
+        names = names_in(path, table.schema)
+        if names is not None and classes and len(names) != classes:
+            raise DataError(f"{path}: {len(names)} class names, but this dataset has {classes} classes")
         where = partial(row_of, path)
         texts += check_texts([table[name].to_pylist() for name in columns], columns, where)
         labels.append(check_labels(table["label"].to_pylist(), classes, bounds, where))
@@ -76,6 +73,18 @@ def read_parquet(paths: Sequence[Path], columns: Sequence[str], classes: int, bo
     if not texts:
         raise DataError(f"{paths[0]}: no rows; fetch the file again")
     return Rows(texts, np.concatenate(labels), {"files": facts})
+
+
+def read_table(path: Path) -> pa.Table:
+    """A parquet file whose columns are whole and each of another name; DataError where it is none."""
+    try:
+        table = pq.read_table(path)
+        table.validate(full=True)  # also that texts are UTF-8
+        if len(set(table.column_names)) < table.num_columns:
+            raise ValueError(f"of its columns {', '.join(table.column_names)} some have one name")
+        return table
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({first_line(error)}); fetch it again") from error
 
 
 def check_labels(

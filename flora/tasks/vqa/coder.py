@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flora.errors import DataError
+from flora.errors import ConfigError, DataError
 from flora.models.chat import Place
 from flora.models.spec import ImageTextSpec
 from flora.tasks.text.dataset import TextDataset, as_tensor, starts_of
@@ -54,6 +54,8 @@ class Coder:
         self.chat = model.chat
         self.image_id, self.image_tokens = model.image_id, model.image_tokens
         self.max_length = min(max_length or model.max_length, model.max_length)
+        if max_new_tokens >= self.max_length:
+            raise ConfigError(f"task.max_new_tokens={max_new_tokens} must be below {self.max_length}, the longest text")
         self.max_new_tokens = max_new_tokens
         self.end = self.tokenizer.convert_tokens_to_ids(self.chat.end)
         self.pad = self.end if self.tokenizer.pad_token_id is None else pad_or_end(self.tokenizer)

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from flora.errors import DataError, first_line
 from flora.models.weights import sha256_of
 from flora.tasks.images.decode import as_rgb, open_image
 from flora.tasks.images.parquet import opener
-from flora.tasks.text.rows import row_of
+from flora.tasks.text.rows import read_table, row_of
 
 IMAGE = "<image>"
 _SHAPES = ("circle", "rectangle", "triangle")
@@ -149,10 +148,7 @@ def read_parquet(paths: Sequence[Path], ask: Callable[[Row], Asked], pictures: P
     """
     dialogues = []
     for path in paths:
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a readable parquet file ({first_line(error)}); fetch it again") from error
+        table = read_table(path)
         if "image" not in table.column_names:
             raise DataError(f"{path}: no column image (it has {', '.join(table.column_names)})")
         kind = table.schema.field("image").type

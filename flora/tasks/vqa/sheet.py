@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from flora.tasks.pictures import drawing
 from flora.tasks.vqa.dialogues import IMAGE, Dialogue, Pictures
 
 ROWS, COLUMNS = 4, 6
@@ -13,6 +14,11 @@ ROWS, COLUMNS = 4, 6
 
 def draw_sheet(shown: Sequence[tuple[Dialogue, str]], pictures: Pictures, path: Path) -> None:
     """A picture of images with their last question, what was written and, where it differs, the right answer."""
+    with drawing(path):
+        _draw(shown, pictures, path)
+
+
+def _draw(shown: Sequence[tuple[Dialogue, str]], pictures: Pictures, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure((2.4 * COLUMNS, 2.7 * ROWS), layout="constrained")

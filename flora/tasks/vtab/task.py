@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from flora.errors import ConfigError, DataError
+from flora.models.weights import check_repository
 from flora.tasks.base import Splits, draw
 from flora.tasks.images.decode import Pool, decode
 from flora.tasks.images.task import ImageTask
@@ -53,6 +54,7 @@ class Vtab(ImageTask):
             raise ConfigError(f"task.test_size={test_size} must be default, full or a number above 0")
         if unreadable not in ("error", "skip"):
             raise ConfigError(f"task.unreadable={unreadable} must be error or skip")
+        check_repository("task.hub", hub)
         self.test_size = test_size
         self.unreadable = unreadable
         self.hub = hub

@@ -157,7 +157,7 @@ def test_bad_files_are_named(tmp_path, write):
     with pytest.raises(DataError, match="no rows"):
         load("sst2", tmp_path)
     (tmp_path / "glue" / "sst2" / "train.parquet").write_bytes(b"PAR1 half")
-    with pytest.raises(DataError, match="no readable parquet"):
+    with pytest.raises(DataError, match="not a readable parquet"):
         load("sst2", tmp_path)
     (tmp_path / "glue" / "RTE").mkdir()
     (tmp_path / "glue" / "RTE" / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\n")

@@ -9,6 +9,7 @@ import flora.models
 from flora.errors import ConfigError, DataError
 from flora.tasks.imagefolder.confusion import draw_confusion
 from flora.tasks.metrics import TopFive
+from tests.tasks.conftest import png
 from tests.tasks.imagefolder.folders import crops, load, numbers, task, write_tree
 
 
@@ -95,6 +96,33 @@ def test_folders_that_do_not_fit(tmp_path, change, options, message):
 def test_settings_out_of_range_are_refused(option):
     with pytest.raises(ConfigError, match=f"task.{next(iter(option))}="):
         task(**option)
+
+
+@pytest.mark.parametrize("policy", ["junk", "", "rand", ["rand-m9"], 7])
+def test_an_augmentation_that_is_none_is_refused_before_any_image_is_read(policy):
+    if policy in ("", "rand"):  # off, and RandAugment with its defaults
+        assert task(auto_augment=policy).auto_augment == policy
+        return
+    with pytest.raises(ConfigError, match=r"task\.auto_augment=.* is no augmentation of timm"):
+        task(auto_augment=policy)
+
+
+def test_a_class_that_no_font_can_write_costs_the_picture_not_the_run(tmp_path, capsys):
+    for split in ("train", "val"):
+        for name in ("ant", "b\udcffe"):  # a folder whose name is no UTF-8
+            place = tmp_path / "data" / split / name
+            place.mkdir(parents=True)
+            for number in range(10):
+                (place / f"{number}.png").write_bytes(png(number, (16, 16)))
+    mine = task()
+    splits = mine.load(image_size=16, data_dir=tmp_path / "data")
+    metric = mine.metrics()
+    metric.compute(predictions=np.eye(2), references=np.array([0, 1]))
+    (tmp_path / "out").mkdir()
+    mine.report(metric, splits, tmp_path / "out")
+    assert splits.facts["unreadable"]["skipped"] == 0
+    assert not list((tmp_path / "out").iterdir())
+    assert capsys.readouterr().err.startswith("warning: confusion.png is left out, it cannot be drawn (")
 
 
 def test_mixed_labels_reach_the_loss():
