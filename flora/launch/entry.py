@@ -151,10 +151,9 @@ def _refused(error: Exception) -> str | None:
     None: the error is another.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    names = [frame.f_code.co_name for frame in frames]
-    if "load_config" in names and "run_job" not in names:  # Hydra reads a file, and does not say which
-        place = frames[names.index("load_config")].f_locals.get("full_path", "")
-        return one_line(error) if str(place) in str(error) else f"{place}: {one_line(error)}"
+    places = [str(frame.f_locals.get("full_path", "")) for frame in frames if frame.f_code.co_name == "load_config"]
+    if places and all(frame.f_code.co_name != "run_job" for frame in frames):  # Hydra reads a file
+        return one_line(error) if places[-1] in str(error) else f"{places[-1]}: {one_line(error)}"
     of_theirs = isinstance(error, ValueError) and frames[-1].f_globals["__name__"].startswith(("hydra.", "joblib."))
     return one_line(error) if of_theirs else None
 

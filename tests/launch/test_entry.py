@@ -169,7 +169,7 @@ FILES = {
     "an unknown tag": b"a: !thing 1\n",
     "no UTF-8": b"a: \xff\xfe\n",
     "a number": b"7\n",
-    "no date": b"a: 2020-99-99\n",
+    "no date": b"a: !!timestamp 2020-99-99\n",
     "a bracket": b"a: [",
     "many brackets": b"[" * 3000,
     "a key twice": b"a: 1\na: 2\n",
