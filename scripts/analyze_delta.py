@@ -54,8 +54,12 @@ def analyze_delta() -> None:
     model = instantiate(OmegaConf.create(record.get("config", {})).get("model"))
     if not hasattr(model, "build"):
         raise DataError(f"{path}: config.model is of no model")
+    weights = folder / "model.safetensors"
+    trained = weights_of(weights)
+    if classes > max((weight.numel() for weight in trained.values()), default=0):
+        raise DataError(f"{weights} has no head of {classes} classes, which run.json names")
     before = model.build(classes).state_dict()
-    trained = weights_of(folder / "model.safetensors", before, record["model"])
+    check_same(trained, before, weights, record["model"])
     layers = [
         energy_kept(name.removesuffix(".weight"), after - before[name], arguments.r, arguments.kernel_rank)
         for name, after in trained.items()
@@ -76,20 +80,27 @@ def analyze_delta() -> None:
     print(table, figure, sep="\n")
 
 
-def weights_of(path: Path, before: dict[str, Tensor], model: str) -> dict[str, Tensor]:
-    """The weights in a file; DataError where they are not finite numbers in the shapes that the model has."""
+def weights_of(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file; DataError where it cannot be read, or holds numbers that are not finite."""
     try:
         trained = load_file(path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read as weights ({first_line(error)}): save the run again") from error
-    for name, weight in sorted(trained.items()):
+    if broken := [name for name, weight in sorted(trained.items()) if not weight.isfinite().all()]:
+        raise DataError(f"{path}: {broken[0]} holds numbers that are not finite")
+    return trained
+
+
+def check_same(trained: dict[str, Tensor], before: dict[str, Tensor], path: Path, model: str) -> None:
+    """Refuse weights in a file that are not those of a model: DataError."""
+    for name in sorted(trained.keys() | before.keys()):
         if name not in before:
             raise DataError(f"{path}: model {model} has no {name}")
-        if weight.shape != before[name].shape or weight.dtype.is_floating_point != before[name].is_floating_point():
-            raise DataError(f"{path}: {name} is {weight.dtype} {list(weight.shape)}, model {model} has another shape")
-        if not weight.isfinite().all():
-            raise DataError(f"{path}: {name} holds numbers that are not finite")
-    return trained
+        if name not in trained:
+            raise DataError(f"{path}: {name} of model {model} is missing")
+        new, old = trained[name], before[name]
+        if new.shape != old.shape or new.is_floating_point() != old.is_floating_point():
+            raise DataError(f"{path}: {name} is {new.dtype} {list(new.shape)}, model {model} has another shape")
 
 
 def mean(layers: list[Kept], structure: str) -> float | None:

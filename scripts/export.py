@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ def export(arguments: Sequence[str] | None = None) -> None:
                 merge_rest(wrapped, options.merge_rest)
             write = to_lora if options.to == "lora" else to_lycoris
             write(wrapped, options.output)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise ConfigError(first_lines(error)) from error
     print(f"{options.to}: {options.output}")
 

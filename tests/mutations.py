@@ -93,7 +93,7 @@ def _spots(node):
 def retensored(content, chance):
     """Tensors of which one is gone, new, not finite, or of another shape or type; and what was done, in words."""
     tensors = load(content)
-    name = chance.choice(sorted(tensors))
+    name = chance.choice(sorted(n for n, t in tensors.items() if t.is_floating_point()) or sorted(tensors))
     tensor = tensors.pop(name)
     changes = {
         "dropped": lambda: {},

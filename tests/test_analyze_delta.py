@@ -24,10 +24,11 @@ def analyze(tmp_path, monkeypatch, script):
     network = types.SimpleNamespace(build=lambda classes: base, classifier=["fc"])
     monkeypatch.setattr(analyze_delta, "instantiate", lambda config: network)
 
-    def run(*arguments, moved=(), pretrained=True, facts=None, record=None, weights=None):
+    def run(*arguments, moved=(), pretrained=True, facts=None, record=None, weights=None, without=()):
         made = {"weights": {"pretrained": pretrained}} | (record or {})
         write(Store(tmp_path / "run"), cell, 0.9, **made)
         after = base.state_dict() | {name: torch.randn(base.state_dict()[name].shape) for name in moved}
+        after = {name: weight for name, weight in after.items() if name not in without}
         save_file(after | (weights or {}), tmp_path / "run" / "model.safetensors")
         kept = {"run_id": cell.run_id, "adapter": "full", "dataset": "eurosat", "model": "net", "num_classes": 2}
         (tmp_path / "run" / "run.json").write_text(json.dumps(kept | (facts or {})))
@@ -63,6 +64,8 @@ def test_no_name_leads_out_of_the_output_folder(analyze, tmp_path, of, name):
         ([], {"pretrained": False}, "started from random weights"),
         ([], {"facts": {"run_id": "../run/x"}}, "run_id '../run/x', num_classes 2 are of no run"),
         ([], {"facts": {"num_classes": "2"}}, "num_classes '2' are of no run"),
+        ([], {"facts": {"num_classes": 10**12}}, "has no head of 1000000000000 classes"),
+        ([], {"without": ["conv.bias"]}, "conv.bias of model convnext is missing"),
         (
             [],
             {"weights": {"conv.weight": torch.zeros(1)}},

@@ -278,6 +278,11 @@ def read_only_results(place):
     return place.run("paths.results=/proc/records"), None
 
 
+@fault("secret typed for a sweep")
+def secret_typed(place):
+    return place.run("+api_key=abc", "hydra.mode=MULTIRUN"), None
+
+
 @fault("W&B unreachable", slow=True)
 def no_wandb(place):
     for name, value in {"MODE": "online", "API_KEY": "0" * 40, "BASE_URL": "http://127.0.0.1:9"}.items():

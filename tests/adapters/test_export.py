@@ -83,6 +83,9 @@ def test_bad_input_is_one_line(bert, tmp_path):
     torch.save([torch.ones(2)], tmp_path / "list.pt")
     for name in ("text.pt", "text.safetensors"):
         (tmp_path / name).write_text("root:x:0:0:")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_model.safetensors").write_text("root:x:0:0:")
+    (tmp_path / "broken" / "adapter_config.json").write_text('{"peft_type": "FLORA", "target_modules": ["query"]}')
     model = ["--model", f"transformers:{bert}"]
     cases = {
         "holds more than tensors": ["unsafe.pt", "--from", "published", "--scale", "1"],
@@ -91,6 +94,7 @@ def test_bad_input_is_one_line(bert, tmp_path):
         r"text\.safetensors cannot be read": ["text.safetensors", "--from", "checkpoint"],
         "must hold tensors by name": ["list.pt", "--from", "nlp", "--alpha", "1"],
         "there is no folder /nowhere": ["text.pt", "--from", "nlp", "--alpha", "1", "--model", "transformers:/nowhere"],
+        "rror while deserializing header": ["broken", "--from", "flora", "--to", "lora"],
         "--from, --to": ["x"],
         "no adapter_config.json": ["nowhere", "--from", "lora"],
         "No such file": ["nowhere.pt", "--from", "nlp", "--alpha", "1"],
