@@ -11,13 +11,14 @@ from urllib.parse import quote
 
 # What nothing but a secret is called; a tokenizer's special tokens are none.
 _CLEAR = r"""(?:
-    [\w-]*(?:pass(?:word|wd|phrase)|secrets?|credentials?|bearer)
+    [\w-]*pass(?:word|wd|phrase) | [\w-]+(?:secrets?|credentials?|bearer)
   | (?:[\w-]*[_-])?(?:api|access|private|auth|hub|ssh|client|wandb|hf)[_-]?(?:keys?|tokens?)
   | (?!(?:bos|eos|unk|sep|pad|cls|mask|image|video|audio)_)[\w-]+[_-]token
 )"""
-_VAGUE = (
-    r"(?:(?!full_)[\w-]+[_-]key|token|[\w-]*pass|(?:[\w-]+[_-])?(?:pwd|pat))"  # a secret in a config, not in a sentence
-)
+# What is one as the key of a config or in an override, and not in a sentence.
+_VAGUE = r"""(?:
+    (?!full_)[\w-]+[_-]key | token | secrets? | credentials? | bearer | [\w-]*pass | (?:[\w-]+[_-])?(?:pwd|pat)
+)"""
 _NAME = re.compile(rf"{_CLEAR}|{_VAGUE}", re.IGNORECASE | re.VERBOSE)
 _NONE = r"""["']?(?:<[\w\ ]+>|\$\{.*|null|none|true|false|\?\?\?)["']?(?=[\s,;&}\]]|\Z)"""  # where no secret is
 _VALUE = rf"""(?!{_NONE})(?:"[^"]+"|'[^']+'|[^\s,;&}}\]"']+)"""
