@@ -5,19 +5,21 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 from urllib.parse import quote
 
 # What nothing but a secret is called; a tokenizer's special tokens are none.
 _CLEAR = r"""(?:
-    [\w-]*(?:pass(?:word|wd|phrase)|secrets?|credentials?|bearer)
+    [\w-]*pass(?:word|wd|phrase) | [\w-]+(?:secrets?|credentials?|bearer)
   | (?:[\w-]*[_-])?(?:api|access|private|auth|hub|ssh|client|wandb|hf)[_-]?(?:keys?|tokens?)
   | (?!(?:bos|eos|unk|sep|pad|cls|mask|image|video|audio)_)[\w-]+[_-]token
 )"""
-_VAGUE = (
-    r"(?:(?!full_)[\w-]+[_-]key|token|[\w-]*pass|(?:[\w-]+[_-])?(?:pwd|pat))"  # a secret in a config, not in a sentence
-)
+# What is one as the key of a config or in an override, and not in a sentence.
+_VAGUE = r"""(?:
+    (?!full_)[\w-]+[_-]key | token | secrets? | credentials? | bearer | [\w-]*pass | (?:[\w-]+[_-])?(?:pwd|pat)
+)"""
 _NAME = re.compile(rf"{_CLEAR}|{_VAGUE}", re.IGNORECASE | re.VERBOSE)
 _NONE = r"""["']?(?:<[\w\ ]+>|\$\{.*|null|none|true|false|\?\?\?)["']?(?=[\s,;&}\]]|\Z)"""  # where no secret is
 _VALUE = rf"""(?!{_NONE})(?:"[^"]+"|'[^']+'|[^\s,;&}}\]"']+)"""
@@ -56,7 +58,7 @@ def without_secrets(node: Any) -> Any:
     under such a name in a config or follows it in an override (``api_key=...``), the password of an address, and
     tokens whose form gives them away. A reference (``${oc.env:NAME}``) is none.
     """
-    return _shown(node, _of_environment())
+    return _shown(node, cache(partial(_text, environment=_of_environment())))  # names come up again and again
 
 
 @contextlib.contextmanager
@@ -114,21 +116,21 @@ def _of_environment() -> list[tuple[re.Pattern[str], str]]:
     return [(re.compile(re.escape(v) if len(v) >= _LONG else rf"(?<!\w){re.escape(v)}(?!\w)"), n) for v, n in longest]
 
 
-def _shown(node: Any, environment: list[tuple[re.Pattern[str], str]]) -> Any:
+def _shown(node: Any, text: Callable[[str], str]) -> Any:
     if isinstance(node, dict):
         named = {key: isinstance(key, str) and _NAME.fullmatch(key) for key in node}
-        return {
-            _shown(key, environment): _hidden(value) if named[key] else _shown(value, environment)
-            for key, value in node.items()
-        }
+        return {_shown(key, text): _hidden(value) if named[key] else _shown(value, text) for key, value in node.items()}
     if isinstance(node, list | tuple):
-        return [_shown(value, environment) for value in node]
-    if isinstance(node, str):
-        for value, name in environment:
-            node = value.sub(name.replace("\\", r"\\"), node)
-        for pattern, replacement in _TEXTS:
-            node = pattern.sub(replacement, node)
-    return node
+        return [_shown(value, text) for value in node]
+    return text(node) if isinstance(node, str) else node
+
+
+def _text(text: str, environment: list[tuple[re.Pattern[str], str]]) -> str:
+    for value, name in environment:
+        text = value.sub(name, text)
+    for pattern, replacement in _TEXTS:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def _hidden(value: Any) -> Any:

@@ -20,7 +20,13 @@ QUICK = (*TINY, "model.image_size=32", "trainer.max_steps=1", "trainer.device=cp
 def run(tmp_path, monkeypatch, script):
     """Run train.py in this process: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    return lambda *words: script(partial(main, train.job, trace=lambda: False), "train.py", *words, *QUICK)
+
+    def call(*words):
+        flags = [word for word in words if word.startswith("-")]  # Hydra wants them first
+        overrides = [*QUICK, *(word for word in words if word not in flags)]
+        return script(partial(main, train.job, trace=lambda: False), "train.py", *flags, *overrides)
+
+    return call
 
 
 def files_with(folder, *secrets):
@@ -91,6 +97,7 @@ def test_a_text_is_shown_without_what_it_assigns(text, shown):
     "text",
     [
         *("+api_key=${oc.env:HF_TOKEN}", "model.share_att_key=true", "adapter.num_tokens=10", "+hub_token=null"),
+        *("it holds a secret: put it elsewhere", "credentials: none"),
         *("the forward pass: nan", "full_key: model.x", "token recognition error at: '('", "train.py model.path=a"),
     ],
 )
@@ -128,7 +135,7 @@ def test_lines_about_errors_and_printed_configs_show_none(run, monkeypatch):
     assert code == 2
     assert "<SITE_PASS>" in err
     assert PASSWORD not in err
-    code, out, _ = run(f"+api_key={TYPED}", f"+note={PASSWORD}", "--cfg", "job")
+    code, out, _ = run(f"+api_key={TYPED}", f"+note={PASSWORD}", "--cfg=job")
     assert code == 0
     assert "note: <SITE_PASS>" in out
     assert not any(secret in out for secret in (PASSWORD, TYPED))
@@ -166,7 +173,8 @@ def test_a_sweep_refuses_secrets_among_its_overrides(run, tmp_path, monkeypatch,
     assert code == 2
     assert len(err.splitlines()) == 1
     assert err.startswith("error: a sweep writes its overrides to disk, and ")
-    assert err.rstrip().endswith("give ${oc.env:NAME} in its place")
+    put = "holds a secret: put it in a variable of the environment and give ${oc.env:NAME} in its place"
+    assert err.rstrip().endswith(put)
     assert not any(secret in err for secret in (PASSWORD, TYPED, SHORT))
     assert list(tmp_path.iterdir()) == []
 
