@@ -39,8 +39,7 @@ def one_value(place):
 def postscript(place):
     photographs(place.folder / "data")
     for image in (place.folder / "data" / "train").rglob("*.png"):
-        image.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
-        image.rename(image.with_suffix(".jpg"))
+        image.rename(image.with_suffix(".jpg")).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     return place.run(*FOLDER, f"paths.data={place.folder}/data"), None
 
 
