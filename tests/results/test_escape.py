@@ -29,8 +29,10 @@ def evil(tmp_path):
     """The lines of a table whose names are hostile, each with a record."""
     table, store = load("eurosat"), Store(tmp_path / "records")
     for cell in table.cells:
-        write(store, cell, 0.9, metric=EVIL, dtype=EVIL, device=EVIL)
-    every = rows(table, store.read_all())
+        write(store, cell, 0.9, metric=EVIL, metrics={EVIL: 0.9}, device=EVIL)
+    contents = store.read_all()
+    assert len(contents.records) == len(table.cells)
+    every = rows(table, contents)
     return [dataclasses.replace(row, task=EVIL, model=f"={row.model}", method=f"{EVIL} {row.method}") for row in every]
 
 

@@ -277,7 +277,7 @@ def test_secrets_of_the_environment_never_reach_a_record(tmp_path, monkeypatch):
     text = Store(tmp_path).write(made).read_text()
     assert "hunter2" not in text
     content = json.loads(text)
-    assert content["command"] == "python train.py paths.data=https://u:<HF_TOKEN>@host"
+    assert content["command"] == "python train.py paths.data=https://<secret>@host"
     assert content["error"] == "ValueError('login <db_password> refused')"
     assert Store(tmp_path).finished(made.run_id) == content, "though its config does not give its id any more"
     assert not json.loads(Store(tmp_path).write(record("other")).read_text())["masked"]
@@ -306,13 +306,16 @@ def test_what_a_newer_version_wrote_is_neither_read_nor_overwritten(tmp_path, st
     newer = path.read_text().replace('"schema_version": 1', '"schema_version": 2')
     path.write_text(newer)
     for attempt in (
-        lambda: store.settled(path.stem),
-        lambda: store.settled(path.stem, force=True),
-        lambda: store.write(record()),
-        lambda: store.end(record(), "failed", RuntimeError()),
+        lambda claim: store.settled(path.stem),
+        lambda claim: store.settled(path.stem, force=True),
+        lambda claim: store.write(record()),
+        lambda claim: store.end(record(), "failed", RuntimeError(), claim),
     ):
-        with pytest.raises(DataError, match=r"newer flora \(schema version 2.*paths.results=DIR"):
-            attempt()
+        with (
+            store.lock(path.stem) as claim,
+            pytest.raises(DataError, match=r"newer flora \(schema version 2.*paths.results=DIR"),
+        ):
+            attempt(claim)
     assert path.read_text() == newer
     assert store.finished(path.stem) is None
 
