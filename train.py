@@ -52,7 +52,9 @@ def run(cfg: DictConfig) -> Path:
             locked.close()
             return finished_before(store, done, folder)
         if cfg.force and processes.first():
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            from flora.training.progress import Checkpoints
+
+            Checkpoints(folder / CHECKPOINTS).remove()
         record = execute(cfg, identity, task, adapter, folder, store, claim)
         if processes.first():
             store.write(record, claim)

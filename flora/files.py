@@ -42,6 +42,8 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it holds something else.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")
     try:
         content = json.loads(path.read_bytes())
     except RecursionError as error:

@@ -18,10 +18,11 @@ _CLEAR = r"""(?:
 )"""
 # What is one as the key of a config or in an override, and not in a sentence.
 _VAGUE = r"""(?:
-    (?!full_)[\w-]+[_-]key | token | secrets? | credentials? | bearer | [\w-]*pass | (?:[\w-]+[_-])?(?:pwd|pat)
+    (?!full_)[\w-]+[_-]key | token | secrets? | credentials? | bearer | [\w-]*pass
+  | (?:[\w-]+[_-])?(?:pwd|pat|pw|passcode|jwt)
 )"""
 _NAME = re.compile(rf"{_CLEAR}|{_VAGUE}", re.IGNORECASE | re.VERBOSE)
-_NONE = r"""["']?(?:<[\w\ ]+>|\$\{.*|null|none|true|false|\?\?\?)["']?(?=[\s,;&}\]]|\Z)"""  # where no secret is
+_NONE = r"""["']?(?:<[\w\ ]+>|\$\{[^},]*\}|null|none|true|false|\?\?\?)["']?(?=[\s,;&}\]]|\Z)"""  # where no secret is
 _VALUE = rf"""(?!{_NONE})(?:"[^"]+"|'[^']+'|[^\s,;&}}\]"']+)"""
 
 _NOTHING = re.compile(_NONE, re.IGNORECASE)
@@ -38,7 +39,8 @@ _TEXTS = [
         (rf"""((?:^[ \t-]*|[{{,]\s*)["']?{_VAGUE}["']?\s*:[ \t]*){_VALUE}""", r"\1<secret>"),
         # What is one by its form.
         (r"(\bbearer[ ]+)(?!<)[\w.~+/=-]{8,}", r"\1<secret>"),
-        (r"(\w://)[^\s/@:]*:[^\s/@]+@", r"\1<secret>@"),
+        (r"(\w://)[^\s/]+@", r"\1<secret>@"),
+        (r"([?&](?:sig|signature|x-amz-signature)=)[^\s&]+", r"\1<secret>"),
         (
             r"(?-i:\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_\w{30,}|\bgithub_pat_\w{20,}|\bsk-[\w-]{20,}|\bAKIA[A-Z0-9]{16})",
             "<secret>",
@@ -46,7 +48,9 @@ _TEXTS = [
     )
 ]
 _VARIABLE = re.compile(
-    r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|(?:PASS|PASSWD|PASSPHRASE|BEARER|(?:^|_)PAT|_PWD)$", re.IGNORECASE
+    r"(?:KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)S?\d*(?![a-z])"
+    r"|(?:PASS|PASSWD|PASSPHRASE|BEARER|(?:^|_)(?:PAT|AUTH|PW|JWT|SAS|DSN|OTP|COOKIE)|_PWD)_?\d*$",
+    re.IGNORECASE,
 )
 _LONG, _SHORT = 8, 4  # characters of values that are looked for: anywhere, and as a word that is no plain one
 

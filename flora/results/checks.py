@@ -1,8 +1,12 @@
 """Whether a record can be what it says: its id is that of its config, its other fields agree with it and each other."""
 
+import json
+import re
 from typing import Any
 
 from flora import config
+
+_MASK = re.compile(r"<(?:secret|\w+)>")  # what flora.secrets puts in a secret's place
 
 # Where the metrics of the suite's tasks lie, by the end of their names: further test sets and kinds of questions go
 # before or after. Of a metric that is not among them nothing is known.
@@ -42,7 +46,8 @@ def _of_config(record: dict[str, Any]) -> str | None:
         run_id = config.recorded_id(settings)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return "its config is not that of a run"
-    if run_id != record["run_id"] and not record.get("masked"):  # what a secret was cannot be hashed again
+    masked = record.get("masked") is True and _MASK.search(json.dumps(settings))
+    if run_id != record["run_id"] and not masked:  # what a secret was cannot be hashed again
         return f"its config is that of run {run_id}"
     for field, (group, *key) in _SAID_TWICE.items():
         if field == "adapter" and record.get("mode") == "eval":

@@ -1,6 +1,7 @@
 """What a run is going to take at the least: its parameters with their optimiser, its batches, its processes."""
 
 import contextlib
+import re
 import warnings
 from typing import Any
 
@@ -48,7 +49,7 @@ def _check_parameters(run: Run) -> None:
         try:
             with torch.device("meta"):
                 adapted = run.method.apply(network, run.model.classifier)
-        except (ValueError, TypeError, NotImplementedError):
+        except (ValueError, TypeError, NotImplementedError, re.error):
             return  # it reads the weights, or refuses them: seen when there are some
     outside, inside = trained(adapted.model, run.model.classifier)
     count = sum(p.numel() for p in adapted.model.parameters())

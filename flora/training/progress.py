@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
-from flora.errors import CheckpointError, first_line
+from flora.errors import CheckpointError, ConfigError, first_line
 from flora.files import read_object
 from flora.launch import processes
 from flora.results.lock import Claim
@@ -98,8 +98,16 @@ class Checkpoints:
         return None
 
     def remove(self) -> None:
-        """Delete all."""
+        """Delete all, also where the folder is a link.
+
+        Raises:
+            CheckpointError: some are left.
+        """
+        for path in self.folder.glob("*"):
+            shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._numbers():
+            raise CheckpointError(f"the checkpoints in {self.folder} cannot be deleted: delete them, then start again")
 
     def _check(self) -> None:
         if self.claim is not None:
@@ -184,12 +192,17 @@ class Progress:
         every: optimiser steps between two of them; None: by the clock, at most SHARE of the time and one in SECONDS.
         resume: go on from the newest; otherwise they are deleted.
         claim: to the run, checked before each is written; None: no other process can have it.
+        inputs: identifies the run, its data and the weights that it starts from.
+
+    Raises:
+        ConfigError: the checkpoint there is of other inputs.
     """
 
     folder: Path
     every: int | None = None
     resume: bool = True
     claim: Claim | None = None
+    inputs: str = ""
     done: dict[str, Fit] = field(default_factory=dict)
     notes: dict[str, float] = field(default_factory=dict)
     unfinished: dict[str, Any] | None = None
@@ -204,6 +217,11 @@ class Progress:
                 self.checkpoints.remove()
         elif (checkpoint := self.checkpoints.newest()) is not None:
             self.newest, state = checkpoint
+            if state.get("inputs", "") != self.inputs:
+                raise ConfigError(
+                    f"checkpoint {self.newest} is of another run, or of data or weights that have changed since: put "
+                    "them back to go on, or set force=true to train anew"
+                )
             self._began -= state["seconds"]
             self.notes = state["notes"]
             for label, (facts, meters, weights) in state["done"].items():
@@ -234,7 +252,7 @@ class Progress:
             label: (json.dumps(fit.state), fit.meters, None if fit.weights is None else fit.weights())
             for label, fit in self.done.items()
         }
-        state = {"seconds": self.seconds, "notes": self.notes, "done": done, "fit": unfinished}
+        state = {"seconds": self.seconds, "notes": self.notes, "done": done, "fit": unfinished, "inputs": self.inputs}
         if processes.first():
             self.newest = self.checkpoints.write(state, trainer_state)
         self.unfinished = None

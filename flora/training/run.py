@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import hashlib
+import json
 import re
 import sys
 import tempfile
@@ -86,7 +88,8 @@ class Run:
         """Choose the learning rate if the protocol has a grid, train, test once."""
         splits, protocol, settings = self.splits, self.protocol, self.settings
         folder = self.folder / CHECKPOINTS
-        self.progress = Progress(folder, settings.checkpoint_every, settings.resume == "auto", self.claim)
+        resume = settings.resume == "auto"
+        self.progress = Progress(folder, settings.checkpoint_every, resume, self.claim, self._inputs())
         lr, selection, chosen = self._select() if protocol.lr_grid else (settings.lr, {}, None)
         if chosen is not None:
             adapted, trainer = chosen
@@ -96,6 +99,11 @@ class Run:
             both = splits.train.concat(splits.validation)
             adapted, trainer = self._fit(lr, both, None, "train")
         return Outcome(adapted, trainer, self._test(trainer), lr, selection)
+
+    def _inputs(self) -> str:
+        run_id = None if self.claim is None else self.claim.run_id
+        said = [run_id, self.seed, self.splits.facts, self.model.facts]
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
     def evaluate(self, adapter: Path) -> Outcome:
         """Test the adapter that an earlier run has saved in a folder.

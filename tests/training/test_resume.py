@@ -346,6 +346,33 @@ def test_a_run_that_diverges_after_its_last_log_has_no_result(tmp_path):
         ).train()
 
 
+@pytest.mark.parametrize("change", ["data", "weights", "run"])
+def test_a_checkpoint_of_other_inputs_is_refused_and_kept(tmp_path, monkeypatch, change):
+    interrupted(checkpointed_run(tmp_path / "run"), monkeypatch, 2)
+    again = checkpointed_run(tmp_path / "run")
+    if change == "data":
+        again.splits = dataclasses.replace(again.splits, facts={"sha256": "another"})
+    elif change == "weights":
+        again.model = type("Changed", (RandomModel,), {"facts": {"sha256": "another"}})()
+    else:
+        again.claim = Lock(tmp_path, "another").__enter__()
+    kept = sorted((tmp_path / "run").rglob("*.pt"))
+    with pytest.raises(ConfigError, match=r"is of another run, or of data or weights that have changed.*force=true"):
+        again.train()
+    assert kept
+    assert sorted((tmp_path / "run").rglob("*.pt")) == kept
+
+
+def test_checkpoints_behind_a_link_are_deleted_too(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "scratch")
+    kept = Checkpoints(tmp_path / "run")
+    kept.write({"seconds": 0.0}, "{}")
+    kept.remove()
+    assert kept.newest() is None
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
     interrupted(checkpointed_run(tmp_path), monkeypatch, 1)
     with pytest.raises(ConfigError, match=r"another model .*: trainer.resume=false starts over"):

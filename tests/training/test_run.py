@@ -31,6 +31,7 @@ class ToyModel:
 
     name, kind = "toy", "image"
     classifier = ["7.fc"]
+    facts = {"pretrained": False}
 
     def build(self, num_classes, drop_path=0.0):
         return nn.Sequential(
