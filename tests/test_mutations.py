@@ -287,7 +287,8 @@ def found(folder, out):
     records = {}
     for path in (folder / "results" / "measured").glob("*.json"):
         with contextlib.suppress(OSError, ValueError):
-            if path.is_file() and (record := json.loads(path.read_text())) and record.get("status") == "finished":
+            record = json.loads(path.read_text()) if path.is_file() else None
+            if isinstance(record, dict) and record.get("status") == "finished":
                 records[path.stem] = record
     table = folder / "out" / "tables" / "t.csv"
     means = {}

@@ -166,6 +166,11 @@ class TimmModel:
                 f"{path} is not of {self.timm_name}: {len(misfits)} tensors differ, first {misfits[0]}; "
                 "name weights of this architecture"
             )
+        for name, tensor in backbone.items():
+            if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
+                raise WeightsError(f"{path}: {name} is {tensor.dtype}, which {self.timm_name} has not: fetch it again")
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise WeightsError(f"{path}: {name} holds numbers that are not finite: fetch it again")
         model.load_state_dict(backbone, strict=False)
 
 

@@ -186,6 +186,21 @@ def test_weights_of_another_network_are_refused(tmp_path):
         flora.models.convnext(weights=str(tmp_path / "other.safetensors")).build(2)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: weight.to(torch.int8), "is torch.int8, which convnextv2_atto has not"),
+        (lambda weight: weight.fill_(torch.inf), "holds numbers that are not finite"),
+    ],
+)
+def test_weights_that_no_network_computes_with_are_refused(tmp_path, change, message):
+    state = timm.create_model("convnextv2_atto").state_dict()
+    state["stem.0.weight"] = change(state["stem.0.weight"])
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=message):
+        flora.models.convnext(weights=str(tmp_path / "w.safetensors")).build(2)
+
+
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
 @pytest.mark.parametrize("content", [b"", b"garbage", b"root:x:0:0:", bytes(range(256))])
 def test_weights_that_are_no_weights_are_refused(tmp_path, name, content):

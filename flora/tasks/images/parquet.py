@@ -93,6 +93,8 @@ def read_class_names(paths: list[Path], num_classes: int | None) -> list[str]:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({first_line(error)}); fetch it again") from error

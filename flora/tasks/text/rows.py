@@ -78,6 +78,8 @@ def read_parquet(paths: Sequence[Path], columns: Sequence[str], classes: int, bo
 def read_table(path: Path) -> pa.Table:
     """A parquet file whose columns are whole and each of another name; DataError where it is none."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         table = pq.read_table(path)
         table.validate(full=True)  # also that texts are UTF-8
         if len(set(table.column_names)) < table.num_columns:
