@@ -22,33 +22,10 @@ from flora.methods.base import load as load_adapter
 from flora.results import Store
 from flora.tasks.images.decode import decode
 from flora.tasks.images.parquet import open_pool, read_class_names
+from tests.mutations import damaged
 from tests.results.test_store import record
 
 FAST = range(25)
-
-
-def damaged(content, chance):
-    """A file's bytes with flipped bits, cut short, with a piece twice, zeroed or put elsewhere."""
-    data = bytearray(content)
-    how = chance.choice(("flip", "flip", "flip", "cut", "double", "zero", "swap", "head", "length"))
-    at = chance.randrange(len(data))
-    size = chance.randrange(1, 64)
-    if how == "flip":
-        for _ in range(chance.choice((1, 1, 3, 20))):
-            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-    elif how == "cut":
-        del data[at:]
-    elif how == "double":
-        data[at:at] = data[at : at + size]
-    elif how == "zero":
-        data[at : at + size] = bytes(len(data[at : at + size]))
-    elif how == "swap":
-        data[at : at + size], data[:size] = data[:size], data[at : at + size]
-    elif how == "head":
-        data[: min(64, len(data))] = chance.randbytes(min(64, len(data)))
-    else:
-        data[:8] = chance.choice((0, 1, 2**31, 2**63 - 1, 2**64 - 1)).to_bytes(8, "little")
-    return bytes(data)
 
 
 def png(value):

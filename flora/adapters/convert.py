@@ -4,6 +4,7 @@ What comes in becomes a ``TuckerUpdate`` per layer, then an adapter of a model (
 goes the other way.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from flora.adapters.config import FloraConfig
 from flora.adapters.tucker import clip_ranks, hooi, hosvd, mode_product, ranks_for_energy, reduce_ranks
-from flora.files import read_object
 
 
 @dataclass
@@ -105,9 +105,11 @@ def from_lora(model: nn.Module, folder: str | Path) -> dict[str, TuckerUpdate]:
     if not weights_file.exists():
         raise ValueError(f"{weights_file} does not exist; save the adapter as safetensors")
     try:
-        config = read_object(folder / CONFIG_NAME)
-    except ValueError as error:
+        config = json.loads((folder / CONFIG_NAME).read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG_NAME} is no configuration of an adapter ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG_NAME} is no configuration of an adapter (it holds no JSON object)")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')}, not LORA")
     if config.get("use_dora") or config.get("lora_bias"):
