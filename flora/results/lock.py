@@ -27,6 +27,7 @@ from flora.results.record import now
 HEARTBEAT = 15.0  # seconds between two touches
 STALE_AFTER = 120.0  # seconds without a touch after which an owner on another machine counts as dead
 _NAME = re.compile(r"([^.]+)\.(\d{1,9})\.lock", re.ASCII)
+_LAST = 999_999_999  # generation that a name can say
 _FACTS: dict[str, Any] = {"token": str, "machine": str, "host": str, "pid": int, "after_boot": int | float}
 _SAME_BIRTH = 5.0  # seconds by which two readings of when a process began may differ
 
@@ -90,9 +91,13 @@ def owners(folder: Path, stale_after: float = STALE_AFTER) -> tuple[dict[str, Ow
             problems.append(f"{shown(path)}: not the name of a lock: delete it")
             continue
         try:
-            fresh, facts = clock - path.lstat().st_mtime < stale_after, _facts(path)
+            age, facts = clock - path.lstat().st_mtime, _facts(path)
+            if age < -stale_after and path.is_file():
+                with contextlib.suppress(OSError):
+                    os.utime(path)  # else it would be fresh for long; a living owner touches it again
         except FileNotFoundError:
             continue  # released meanwhile
+        fresh = age < stale_after
         if not path.is_file():
             problems.append(f"{path}: not the file of a lock: delete it")
             fresh = False
@@ -141,6 +146,9 @@ class Lock:
         if owner is not None and owner.alive:
             raise self._running(owner)
         generation = owner.generation + 1 if owner else 1
+        if generation > _LAST:
+            assert owner is not None
+            raise CheckpointError(f"{owner.path}: no run was taken over that often: delete it and start again")
         claim = self._taken(self.folder / ".locks" / f"{self.run_id}.{generation}.lock")
         if self._files().items() - before.items() - {(claim.path, claim.token)}:
             claim.path.unlink()  # another process came between the two looks at the folder

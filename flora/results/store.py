@@ -7,7 +7,6 @@ import stat
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,12 @@ import pyarrow.parquet as pq
 
 from flora.errors import AlreadyRunning, CheckpointError, DataError, FailedBefore
 from flora.launch import processes
-from flora.results.checks import contradiction
+from flora.results.checks import fault
 from flora.results.lock import HEARTBEAT, STALE_AFTER, Claim, Lock, Owner, owners, shown
-from flora.results.record import SCHEMA_VERSION, STATUSES, Record, now
+from flora.results.record import SCHEMA_VERSION, Record, now
 
-_REQUIRED = ("schema_version", "run_id", "status", "task", "dataset", "model", "adapter", "seed")
 _HEAVY = ("history", "analysis", "ranks", "config", "data")  # left out of summaries: most of a record's bytes
-_WORDS = ("run_id", "task", "dataset", "model", "adapter")
-_OBJECTS = ("metrics", "data", "config", "execution", "weights")
-_FINISHED = {  # what tables read of a finished record
-    **dict.fromkeys(("metric", "protocol", "dtype", "device"), str),
-    **{"skipped_layers": list, "versions": dict},
-}
-_COUNTS = ("trainable_params", "head_params", "total_params")
-_TIMES = ("started", "finished")
-_COSTS = ("lr", "train_seconds", "peak_memory_bytes")  # numbers, or None where nothing was measured
-_CACHE_VERSION = b"4"  # bumped when summaries or the checks of `read` change
+_CACHE_VERSION = b"5"  # bumped when summaries or the checks of `read` change
 
 
 @dataclass(frozen=True)
@@ -152,7 +141,9 @@ class Store:
         if not processes.tells():
             return None
         try:
-            return self.write(replace(record, status=status, error=repr(error), finished=now()), claim)
+            return self.write(
+                replace(record, status=status, error=repr(error), finished=max(now(), record.started)), claim
+            )
         except (AlreadyRunning, CheckpointError) as also:
             print(f"warning: {also}", file=sys.stderr)  # the error that ended the run is still to be told
             return None
@@ -210,74 +201,23 @@ def read(path: Path) -> tuple[dict[str, Any] | None, str | None]:
 
 def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | None]:
     try:
-        record = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        return None, f"{path}: not readable as JSON ({error})"
-    if b"\\ud" in content.lower() and not _writable(record):
-        return None, f"{path}: holds half a character (\\ud800 to \\udfff), which no table can show"
-    if not isinstance(record, dict) or any(key not in record for key in _REQUIRED):
-        return None, f"{path}: not a record (needs {', '.join(_REQUIRED)})"
-    for key in _WORDS:
-        if not isinstance(record[key], str):
-            return None, f"{path}: {key} is {record[key]!r:.40}, it must be a string"
-    if not _integer(record["seed"]):
-        return None, f"{path}: seed is {record['seed']!r:.40}, it must be an integer"
-    for key in _OBJECTS:
-        if not isinstance(record.get(key, {}), dict):
-            return None, f"{path}: {key} is {record[key]!r:.40}, it must be an object"
-    if record["schema_version"] != SCHEMA_VERSION or isinstance(record["schema_version"], bool):
-        return None, f"{path}: schema version {record['schema_version']!r:.40}, this code reads {SCHEMA_VERSION}"
-    if record["status"] not in STATUSES:
-        return None, f"{path}: unknown status {record['status']!r}"
-    if record["run_id"] != path.stem:
-        return None, f"{path}: is a record of run {record['run_id']}, name it {record['run_id']}.json"
-    if record["status"] == "finished":
-        numbers = {"value": record.get("value"), **(record.get("metrics") or {})}
-        numbers |= {key: record[key] for key in _COSTS if record.get(key) is not None}
-        for name, number in numbers.items():
-            if not _finite(number):
-                return None, f"{path}: finished without a finite {name}"
-        for key, kind in _FINISHED.items():
-            if not isinstance(record.get(key), kind):
-                return None, f"{path}: finished with {key} {record.get(key)!r:.40}, it must be of type {kind.__name__}"
-        for key in _COUNTS:
-            if not _integer(record.get(key)) or record[key] < (key == "total_params"):
-                return None, f"{path}: finished with {key} {record.get(key)!r:.40}, it must be a number of parameters"
-        for key in _TIMES:
-            if not _time(record.get(key)):
-                return None, f"{path}: finished with {key} {record.get(key)!r:.40}, it must be a time with its zone"
-        if not _logged(record.get("history")):
-            return None, f"{path}: finished with a history that is no list of objects with finite numbers"
-    if (wrong := contradiction(record)) is not None:
-        return None, f"{path}: {wrong}"
-    return record, None
-
-
-def _writable(record: Any) -> bool:
-    try:
-        return bool(json.dumps(record, ensure_ascii=False).encode())
+        record = json.loads(content, object_pairs_hook=_object)
+        if b"\\ud" in content.lower():
+            json.dumps(record, ensure_ascii=False).encode()
+        wrong = fault(record, path.stem)
     except UnicodeEncodeError:
-        return False
+        wrong = "holds half a character (\\ud800 to \\udfff), which no table can show"
+    except (ValueError, RecursionError) as error:
+        wrong = f"not readable as JSON ({error})"
+    return (record, None) if wrong is None else (None, f"{path}: {wrong}")
 
 
-def _integer(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool)
-
-
-def _time(text: Any) -> bool:
-    try:
-        return datetime.fromisoformat(text).tzinfo is not None
-    except (TypeError, ValueError):
-        return False
-
-
-def _logged(history: Any) -> bool:
-    entries = history if isinstance(history, list) else [None]
-    return all(isinstance(entry, dict) and all(map(_finite, entry.values())) for entry in entries)
-
-
-def _finite(number: Any) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if sum(key == name for name, _ in pairs) > 1)
+        raise ValueError(f"{twice!r:.40} stands there twice")
+    return found
 
 
 def _files(folder: Path) -> tuple[list[tuple[str, int, int]], list[str]]:

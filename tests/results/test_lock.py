@@ -69,6 +69,25 @@ def test_an_owner_on_another_machine_lives_as_long_as_its_heartbeat(tmp_path):
         assert owners(tmp_path)[0]["abc"].generation == 2
 
 
+def test_a_lock_of_the_future_is_fresh_no_longer_than_one_of_now(tmp_path):
+    path = plant(tmp_path, age=-(10**8))
+    with pytest.raises(AlreadyRunning, match="process 1 on node7"), Lock(tmp_path, "abc", stale_after=0.1):
+        pass
+    assert path.stat().st_mtime < time.time() + 1
+    time.sleep(0.2)
+    with Lock(tmp_path, "abc", stale_after=0.1):
+        assert not path.exists()
+
+
+def test_after_the_last_generation_nobody_has_the_run(tmp_path):
+    last = plant(tmp_path, age=10**6)
+    last = last.rename(last.with_name("abc.999999999.lock"))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"abc.999999999.lock: .* delete it and start again"):
+            Lock(tmp_path, "abc").__enter__()
+    assert list((tmp_path / ".locks").iterdir()) == [last]
+
+
 def test_a_lock_whose_owner_has_not_written_yet_counts_as_held(tmp_path):
     plant(tmp_path, age=1).write_text("")
     with pytest.raises(AlreadyRunning), Lock(tmp_path, "abc"):
