@@ -1,16 +1,20 @@
 """Secrets stay out of all that a process leaves: records, what lies beside weights, logs, lines and a sweep's files."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 import train
+from flora.config import composed, semantic_config
 from flora.launch.entry import main
 from flora.secrets import unspoken, without_secrets
 from tests.launch.test_sweep import TINY, needs
+from tests.results.test_store import record as made_record
 
 PASSWORD, TYPED, SHORT = "hunter2hunter2", "c0ffeec0ffee", "s3cr3t"
 QUICK = (*TINY, "model.image_size=32", "trainer.max_steps=1", "trainer.device=cpu")
@@ -89,7 +93,18 @@ def test_secrets_of_the_config_are_replaced_by_their_name():
         ("+api_key=${oc.env:NAME}", "+api_key=${oc.env:NAME}"),
         ("+http.passcode=abc", "+http.passcode=<secret>"),
         ("Authorization: Bearer abcdefghijk", "Authorization: Bearer <secret>"),
-        (f"cannot read hf_{'a1' * 17}", "cannot read <secret>"),
+        ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic <secret>"),
+        ('{"Authorization": "token abcdef"}', '{"Authorization": <secret>}'),
+        ("Set-Cookie: a=b; c=d", "Set-Cookie: <secret>"),
+        ("run --password abc --seed 1", "run --password <secret> --seed 1"),
+        ("curl -token 'a b' x", "curl -token <secret> x"),
+        ("password: |\n  one\n\n  two\nseed: 1", "password: <secret>\nseed: 1"),
+        ("a:\n  api_key: >-\n    one\n  b: 2\n", "a:\n  api_key: <secret>\n  b: 2\n"),
+        ("passphrase: open sesame, now\nseed: 1", "passphrase: <secret>\nseed: 1"),
+        ("api_keys:\n- one\n- two\nseed: 1", "api_keys: <secret>\nseed: 1"),
+        ("secrets:\n  one: two\nseed: 1", "secrets: <secret>\nseed: 1"),
+        ("+api_keys=[a,b]", "+api_keys=<secret>"),
+        ("clientSecret=abc", "clientSecret=<secret>"),
     ],
 )
 def test_a_text_is_shown_without_what_it_assigns(text, shown):
@@ -98,8 +113,84 @@ def test_a_text_is_shown_without_what_it_assigns(text, shown):
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        *("DB_PASS", "PGPASS", "DB_PASSWD", "PASSWORD", "SSH_PASSPHRASE", "MYSQL_PWD", "GITHUB_PAT"),
+        *("API_BEARER", "SESSION", "APP_SESSION", "PIN", "CARD_PIN", "PRIVATE", "SSH_PRIVATE"),
+        *("COOKIE", "AUTH_COOKIE", "JWT", "SECRET", "CLIENT_SECRET", "CREDENTIALS", "TOKEN"),
+        *("HF_TOKEN", "ACCESS_KEY", "APIKEY", "OTP", "SENTRY_DSN", "AZURE_SAS", "HUB_AUTH"),
+        *("AWS_SECRET_ACCESS_KEY", "SECRET_KEY_2"),
+    ],
+)
+def test_names_of_secrets_wherever_they_name_a_value(monkeypatch, name):
+    low = name.lower()
+    assert without_secrets({low: "abc"}) == {low: "<secret>"}
+    assert without_secrets(f"+x.{low}=abc") == f"+x.{low}=<secret>"
+    assert without_secrets(f"export {name}=abc; ls") == f"export {name}=<secret>; ls"
+    assert without_secrets(f"x:\n  {low}: abc") == f"x:\n  {low}: <secret>"
+    assert without_secrets(["run", f"--{low}", "abc", "x"]) == ["run", f"--{low}", "<secret>", "x"]
+    monkeypatch.setenv(name, PASSWORD)
+    assert without_secrets(f"no {PASSWORD}!") == f"no <{name}>!"
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *(f"hf_{'a1' * 17}", f"ghp_{'a1' * 18}", f"gho_{'a1' * 18}", f"github_pat_{'a1' * 11}_{'b2' * 20}"),
+        *(f"glpat-{'a1' * 10}", f"npm_{'a1' * 18}", f"sk-proj-{'a1' * 12}", f"AIza{'a1' * 17}-", f"AKIA{'A1' * 8}"),
+        *("xoxb-123456789012-abcdef", "xoxp-1234567890-ab", f"pypi-{'Ag' * 20}", "eyJhbGciOi.eyJzdWIiOi.s1-_"),
+        "-----BEGIN RSA PRIVATE KEY-----\nMIIE\nabc\n-----END RSA PRIVATE KEY-----",
+    ],
+)
+def test_tokens_whose_form_gives_them_away(token):
+    assert without_secrets(f"cannot read {token}, it says") == "cannot read <secret>, it says"
+
+
+def test_a_number_is_a_secret_under_the_name_of_a_password_only():
+    node = {"pin": 1234, "passcode": 5678, "sort_key": 3, "pin_memory": True, "image_token": 32000}
+    assert without_secrets(node) == node | {"pin": "<secret>", "passcode": "<secret>"}
+
+
+def test_no_field_of_the_suite_is_called_like_a_secret():
+    config = semantic_config(composed(["task=glue", "adapter=flora", "logger=wandb"]))
+    for group in Path("configs").rglob("*.yaml"):
+        text = group.read_text()
+        assert without_secrets(text) == text, group
+    record = dataclasses.asdict(made_record()) | {"config": config}
+    assert without_secrets(record) == json.loads(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("accuracy", "mean_per_class_accuracy", "finished", "vtab1k", "cifar10", "fp32", "bf16"),
+        *("efficientnet_lite0", "linear_probe", "1e-3", "0.001", "32", "adapter_model.safetensors"),
+        *("trainable_params", "validation", "2026"),
+    ],
+)
+def test_a_word_that_results_hold_is_no_secret(monkeypatch, value):
+    monkeypatch.setenv("A_KEY", value)
+    node = {value: [value, f"test {value} 0.5"]}
+    assert without_secrets(node) == node
+
+
+@pytest.mark.parametrize("value", [SHORT, "12345678", "correcthorsebattery", "accuracy1x", "a b c d e"])
+def test_a_value_that_no_result_holds_is_one(monkeypatch, value):
+    monkeypatch.setenv("A_KEY", value)
+    assert without_secrets(f"with {value} of x9{value[:3]}") == f"with <A_KEY> of x9{value[:3]}"
+
+
+@pytest.mark.parametrize(
     "text",
     [
+        *(
+            "pin_memory: true",
+            "the session: started",
+            "bypass=1",
+            "disk-based-learning-of-2-things",
+            "--seed 1 --tokens 3",
+        ),
+        *("key: value", "trainer.keys=3", "basic authentication failed", "the private: it", "a--password b"),
         *("+api_key=${oc.env:HF_TOKEN}", "model.share_att_key=true", "adapter.num_tokens=10", "+hub_token=null"),
         *("it holds a secret: put it elsewhere", "credentials: none"),
         *("the forward pass: nan", "full_key: model.x", "token recognition error at: '('", "train.py model.path=a"),
