@@ -265,7 +265,11 @@ class Paths:
                 raise ConfigError(f"paths.{key} must be a folder, got {getattr(self, key)!r}")
 
     def prepare(self, run: str) -> Path:
-        """Make the run's output folder and the results folder; ConfigError when one cannot be written."""
+        """Make the run's output folder and the results folder.
+
+        Raises:
+            ConfigError: one cannot be written, or in it lies something else where the run is going to write.
+        """
         for key, folder in (("output", Path(self.output) / run), ("results", Path(self.results))):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -277,4 +281,16 @@ class Paths:
                 raise ConfigError(
                     f"paths.{key}: cannot write to {folder} ({reason}); choose another folder with paths.{key}=DIR"
                 ) from error
-        return Path(self.output) / run
+        folder = Path(self.output) / run
+        adapter, checkpoints = folder / "adapter", folder / CHECKPOINTS
+        for path, sound, kind in (
+            (adapter, adapter.is_dir() and not adapter.is_symlink(), "a folder"),  # which is replaced, no link to one
+            (checkpoints, checkpoints.is_dir(), "a folder"),
+            *(
+                (file, file.is_file(), "a file")
+                for file in (Path(self.results) / f"{run}.json", folder / "metrics.csv")
+            ),
+        ):
+            if os.path.lexists(path) and not sound:
+                raise ConfigError(f"{path} is not {kind}, as this run has to write there: move it away")
+        return folder

@@ -120,7 +120,8 @@ def test_whatever_a_record_holds_is_text_on_the_page(tmp_path, monkeypatch, rend
     scale = {"common": ["task=digits", "model=timm", model, "adapter=flora"], "grid": {"seed": [0]}}
     (tmp_path / "experiments" / "eurosat.yaml").write_text(yaml.safe_dump({"title": EVIL, "scales": {"mini": scale}}))
     (cell,) = load("eurosat").cells
-    planted = {"metric": EVIL, "device": EVIL, "commit": EVIL, "metrics": {EVIL: 0.5}}
+    named = settings_of(cell)["model"]["timm_name"]
+    planted = {"model": named, "metric": EVIL, "device": EVIL, "commit": EVIL, "metrics": {EVIL: 0.5}}
     planted["config"] = settings_of(cell) | {EVIL: EVIL}
     monkeypatch.setattr("flora.results.render.plots", lambda *_: [])  # no such file name
     write(Store(tmp_path / "records"), cell, 0.5, **planted)
