@@ -5,14 +5,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from flora.errors import CheckpointError
-from flora.launch import preemption
 from flora.secrets import without_secrets
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout: configs/, experiments/ and results/ lie there
@@ -69,8 +69,12 @@ def unlike(names: Collection[str], expected: Collection[str]) -> str | None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, swap: Callable[[], AbstractContextManager[None]]) -> Iterator[Path]:
     """A temporary neighbour to fill, which takes the place of ``path`` when all is written.
+
+    Args:
+        path: the folder.
+        swap: gives a context in which no signal comes between the removal of the old folder and the new one's place.
 
     Raises:
         CheckpointError: the disk is full or refuses.
@@ -80,7 +84,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        with preemption.held():  # between the two there is neither the old nor the new
+        with swap():  # between the two there is neither the old nor the new
             shutil.rmtree(path, ignore_errors=True)
             temporary.rename(path)
     except (OSError, SafetensorError) as error:

@@ -5,7 +5,10 @@ The first of them writes and speaks, and the others are silent. Alone, a process
 
 import contextlib
 import os
+import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,10 +45,22 @@ def misplaced() -> str | None:
             f"{there} says that this is one of several processes, but there is no {' and no '.join(missing)}: {remedy}"
         )
     for name in (*_PLACE, "MASTER_PORT"):
-        if not (place[name] or "").isdecimal():
+        if not re.fullmatch(r"[0-9]{1,9}", place[name] or ""):
             return f"{name}={place[name]} is not a number: {remedy}"
-    if int(place["RANK"] or 0) >= int(place["WORLD_SIZE"] or 0):
-        return f"RANK={place['RANK']} is not below WORLD_SIZE={place['WORLD_SIZE']}: {remedy}"
+    rank, size, local = (int(place[name] or 0) for name in _PLACE)
+    here = os.environ.get("LOCAL_WORLD_SIZE", str(size))
+    if not re.fullmatch(r"[0-9]{1,9}", here):
+        return f"LOCAL_WORLD_SIZE={here} is not a number: {remedy}"
+    port = int(place["MASTER_PORT"] or 0)
+    for wrong, said in (
+        (rank >= size, f"RANK={rank} is not below WORLD_SIZE={size}"),
+        (not 0 < int(here) <= size, f"LOCAL_WORLD_SIZE={here} is not between 1 and WORLD_SIZE={size}"),
+        (local >= int(here), f"LOCAL_RANK={local} is not below the number of processes here, {here}"),
+        (local > rank, f"LOCAL_RANK={local} is above RANK={rank}"),
+        (not 0 < port < 1 << 16, f"MASTER_PORT={port} is no port"),
+    ):
+        if wrong:
+            return f"{said}: {remedy}"
     return None
 
 
@@ -96,7 +111,20 @@ def start(cpu: bool) -> None:
     if not cpu and here > gpus > 0:
         raise ConfigError(f"{here} processes share {gpus} GPUs here: start one for each, or set trainer.device=cpu")
     # What the processes tell each other of signals and errors goes by gloo, which needs no GPU to wait for.
-    PartialState(cpu=cpu, backend="cpu:gloo,cuda:nccl" if gpus and not cpu else None)
+    with _mortal():
+        PartialState(cpu=cpu, backend="cpu:gloo,cuda:nccl" if gpus and not cpu else None)
+
+
+@contextlib.contextmanager
+def _mortal() -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C end the process at once: torch waits where no handler of Python's is called."""
+    mine = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT) if mine}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _tasks_of_submitit() -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from flora.files import whole_folder, write_json
-from flora.launch import processes
+from flora.launch import preemption, processes
 from flora.results.record import Record, now
 from flora.training.model_card import write_card
 from flora.training.run import Outcome, Run
@@ -42,7 +42,7 @@ def _finished(record: Record, run: Run, outcome: Outcome) -> Record:
         record.adapter_path = str(folder)
         if run.claim is not None:
             run.claim.check()
-        with whole_folder(folder) as place:
+        with whole_folder(folder, preemption.held) as place:
             run.method.save(outcome.adapted.model, place)
             for config in place.glob("*.json"):  # it may name a place of this machine, and people publish it
                 write_json(config, json.loads(config.read_text()))

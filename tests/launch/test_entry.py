@@ -1,11 +1,14 @@
 """What every script imports to be launched starts at once, and a strange place to start in ends it in one line."""
 
+import contextlib
 import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -88,6 +91,14 @@ PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2 is not a number"),
         ({"MASTER_PORT": "x"}, "MASTER_PORT=x is not a number"),
         ({"RANK": "1"}, "RANK=1 is not below WORLD_SIZE=1"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3 is not below WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 is not below WORLD_SIZE=0"),
+        ({"RANK": "\u0662", "WORLD_SIZE": "4"}, "RANK=\u0662 is not a number"),
+        ({"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK=1 is not below the"),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK=1 is above RANK=0"),
+        ({"LOCAL_WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE=2 is not between 1 and WORLD_SIZE=1"),
+        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE=x is not a number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
     ],
 )
 def test_a_place_among_processes_that_cannot_be_is_said(monkeypatch, call, changes, said):
@@ -98,6 +109,34 @@ def test_a_place_among_processes_that_cannot_be_is_said(monkeypatch, call, chang
     assert err.startswith("error: ")
     assert said in err
     assert err.count("\n") == 1
+
+
+WAITING = """
+import os, signal
+from flora.launch import preemption, processes
+preemption.install()
+import torch, accelerate
+processes.start(cpu=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_waits_for_the_other_processes_can_be_ended(tmp_path, number):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = PLACE | {"WORLD_SIZE": "2", "MASTER_PORT": str(port), "PYTHONPATH": os.getcwd()}
+    waiting = subprocess.Popen([sys.executable, "-c", WAITING], env=os.environ | place, cwd=tmp_path)
+    try:
+        while waiting.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        time.sleep(1)  # from listening to waiting
+        waiting.send_signal(number)
+        assert waiting.wait(60) == -number
+    finally:
+        waiting.kill()
 
 
 @pytest.mark.parametrize("names", [(), ("RANK",), ("RANK", "WORLD_SIZE")])
