@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import random
 import tempfile
 from functools import cache
@@ -25,7 +26,8 @@ from flora.tasks.images.parquet import open_pool, read_class_names
 from tests.mutations import damaged
 from tests.results.test_store import record
 
-FAST = range(25)
+# As many of each kind as FLORA_MUTATIONS asks of all the inputs of tests/test_mutations.py, which run whole commands.
+SEEDS = range(max(25, int(os.environ.get("FLORA_MUTATIONS", 0)) // 3))
 
 
 def png(value):
@@ -163,10 +165,4 @@ def check_files(kind, seeds, folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_refused_or_read_right(kind, sandbox):
-    check_files(kind, FAST, sandbox / "work")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "seeds"), [("parquet", range(170)), ("record", range(170)), ("adapter", range(160))])
-def test_500_damaged_files_are_refused_or_read_right(kind, seeds, sandbox):
-    check_files(kind, seeds, sandbox / "work")
+    check_files(kind, SEEDS, sandbox / "work")
