@@ -288,7 +288,8 @@ class Wandb:
             dir=str(folder),
             mode=mode,
             settings=wandb.Settings(
-                init_timeout=SECONDS,
+                init_timeout=SECONDS if mode == "online" else 4 * SECONDS,  # a busy machine starts its service slowly
+                x_service_wait=4 * SECONDS,
                 finish_timeout=SECONDS if mode == "online" else 0.0,  # offline: until it is written
                 x_disable_meta=secret,  # it holds the command line
                 console="off" if secret else "auto",
