@@ -102,7 +102,9 @@ class ReplacedConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names of the modules to adapt: full names or endings, a regular expression (str), or 'all-linear'."
+            "help": "Names of the modules to adapt: full names or endings, a regular expression (str), 'all' (every "
+            "layer of a kind that the method adapts, but for the head and modules_to_save), or 'all-linear' (linear "
+            "layers, but for the output layer of a transformers model)."
         },
     )
     exclude_modules: list[str] | set[str] | str | None = field(
