@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import re
 import sys
 import warnings
 from collections.abc import Sequence

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers import PreTrainedModel
@@ -40,7 +41,9 @@ def choose(config: Any, model: nn.Module, adapts: Callable[[nn.Module], bool]) -
             names.append(name)
     if not names:
         raise ValueError(f"target_modules: {type(model).__name__} has no layer outside its head that can be adapted")
-    config.target_modules = exactly(names, model)
+    config.target_modules = names
+    left_out = [n for n in names if isinstance(check_target_module_exists(config, n), _ExcludedModule)]
+    config.target_modules = exactly([name for name in names if name not in left_out], model)
 
 
 def heads(model: nn.Module) -> list[str]:

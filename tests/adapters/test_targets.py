@@ -2,7 +2,6 @@
 
 import warnings
 
-import flora
 import peft
 import pytest
 import timm
@@ -10,6 +9,8 @@ import torch
 import torchvision
 import transformers
 from torch import nn
+
+import flora
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Embedding, nn.LSTM)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
