@@ -30,9 +30,7 @@ def check(run: Run) -> None:
     """
     settings, splits = run.settings, run.splits
     if settings.batch_size > (count := len(splits.train)):
-        _warn(
-            f"trainer.batch_size={settings.batch_size} is more than the {count} examples there are: one step an epoch"
-        )
+        _warn(f"trainer.batch_size={settings.batch_size} is more than the {count} examples that there are")
     workers = settings.num_workers * _PROCESS
     memory.check(workers, f"trainer.num_workers={settings.num_workers}", "lower it")
     if isinstance(run.model, TakesImages):
@@ -74,9 +72,9 @@ def _check_parameters(run: Run) -> None:
 def _larger_than_their_layers(model: nn.Module) -> list[str]:
     """Names of PEFT's layers whose adapter has more parameters than their weights."""
     large = []
-    layers: list[tuple[str, Any]] = [*model.named_modules()]
-    for name, layer in layers:
-        if isinstance(layer, BaseTunerLayer):
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layer: Any = module  # its other base, nn.Module, is each method's own
             base = {id(p): p.numel() for p in layer.get_base_layer().parameters()}
             own = sum(p.numel() for p in layer.parameters() if p.requires_grad and id(p) not in base)
             if own > sum(base.values()) >= _SMALL:

@@ -51,7 +51,6 @@ def test_the_nearest_name_is_offered(word, near, monkeypatch, capsys):
         "/my pics (2020)/a",
         "/a[1]/{b}",
         'it\'s "x" \\',
-        "/a\\",
     ],
 )
 def test_the_quoting_that_is_offered_works(path, monkeypatch, capsys):
@@ -69,5 +68,5 @@ def test_a_word_that_is_no_override(monkeypatch, capsys):
 
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigError, match="trainer.device=cuda, but torch finds no GPU here: leave it auto"):
+    with pytest.raises(ConfigError, match=r"trainer\.device=cuda, but torch finds no GPU here: leave it auto"):
         TrainerSettings(epochs=1, lr=1e-3, device="cuda")
