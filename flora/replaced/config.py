@@ -59,7 +59,7 @@ def documented(kind: Config) -> Config:
     for own in sorted(dataclasses.fields(kind), key=lambda own: own.name in plumbing):
         default = own.default_factory() if callable(own.default_factory) else own.default
         text = f"{own.name} (default {default!r}): {own.metadata.get('help', '')}"
-        lines += textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent="        ")
+        lines += textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
     kind.__doc__ = "\n".join(lines)
     return kind
 
