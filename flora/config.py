@@ -1,6 +1,7 @@
 """Configs: what train.py composes, safe instantiation, and the run's identity."""
 
 import contextlib
+import difflib
 import hashlib
 import json
 import math
@@ -11,6 +12,7 @@ from types import FunctionType
 from typing import Any, cast
 
 import hydra
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -87,9 +89,15 @@ def check_shape(cfg: DictConfig) -> None:
     """Refuse what no setting of a run may be, before anything reads it.
 
     Raises:
-        ConfigError: a group that is no mapping or is missing, a number that is not finite, a text with a null byte, an
-            unknown mode, a checkpoint that it would not read, a seed that is none, a switch that is neither on nor off.
+        ConfigError: a key that nothing reads, a group that is no mapping or is missing, a number that is not finite, a
+            text with a null byte, an unknown mode, a checkpoint that it would not read, a seed that is none, a switch
+            that is neither on nor off.
     """
+    for key in cfg:
+        if key not in _known():
+            near = difflib.get_close_matches(str(key), _known())
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{key!s}: nothing reads such a key{hint}")
     for group in _GROUPS:
         if not isinstance(cfg.get(group), DictConfig):
             raise ConfigError(f"{group} must be a group of settings, got {cfg.get(group)!r}")
@@ -103,6 +111,14 @@ def check_shape(cfg: DictConfig) -> None:
     for key in ("force", "retry"):
         if not isinstance(cfg[key], bool):
             raise ConfigError(f"{key} must be true or false, got {cfg[key]!r}")
+
+
+@cache
+def _known() -> list[str]:
+    """What a config may hold: the keys of configs/train.yaml and the groups."""
+    configs = ROOT / "configs"
+    own = yaml.safe_load((configs / "train.yaml").read_text(encoding="utf-8"))
+    return [*own, *(path.name for path in configs.iterdir() if path.is_dir())]
 
 
 def _check_values(node: Any, name: str) -> None:

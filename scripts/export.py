@@ -1,6 +1,6 @@
 """Convert adapters: from published checkpoints, LoRA or a full fine-tune to FLoRA, and from FLoRA to LoRA or LyCORIS.
 
-python scripts/export.py my_adapter lora_folder --to lora
+python scripts/export.py outputs/RUN_ID lora_folder --to lora
 python scripts/export.py my_adapter lora_folder --to lora --model convnext --merge-rest base.safetensors
 python scripts/export.py flora.pt adapter_folder --from published --scale 4 --model resnet50
 python scripts/export.py tuned.safetensors adapter_folder --from checkpoint --energy 0.9 --model transformers:bert
@@ -9,7 +9,8 @@ python scripts/export.py tuned.safetensors adapter_folder --from checkpoint --en
 import argparse
 import copy
 import pickle
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import flora.models
 from flora.adapters import convert
 from flora.adapters.export import folder_to_lora, merge_what_lora_cannot_hold, to_lora, to_lycoris
 from flora.errors import ConfigError
+from flora.files import saved_weights
 from flora.launch.entry import main
 from flora.methods.base import first_lines
 
@@ -31,6 +33,8 @@ from flora.methods.base import first_lines
 def export(arguments: Sequence[str] | None = None) -> None:
     """Read the source, convert it on the architecture it belongs to, write the result."""
     options = _parser().parse_args(arguments)
+    if options.source_kind in ("flora", "lora") and (weights := saved_weights(options.source)) is not None:
+        options.source = weights.parent  # the adapter in the folder of a run
     if (options.source_kind == "flora") == (options.to == "flora"):
         raise ConfigError("--from, --to: one of the two must be flora, the other something else")
     if options.source_kind in ("flora", "lora") and not (options.source / "adapter_config.json").is_file():
@@ -42,7 +46,8 @@ def export(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.to == "lora" and not options.merge_rest:
             architecture = None if options.model is None else build(options.model, options.num_classes, weights=False)
-            folder_to_lora(options.source, options.output, architecture, options.embeddings)
+            left = folder_to_lora(options.source, options.output, architecture, options.embeddings, leave_out=True)
+            tell(left)
             print(f"lora: {options.output}")
             return
         model = build(options.model, options.num_classes)
@@ -58,6 +63,18 @@ def export(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise ConfigError(first_lines(error)) from error
     print(f"{options.to}: {options.output}")
+
+
+def tell(left: Mapping[str, str]) -> None:
+    """Say which layers LoRA cannot hold, since what is written does less than the adapter."""
+    for name, reason in left.items():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    if left:
+        print(
+            f"warning: {len(left)} layers are left out, so the LoRA adapter is not the whole update: --merge-rest FILE "
+            "--model NAME merges them into the base instead",
+            file=sys.stderr,
+        )
 
 
 def merge_rest(model: peft.PeftModel, place: Path) -> None:
@@ -134,7 +151,7 @@ def _given(options: argparse.Namespace, name: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("source", type=Path, help="adapter folder (flora, lora) or checkpoint file")
+    parser.add_argument("source", type=Path, help="run or adapter folder (flora, lora), or checkpoint file")
     parser.add_argument("output", type=Path, help="adapter folder (flora, lora) or safetensors file (lycoris)")
     sources = ("flora", "published", "nlp", "lora", "checkpoint")
     parser.add_argument(

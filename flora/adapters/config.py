@@ -9,6 +9,7 @@ from flora.replaced.config import (
     check_choice,
     check_patterns,
     check_rank,
+    documented,
     holds,
     is_integer,
     is_number,
@@ -18,6 +19,7 @@ INITS = ("orthogonal", "paper", "nlu", "llm", "hosvd")
 FLORA = PeftMethod("FLORA")
 
 
+@documented
 @dataclass
 class FloraConfig(ReplacedConfig):
     """Configuration of FLoRA: every targeted weight becomes W + scale * (G x_1 A_1 ... x_N A_N) (arXiv 2405.14739)."""

@@ -5,8 +5,9 @@ cannot hold is refused, or merged into the base (``merge_what_lora_cannot_hold``
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -41,12 +42,23 @@ class _Update:
 # ---------------------------------------------------------------------- PEFT's LoRA
 
 
-def to_lora(model: peft.PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+def to_lora(
+    model: peft.PeftModel, folder: str | Path, adapter_name: str = "default", leave_out: bool = False
+) -> dict[str, str]:
     """Write an adapter as a PEFT LoRA adapter with the same updates up to rounding.
 
     ``lora_B`` is scale * A_out (a 1 x 1 convolution), ``lora_A`` the core with its input and kernel factors; alpha = r,
     with one rank per layer: a reader that knows no patterns, such as vLLM, takes the factor alpha / r = 1 too. Trained
     heads and biases go along.
+
+    Args:
+        model: that carries the adapter.
+        folder: what to write.
+        adapter_name: which adapter.
+        leave_out: leave out the layers whose update PEFT's LoRA cannot hold; what is written is then another model.
+
+    Returns:
+        The layers that were left out, each with the reason.
 
     Raises:
         ValueError: for layers whose update PEFT's LoRA cannot hold or would apply differently.
@@ -54,14 +66,19 @@ def to_lora(model: peft.PeftModel, folder: str | Path, adapter_name: str = "defa
     config, layers = _adapter(model, adapter_name)
     if not layers:
         raise ValueError("adapter_name: no layer is left to convert; save the merged model alone")
-    updates = [_of_layer(name, layer, adapter_name) for name, layer in layers]
+    updates, left = _held({name: partial(_of_layer, name, layer, adapter_name) for name, layer in layers}, leave_out)
     modules = dict(model.get_base_model().named_modules())
     _write_lora(updates, config, _others(model, adapter_name), modules, Path(folder))
+    return left
 
 
 def folder_to_lora(
-    source: str | Path, folder: str | Path, model: nn.Module | None = None, embeddings: Collection[str] = ()
-) -> None:
+    source: str | Path,
+    folder: str | Path,
+    model: nn.Module | None = None,
+    embeddings: Collection[str] = (),
+    leave_out: bool = False,
+) -> dict[str, str]:
     """Write a saved adapter as a PEFT LoRA adapter, without the weights of its base.
 
     Args:
@@ -71,6 +88,10 @@ def folder_to_lora(
             are taken for linear layers [out, in], and weights of more modes for convolutions that neither have groups
             nor dilate nor pad with anything but zeros.
         embeddings: names (full or endings) of adapted embeddings, where there is no model.
+        leave_out: leave out the layers whose update PEFT's LoRA cannot hold; what is written is then another model.
+
+    Returns:
+        The layers that were left out, each with the reason.
 
     Raises:
         ValueError: for layers whose update PEFT's LoRA cannot hold or would apply differently, and for folders that
@@ -86,7 +107,7 @@ def folder_to_lora(
     modules = None if model is None else dict(model.named_modules())
     # Saved from a model that diffusers or transformers adapted, names lack the prefix of PEFT's wrapper.
     state = {f"{_PREFIX}{key.removeprefix(_PREFIX)}": value for key, value in load_file(file).items()}
-    updates, others = [], {}
+    readings, others = dict[str, Callable[[], _Update]](), {}
     for key, value in state.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.tucker_(core|factors|magnitude)\.(.+)", key)
         if match is None:
@@ -94,10 +115,30 @@ def folder_to_lora(
         elif match[2] == "magnitude":
             _refuse(match[1], "use_dora is not a sum and has no LoRA layout")
         elif match[2] == "core":
-            updates.append(_of_file(match[1], match[3], state, config, modules, embeddings))
-    if not updates:
+            name, weight = match[1], match[3]
+            read = partial(_of_file, name, weight, state, config, modules, embeddings)
+            readings[f"{name}.{weight}".removesuffix(".weight")] = read
+    if not readings:
         raise ValueError(f"{file}: no tucker_core in it; was it saved by FLoRA?")
+    updates, left = _held(readings, leave_out)
     _write_lora(updates, config, others, modules or {update.name: nn.Module() for update in updates}, Path(folder))
+    return left
+
+
+def _held(readings: Mapping[str, Callable[[], _Update]], leave_out: bool) -> tuple[list[_Update], dict[str, str]]:
+    """The updates that LoRA can hold, and why it cannot hold the others; without ``leave_out`` these are errors."""
+    updates, left = list[_Update](), dict[str, str]()
+    for name, read in readings.items():
+        try:
+            updates.append(read())
+        except LoraCannotHold as error:
+            if not leave_out:
+                raise
+            left[name] = error.reason
+    if not updates:
+        name, reason = next(iter(left.items()))
+        _refuse(name, reason)
+    return updates, left
 
 
 def _of_file(
@@ -261,8 +302,16 @@ def to_lycoris(model: peft.PeftModel, file: str | Path, adapter_name: str = "def
 # ---------------------------------------------------------------------- what LoRA can hold
 
 
+class LoraCannotHold(ValueError):
+    """An update that has no place in LoRA's layout, with the ``reason``."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}; merge the adapter instead")
+        self.reason = reason
+
+
 def _refuse(name: str, reason: str) -> NoReturn:
-    raise ValueError(f"{name}: {reason}; merge the adapter instead")
+    raise LoraCannotHold(name, reason)
 
 
 def _kind(name: str, base: nn.Module) -> str:
@@ -301,7 +350,7 @@ def _of_layer(name: str, layer: FloraLayer, adapter_name: str) -> _Update:
 def _holds(name: str, layer: FloraLayer, adapter_name: str) -> bool:
     try:
         _of_layer(name, layer, adapter_name)
-    except ValueError:
+    except LoraCannotHold:
         return False
     return True
 

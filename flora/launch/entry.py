@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flora.config import one_line
 from flora.errors import ConfigError, FloraError, Interrupted, enough_memory
-from flora.launch import pipes, preemption, processes, sweep
+from flora.launch import hints, pipes, preemption, processes, sweep
 from flora.secrets import unspoken, without_secrets
 
 
@@ -103,7 +103,7 @@ def _run(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
             sys.exit(end.exit_code)
         sys.exit(preemption.BY_HAND)
     except (FloraError, HydraException, OmegaConfBaseException) as error:
-        _tell(f"error: {one_line(error)}", trace())
+        _tell(f"error: {without_secrets(hints.explained(error))}", trace())
         sys.exit(error.exit_code if isinstance(error, FloraError) else 2)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and pipes.unread():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from flora.methods.allocation import check_allocation
 from flora.methods.base import CONVS, LAYERS, Adapted, adaptable, effective_ranks, normalisations
 from flora.methods.budget import Budget, Matched
 from flora.methods.ladders import has_ranks
+from flora.replaced.targets import exactly
 from flora.values import with_floats
 
 _KINDS = {kind.__name__: kind for kind in LAYERS}
@@ -136,7 +136,7 @@ class Peft:
         if self.target_modules == "all":
             names = adaptable(model, head)
         elif self.target_modules == "norms":
-            return _exactly(normalisations(model, head), model), []
+            return exactly(normalisations(model, head), model), []
         elif self.skip_depthwise or self.skip_own_padding or self.layer_types != LAYERS:
             probe = peft.LoraConfig(target_modules=cast(Any, self.target_modules))
             names = [n for n, m in model.named_modules() if isinstance(m, LAYERS) and _matches(probe, n)]
@@ -148,7 +148,7 @@ class Peft:
         skipped = sorted(name for name in names if not self._can_adapt(model.get_submodule(name)))
         if len(skipped) == len(names):
             raise ValueError(f"target_modules: {self.name} can adapt none of the targeted layers ({skipped[0]}, ...)")
-        return _exactly(sorted(set(names) - set(skipped)), model), skipped
+        return exactly(sorted(set(names) - set(skipped)), model), skipped
 
     def _can_adapt(self, layer: nn.Module) -> bool:
         if self.skip_depthwise and getattr(layer, "groups", 1) > 1:
@@ -183,16 +183,6 @@ def _pattern(key: str, value: Any) -> Any:
         (setting,) = (v for k, v in entry.items() if k != "pattern")
         patterns[str(entry["pattern"])] = setting
     return patterns
-
-
-def _exactly(names: list[str], model: nn.Module) -> str | list[str]:
-    """The names for PEFT, which also takes endings of names: a regular expression where others end in one of them."""
-    wanted = set(names)
-    for name, _ in model.named_modules():
-        parts = name.split(".")
-        if name not in wanted and any(".".join(parts[i:]) in wanted for i in range(1, len(parts))):
-            return "|".join(re.escape(name) for name in names)
-    return names
 
 
 def _matches(config: peft.PeftConfig, name: str) -> bool:

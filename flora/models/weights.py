@@ -152,7 +152,7 @@ def resolve(source: Source) -> Path:
             tried.append(f"{place}: {error}")
     raise WeightsError(
         f"no weights {source.name} ({'; '.join(tried)}): connect to the network once, "
-        "or name a local file with model.weights=PATH"
+        "name a local file with model.weights=PATH, or start from random numbers with model.pretrained=false"
     )
 
 

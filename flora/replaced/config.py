@@ -3,10 +3,11 @@
 import dataclasses
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import numpy as np
 from peft import PeftConfig
@@ -46,6 +47,21 @@ class PeftMethod(str):
 
     def __format__(self, spec: str) -> str:
         return format(self.value, spec)
+
+
+Config = TypeVar("Config", bound=type[PeftConfig])
+
+
+def documented(kind: Config) -> Config:
+    """Let ``help`` of a configuration show its fields: their defaults and the help strings that PEFT has them carry."""
+    plumbing = {own.name for own in dataclasses.fields(PeftConfig)}
+    lines = [kind.__doc__ or "", "", "Args:"]
+    for own in sorted(dataclasses.fields(kind), key=lambda own: own.name in plumbing):
+        default = own.default_factory() if callable(own.default_factory) else own.default
+        text = f"{own.name} (default {default!r}): {own.metadata.get('help', '')}"
+        lines += textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
+    kind.__doc__ = "\n".join(lines)
+    return kind
 
 
 @dataclass
@@ -102,7 +118,9 @@ class ReplacedConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names of the modules to adapt: full names or endings, a regular expression (str), or 'all-linear'."
+            "help": "Names of the modules to adapt: full names or endings, a regular expression (str), 'all' (every "
+            "layer of a kind that the method adapts, but for the head and modules_to_save), or 'all-linear' (linear "
+            "layers, but for the output layer of a transformers model)."
         },
     )
     exclude_modules: list[str] | set[str] | str | None = field(

@@ -10,7 +10,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from typing_extensions import override
 
-from flora.replaced import merging
+from flora.replaced import merging, targets
 from flora.replaced.bases import packed_linear
 from flora.replaced.layer import ReplacedLayer
 from flora.replaced.mixed import passing_names
@@ -34,8 +34,9 @@ class ReplacedModel(BaseTuner):
     @override
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
-        targets = config.target_modules
-        targets = sorted(targets) if isinstance(targets, list | set | tuple) else []
+        targets.choose(config, model, self._adapts)
+        names = config.target_modules
+        names = sorted(names) if isinstance(names, list | set | tuple) else []
         try:
             check_adapter_name(adapter_name)
             with warnings.catch_warnings():
@@ -45,7 +46,7 @@ class ReplacedModel(BaseTuner):
         except Exception:
             self._take_out(model, adapter_name)
             raise
-        self.warn_of_missed("target_modules", targets, self.targeted_module_names)
+        self.warn_of_missed("target_modules", names, self.targeted_module_names)
         adapted = [name for name, _, _ in self.adapted_weights(adapter_name)]
         adapted += [name.rpartition(".")[0] for name in adapted] + self.targeted_module_names
         for field in config._patterns:
@@ -108,11 +109,24 @@ class ReplacedModel(BaseTuner):
     ) -> ReplacedLayer:
         if isinstance(target, BaseTunerLayer):
             raise ValueError(f"target_modules: {name} already carries an adapter of another method")
-        for kinds, layer in self.layer_classes:
-            if isinstance(target, kinds) or (nn.Linear in kinds and packed_linear(target)):
-                return layer(target, adapter_name, config, name)
+        if (layer := self._layer_for(target)) is not None:
+            return layer(target, adapter_name, config, name)
         supported = ", ".join(kind.__name__ for kinds, _ in self.layer_classes for kind in kinds)
         self.refuse_layer(config, name, type(target).__name__, supported)
+
+    def _layer_for(self, module: nn.Module) -> type[ReplacedLayer] | None:
+        """What adapts a module of its kind, if anything does."""
+        found = (
+            layer
+            for kinds, layer in self.layer_classes
+            if isinstance(module, kinds) or (nn.Linear in kinds and packed_linear(module))
+        )
+        return next(found, None)
+
+    def _adapts(self, module: nn.Module) -> bool:
+        if isinstance(module, ReplacedLayer):
+            return isinstance(module, self.tuner_layer_cls) and not module.child_name
+        return self._layer_for(module) is not None
 
     def refuse_layer(self, config: Any, name: str, kind: str, supported: str) -> NoReturn:
         """Raise ValueError: the layer of this name and kind is none of the supported kinds."""

@@ -2,28 +2,35 @@
 
 import contextlib
 import re
+import sys
 import warnings
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from flora import memory
 from flora.errors import ConfigError
+from flora.launch import processes
 from flora.methods.heads import trained
 from flora.models.spec import TakesImages
 from flora.training.run import Run
 
 _NUMBER = 4  # bytes of a parameter, and of each of its gradient and of AdamW's two averages
+_SMALL = 1024  # parameters of a layer below which nobody minds an adapter that is larger
 _PROCESS = 200 << 20  # bytes of a process that loads data: Python and torch alone
 
 
 def check(run: Run) -> None:
-    """Refuse a run that cannot fit into memory; nothing is allocated for that.
+    """Refuse a run that cannot fit into memory; nothing is allocated for that. Warn of sizes that cannot be meant.
 
     Raises:
         ConfigError: parameters, batches or processes take more than the machine has.
     """
     settings, splits = run.settings, run.splits
+    if settings.batch_size > (count := len(splits.train)):
+        _warn(f"trainer.batch_size={settings.batch_size} is more than the {count} examples that there are")
     workers = settings.num_workers * _PROCESS
     memory.check(workers, f"trainer.num_workers={settings.num_workers}", "lower it")
     if isinstance(run.model, TakesImages):
@@ -51,10 +58,33 @@ def _check_parameters(run: Run) -> None:
                 adapted = run.method.apply(network, run.model.classifier)
         except (ValueError, TypeError, NotImplementedError, re.error):
             return  # it reads the weights, or refuses them: seen when there are some
+    if large := _larger_than_their_layers(adapted.model):
+        _warn(
+            f"{run.method.name}: in {len(large)} layers (first {large[0]}) the adapter has more parameters than the "
+            "weight: lower its ranks, or train these layers with adapter=full"
+        )
     outside, inside = trained(adapted.model, run.model.classifier)
     count = sum(p.numel() for p in adapted.model.parameters())
     beside = 0 if run.settings.on_gpu else 3 * (outside + inside)  # on a GPU, which says itself what it lacks
     memory.check((count + beside) * _NUMBER, f"{outside:,} parameters to train", "lower the adapter's ranks or sizes")
+
+
+def _larger_than_their_layers(model: nn.Module) -> list[str]:
+    """Names of PEFT's layers whose adapter has more parameters than their weights."""
+    large = []
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layer: Any = module  # its other base, nn.Module, is each method's own
+            base = {id(p): p.numel() for p in layer.get_base_layer().parameters()}
+            own = sum(p.numel() for p in layer.parameters() if p.requires_grad and id(p) not in base)
+            if own > sum(base.values()) >= _SMALL:
+                large.append(name.removeprefix("base_model.model."))
+    return large
+
+
+def _warn(text: str) -> None:
+    if processes.first():
+        print(f"warning: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"  # their folder in a run's folder
 _DTYPES = ("fp32", "bf16")
+_DEVICES = ("auto", "cuda", "cpu")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TrainerSettings:
         eval_steps: steps between two looks at validation; null: once an epoch.
         dtype: ``fp32``, or ``bf16`` for autocast over fp32 weights.
         frozen_dtype: ``bf16`` keeps frozen weights in bf16, with ``dtype=bf16``; what is trained stays in fp32.
-        device: ``auto`` (a GPU when there is one) or ``cpu``.
+        device: ``auto`` (a GPU when there is one), ``cuda`` (an error where there is none) or ``cpu``.
         max_eval_examples: at most so many validation and test examples, a fixed draw; null for all.
         deterministic: bit-equal repeats on the same machine, where torch has deterministic kernels.
         log_every: steps between training-loss logs.
@@ -104,8 +105,10 @@ class TrainerSettings:
                 raise ConfigError(f"trainer.{name} must lie in [0, {most:g}], got {getattr(self, name)!r}")
         if self.dtype not in _DTYPES:
             raise ConfigError(f"trainer.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
-        if self.device not in ("auto", "cpu"):
-            raise ConfigError(f"trainer.device must be auto or cpu, got {self.device!r}")
+        if self.device not in _DEVICES:
+            raise ConfigError(f"trainer.device must be one of {', '.join(_DEVICES)}, got {self.device!r}")
+        if self.device == "cuda" and not self.on_gpu:
+            raise ConfigError("trainer.device=cuda, but torch finds no GPU here: leave it auto to train on the CPU")
         from transformers import SchedulerType  # here, as what only reads records and paths needs no transformers
 
         if self.schedule not in (schedules := [kind.value for kind in SchedulerType]):

@@ -49,6 +49,22 @@ def test_flora_to_lora(bert, tmp_path):
     torch.testing.assert_close(logits(lora), logits(model), rtol=1e-5, atol=1e-5)
 
 
+def test_the_folder_of_a_run_to_lora_without_what_lora_cannot_hold(tmp_path, capsys):
+    net = torch.nn.ModuleDict({"wide": torch.nn.Conv2d(8, 8, 3, groups=8), "point": torch.nn.Conv2d(8, 4, 1)})
+    config = flora.FloraConfig(target_modules=["wide", "point"], init_weights=False)
+    model = peft.get_peft_model(net, config)
+    model.save_pretrained(tmp_path / "run" / "adapter")
+    export([str(tmp_path / "run"), str(tmp_path / "lora"), "--to", "lora"])
+    said = capsys.readouterr()
+    assert said.out == f"lora: {tmp_path / 'lora'}\n"
+    assert "left out: wide: one input channel looks like a depthwise convolution" in said.err
+    assert "warning: 1 layers are left out" in said.err
+    plain = torch.nn.ModuleDict({"wide": torch.nn.Conv2d(8, 8, 3, groups=8), "point": torch.nn.Conv2d(8, 4, 1)})
+    lora = peft.PeftModel.from_pretrained(plain, tmp_path / "lora").base_model.model["point"]
+    expected = model.base_model.model["point"].get_delta_weight("default")
+    torch.testing.assert_close(lora.get_delta_weight("default"), expected)
+
+
 def test_published_to_flora(bert, tmp_path):
     published = PublishedModel(load(bert), {name: [3, 2] for name in LAYERS}, scale=0.5)
     torch.save(published.checkpoint(), tmp_path / "published.pt")

@@ -208,6 +208,16 @@ def test_folders_that_lora_cannot_hold_are_refused(message, tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "folder"])
+def test_what_lora_cannot_hold_is_left_out_where_asked(whole, tmp_path):
+    model = saved(Everything(), tmp_path / "flora", target_modules=["depthwise", "last"])
+    write, source = (to_lora, model) if whole else (folder_to_lora, tmp_path / "flora")
+    left = write(source, tmp_path / "lora", leave_out=True)
+    assert list(left) == ["depthwise"]
+    assert "depthwise" in left["depthwise"] or "grouped" in left["depthwise"]
+    assert peft.LoraConfig.from_pretrained(tmp_path / "lora").target_modules == {"last"}
+
+
 def test_layers_that_only_the_architecture_shows(tmp_path):
     for name, message in {"dilated": "do not dilate", "up": "ConvTranspose2d", "depthwise": "grouped"}.items():
         saved(Everything(), tmp_path / name, target_modules=[name])
@@ -250,7 +260,7 @@ def test_the_script_takes_the_architecture_without_weights(tmp_path):
     assert_alike(lora(tokens()).logits, model(tokens()).logits, base(tokens()).logits)
 
 
-def test_the_script_merges_the_rest_of_a_convnext(tmp_path, monkeypatch):
+def test_the_script_leaves_out_or_merges_the_rest_of_a_convnext(tmp_path, monkeypatch, capsys):
     """Its depthwise convolutions, which LoRA has no layout for, go into the base."""
 
     def build(*_, **__):
@@ -263,8 +273,9 @@ def test_the_script_merges_the_rest_of_a_convnext(tmp_path, monkeypatch):
     model = saved(build(), tmp_path / "flora", target_modules=targets, modules_to_save=["head.fc"])
     images = torch.randn(2, 3, 32, 32)
     command = [str(tmp_path / "flora"), str(tmp_path / "lora"), "--to", "lora", "--model", "convnext"]
-    with pytest.raises(ConfigError, match="conv_dw: a grouped convolution has no LoRA layout; merge the adapter"):
-        export(command)
+    export(command)
+    assert "left out: stages.0.blocks.0.conv_dw: a grouped convolution has no LoRA layout" in capsys.readouterr().err
+    assert not [key for key in load_file(tmp_path / "lora" / "adapter_model.safetensors") if "conv_dw" in key]
     export([*command, "--merge-rest", str(tmp_path / "base.safetensors")])
     served = build()
     served.load_state_dict(load_file(tmp_path / "base.safetensors"))

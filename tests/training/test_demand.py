@@ -47,3 +47,25 @@ def test_a_setting_that_asks_for_too_much_is_refused_first(overrides, remedy, sa
     assert re.search(remedy, said), said
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 << 10, "in KB: nothing large was made"
     assert not list((sandbox / "work").rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        (["trainer.batch_size=5000"], r"warning: trainer.batch_size=5000 is more than the \d+ examples that there are"),
+        (
+            ["adapter=lora", "adapter.r=500"],
+            r"warning: lora: in \d+ layers \(first .*\) the adapter has",
+        ),
+        (
+            ["adapter=flora", "adapter.r=500", "adapter.kernel_rank=7"],
+            r"warning: flora: in \d+ layers \(first .*\) the adapter has",
+        ),
+    ],
+)
+def test_sizes_that_cannot_be_meant_are_a_warning(overrides, warning, sandbox, monkeypatch, capsys):
+    command = {o.split("=")[0]: o for o in (*TINY, "trainer.device=cpu", *overrides)}
+    monkeypatch.setattr(sys, "argv", ["train.py", *command.values()])
+    main(train.job, trace=lambda: False)
+    said = capsys.readouterr().err
+    assert len(re.findall(r"^warning: ", said, re.MULTILINE)) == len(re.findall(warning, said)) == 1, said

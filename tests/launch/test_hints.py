@@ -1,0 +1,72 @@
+"""What an override that Hydra refuses is answered with."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from flora.errors import ConfigError
+from flora.launch.entry import main
+from flora.training.settings import TrainerSettings
+
+
+def refused(word, monkeypatch, capsys):
+    """The one line, and that it is the end with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "task=imagefolder", "logger=none", word])
+    with pytest.raises(SystemExit) as end:
+        main(train.job, trace=lambda: False)
+    assert end.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("task=vtb", "task=vtb: there is no such task; did you mean vtab? choose one of"),
+        ("adapter=flra", "adapter=flra: there is no such adapter; did you mean flora"),
+        ("tsk=vtab", "tsk: there is no such key; did you mean task? --cfg job lists all"),
+        ("trainer.epoch=3", "trainer.epoch: there is no such key; did you mean trainer.epochs"),
+        ("adapter.rnk=3", "adapter.rnk: there is no such key; did you mean adapter.r"),
+        ("image_size=64", "image_size: there is no such key; did you mean model.image_size"),
+        ("+epohcs=3", "epohcs: nothing reads such a key"),
+        ("+seeds=3", "seeds: nothing reads such a key; did you mean seed?"),
+    ],
+)
+def test_the_nearest_name_is_offered(word, near, monkeypatch, capsys):
+    assert refused(word, monkeypatch, capsys).startswith(near)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "it's",
+        "/a(b)/c",
+        "/a,b",
+        "a=b",
+        '"/a b',
+        "/ä/b",
+        "~/x",
+        "/my pics (2020)/a",
+        "/a[1]/{b}",
+        'it\'s "x" \\',
+    ],
+)
+def test_the_quoting_that_is_offered_works(path, monkeypatch, capsys):
+    said = refused(f"paths.data={path}", monkeypatch, capsys)
+    _, _, offered = said.partition("quote the value, for the shell too: ")
+    (word,) = shlex.split(offered.removesuffix(", or add -m to run one after the other"))
+    assert refused(word, monkeypatch, capsys).startswith(
+        f"there is no folder {Path(path).expanduser()}: set paths.data"
+    )
+
+
+def test_a_word_that_is_no_override(monkeypatch, capsys):
+    assert refused("b/c", monkeypatch, capsys).startswith("'b/c' is no KEY=VALUE: a value with spaces takes quotes")
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"trainer\.device=cuda, but torch finds no GPU here: leave it auto"):
+        TrainerSettings(epochs=1, lr=1e-3, device="cuda")
