@@ -17,6 +17,7 @@ from flora.bench.report import DTYPES, device_of, facts, main, options, positive
 from flora.bench.timing import SPREAD, Measured, TimingSettings, measure, spread
 from flora.errors import ConfigError
 from flora.results.markdown import formatted
+from flora.results.record import device_name
 
 
 def bench_step() -> None:
@@ -41,7 +42,11 @@ def bench_step() -> None:
         methods = Methods(net, ranks, arguments.layers)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    measured = measure(methods, names, settings, device, lambda line: print(line, file=sys.stderr, flush=True))
+    say(f"{arguments.model}, batch {net.batch}, {dtype}, on {device_name(device.type == 'cpu')}: {', '.join(names)}")
+    say(f"of each {settings.warmup} steps of warm-up, then {settings.rounds} rounds of {settings.steps}; a line each")
+    if device.type == "cpu":
+        say("on a CPU a step of a large network takes minutes: --batch, --size, --rounds and --steps make it shorter")
+    measured = measure(methods, names, settings, device, say)
     result = {
         **facts("step", device),
         "model": arguments.model,
@@ -63,6 +68,11 @@ def bench_step() -> None:
     }
     print(shown(result))
     write(arguments.json, result)
+
+
+def say(line: str) -> None:
+    """A line on stderr, at once; stdout is for the table."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def parsed() -> argparse.Namespace:

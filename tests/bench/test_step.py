@@ -35,10 +35,12 @@ def prepared(method, name="test_convnext", layers="common", dtype=torch.float32,
 
 def test_every_method_leaves_a_row_and_one_that_cannot_run_says_why(run, tmp_path):
     file = tmp_path / "deep" / "step.json"
-    code, out, _ = run(
+    code, out, said = run(
         bench_step, "--model", "test_convnext", *QUICK, "--methods", ",".join(METHODS), "--json", file, "--layers=all"
     )
     assert code == 0
+    assert said.startswith("test_convnext, batch 2, fp32, on cpu: ")
+    assert "on a CPU a step of a large network takes minutes" in said
     result = json.loads(file.read_text())
     assert {"device", "torch", "command", "commit", "versions", "model", "batch", "dtype"} < result.keys()
     assert (result["captured"], result["channels_last"], result["size"]) == (False, False, 32)
