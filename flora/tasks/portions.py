@@ -54,6 +54,17 @@ def portions(strata: np.ndarray, parts: tuple[float, float, float], seed: int) -
     return {split: np.sort(np.concatenate(rows)) for split, rows in chosen.items()}
 
 
+def hold_out(strata: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that stay and rows that are held out, ascending; every stratum keeps at least one row, and all may stay."""
+    order = draw(len(strata), seed)
+    parts = []
+    for stratum in np.unique(strata):
+        rows = order[strata[order] == stratum]
+        parts.append(rows[: min(round(share * len(rows)), len(rows) - 1)])
+    held = np.sort(np.concatenate(parts))
+    return np.setdiff1d(np.arange(len(strata)), held), held
+
+
 def rule_of(parts: tuple[float, float, float], seed: int, balanced: str | None) -> str:
     """How records and messages say what ``portions`` did; ``balanced``: what the strata are."""
     percent = "/".join(f"{100 * part:.3g}" for part in parts)

@@ -24,7 +24,9 @@ def test_what_does_not_go_with_fp16_is_refused(option, said, monkeypatch):
 
 
 def test_without_a_gpu_fp16_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"trainer\.dtype=fp16 needs a GPU: take trainer\.dtype=bf16 or fp32 on a CPU"):
+    with pytest.raises(
+        ConfigError, match=r"trainer\.dtype=fp16 needs a GPU: take trainer\.dtype=bf16 or fp32 on a CPU"
+    ):
         toy_run(tmp_path, dtype="fp16", device="cpu").train()
 
 
