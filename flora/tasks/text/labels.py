@@ -72,7 +72,7 @@ def as_numbers(cells: Sequence[Any], where: Sequence[str]) -> np.ndarray:
 
 
 def indices(named: Mapping[str, Sequence[str]], names: Sequence[str] | None) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Class indices of every split, and the classes in order: the file's, else by value or alphabet.
+    """Class indices of every split, and the classes: in the file's order, else by value or alphabet.
 
     Raises:
         DataError: a split has a class that train lacks, or train a label that is none of the names.

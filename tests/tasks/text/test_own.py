@@ -12,7 +12,7 @@ from pyarrow import table
 
 from flora.config import composed, instantiate
 from flora.errors import ConfigError, DataError
-from flora.methods import Peft
+from flora.methods import Full
 from flora.models import TransformersModel
 from flora.tasks import Text
 from flora.tasks.metrics import TextClasses
@@ -328,7 +328,7 @@ def test_long_texts_are_cut_and_counted(tmp_path, capsys):
     assert "18 texts are longer than task.max_length or the model takes, and are cut" in capsys.readouterr().err
 
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 24}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 24, "initializer_range": 0.2}
 NETWORKS = {
     "bert": {"model_type": "bert", **SIZES},
     "llama": {"model_type": "llama", "num_key_value_heads": 2, "pad_token_id": 0, **SIZES},
@@ -350,8 +350,8 @@ def test_an_encoder_and_a_language_model_learn_to_tell_texts_apart(tmp_path, net
     assert spec.classifier == [{"bert": "classifier", "llama": "score"}[network]]
     mine = task(max_length=16)
     splits = mine.load_for(spec, tmp_path / "data")
-    settings = TrainerSettings(epochs=12, lr=1e-2, head_lr=1e-2, batch_size=16, device="cpu")
-    method = Peft("flora", "flora.FloraConfig", r=4, target_modules=".*(query|value|q_proj|v_proj)")
+    settings = TrainerSettings(epochs=20, lr=3e-3, batch_size=16, device="cpu")
+    method = Full("full")
     outcome = Run(mine, spec, method, settings, Protocol("holdout", "best", "train"), splits, 0, tmp_path).train()
     assert outcome.metrics["accuracy"] == 1.0
     assert outcome.metrics["macro_f1"] == 1.0
