@@ -65,8 +65,8 @@ def as_numbers(cells: Sequence[Any], where: Sequence[str]) -> np.ndarray:
     for row, number in enumerate(numbers):
         if number is None or not math.isfinite(np.float32(number)):
             raise DataError(
-                f"{where[row]}: label {cells[row]!r} is no finite number, as task.kind=regression needs: mend the file, "
-                "or set task.kind=classification"
+                f"{where[row]}: label {cells[row]!r} is no finite number, as task.kind=regression needs: mend "
+                "the file, or set task.kind=classification"
             )
     return np.array(numbers, np.float32)
 

@@ -328,7 +328,14 @@ def test_long_texts_are_cut_and_counted(tmp_path, capsys):
     assert "18 texts are longer than task.max_length or the model takes, and are cut" in capsys.readouterr().err
 
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 24, "initializer_range": 0.2}
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 24,
+    "initializer_range": 0.2,
+}
 NETWORKS = {
     "bert": {"model_type": "bert", **SIZES},
     "llama": {"model_type": "llama", "num_key_value_heads": 2, "pad_token_id": 0, **SIZES},

@@ -102,11 +102,13 @@ def test_missing_images_are_counted_or_left_out(tmp_path, capsys):
         DataError, match=r"scans/3\.png and 1 more of 10 images are missing in .*images: correct task\.images"
     ):
         load(tmp_path)
+    for number in (0, 1, 9):
+        (tmp_path / "scans" / "images" / "scans" / f"{number}.png").unlink()
     _, splits = load(tmp_path, unreadable="skip")
-    assert "and 1 more of 10 images are missing" in capsys.readouterr().err
+    assert "and 4 more of 10 images are missing" in capsys.readouterr().err
     names, train = splits.train.pictures.names, splits.train
     there = sum(Path(names[image]).is_file() for (image,) in train.images)
-    assert len(train.__getitems__(range(24))["labels"]) == there == 20
+    assert len(train.__getitems__(range(24))["labels"]) == there < 24
 
 
 @pytest.mark.parametrize(
