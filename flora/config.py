@@ -15,6 +15,7 @@ import hydra
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
@@ -45,6 +46,7 @@ _NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
         *("resume", "checkpoint_every", "distributed"),
     ),
     "adapter": (*_TRAINER_DEFAULTS, "explain"),
+    "model": ("allow",),  # so that no saved config allows code to run
 }
 
 # Options where zero, false or an empty list says something else than null.
@@ -108,6 +110,7 @@ def check_shape(cfg: DictConfig) -> None:
         raise ConfigError(f"checkpoint={cfg.checkpoint} is for mode=eval; a run that was cut short goes on without it")
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
         raise ConfigError(f"seed must be a whole number in 0..{2**32 - 1}, got {cfg.seed!r}")
+    _check_allowed(cfg)
     for key in ("force", "retry"):
         if not isinstance(cfg[key], bool):
             raise ConfigError(f"{key} must be true or false, got {cfg[key]!r}")
@@ -119,6 +122,19 @@ def _known() -> list[str]:
     configs = ROOT / "configs"
     own = yaml.safe_load((configs / "train.yaml").read_text(encoding="utf-8"))
     return [*own, *(path.name for path in configs.iterdir() if path.is_dir())]
+
+
+def _check_allowed(cfg: DictConfig) -> None:
+    """Believe ``model.allow``, which lets code run, only of who starts the run: not of configs that others wrote."""
+    if not cfg.model.get("allow") or not HydraConfig.initialized():  # else Python code composed it
+        return
+    typed = any(o.lstrip("+").startswith("model.allow=") for o in HydraConfig.get().overrides.task)
+    local = ROOT / "configs" / "local" / "default.yaml"
+    if not typed and not (local.is_file() and OmegaConf.select(OmegaConf.load(local), "model.allow")):
+        raise ConfigError(
+            f"model.allow={list(cfg.model.allow)} comes from a config: type it on the command line, or write it into "
+            f"{local}, where you trust the code"
+        )
 
 
 def _check_values(node: Any, name: str) -> None:

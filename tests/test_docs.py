@@ -87,6 +87,19 @@ ELSEWHERE = {
     " trainer.max_eval_examples=400": "weights of packages",
     "python train.py task=instruct task.dataset=easy_vqa adapter=flora trainer.lr=1e-3 model.projector=outputs/RUN_ID"
     " trainer.max_steps=300 trainer.max_eval_examples=400": "weights of packages",
+    "python train.py task=text task.dataset=reviews.csv": "weights of a package",
+    "python train.py task=text task.dataset=reviews.csv task.text=comment task.label=stars task.kind=regression": (
+        "weights of a package"
+    ),
+    "python train.py task=text task.dataset=pairs task.text=first task.text_pair=second task.metric=macro_f1": (
+        "weights of a package"
+    ),
+    "python train.py task=text task.dataset=reviews.csv model=smollm2_135m": "weights of a package",
+    "python train.py task=instruct task.dataset=scans": "weights of packages",
+    "python train.py task=instruct task.dataset=scans task.images=images task.metric=any_match": "weights of packages",
+    "python train.py task=instruct task.dataset=scans task.question=question task.answer=answer task.unreadable=skip": (
+        "weights of packages"
+    ),
     "python train.py task=digits logger.mode=online": "a W&B server",
     "python train.py trainer.cuda_graph=true": "a GPU",
     "python train.py trainer.compile=true": "a compiler, and minutes",
@@ -172,6 +185,9 @@ def write_data(folder):
     shutil.copytree(folder / "datasets" / "eurosat", folder / "data" / "eurosat")
     for number in range(40):
         path = folder / "data/animals" / ("train", "val")[number % 2] / ("cat", "dog")[number // 20] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(number))
+        path = folder / "data/flowers" / ("rose", "tulip")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(number))
 
@@ -316,6 +332,7 @@ def house(tmp_path_factory):
     for block in BLOCKS:
         if block.file:
             assert not (folder / block.file).exists()
+            (folder / block.file).parent.mkdir(exist_ok=True)
             (folder / block.file).write_text(block.text)
     return folder
 
@@ -345,7 +362,7 @@ def test_the_task_model_and_methods_of_the_examples_run(house):
     records = [json.loads(path.read_text()) for path in (house / "results/measured").glob("*.json")]
     assert {"stripes", "digits"} == {record["task"] for record in records}
     assert {"flora", "hra", "partial"} == {record["adapter"] for record in records}
-    assert {"convnext", "resnet10t", "patches"} == {record["model"] for record in records}
+    assert {"convnext", "resnet10t", "patches", "Grid"} == {record["model"] for record in records}
 
 
 @pytest.mark.slow

@@ -166,7 +166,8 @@ class Explain(TrainerCallback):
         if not hasattr(tuner, "explain"):
             print("explain: this method has one form only", file=sys.stderr)
             return
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        low = torch.float16 if args.fp16 else torch.bfloat16
+        with torch.autocast(args.device.type, low, enabled=args.bf16 or args.fp16):
             print(*tuner.explain(), sep="\n", file=sys.stderr)
 
 

@@ -10,6 +10,7 @@ from flora import names
 _HOMES = {
     "PRESETS": "presets",
     "Llava": "llava",
+    "OwnModule": "own",
     "Source": "weights",
     "TimmModel": "vision",
     "TransformersModel": "text",

@@ -6,6 +6,7 @@ from torch import nn
 
 from flora.errors import ConfigError
 from flora.models.llava import Llava
+from flora.models.spec import Kind
 from flora.models.text import TransformersModel
 from flora.models.vision import TimmModel
 from flora.models.weights import Source, Weights
@@ -119,6 +120,7 @@ def smollm2_135m(
     adapter_targets: str | Sequence[str] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
+    kind: Kind | None = None,
 ) -> TransformersModel:
     """SmolLM2-135M-Instruct, a language model of the Llama architecture (Apache-2.0), as its package quantised it.
 
@@ -127,10 +129,11 @@ def smollm2_135m(
     Args:
         weights: a file or folder of the same network instead of the package.
         adapter_targets, tokenizer, trust_remote_code: see ``TransformersModel``.
+        kind: ``causal_lm``, which None means, or ``sequence_classification``, with a fresh classifier.
     """
     return TransformersModel(
         name="smollm2_135m",
-        kind="causal_lm",
+        kind=kind or "causal_lm",
         architecture={
             "model_type": "llama",
             "vocab_size": 49152,

@@ -39,7 +39,8 @@ class TransformersModel:
         kind: which model class: ``sequence_classification``, ``causal_lm`` or ``image_text`` (vision-language).
         architecture: ``model_type`` and the sizes, as in transformers' ``config.json``.
         classifier: names of the modules trained in full beside the adapter and counted as head: a fresh classifier
-            (with the pooler, where pretraining left none), or the projector of a vision-language model.
+            (with the pooler, where pretraining left none), or the projector of a vision-language model. None given:
+            what a classifier of the architecture has beside its backbone, as ``score`` of a language model.
         pretrained: load weights; otherwise the network starts random.
         weights: where they lie: a path (file or folder), a ``Source`` or its fields as a mapping. Files carry the
             names of transformers, or are GGUF; an ``.index.json`` names the shards beside it.
@@ -72,7 +73,7 @@ class TransformersModel:
         self.name = name
         self.kind = kind
         self.architecture = dict(architecture)
-        self.classifier = list(classifier)
+        self._classifier = list(classifier)
         self.pretrained = pretrained
         self.weights = as_source(weights) if weights else None
         self.adapter_targets = adapter_targets
@@ -82,6 +83,15 @@ class TransformersModel:
         self.config()
         if pretrained and self.weights is None and self.parts is None:
             raise ConfigError(f"model.weights: name a place for the weights of {name}, or set model.pretrained=false")
+
+    @property
+    def classifier(self) -> list[str]:
+        """Names of the modules that are trained in full."""
+        if not self._classifier and self.kind == "sequence_classification":
+            network: Any = self.skeleton()
+            heads = [name for name, module in network.named_children() if any(True for _ in module.parameters())]
+            self._classifier = [name for name in heads if name != network.base_model_prefix]
+        return self._classifier
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -118,7 +128,10 @@ class TransformersModel:
                 ) from error
             reason = first_line(error)
             raise WeightsError(f"no tokenizer of {self.name} at {place} ({reason}): set model.tokenizer") from error
-        size = self.config().get_text_config().vocab_size
+        config = self.config()
+        if self.kind == "sequence_classification" and tokenizer.pad_token_id != config.pad_token_id:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)  # which the network looks for
+        size = config.get_text_config().vocab_size
         if len(tokenizer) > size:
             raise ConfigError(f"model.tokenizer: {place} has {len(tokenizer)} tokens, but {self.name} knows {size}")
         return tokenizer
@@ -144,7 +157,12 @@ class TransformersModel:
         if self.head_dropout is not None:
             sizes[_HEAD_DROPOUT.get(sizes["model_type"], "classifier_dropout")] = self.head_dropout
         try:
-            return transformers.AutoConfig.for_model(**_with_floats(sizes))
+            config = transformers.AutoConfig.for_model(**_with_floats(sizes))
+            if self.kind == "sequence_classification" and config.pad_token_id is None:
+                # A language model is read at its last token that is no padding.
+                ends = config.eos_token_id
+                config.pad_token_id = (ends[0] if isinstance(ends, list) else ends) or 0
+            return config
         except Exception as error:  # of a kind of its own for each check
             raise ConfigError(f"model.architecture: {first_lines(error)}") from error
 

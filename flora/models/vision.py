@@ -18,7 +18,38 @@ from flora.models.weights import Source, Weights, as_source, facts_of, read, res
 UNTRAINED = "model.pretrained=false"
 
 
-class TimmModel:
+class Pictures:
+    """How images enter a classifier.
+
+    Args:
+        image_size: side of the square input in pixels.
+        mean, std: per-channel statistics of images in [0, 1].
+        interpolation: how images are resized, ``bicubic`` and the like.
+
+    Raises:
+        ConfigError: values out of range.
+    """
+
+    def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str) -> None:
+        self.image_size, self.interpolation = image_size, interpolation
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._statistics: dict[torch.device, Tensor] = {}  # mean and std, [2, 3, 1, 1]
+        if not isinstance(self.image_size, int) or self.image_size < 1:
+            raise ConfigError(f"model.image_size must be a positive number of pixels, got {image_size!r}")
+        numbers = all(isinstance(value, int | float) for value in (*self.mean, *self.std))
+        if not numbers or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ConfigError("model.mean and model.std need three numbers each, the deviations above zero")
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Map uint8 images ``[N, 3, H, W]`` to float ``(x / 255 - mean) / std`` on their device."""
+        if images.device not in self._statistics:  # made once: a copy to a GPU waits for what the GPU is doing
+            both = torch.tensor([self.mean, self.std], device=images.device)
+            self._statistics[images.device] = both[:, :, None, None]
+        mean, std = self._statistics[images.device]
+        return images.float().div_(255).sub_(mean).div_(std)
+
+
+class TimmModel(Pictures):
     """A timm architecture with its weights and its way to take images: an ``ImageSpec`` (flora.models.spec).
 
     Args:
@@ -59,21 +90,14 @@ class TimmModel:
         self.name = name or timm_name
         self.pretrained = pretrained
         self.weights = as_source(weights) if weights else None
-        self.image_size = published.input_size[1] if image_size is None else image_size
-        self.mean = tuple(mean or published.mean)
-        self.std = tuple(std or published.std)
-        self.interpolation = interpolation or published.interpolation
         self.adapter_targets = adapter_targets
         self.architecture = dict(architecture or {})
         self._published = published
-        self._statistics: dict[torch.device, Tensor] = {}  # mean and std, [2, 3, 1, 1]
         if not published.classifier:
             raise ConfigError(f"model.timm_name={timm_name} has no classifier to train: choose an image classifier")
-        if not isinstance(self.image_size, int) or self.image_size < 1:
-            raise ConfigError(f"model.image_size must be a positive number of pixels, got {image_size!r}")
-        numbers = all(isinstance(value, int | float) for value in (*self.mean, *self.std))
-        if not numbers or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ConfigError("model.mean and model.std need three numbers each, the deviations above zero")
+        size = published.input_size[1] if image_size is None else image_size
+        way = interpolation or published.interpolation
+        super().__init__(size, mean or published.mean, std or published.std, way)
         if self.architecture and pretrained and self.weights is None:
             raise ConfigError(f"model.architecture: timm has no weights for it; name a file or set {UNTRAINED}")
 
@@ -127,14 +151,6 @@ class TimmModel:
         with torch.device("meta"):
             return self._create({} if num_classes is None else {"num_classes": num_classes})
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """Map uint8 images ``[N, 3, H, W]`` to float ``(x / 255 - mean) / std`` on their device."""
-        if images.device not in self._statistics:  # made once: a copy to a GPU waits for what the GPU is doing
-            both = torch.tensor([self.mean, self.std], device=images.device)
-            self._statistics[images.device] = both[:, :, None, None]
-        mean, std = self._statistics[images.device]
-        return images.float().div_(255).sub_(mean).div_(std)
-
     def _create(self, options: dict[str, Any]) -> nn.Module:
         options = self.architecture | options
         if self._published.fixed_input_size and self.image_size != self._published.input_size[1]:
@@ -154,24 +170,30 @@ class TimmModel:
         own = model.state_dict()
         if by_order and len(stored) == len(own):
             stored = dict(zip(own, stored.values(), strict=True))
-        expected = {name: tensor.shape for name, tensor in own.items() if not in_head(name, self.classifier)}
-        backbone = {name: tensor for name, tensor in stored.items() if not in_head(name, self.classifier)}
-        misfits = sorted(
-            name
-            for name in expected.keys() | backbone.keys()
-            if name not in expected or name not in backbone or backbone[name].shape != expected[name]
+        load_backbone(model, stored, self.classifier, path, self.timm_name)
+
+
+def load_backbone(model: nn.Module, stored: Mapping[str, Tensor], head: Sequence[str], path: Path, name: str) -> None:
+    """Put stored tensors into a network, but for those of its head; WeightsError where they are of another one."""
+    own = model.state_dict()
+    expected = {key: tensor.shape for key, tensor in own.items() if not in_head(key, head)}
+    backbone = {key: tensor for key, tensor in stored.items() if not in_head(key, head)}
+    misfits = sorted(
+        key
+        for key in expected.keys() | backbone.keys()
+        if key not in expected or key not in backbone or backbone[key].shape != expected[key]
+    )
+    if misfits:
+        raise WeightsError(
+            f"{path} is not of {name}: {len(misfits)} tensors differ, first {misfits[0]}; "
+            "name weights of this architecture"
         )
-        if misfits:
-            raise WeightsError(
-                f"{path} is not of {self.timm_name}: {len(misfits)} tensors differ, first {misfits[0]}; "
-                "name weights of this architecture"
-            )
-        for name, tensor in backbone.items():
-            if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
-                raise WeightsError(f"{path}: {name} is {tensor.dtype}, which {self.timm_name} has not: fetch it again")
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise WeightsError(f"{path}: {name} holds numbers that are not finite: fetch it again")
-        model.load_state_dict(backbone, strict=False)
+    for key, tensor in backbone.items():
+        if tensor.is_floating_point() != own[key].is_floating_point() or tensor.is_complex():
+            raise WeightsError(f"{path}: {key} is {tensor.dtype}, which {name} has not: fetch it again")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise WeightsError(f"{path}: {key} holds numbers that are not finite: fetch it again")
+    model.load_state_dict(backbone, strict=False)
 
 
 def _published(timm_name: str) -> Any:

@@ -17,6 +17,7 @@ _HOMES = {
     "Instruct": "vqa.task",
     "Splits": "base",
     "Task": "base",
+    "Text": "text.own",
     "Vtab": "vtab.task",
 }
 __all__ = [*_HOMES]

@@ -45,6 +45,27 @@ class Classification(evaluate.Metric):
         return {"accuracy": float(accuracy_score(references, predictions)), "mean_per_class_accuracy": float(recall)}
 
 
+class TextClasses(Classification):
+    """``macro_f1`` over the classes that occur beside the metrics of Classification, and the confusion matrix.
+
+    Attributes:
+        confusion: counts ``[true, called]`` of the last ``compute`` of logits, int64 ``[C, C]``.
+    """
+
+    confusion: np.ndarray
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
+        """Score logits ``[N, C]`` or predicted indices ``[N]``."""
+        if np.ndim(predictions) == 2:
+            self.confusion = _confusion(np.asarray(predictions), np.asarray(references))
+        return super().compute(predictions=predictions, references=references, **kwargs)
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        present = np.unique(references)
+        score = f1_score(references, predictions, labels=present, average="macro", zero_division=0)
+        return super()._compute(predictions, references) | {"macro_f1": float(score)}
+
+
 class TopFive(Classification):
     """``top5_accuracy`` beside those of Classification, and the confusion matrix of the last ``compute``.
 
@@ -62,8 +83,7 @@ class TopFive(Classification):
         classes = logits.shape[1]
         called = _to_classes(logits)
         kept = called >= 0
-        self.confusion = np.zeros((classes, classes), np.int64)
-        np.add.at(self.confusion, (truth[kept], called[kept]), 1)
+        self.confusion = _confusion(logits, truth)
         five = np.argpartition(-np.nan_to_num(logits, nan=-np.inf), min(5, classes) - 1, axis=1)[:, :5]
         scores = super().compute(predictions=called, references=truth, **kwargs)
         return scores | {"top5_accuracy": float(((five == truth[:, None]).any(axis=1) & kept).mean())}
@@ -119,6 +139,15 @@ def _correlation(measure: Any, predictions: np.ndarray, references: np.ndarray) 
     if len(references) < 2 or not np.isfinite(predictions).all() or not predictions.std() or not references.std():
         return 0.0
     return float(measure(predictions, references)[0])
+
+
+def _confusion(logits: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Counts ``[true, called]`` without the rows that are not finite."""
+    called = _to_classes(logits)
+    kept = called >= 0
+    counts = np.zeros((logits.shape[1], logits.shape[1]), np.int64)
+    np.add.at(counts, (truth[kept], called[kept]), 1)
+    return counts
 
 
 def _to_classes(predictions: np.ndarray) -> np.ndarray:

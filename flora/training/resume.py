@@ -190,6 +190,7 @@ class Keeper(TrainerCallback):
             "weights": weights(trainer.model),
             "optimizer": optimizer_state(trainer.optimizer),
             "scheduler": trainer.lr_scheduler.state_dict(),
+            "scaler": trainer.scaler_state,
             "rng": processes.collected(rng_state(trainer.on_gpu)),
             "order": self._order,
             "callbacks": [callback.state_dict() for callback in self._stateful()],

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 CHECKPOINTS = "checkpoints"  # their folder in a run's folder
-_DTYPES = ("fp32", "bf16")
+_DTYPES = ("fp32", "bf16", "fp16")
 _DEVICES = ("auto", "cuda", "cpu")
 
 
@@ -32,7 +32,8 @@ class TrainerSettings:
         layer_decay: factor of the learning rate from a layer to the one before it, for timm's networks; 0 or 1: none.
         ema_decay: of the moving average of the trained weights that is evaluated and saved; 0: none.
         eval_steps: steps between two looks at validation; null: once an epoch.
-        dtype: ``fp32``, or ``bf16`` for autocast over fp32 weights.
+        dtype: ``fp32``, or autocast over fp32 weights: ``bf16``, or ``fp16`` with a loss that is scaled so that small
+            gradients do not vanish, which needs a GPU. A step whose gradients overflow is left out.
         frozen_dtype: ``bf16`` keeps frozen weights in bf16, with ``dtype=bf16``; what is trained stays in fp32.
         device: ``auto`` (a GPU when there is one), ``cuda`` (an error where there is none) or ``cpu``.
         max_eval_examples: at most so many validation and test examples, a fixed draw; null for all.
@@ -124,6 +125,9 @@ class TrainerSettings:
             raise ConfigError("trainer.batch_size must be a multiple of trainer.gradient_accumulation")
         if self.frozen_dtype not in (None, "bf16") or (self.frozen_dtype and self.dtype != "bf16"):
             raise ConfigError(f"trainer.frozen_dtype must be null, or bf16 with dtype=bf16, got {self.frozen_dtype!r}")
+        if self.dtype == "fp16" and (self.cuda_graph or self.distributed == "fsdp"):
+            key = "cuda_graph=true" if self.cuda_graph else "distributed=fsdp"
+            raise ConfigError(f"trainer.dtype=fp16 does not go with trainer.{key}: take trainer.dtype=bf16")
         self._check_processes()
 
     def _check_processes(self) -> None:
@@ -161,10 +165,15 @@ class TrainerSettings:
             metric: which metric of an evaluation counts, the higher the better.
             validates: look at validation while training.
             skips_parameters: some steps use only some of the trained parameters.
+
+        Raises:
+            ConfigError: fp16 without a GPU.
         """
         import torch
         from transformers import TrainingArguments
 
+        if self.dtype == "fp16" and not self.on_gpu:
+            raise ConfigError("trainer.dtype=fp16 needs a GPU: take trainer.dtype=bf16 or fp32 on a CPU")
         checkpointing: dict[str, Any] = {
             "gradient_checkpointing": True,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -185,6 +194,7 @@ class TrainerSettings:
             max_grad_norm=self.max_grad_norm,
             **(checkpointing if self.gradient_checkpointing else {}),
             bf16=self.dtype == "bf16",
+            fp16=self.dtype == "fp16",
             ddp_find_unused_parameters=skips_parameters,
             use_cpu=self.device == "cpu" or not torch.accelerator.is_available(),
             seed=seed,

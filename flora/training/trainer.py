@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import flora
+from flora.errors import TrainingDiverged
 from flora.launch import processes
 from flora.tasks.base import Forward, Split, cross_entropy
 from flora.training import internals, parts, sharding
@@ -214,6 +215,8 @@ class Trainer(internals.Loop):
             cast(Any, self.lr_scheduler).load_state_dict(self._saved["scheduler"])
             if self._order is not None:
                 self._order.set_state(self._saved["order"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(self._saved["scaler"])
 
     def restore_random_state(self):
         """Put back the random numbers; what comes next is as it would have been."""
@@ -228,6 +231,11 @@ class Trainer(internals.Loop):
         return None if self._order is None else self._order.get_state()
 
     @property
+    def scaler_state(self) -> dict[str, Any]:
+        """How the loss is scaled, where it is."""
+        return {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+
+    @property
     def seconds(self) -> float:
         """Wall time of the fit, with that before it was resumed."""
         return self.seconds_before + time.perf_counter() - self._began
@@ -237,7 +245,18 @@ class Trainer(internals.Loop):
         return self.settings.batch_size
 
     def clipped(self, limit: float) -> torch.Tensor:
-        """Clip the gradients to a norm; gives their norm before."""
+        """Clip the gradients to a norm; gives their norm before, 0 where they overflow and the step is left out."""
+        if (scaler := self.accelerator.scaler) is not None:
+            self.accelerator.unscale_gradients()
+            norm = nn.utils.clip_grad_norm_(self.trained, limit)
+            if bool(norm.isfinite()):
+                return norm
+            if scaler.get_scale() < 1:
+                raise TrainingDiverged(
+                    f"the gradients were not finite in fp16 at step {self.state.global_step}, however the loss was "
+                    "scaled: lower trainer.lr, or set trainer.dtype=bf16"
+                )
+            return torch.zeros_like(norm)
         if self.captured is None or not self.captured.captured:
             return sharding.whole(nn.utils.clip_grad_norm_(self.trained, limit))
         if self._clip is None:
@@ -319,7 +338,8 @@ class Trainer(internals.Loop):
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Drop accelerate's wrapper where all it does is look for a package on the disk at every step."""
-        self.optimizer = self._adamw
+        if self.accelerator.scaler is None:
+            self.optimizer = self._adamw
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _captures(self) -> bool:

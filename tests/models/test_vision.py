@@ -253,7 +253,10 @@ def test_settings_that_cannot_work_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.stem)
+COMPLETE = sorted(path for path in (CONFIGS / "model").glob("*.yaml") if path.stem != "module")  # which needs a target
+
+
+@pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
 def test_configs_compose_and_instantiate(path):
     assert re.match(rf"# python (train|scripts/count_params)\.py model={path.stem}:? ", path.read_text())
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from flora.tasks import manifest
 from flora.tasks.imagefolder.dataset import Catalogue
 from flora.tasks.images import parquet
 from flora.tasks.images.decode import open_image
+from flora.tasks.portions import by_value
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
@@ -26,17 +27,18 @@ Part = tuple[list[Callable[[], Image.Image]], np.ndarray, list[str]]
 
 
 def open_folder(
-    folder: Path, classes: int | None, orientation: str = "exif"
+    folder: Path, classes: int | None, orientation: str = "exif", class_order: str = "name"
 ) -> tuple[Catalogue, dict[str, np.ndarray], list[str], dict[str, Any]]:
     """All images, the rows of each split, the names of the classes, and facts of the files.
 
     Args:
-        folder: with ``train``, and ``val`` or ``test``.
+        folder: with ``train``, perhaps ``val`` and ``test``; or of classes, which all count as train.
         classes: how many there must be; None: as many as there are.
         orientation: of the catalogue.
+        class_order: of folders: ``name``, or ``value`` where all are whole numbers.
 
     Raises:
-        DataError: a split is missing, or does not fit the others or ``classes``.
+        DataError: there is no training data, or a split does not fit the others or ``classes``.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}: set paths.data, and task.dataset to a folder in it")
@@ -44,9 +46,12 @@ def open_folder(
         split: sorted({path for name in names for path in folder.rglob(f"{name}*.parquet")})
         for split, names in _NAMES.items()
     }
-    splits, names, facts = _parquet(folder, files, classes) if files["train"] else _tree(folder)
-    if "train" not in splits or len(splits) == 1:
-        raise DataError(f"{folder} needs train and val or test, as folders of classes or parquet files")
+    in_order = by_value if class_order == "value" else sorted
+    splits, names, facts = _parquet(folder, files, classes) if files["train"] else _tree(folder, in_order)
+    if "train" not in splits:
+        raise DataError(
+            f"{folder} has no train beside {' and '.join(splits)}: add it, or leave only folders of classes"
+        )
     if classes is not None and len(names) != classes:
         raise DataError(f"{folder} has {len(names)} classes, task.classes={classes}")
     if len(names) < 2:
@@ -56,24 +61,34 @@ def open_folder(
     catalogue = Catalogue(openers, np.array(labels, np.int64), called, unreadable, orientation)
     starts = np.cumsum([0, *(len(members) for members, _, _ in splits.values())])
     rows = {split: np.arange(*place) for split, place in zip(splits, pairwise(starts), strict=True)}
+    untrained = np.setdiff1d(catalogue.labels, catalogue.labels[rows["train"]])
+    if len(untrained):
+        raise DataError(f"{folder}: class {names[untrained[0]]} has no image in train: add some, or remove the class")
     return catalogue, rows, names, {"source": "paths.data"} | facts
 
 
-def _tree(folder: Path) -> tuple[dict[str, Part], list[str], dict[str, Any]]:
-    """Splits that are folders of class folders."""
+def _tree(
+    folder: Path, in_order: Callable[[Sequence[str]], list[str]]
+) -> tuple[dict[str, Part], list[str], dict[str, Any]]:
+    """Splits that are folders of class folders; without any, the folder itself is train."""
     places = {split: place for split, names in _NAMES.items() for name in names if (place := folder / name).is_dir()}
+    places = places or {"train": folder}
     classes_of = {
-        split: sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+        split: [p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith(".")]
         for split, place in places.items()
     }
-    names = classes_of.get("train", [])
+    names = in_order(classes_of.get("train", []))
     splits, sums = {}, {}
     for split, place in places.items():
-        if unknown := sorted(set(classes_of[split]) - set(names)):
+        if "train" in places and (unknown := sorted(set(classes_of[split]) - set(names))):
             raise DataError(f"{place}: class {unknown[0]} is not in train; check that both are of the same dataset")
         files = [(file, label) for label, name in enumerate(names) for file in _images(place / name)]
-        if not files:
+        if not files and "train" in places:
             raise DataError(f"{place} holds no folders with images ({', '.join(_IMAGES)})")
+        seen = {label for _, label in files}
+        empty = [name for label, name in enumerate(names) if label not in seen]
+        if split == "train" and empty:
+            raise DataError(f"{place / empty[0]} has no image, and would be a class: add some, or remove the folder")
         sums[split] = checksum([file for file, _ in files], place)
         openers: list[Callable[[], Image.Image]] = [partial(open_image, file) for file, _ in files]
         splits[split] = openers, np.array([label for _, label in files], np.int64), [str(file) for file, _ in files]

@@ -21,17 +21,22 @@ from flora.tasks.imagefolder.files import open_folder
 from flora.tasks.imagefolder.mix import erase, mix
 from flora.tasks.images.task import ImageTask
 from flora.tasks.metrics import TopFive
+from flora.tasks.portions import SPLITS, absent, portions, rule_of, say, shares
 
 
 class ImageFolder(ImageTask):
     """Image classification on ``paths.data/DATASET``: ``train``, ``val`` and ``test`` as class folders or parquet.
 
-    Without a test set the validation set is the test, and a part of train is held out to choose on.
+    Without a test set the validation set is the test, and a part of train is held out to choose on. Without both, as in
+    a folder of classes alone, all three are drawn, class by class.
 
     Args:
         dataset: the folder's name; ``.``: ``paths.data`` itself.
         classes: how many there must be; None: as many as there are.
         held_out: share of train that is validation where none is left beside the test.
+        split: parts of train, validation and test where the folder has no validation and no test; None: 70, 15, 15.
+        class_order: of folders of classes: ``value`` puts whole numbers by their value (1, 2, 10); ``name``: all as
+            texts (1, 10, 2), as runs were trained whose config says nothing of it.
         unreadable: ``error``, or ``skip`` to leave out and count images that cannot be decoded.
         auto_augment: timm's name of a policy, ``rand-m9-mstd0.5-inc1``; None: random resized crops and flips alone.
         color_jitter: strength, where ``auto_augment`` is None; None: none.
@@ -53,6 +58,8 @@ class ImageFolder(ImageTask):
         dataset: str,
         classes: int | None = None,
         held_out: float = 0.1,
+        split: list[float] | None = None,
+        class_order: str = "name",
         unreadable: str = "error",
         auto_augment: str | None = None,
         color_jitter: float | None = None,
@@ -66,6 +73,8 @@ class ImageFolder(ImageTask):
         super().__init__(dataset=dataset, **common)
         if unreadable not in ("error", "skip"):
             raise ConfigError(f"task.unreadable={unreadable} must be error or skip")
+        if class_order not in ("value", "name"):
+            raise ConfigError(f"task.class_order={class_order} must be value or name")
         for key, value, low, high in (
             *(("held_out", held_out, 0, 1), ("random_erasing", random_erasing, 0, 1), ("crop_pct", crop_pct, 0.1, 1)),
             *(("mixup", mixup, 0, 100), ("cutmix", cutmix, 0, 100), ("crop_scale", crop_scale, 0.001, 1)),
@@ -73,6 +82,8 @@ class ImageFolder(ImageTask):
             if not low <= value <= high:
                 raise ConfigError(f"task.{key}={value} must lie in [{low}, {high}]")
         self.classes, self.held_out, self.unreadable = classes, held_out, unreadable
+        self.split, self.class_order = split, class_order
+        self.parts = shares(split)
         self.auto_augment, self.color_jitter, self.crop_scale = auto_augment, color_jitter, crop_scale
         self.random_erasing, self.mixup, self.cutmix, self.crop_pct = random_erasing, mixup, cutmix, crop_pct
         self._num_classes = 0
@@ -95,21 +106,15 @@ class ImageFolder(ImageTask):
     def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
         """See ImageTask.load; nothing is decoded yet."""
         folder = Path(data_dir or ".") / self.dataset
-        catalogue, rows, names, facts = open_folder(folder, self.classes, self.orientation)
+        catalogue, rows, names, facts = open_folder(folder, self.classes, self.orientation, self.class_order)
         draws, skip = self._augment != "none", self.unreadable == "skip"
         whole = self._transform(image_size, interpolation, False)
         plain = partial(LazyImages, catalogue, transform=whole, skip=skip, once=True)
-        train, test = rows["train"], rows["test" if "test" in rows else "validation"]
-        if "test" in rows and "validation" in rows:
-            validation = rows["validation"]
-            rule = "as in the files"
-        else:
-            order = draw(len(train), self.split_seed)
-            count = round(self.held_out * len(order))
-            if not 0 < count < len(order):
-                raise DataError(f"{folder}: task.held_out={self.held_out} of {len(order)} images leaves a split empty")
-            train, validation = train[order[count:]], train[np.sort(order[:count])]
-            rule = f"validation a drawn {self.held_out:.0%} of train, seed {self.split_seed}"
+        rows, rule = self._split(folder, catalogue.labels, rows)
+        train, validation, test = (rows[split] for split in SPLITS)
+        warnings = absent({split: catalogue.labels[part] for split, part in rows.items()}, names)
+        for warning in warnings:
+            say(f"{folder}: {warning}; its metrics are over the others")
         self._num_classes = len(names)
         changed = self._transform(image_size, interpolation, draws)
         splits: dict[str, Any] = {
@@ -122,9 +127,32 @@ class ImageFolder(ImageTask):
             "split_rule": rule,
             "orientation": self.orientation,
             "unreadable": {"policy": self.unreadable},
-            "warnings": [],
+            "warnings": warnings,
         }
         return Splits(**splits, num_classes=len(names), class_names=names, facts=facts)
+
+    def _split(
+        self, folder: Path, labels: np.ndarray, rows: dict[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], str]:
+        """The rows of all three splits from those that the files have, and how that was done."""
+        if self.split is not None and len(rows) > 1:
+            raise ConfigError(f"task.split={self.split}: {folder} has {' and '.join(rows)} already; leave it out")
+        if len(rows) == len(SPLITS):
+            return rows, "as in the files"
+        if len(rows) == 1:
+            rule = rule_of(self.parts, self.split_seed, "class")
+            drawn = portions(labels, self.parts, self.split_seed)
+            if empty := [split for split, part in drawn.items() if not len(part)]:
+                raise DataError(f"{folder}: no class has the three images that {empty[0]} needs: add some")
+            say(f"{folder} has no validation and no test: {rule} ({', '.join(f'{len(drawn[s])} {s}' for s in SPLITS)})")
+            return drawn, rule
+        train, test = rows["train"], rows["test" if "test" in rows else "validation"]
+        order = draw(len(train), self.split_seed)
+        count = round(self.held_out * len(order))
+        if not 0 < count < len(order):
+            raise DataError(f"{folder}: task.held_out={self.held_out} of {len(order)} images leaves a split empty")
+        parts = {"train": train[order[count:]], "validation": train[np.sort(order[:count])], "test": test}
+        return parts, f"validation a drawn {self.held_out:.0%} of train, seed {self.split_seed}"
 
     def forward(self, model: ImageSpec) -> Forward:
         """Normalise; in training erase and mix as well: targets are then the share of each class, ``[B, C]``."""

@@ -81,9 +81,10 @@ def says_yes(text: str) -> bool:
 def scores(written: Sequence[str], asked: Sequence[Dialogue]) -> dict[str, float]:
     """All scores of written answers, in [0, 1].
 
-    ``exact_match`` with the first answer after ``normalised``, also per kind of question, and ``vqa_accuracy`` where
-    all questions have several answers; of questions to be answered by yes or no (or true or false)
-    ``yes_no_accuracy``, ``yes_no_precision``, ``yes_no_recall``, ``yes_no_f1`` and ``yes_share``, the share of yes.
+    ``exact_match`` with the first answer after ``normalised``, also per kind of question; ``vqa_accuracy`` where all
+    questions have several answers, and ``any_match`` with any of them where some have; of questions to be answered by
+    yes or no (or true or false) ``yes_no_accuracy``, ``yes_no_precision``, ``yes_no_recall``, ``yes_no_f1`` and
+    ``yes_share``, the share of yes.
     """
     right = [normalised(text) == normalised(dialogue.answers[0]) for text, dialogue in zip(written, asked, strict=True)]
     values = {"exact_match": float(np.mean(right))}
@@ -94,6 +95,10 @@ def scores(written: Sequence[str], asked: Sequence[Dialogue]) -> dict[str, float
     if all(len(dialogue.answers) > 1 for dialogue in asked):
         each = [vqa_accuracy(text, dialogue.answers) for text, dialogue in zip(written, asked, strict=True)]
         values["vqa_accuracy"] = float(np.mean(each))
+    if any(len(dialogue.answers) > 1 for dialogue in asked):
+        accepted = [{normalised(answer) for answer in dialogue.answers} for dialogue in asked]
+        hits = [normalised(text) in answers for text, answers in zip(written, accepted, strict=True)]
+        values["any_match"] = float(np.mean(hits))
     return values | _yes_no(written, [dialogue.answers[0].lower() for dialogue in asked])
 
 

@@ -89,7 +89,7 @@ def plain(row: Row) -> Asked:
     """Columns ``question``, ``answer`` or ``answers`` (texts, or structs as VQAv2's), perhaps a type."""
     answers = _answers(row)
     kinds = (row.get(name) for name in ("type", "answer_type", "question_type"))
-    return Asked(_text(row, "question"), answers, _name(next(filter(None, kinds), None) or kind_of(answers[0])))
+    return Asked(_text(row, "question"), answers, kind_name(next(filter(None, kinds), None) or kind_of(answers[0])))
 
 
 def easy_vqa(row: Row) -> Asked:
@@ -114,7 +114,8 @@ def kind_of(answer: str) -> str:
     return "number" if answer.isdigit() else "other"
 
 
-def _name(kind: Any) -> str:
+def kind_name(kind: Any) -> str:
+    """A kind as a part of a metric's name."""
     return "_".join("".join(c if c.isalnum() else " " for c in str(kind).lower()).split())
 
 
@@ -127,7 +128,11 @@ def _text(row: Row, column: str) -> str:
 
 def _answers(row: Row) -> tuple[str, ...]:
     column = next((name for name in ("answers", "answer", "multiple_choice_answer") if name in row), "answer")
-    value = row[column]
+    return most_frequent_first(column, row[column])
+
+
+def most_frequent_first(column: str, value: Any) -> tuple[str, ...]:
+    """The answers of a cell, a text or a list of texts or of VQAv2's structs; ValueError where one is no text."""
     given = value if isinstance(value, list) else [value]
     texts = [answer["answer"] if isinstance(answer, dict) else answer for answer in given]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -209,13 +214,13 @@ def read_json(path: Path, images: Path, pictures: Pictures) -> list[Dialogue]:
             holes = sum(question.count(IMAGE) for question, _ in turns)
             if holes != len(files):
                 raise ValueError(f"{IMAGE} occurs {holes} times, but there are {len(files)} images")
-            places = tuple(_place(images, file, pictures) for file in files)
+            places = tuple(place_in(images, file, pictures) for file in files)
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{where}: {first_line(error)}; mend the file") from error
         except KeyError as error:
             raise DataError(f"{where}: no key {error.args[0]}; mend the file") from error
         answer = turns[-1][1]
-        kind = _name(row.get("type") or kind_of(answer))
+        kind = kind_name(row.get("type") or kind_of(answer))
         dialogues.append(Dialogue(turns, places, (answer,), kind, where, answer_first))
     return dialogues
 
@@ -242,7 +247,8 @@ def _image_first(question: str) -> str:
     return f"{IMAGE}\n" * count + question.replace(IMAGE, "").strip()
 
 
-def _place(folder: Path, file: str, pictures: Pictures) -> int:
+def place_in(folder: Path, file: str, pictures: Pictures) -> int:
+    """The index of an image by its path in a folder; ValueError for one that leads out of it."""
     place = Path(os.path.normpath(folder / file))
     if not place.is_relative_to(os.path.normpath(folder)):
         raise ValueError(f"its image {file} leads out of {folder}")

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from flora.contents import checksum
 from flora.errors import ConfigError, DataError
 from flora.models.spec import ImageTextSpec, ModelSpec
-from flora.tasks import manifest
+from flora.tasks import manifest, tables
 from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed, draw
 from flora.tasks.images.decode import ORIENTATIONS, as_square
+from flora.tasks.portions import rule_of, say, shares
 from flora.tasks.text.causal import answer_logits, answer_loss, write_greedily
 from flora.tasks.text.tokenise import fingerprint
 from flora.tasks.vqa import sheet
@@ -39,10 +40,10 @@ from flora.tasks.vqa.dialogues import (
     read_json,
     read_parquet,
 )
+from flora.tasks.vqa.rows import Columns, are_rows, read_rows
 from flora.tasks.vqa.splits import hold_out, majority
 
 _ASK = {"easy_vqa": easy_vqa, "nlvr": nlvr}  # others are read as ``plain``
-_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 
 
 class Instruct(Task[ImageTextSpec]):
@@ -52,10 +53,17 @@ class Instruct(Task[ImageTextSpec]):
         name: of the family, as records show it.
         dataset: a folder of ``paths.data``: ``easy_vqa``, ``nlvr``, ``llava_instruct``, or any other, with
             ``train*``, perhaps ``validation*`` and ``test*`` as parquet (image, question, answer or answers, perhaps
-            type) or as LLaVA's JSON beside the folder ``images``.
+            type), as LLaVA's JSON beside the folder ``images``, or as tables that name a file for each image; or one
+            such file.
         epochs: default length of training.
-        metric: ``exact_match`` or ``vqa_accuracy`` (of sets with several answers a question).
-        suffix: words after every question of a parquet file; LLaVA-1.5 asks "Answer the question using a single word or
+        metric: ``exact_match``, or of sets with several answers a question ``vqa_accuracy`` (of ten people, by how many
+            agree) or ``any_match`` (a list of accepted answers).
+        images: folder of the images that files name, in the data set's folder, in ``paths.data`` or anywhere; None:
+            ``images`` in the data set's folder, or that folder itself.
+        image, question, answer: columns of tables that name images; None: by usual names.
+        split: parts of train, validation and test, drawn by image, where there is neither of the last two; None: 70,
+            15, 15.
+        suffix: words after every question of a table; LLaVA-1.5 asks "Answer the question using a single word or
             phrase."
         max_length: tokens; longer texts are cut and counted, images never; None: what the model takes.
         max_new_tokens: the longest answer that is written.
@@ -76,6 +84,11 @@ class Instruct(Task[ImageTextSpec]):
         dataset: str,
         epochs: float,
         metric: str = "exact_match",
+        images: str | None = None,
+        image: str | None = None,
+        question: str | None = None,
+        answer: str | None = None,
+        split: list[float] | None = None,
         suffix: str | None = None,
         max_length: int | None = None,
         max_new_tokens: int = 16,
@@ -86,7 +99,7 @@ class Instruct(Task[ImageTextSpec]):
     ):
         for key, value, allowed in (
             ("orientation", orientation or "exif", ORIENTATIONS),
-            ("metric", metric, ("exact_match", "vqa_accuracy")),
+            ("metric", metric, ("exact_match", "vqa_accuracy", "any_match")),
             ("unreadable", unreadable, ("error", "skip")),
         ):
             if value not in allowed:
@@ -98,6 +111,8 @@ class Instruct(Task[ImageTextSpec]):
             raise ConfigError(f"task.max_length={max_length} must be at least 32, or null")
         check_split_seed(split_seed)
         self.name, self.dataset, self.epochs, self.metric = name, dataset, epochs, metric
+        self.images, self.columns = images, Columns(image, question, answer)
+        self.split, self.parts = split, shares(split)
         self.suffix = suffix
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
         self.validation_size, self.split_seed = validation_size, split_seed
@@ -115,10 +130,18 @@ class Instruct(Task[ImageTextSpec]):
     def read(self, model: ImageTextSpec, data_dir: Path | None) -> Splits:
         """See Task.read."""
         pictures = Pictures(orientation=self.orientation)
-        dialogues, files = self._read_folder(Path(data_dir or ".") / self.dataset, pictures)
+        dialogues, files = self._read_files(data_dir, pictures)
         answers_first = {split: sum(dialogue.answer_first for dialogue in part) for split, part in dialogues.items()}
         rule = "as in the files"
-        if "validation" not in dialogues or "test" not in dialogues:
+        if self.split is not None and len(dialogues) > 1:
+            raise ConfigError(f"task.split={self.split}: there is {' and '.join(dialogues)} already; leave it out")
+        if len(dialogues) == 1:
+            whole, rule = dialogues["train"], f"{rule_of(self.parts, self.split_seed, None)}, by image"
+            rest, test = hold_out(whole, round(self.parts[2] * len(whole)) or 1, self.split_seed)
+            train, held_out = hold_out(rest, round(self.parts[1] * len(whole)) or 1, self.split_seed)
+            dialogues = {"train": train, "validation": held_out, "test": test}
+            say(f"{self.dataset} has no validation and no test: {rule}")
+        elif len(dialogues) == 2:
             train, held_out = hold_out(dialogues["train"], self.validation_size, self.split_seed)
             rule = f"validation {len(held_out)} drawn by image from train, seed {self.split_seed}"
             test = dialogues["test" if "test" in dialogues else "validation"]
@@ -201,31 +224,64 @@ class Instruct(Task[ImageTextSpec]):
         shown = [(self._asked[index], metric.texts[index]) for index in chosen]
         sheet.draw_sheet(shown, test.pictures, folder / "predictions.png")
 
-    def _read_folder(self, folder: Path, pictures: Pictures) -> tuple[dict[str, list[Dialogue]], dict[str, Any]]:
-        """The splits that a folder has, train at least, and facts of the files."""
-        if not folder.is_dir():
+    def files(self, data_dir: Path | None) -> dict[str, list[Path]]:
+        """The files of each split, without the images that they name; DataError where there are none."""
+        place = self._place(data_dir)
+        if not place.exists():
             raise DataError(
-                f"there is no folder {folder}: set paths.data, or prepare it (python scripts/prepare_data.py --list)"
+                f"there is no folder {place}: set paths.data, or prepare it (python scripts/prepare_data.py --list)"
             )
+        return tables.find(place)
+
+    def _place(self, data_dir: Path | None) -> Path:
+        return Path(data_dir or ".") / self.dataset
+
+    def _read_files(
+        self, data_dir: Path | None, pictures: Pictures
+    ) -> tuple[dict[str, list[Dialogue]], dict[str, Any]]:
+        """The splits that there are, train at least, and facts of the files."""
+        place, found = self._place(data_dir), self.files(data_dir)
+        folder = place if place.is_dir() else place.parent
+        images = self._images(folder, data_dir)
+        manifest.check(folder, [path for paths in found.values() for path in paths])
         dialogues: dict[str, list[Dialogue]] = {}
         facts: dict[str, Any] = {}
-        for split, names in _NAMES.items():
-            tables = sorted({path for name in names for path in folder.glob(f"{name}*.parquet")})
-            lists = sorted({path for name in names for path in folder.glob(f"{name}*.json")})
-            manifest.check(folder, [*tables, *lists])
-            if tables:
-                dialogues[split] = read_parquet(tables, self._ask, pictures)
-            for path in lists if not tables else ():
-                dialogues.setdefault(split, []).extend(read_json(path, folder / "images", pictures))
-            if split in dialogues:
-                facts[split] = facts_of(tables or lists, len(dialogues[split]))
+        for split, paths in found.items():
+            if self.dataset not in _ASK and are_rows(paths[0], self.columns):
+                suffix = f"\n{self.suffix}" if self.suffix else ""
+                dialogues[split] = read_rows(paths, self.columns, images, suffix, pictures)
+            elif paths[0].suffix.lower() == ".parquet":
+                dialogues[split] = read_parquet(paths, self._ask, pictures)
+            else:
+                dialogues[split] = [dialogue for path in paths for dialogue in read_json(path, images, pictures)]
+            facts[split] = facts_of(paths, len(dialogues[split]))
         if files := [key for key in pictures.places if isinstance(key, Path)]:
+            self._check_there(files, images)
             facts["images"] = {"sha256": checksum(files, folder)}
-        if "train" not in dialogues or len(dialogues) == 1:
-            raise DataError(f"{folder} needs train and validation or test, as *.parquet or *.json")
         return dialogues, facts
 
+    def _images(self, folder: Path, data_dir: Path | None) -> Path:
+        """The folder where names of images start."""
+        if self.images is None:
+            return folder / "images" if (folder / "images").is_dir() else folder
+        places = (folder / self.images, Path(data_dir or ".") / self.images, Path(self.images))
+        if found := next((place for place in places if place.is_dir()), None):
+            return found
+        raise DataError(f"there is no folder {places[0]}: correct task.images={self.images}")
+
+    def _check_there(self, files: Sequence[Path], images: Path) -> None:
+        missing = [path for path in files if not path.is_file()]
+        if not missing:
+            return
+        more = f" and {len(missing) - 1} more of {len(files)} images are" if len(missing) > 1 else " is"
+        said = f"{missing[0]}{more} missing in {images}"
+        if self.unreadable == "error":
+            raise DataError(f"{said}: correct task.images, or set task.unreadable=skip")
+        say(f"{said}: questions about what is missing are left out")
+
     def _check_metric(self, asked: Sequence[Dialogue]) -> None:
+        if self.metric == "any_match" and all(len(dialogue.answers) < 2 for dialogue in asked):
+            raise DataError("task.metric=any_match is for lists of accepted answers, and every question has one answer")
         lonely = next((dialogue.where for dialogue in asked if len(dialogue.answers) < 2), None)
         if self.metric == "vqa_accuracy" and lonely:
             raise DataError(

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import flora.models
+from flora.config import composed
 from flora.errors import ConfigError, DataError
 from flora.tasks.imagefolder.confusion import draw_confusion
 from flora.tasks.metrics import TopFive
@@ -85,11 +86,105 @@ def test_folders_that_do_not_fit(tmp_path, change, options, message):
         write_tree(tmp_path, change[:1], change[1:])
     with pytest.raises(DataError, match=message):
         load(tmp_path, **options)
-    with pytest.raises(DataError, match="needs train and val or test"):
-        load(tmp_path / "val")
+    write_tree(tmp_path / "lone", ("val",))
+    with pytest.raises(DataError, match="lone has no train beside validation: add it"):
+        load(tmp_path / "lone")
     write_tree(tmp_path / "one", classes=("ant",))
     with pytest.raises(DataError, match="one has one class, ant: there is nothing to tell apart"):
         load(tmp_path / "one")
+
+
+def flat(folder, **counts):
+    for start, (name, count) in enumerate(counts.items()):
+        write_tree(folder, (".",), (name,), count, 100 * start)
+
+
+def test_a_flat_folder_of_classes_is_drawn_class_by_class_and_says_so(tmp_path, capsys):
+    flat(tmp_path, ant=20, bee=40, cat=3)
+    splits = load(tmp_path)
+    said = capsys.readouterr().err
+    assert "no validation and no test: drawn 70/15/15 % train/validation/test of each class, seed 0" in said
+    assert "(43 train, 10 validation, 10 test)" in said
+    assert said.count("\n") == 1
+    assert splits.facts["split_rule"] == "drawn 70/15/15 % train/validation/test of each class, seed 0"
+    parts = {split: getattr(splits, split) for split in ("train", "validation", "test")}
+    assert sorted(n for part in parts.values() for n in numbers(part)) == [
+        *range(20),
+        *range(100, 140),
+        *range(200, 203),
+    ]
+    assert {split: np.bincount(part.labels).tolist() for split, part in parts.items()} == {
+        "train": [14, 28, 1],
+        "validation": [3, 6, 1],
+        "test": [3, 6, 1],
+    }
+    assert numbers(splits.validation) == [6, 12, 19, 103, 104, 116, 118, 128, 130, 200], "on every machine"
+    assert numbers(load(tmp_path, split_seed=1).test) != numbers(splits.test)
+    halves = load(tmp_path, split=[2, 1, 1])
+    assert [len(getattr(halves, split)) for split in parts] == [31, 16, 16]
+
+
+def test_train_alone_is_drawn_too_and_a_split_that_is_there_is_not_drawn_again(tmp_path):
+    write_tree(tmp_path, ("train",))
+    assert load(tmp_path).facts["counts"] == {"train": 12, "validation": 4, "test": 4}
+    write_tree(tmp_path, ("val",))
+    with pytest.raises(
+        ConfigError, match=r"task\.split=\[8, 1, 1\]: .* has train and validation already; leave it out"
+    ):
+        load(tmp_path, split=[8, 1, 1])
+
+
+@pytest.mark.parametrize("split", [[1, 2], [1, 0, 1], "even", [1, 1, True], [1, 1, float("inf")]])
+def test_a_split_is_three_numbers(split):
+    with pytest.raises(ConfigError, match=r"task\.split=.* must be three numbers above zero"):
+        task(split=split)
+
+
+def test_classes_too_small_to_divide_stay_in_train(tmp_path, capsys):
+    flat(tmp_path, ant=10, bee=2, cat=1)
+    splits = load(tmp_path)
+    assert [
+        np.bincount(part.labels, minlength=3).tolist() for part in (splits.train, splits.validation, splits.test)
+    ] == [
+        [6, 1, 1],
+        [2, 0, 0],
+        [2, 1, 0],
+    ]
+    assert splits.facts["warnings"] == [
+        "validation has no example of 2 of 3 classes (bee, cat)",
+        "test has no example of 1 of 3 classes (cat)",
+    ]
+    assert "test has no example of 1 of 3 classes (cat); its metrics are over the others" in capsys.readouterr().err
+    flat(tmp_path / "tiny", ant=2, bee=2)
+    with pytest.raises(DataError, match="no class has the three images that validation needs"):
+        load(tmp_path / "tiny")
+
+
+def test_a_class_that_is_missing_in_validation_is_said_and_one_missing_in_train_is_an_error(tmp_path, write_split):
+    write_tree(tmp_path, ("train",), ("ant", "bee", "cat"))
+    write_tree(tmp_path, ("val",), ("ant", "cat"))
+    splits = load(tmp_path)
+    assert "test has no example of 1 of 3 classes (bee)" in splits.facts["warnings"]
+    scores = task().metrics().compute(predictions=np.eye(3)[splits.test.labels], references=splits.test.labels)
+    assert scores["mean_per_class_accuracy"] == 1.0
+    (tmp_path / "train" / "dog").mkdir()
+    with pytest.raises(DataError, match="dog has no image, and would be a class: add some, or remove the folder"):
+        load(tmp_path)
+    write_split("train", 9, folder="data", labels=[n % 9 for n in range(9)])
+    write_split("test", 10, folder="data")
+    with pytest.raises(DataError, match="class class 9 has no image in train"):
+        load(tmp_path, dataset="data")
+
+
+def test_numbered_classes_count_by_value_unless_the_run_is_of_before(tmp_path):
+    write_tree(tmp_path, ("train", "val"), ("1", "2", "10"))
+    assert load(tmp_path).class_names == ["1", "10", "2"]
+    assert load(tmp_path, class_order="value").class_names == ["1", "2", "10"]
+    assert composed(["task=imagefolder"]).task.class_order == "value"
+    flat(tmp_path / "mixed", **{"1": 3, "b": 3, "10": 3})
+    assert load(tmp_path / "mixed", class_order="value").class_names == ["1", "10", "b"]
+    with pytest.raises(ConfigError, match=r"task\.class_order=size must be value or name"):
+        task(class_order="size")
 
 
 @pytest.mark.parametrize("option", [{"mixup": -1}, {"random_erasing": 2}, {"held_out": 1.5}, {"unreadable": "maybe"}])

@@ -62,11 +62,17 @@ def test_an_image_that_cannot_be_decoded_is_an_error_or_skipped_and_counted(tmp_
         assert "counts" not in splits.train.__getitems__([index])
 
 
-def test_a_file_that_is_missing_is_an_image_that_cannot_be_decoded(tmp_path):
+def test_a_file_that_is_missing_is_said_at_once_and_one_that_goes_later_cannot_be_decoded(tmp_path):
     folder = tmp_path / "llava_instruct"
     for split in ("train", "validation", "test"):
         write_conversations(folder, [conversation("<image>\nis it?", "yes", image="9.png")], split)
+    with pytest.raises(
+        DataError, match=r"images/9\.png is missing in .*images: correct task\.images, or set task\.unread"
+    ):
+        task("llava_instruct").load_for(tiny_llava(tmp_path), tmp_path)
+    (folder / "images" / "9.png").write_bytes(png(9))
     splits = task("llava_instruct").load_for(tiny_llava(tmp_path), tmp_path)
+    (folder / "images" / "9.png").unlink()
     with pytest.raises(DataError, match=r"images/9\.png: image cannot be decoded \(.*No such file"):
         splits.test.__getitems__([0])
 
@@ -90,7 +96,7 @@ def test_the_facts_hold_a_checksum_of_the_images_that_a_list_names(tmp_path):
         write_conversations(tmp_path, entries, split)
 
     def checksum():
-        return task()._read_folder(tmp_path, Pictures())[1]["images"]["sha256"]
+        return task(".")._read_files(tmp_path, Pictures())[1]["images"]["sha256"]
 
     before = checksum()
     (tmp_path / "images" / "1.png").write_bytes(b"is in no list")

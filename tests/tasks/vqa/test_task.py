@@ -96,8 +96,10 @@ def test_empty_and_damaged_files_and_missing_splits_are_named(tmp_path):
     with pytest.raises(DataError, match=r"there is no folder .*pets: set paths\.data, or prepare it"):
         task().load_for(spec, tmp_path)
     path = write_questions(tmp_path / "pets")
-    with pytest.raises(DataError, match="needs train and validation or test"):
+    path.rename(tmp_path / "pets" / "test.parquet")
+    with pytest.raises(DataError, match=r"needs train, and may have validation and test, .*; it has test\.parquet"):
         task().load_for(spec, tmp_path)
+    path = write_questions(tmp_path / "pets")
     write_rows(tmp_path / "pets" / "test.parquet", {"image": pa.array([], pa.struct({"bytes": pa.binary()}))})
     with pytest.raises(DataError, match=r"test\.parquet: no rows"):
         task().load_for(spec, tmp_path)
@@ -113,7 +115,11 @@ def test_vqa_accuracy_needs_the_answers_of_several_people(pets, tmp_path):
         write_questions(pets / "pets", split, answer=[["red", "red", "blue"]] * 8)
     mine = task(metric="vqa_accuracy")
     mine.load_for(tiny_llava(tmp_path), pets)
-    assert set(mine.metrics().compute(predictions=[[2]], references=[0])) == {"exact_match", "vqa_accuracy"}
+    assert set(mine.metrics().compute(predictions=[[2]], references=[0])) == {
+        "exact_match",
+        "vqa_accuracy",
+        "any_match",
+    }
 
 
 @pytest.mark.parametrize(

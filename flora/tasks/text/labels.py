@@ -1,0 +1,106 @@
+"""What a column of labels means: classes with names, or numbers to predict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flora.errors import DataError
+from flora.tasks.portions import by_value
+
+KINDS = ("auto", "classification", "regression")
+_HIDDEN = "; a label of -1 marks the hidden ones of a published test split"
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of one data set.
+
+    Attributes:
+        values: per split class indices int64 ``[N]``, or numbers float32 ``[N]``.
+        classes: their names in the order of the indices; none for numbers.
+        why: in words how that was told.
+    """
+
+    values: dict[str, np.ndarray]
+    classes: list[str]
+    why: str
+
+
+def kind_of(cells: Sequence[Any], named: bool, kind: str) -> tuple[str, str]:
+    """``classification`` or ``regression``, and why: as asked, or by the cells of a column.
+
+    Numbers that are not all whole are a regression, all else are classes.
+    """
+    if kind != "auto":
+        return kind, f"task.kind={kind}"
+    if named:
+        return "classification", "its classes have names"
+    numbers = [_number(cell) for cell in cells]
+    if any(number is None for number in numbers):
+        return "classification", "its labels are words"
+    if _whole(numbers):
+        return "classification", "its labels are whole numbers"
+    return "regression", "its labels are numbers with fractions"
+
+
+def as_classes(cells: Sequence[Any], names: Sequence[str] | None) -> list[str]:
+    """The name of each cell's class; ``names``: by index, where the file knows them."""
+    if names is None and _whole(numbers := [_number(cell) for cell in cells]):
+        return [str(int(number)) for number in numbers if number is not None]
+    return [
+        names[cell] if names is not None and isinstance(cell, int) and 0 <= cell < len(names) else str(cell).strip()
+        for cell in cells
+    ]
+
+
+def as_numbers(cells: Sequence[Any], where: Sequence[str]) -> np.ndarray:
+    """Numbers float32 ``[N]``; DataError with the row for one that is none, or not finite."""
+    numbers = [_number(cell) for cell in cells]
+    for row, number in enumerate(numbers):
+        if number is None or not math.isfinite(np.float32(number)):
+            raise DataError(
+                f"{where[row]}: label {cells[row]!r} is no finite number, as task.kind=regression needs: mend "
+                "the file, or set task.kind=classification"
+            )
+    return np.array(numbers, np.float32)
+
+
+def indices(named: Mapping[str, Sequence[str]], names: Sequence[str] | None) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Class indices of every split, and the classes: in the file's order, else by value or alphabet.
+
+    Raises:
+        DataError: a split has a class that train lacks, or train a label that is none of the names.
+    """
+    train = set(named["train"])
+    if names and (unnamed := sorted(train - set(names))):
+        raise DataError(f"train has the label {unnamed[0]}, which is none of its classes {', '.join(names)}: mend it")
+    classes = [name for name in names if name in train] if names else by_value([*train])
+    place = {name: index for index, name in enumerate(classes)}
+    for split, own in named.items():
+        if new := by_value([*(set(own) - train)]):
+            shown = ", ".join(new[:_SHOWN]) + (", ..." if len(new) > _SHOWN else "")
+            raise DataError(
+                f"{split} has {len(new)} of its classes only there, not in train ({shown}): add examples to train, or "
+                f"leave them out; labels that are numbers to predict need task.kind=regression"
+                + (_HIDDEN if "-1" in new else "")
+            )
+    return {split: np.array([place[name] for name in own], np.int64) for split, own in named.items()}, classes
+
+
+def _number(cell: Any) -> float | None:
+    if isinstance(cell, bool) or not isinstance(cell, int | float | str):
+        return None
+    try:
+        return float(cell)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _whole(numbers: Sequence[float | None]) -> bool:
+    return all(number is not None and number.is_integer() for number in numbers)
