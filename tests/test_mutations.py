@@ -222,7 +222,7 @@ def world(tmp_path_factory):
             shutil.copytree(place / "outputs" / run_id(composed(overrides)) / "adapter", place / name)
         interrupted(patch)
         for path in (place / "results" / "measured").glob("*.json"):
-            if path.stem not in {cell.run_id for cell in cells.load("t").cells}:
+            if path.stem not in {cell.cell_id for cell in cells.load("t").cells}:
                 path.unlink()
         status()
         expected = {}

@@ -55,7 +55,7 @@ def test_a_run_whose_record_exists(dataset, tmp_path):
     asked = ["adapter=lora", "seed=3", f"task.dataset={dataset}", "trainer.device=cpu", f"paths.results={tmp_path}"]
     names, out, err = imported("train.py", *asked)
     assert not names & HEAVY
-    assert out == f"record: {tmp_path / cell.run_id}.json\n"
+    assert out == f"record: {tmp_path / cell.cell_id}.json\n"
     assert "finished before: dsprites_location convnext lora: test accuracy 0.7500" in err
 
 
