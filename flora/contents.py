@@ -1,19 +1,22 @@
 """What files hold, as checksums that are cheap to ask for again."""
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from flora.files import cache_dir, write_json
 
 _THREADS = 8
-_SETTLED_NS = 2_000_000_000  # a file changed more recently may change again without another time
+SETTLED_NS = 2_000_000_000  # a file changed more recently may change again without another time
+_notes: ContextVar[dict[Path, bool] | None] = ContextVar("notes", default=None)
 UNREADABLE = "unreadable"
 IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")  # names of images end so
 _SAID_FROM = 1 << 30  # bytes that are read without a word
@@ -33,32 +36,66 @@ def of(folder: Path, files: Collection[Path]) -> dict[str, str]:
     return digests(files, folder) | ({"images": checksum(beside, folder)} if beside else {})
 
 
-def checksum(files: Iterable[Path], root: Path) -> str:
+def checksum(files: Iterable[Path], root: Path, deep: bool = True) -> str:
     """Sha256 over the names, sizes and contents of files; the same for the same files in another place or order.
 
     Args:
         files: any number; one that cannot be read counts as such.
         root: the folder that their names start from.
+        deep: they were found anywhere in it, not in itself alone.
 
     Returns:
         64 hex digits.
     """
     whole = hashlib.sha256()
-    for name, (size, *_, digest) in _looked(files, root).items():
+    for name, (size, *_, digest) in _looked(files, root, deep).items():
         whole.update(json.dumps([name, size, digest]).encode() + b"\n")
     return whole.hexdigest()
 
 
-def digests(files: Iterable[Path], root: Path) -> dict[str, str]:
+def digests(files: Iterable[Path], root: Path, deep: bool = True) -> dict[str, str]:
     """Sha256 of each file, by its name seen from ``root``; ``UNREADABLE`` for one that cannot be read."""
-    return {name: entry[-1] for name, entry in _looked(files, root).items()}
+    return {name: entry[-1] for name, entry in _looked(files, root, deep).items()}
 
 
-def _looked(files: Iterable[Path], root: Path) -> dict[str, list[Any]]:
+@contextlib.contextmanager
+def noted() -> Iterator[dict[Path, bool]]:
+    """The folders whose files are asked for inside, each with whether these lie anywhere in it or in itself alone."""
+    notes: dict[Path, bool] = {}
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+def state(folder: Path, deep: bool) -> tuple[str, int]:
+    """What changes with the names, sizes or times of anything in a folder, and the newest of those times, in ns."""
+    entries, newest, ahead, seen = list[list[Any]](), 0, [folder], set[str]()
+    while ahead:
+        place = ahead.pop()
+        stat = _stat(place)
+        entries.append([str(place), *stat])
+        newest = max(newest, *stat[1:], 0)
+        if not stat or os.path.realpath(place) in seen:
+            continue
+        seen.add(os.path.realpath(place))
+        for entry in os.scandir(place):
+            if entry.is_dir():
+                ahead += [Path(entry.path)] if deep else []
+            else:
+                entries.append([entry.path, *_stat(Path(entry.path))])
+                newest = max(newest, *entries[-1][2:], 0)
+    return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest(), newest
+
+
+def _looked(files: Iterable[Path], root: Path, deep: bool) -> dict[str, list[Any]]:
     """Size, times and checksum of files by name, in the order of the names.
 
     They are kept in FLORA_CACHE: a file is read again only where its size or its times have changed.
     """
+    if (notes := _notes.get()) is not None:
+        notes[root] = notes.get(root, False) or deep
     known = _known(root)
     named = sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in files)
     stats = {name: _stat(path) for name, path in named}
@@ -69,7 +106,7 @@ def _looked(files: Iterable[Path], root: Path) -> dict[str, list[Any]]:
         contents = list(pool.map(_content, (path for _, path in unread)))
     known |= {name: [*stats[name], digest] for (name, _), digest in zip(unread, contents, strict=True)}
     if unread:
-        settled = time.time_ns() - _SETTLED_NS
+        settled = time.time_ns() - SETTLED_NS
         _keep(root, {name: entry for name, entry in known.items() if max(entry[1:3]) < settled})
     return {name: known[name] if stat else [0, UNREADABLE] for name, stat in stats.items()}
 

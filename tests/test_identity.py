@@ -35,7 +35,7 @@ def run(tmp_path, monkeypatch, script):
     quick = ("trainer.max_steps=1", "trainer.batch_size=4", "logger=none", "trainer.device=cpu")
 
     def call(*overrides):
-        return script(partial(main, train.job, trace=lambda: False), "train.py", *quick, *overrides)
+        return script(partial(main, train.job, trace=lambda: False), "train.py", *overrides, *quick)
 
     return call
 
@@ -105,7 +105,7 @@ def questions(folder, answer):
 def test_conversations_as_parquet_are_others_than_as_json_and_pictures_count(tmp_path):
     folder = tmp_path / "mine"
     (folder / "images").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(folder / "images" / "1.x")
+    Image.new("RGB", (8, 8)).save(folder / "images" / "1.x", "png")
     turns = [{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": "it"}]
     for split in ("train", "test"):
         (folder / f"{split}.json").write_text(json.dumps([{"image": "1.x", "conversations": turns}]))
@@ -192,9 +192,10 @@ def test_the_first_command_of_the_readme_trains_though_a_record_of_ours_exists(t
     assert finished(asks, Store(cfg.paths.results), cfg) is None
 
 
-def test_a_run_of_ours_is_told_as_ours_and_is_not_written(run, tmp_path):
+def test_a_run_of_ours_is_told_as_ours_and_is_not_written(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in SHIPPED.glob("*.json")}
-    code, out, err = run("trainer.max_steps=null", "trainer.batch_size=64", "reuse=reference")
+    code, out, err = script(partial(main, train.job, trace=lambda: False), "train.py", "reuse=reference")
     assert code == 0, err
     assert "a record that ships with flora" in err
     assert Path(out.split()[-1]).parent == SHIPPED

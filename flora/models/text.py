@@ -108,7 +108,7 @@ class TransformersModel:
         if not place.exists():
             return {"tokenizer": {"hub": named}}
         files = [path for path in folder.iterdir() if path.suffix in _TOKENIZER and ".index." not in path.name]
-        return {"tokenizer": {"path": str(folder), "sha256": checksum(filter(Path.is_file, files), folder)}}
+        return {"tokenizer": {"path": str(folder), "sha256": checksum(filter(Path.is_file, files), folder, deep=False)}}
 
     @property
     def max_length(self) -> int:

@@ -120,7 +120,7 @@ def sha256_of(path: Path) -> str:
 
 @cache
 def _sha256(path: Path, *stat: int) -> str:
-    digest = digests([path], path.parent)[path.name]
+    digest = digests([path], path.parent, deep=False)[path.name]
     if digest == UNREADABLE:
         path.open("rb").close()  # says why
         raise OSError(errno.EIO, "cannot be read", str(path))

@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from flora import inputs
-from flora.config import PLACES, instantiate, recorded_cell, recorded_id, semantic_config
+from flora.config import PLACES, cell_id, instantiate, recorded_cell, recorded_id, semantic_config
 from flora.errors import AlreadyRunning
 from flora.files import saved_weights
 from flora.launch import processes
@@ -47,12 +47,17 @@ def identify(cfg: DictConfig) -> Identity:
     Raises:
         ConfigError, DataError, WeightsError: it cannot be run as it stands: data or weights are not there.
     """
-    task, model = instantiate(cfg.task), instantiate(cfg.model)  # only now: what trains takes seconds to import
-    cfg.task.dataset = task.dataset  # a class may know further aliases
-    task.accepts(model)
-    read = inputs.of(task.contents(Path(cfg.paths.data)), model.facts)
+    data, places = Path(cfg.paths.data), list(_places(semantic_config(cfg)["model"]))
+
+    def find() -> dict[str, Any]:
+        task, model = instantiate(cfg.task), instantiate(cfg.model)  # only now: what trains takes seconds to import
+        task.accepts(model)
+        return {"dataset": task.dataset, "inputs": inputs.of(task.contents(data), model.facts)}
+
+    found = inputs.kept(cell_id(cfg), data, places, find)
+    cfg.task.dataset = found["dataset"]  # a class may know further aliases
     semantic = semantic_config(cfg)
-    config = semantic | {"model": _by_cell(semantic["model"]), "inputs": read}
+    config = semantic | {"model": _by_cell(semantic["model"]), "inputs": found["inputs"]}
     return Identity(recorded_id(config), recorded_cell(config), config)
 
 
@@ -88,6 +93,15 @@ def notes(identity: Identity, contents: Contents) -> list[str]:
         if record["status"] == "finished" and (other := inputs.difference(identity.inputs, record["inputs"])):
             said.append(f"other {other} than in run {record['run_id']}: this is another run")
     return said + [problem for problem in contents.problems if "schema version 1," in problem][:1]
+
+
+def _places(model: Mapping[str, Any]) -> Iterator[str]:
+    """What settings of a model say of files of the user's."""
+    for key, value in model.items():
+        if isinstance(value, Mapping):
+            yield from _places(value)
+        elif key in PLACES and isinstance(value, str):
+            yield value
 
 
 def _by_cell(model: Mapping[str, Any]) -> dict[str, Any]:

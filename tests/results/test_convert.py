@@ -79,13 +79,12 @@ def test_what_is_not_what_it_says_stays_as_it_is(old, convert):
     assert json.loads(path.read_text())["schema_version"] == 1
 
 
-def test_what_it_trained_is_told_its_ids(old, convert, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_it_trained_is_told_its_ids(old, convert, tmp_path):
     folder, before = old
-    adapter = Path(before[min(before)]["adapter_path"])
-    adapter.mkdir(parents=True)
-    (adapter / "run.json").write_text(json.dumps({"run_id": min(before), "value": 0.5}))
+    path = folder / f"{min(before)}.json"
+    path.write_text(json.dumps(before[path.stem] | {"adapter_path": str(tmp_path)}))
+    (tmp_path / "run.json").write_text(json.dumps({"run_id": min(before), "value": 0.5}))
     convert(folder)
-    said = json.loads((adapter / "run.json").read_text())
+    said = json.loads((tmp_path / "run.json").read_text())
     assert (said["cell_id"], said["value"]) == (min(before), 0.5)
     assert Store(folder).finished(said["run_id"]) is not None
