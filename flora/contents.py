@@ -69,6 +69,12 @@ def noted() -> Iterator[dict[Path, bool]]:
         _notes.reset(token)
 
 
+def note(root: Path, deep: bool) -> None:
+    """Files of a folder are asked for."""
+    if (notes := _notes.get()) is not None:
+        notes[root] = notes.get(root, False) or deep
+
+
 def state(folder: Path, deep: bool) -> tuple[str, int]:
     """What changes with the names, sizes or times of anything in a folder, and the newest of those times, in ns."""
     entries, newest, ahead, seen = list[list[Any]](), 0, [folder], set[str]()
@@ -94,8 +100,7 @@ def _looked(files: Iterable[Path], root: Path, deep: bool) -> dict[str, list[Any
 
     They are kept in FLORA_CACHE: a file is read again only where its size or its times have changed.
     """
-    if (notes := _notes.get()) is not None:
-        notes[root] = notes.get(root, False) or deep
+    note(root, deep)
     known = _known(root)
     named = sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in files)
     stats = {name: _stat(path) for name, path in named}

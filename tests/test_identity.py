@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train
+from flora import contents
 from flora.config import composed
 from flora.errors import DataError
 from flora.files import ROOT
@@ -120,15 +121,24 @@ def test_conversations_as_parquet_are_others_than_as_json_and_pictures_count(tmp
     assert len(set(ids)) == 4
 
 
-def test_weights_count_by_what_the_file_holds_and_not_by_its_name(tmp_path):
+def test_weights_count_by_what_the_file_holds_and_not_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLORA_CACHE", str(tmp_path / "cache"))
+    kept = set()
     state = timm.create_model("test_resnet", num_classes=2).state_dict()
     save_file(state, tmp_path / "w.safetensors")
     shutil.copy(tmp_path / "w.safetensors", tmp_path / "v.safetensors")
     asked = ("task=digits", "model=timm", "model.timm_name=test_resnet", "adapter=lora")
+    for path in tmp_path.glob("*.safetensors"):
+        os.utime(path, (1, 1))
+    monkeypatch.setattr(contents, "SETTLED_NS", 0)
     before = name(*asked, f"model.weights={tmp_path}/w.safetensors")
+    other = name(*asked, "seed=1", f"model.weights={tmp_path}/w.safetensors")  # in one process, known by now
     assert name(*asked, f"model.weights={tmp_path}/v.safetensors") == before
     save_file({n: t * 1.01 if t.is_floating_point() else t for n, t in state.items()}, tmp_path / "w.safetensors")
-    assert name(*asked, f"model.weights={tmp_path}/w.safetensors") != before
+    for seed in (0, 1):
+        kept.add(name(*asked, f"seed={seed}", f"model.weights={tmp_path}/w.safetensors"))
+    assert kept.isdisjoint({before, other})
+    assert len(kept) == 2
     assert name(*asked, "model.pretrained=false") != before
 
 

@@ -20,7 +20,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from flora.contents import UNREADABLE, digests
+from flora.contents import UNREADABLE, digests, note
 from flora.errors import ConfigError, WeightsError, first_line
 from flora.files import cache_dir
 
@@ -115,6 +115,7 @@ def sha256_of(path: Path) -> str:
         OSError: it cannot be read.
     """
     stat = path.stat()
+    note(path.parent, deep=False)  # also where it is known
     return _sha256(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
