@@ -38,7 +38,7 @@ class Display:
         )
         self.task = self.bar.add_task("", total=None, said="")
         self._clock = _Clock()
-        self._told, self._line = False, 0.0
+        self._told, self._line = False, time.monotonic()
 
     def __enter__(self) -> "Display":
         self.bar.start()
