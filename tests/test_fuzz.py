@@ -148,9 +148,8 @@ def config_complaint(seed, sandbox, capsys):
     base.pop("hydra", None)
     config, said = (base, "unchanged") if seed is None else mutated(base, chance, sandbox)
     cfg = OmegaConf.create(config)
-    shutil.rmtree(
-        sandbox / "work" / "outputs" / "records", ignore_errors=True
-    )  # else a run of another seed stands for this one
+    # Else a run of another seed stands for this one.
+    shutil.rmtree(sandbox / "work" / "outputs" / "records", ignore_errors=True)
     before = snapshot(sandbox)
     capsys.readouterr()
     try:

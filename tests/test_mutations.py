@@ -26,10 +26,11 @@ from safetensors.torch import save_file
 
 import flora.models
 import train
-from flora.config import composed
+from flora.config import composed, recorded_cell
 from flora.launch.entry import main
 from flora.results import cells
 from flora.results.delta import Kept
+from flora.training.identity import identify
 from scripts import analyze_delta, export, make_tables, reproduce
 from tests.conftest import MEMORY
 from tests.mutations import NAMES, spoil
