@@ -153,7 +153,8 @@ def fault(record: Any, run_id: str) -> str | None:
     if not isinstance(record, dict) or any(key not in record for key in _REQUIRED):
         return f"not a record (needs {', '.join(_REQUIRED)})"
     if record["schema_version"] != SCHEMA_VERSION or isinstance(record["schema_version"], bool):
-        return f"schema version {record['schema_version']!r:.40}, this code reads {SCHEMA_VERSION}"
+        remedy = ": python scripts/convert_records.py converts the folder" if record["schema_version"] == 1 else ""
+        return f"schema version {record['schema_version']!r:.40}, this code reads {SCHEMA_VERSION}{remedy}"
     if record["status"] not in STATUSES:
         return f"unknown status {record['status']!r:.40}"
     if wrong := _unlike(_KINDS, record):

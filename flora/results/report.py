@@ -86,17 +86,21 @@ class Section:
         """How many of its runs are finished."""
         return sum(len(row.records) for row in self.rows)
 
-    def lines(self, whole: Callable[[str], dict[str, Any] | None], records: str) -> list[Line]:
+    def lines(
+        self, whole: Callable[[str], dict[str, Any] | None], records: Callable[[dict[str, Any]], str]
+    ) -> list[Line]:
         """Its lines.
 
         Args:
             whole: run id to the whole record.
-            records: the address of the records' folder.
+            records: summary to the address of the record.
         """
         return [_line(row, block, whole, records) for block in blocks(self.rows) for row in block]
 
 
-def _line(row: Row, block: list[Row], whole: Callable[[str], dict[str, Any] | None], records: str) -> Line:
+def _line(
+    row: Row, block: list[Row], whole: Callable[[str], dict[str, Any] | None], records: Callable[[dict[str, Any]], str]
+) -> Line:
     values = [value for other in block for value in other.values]
     config = (whole(row.first["run_id"]) or {}).get("config", {}) if row.records else {}
     seeds = ",".join(map(str, row.records)) or "0"
@@ -126,7 +130,10 @@ class Document:
 
 
 def page(
-    sections: list[Section], documents: list[str], whole: Callable[[str], dict[str, Any] | None], records: str
+    sections: list[Section],
+    documents: list[str],
+    whole: Callable[[str], dict[str, Any] | None],
+    records: Callable[[dict[str, Any]], str],
 ) -> str:
     """The page as HTML; what stands in a record, a config or a name is text there, whatever it holds.
 
@@ -134,7 +141,7 @@ def page(
         sections: the tables.
         documents: further tables, as the Markdown that `make_tables.py` writes.
         whole: run id to the whole record.
-        records: the address of the records' folder, relative to the page.
+        records: summary to the address of the record, relative to the page.
     """
     loader = PackageLoader("flora.results", "page")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -170,15 +177,15 @@ def document(text: str) -> Document:
     return Document(plain(title.lstrip("# ")), blocks)
 
 
-def address(folder: Path, page: Path) -> str:
-    """A folder's address, seen from a page."""
-    return quote(Path(os.path.relpath(folder.resolve(), page.resolve().parent)).as_posix())
+def address(place: Path, page: Path) -> str:
+    """The address of a file or folder, seen from a page."""
+    return quote(Path(os.path.relpath(place.resolve(), page.resolve().parent)).as_posix())
 
 
-def _run(seed: int, record: dict[str, Any], records: str) -> Run:
-    run_id = record["run_id"]
-    where = f"{records}/{quote(run_id)}.json"
-    return Run(seed, record["value"], record.get("lr"), record.get("train_seconds"), run_id, where)
+def _run(seed: int, record: dict[str, Any], records: Callable[[dict[str, Any]], str]) -> Run:
+    return Run(
+        *(seed, record["value"], record.get("lr"), record.get("train_seconds"), record["run_id"]), records(record)
+    )
 
 
 def _place(value: float, values: list[float]) -> str:

@@ -43,7 +43,7 @@ def render(tmp_path, script):
 @pytest.fixture
 def fresh(tmp_path):
     """Whether the files of a table, or all, are proved to be fresh."""
-    return lambda table=None: freshness.fresh(table, tmp_path / "records", tmp_path / "out")
+    return lambda table=None: freshness.fresh(table, [tmp_path / "records"], tmp_path / "out")
 
 
 def test_a_check_of_what_was_rendered_renders_nothing(store, render, fresh, monkeypatch):
@@ -121,7 +121,7 @@ def test_a_table_rendered_alone_proves_nothing_of_the_others(store, render, fres
     assert render("eurosat") == 0
     assert fresh("eurosat")
     assert not fresh("demo")
-    store.path(cell.run_id).unlink()  # all is as it was when everything was rendered, but eurosat's files
+    store.path(cell.cell_id).unlink()  # all is as it was when everything was rendered, but eurosat's files
     assert not fresh()
     assert render("--check") == 1
 
@@ -170,19 +170,19 @@ def test_code_configs_and_published_numbers_are_among_the_inputs(place, tmp_path
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
     monkeypatch.setattr(freshness, "ROOT", tmp_path)
     monkeypatch.setattr(freshness, "_RENDERER", tmp_path / "flora" / "results" / "render.py")
-    before = freshness.inputs(tmp_path / "records", tmp_path / "out")
-    assert freshness.inputs(tmp_path / "records", tmp_path / "out") == before
+    before = freshness.inputs([tmp_path / "records"], tmp_path / "out")
+    assert freshness.inputs([tmp_path / "records"], tmp_path / "out") == before
     edit(tmp_path / place)
-    assert freshness.inputs(tmp_path / "records", tmp_path / "out") != before
+    assert freshness.inputs([tmp_path / "records"], tmp_path / "out") != before
 
 
 @pytest.mark.parametrize("package", ["scipy", "numpy", "jinja2"])
 def test_versions_that_may_move_a_digit_are_among_the_inputs_and_matplotlibs_is_not(package, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(freshness, "version", lambda name: asked.append(name) or "1")
-    before = freshness.inputs(tmp_path, tmp_path)
+    before = freshness.inputs([tmp_path], tmp_path)
     monkeypatch.setattr(freshness, "version", lambda name: "2" if name == package else "1")
-    assert freshness.inputs(tmp_path, tmp_path) != before
+    assert freshness.inputs([tmp_path], tmp_path) != before
     assert "matplotlib" not in asked
 
 

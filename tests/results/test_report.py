@@ -201,5 +201,5 @@ def test_the_page_of_what_was_measured_holds_the_tables_and_figures_that_are_in_
         assert (out / "tables" / f"{table}.md").read_text() == (results / "tables" / f"{table}.md").read_text()
         for figure in (results / "figures" / table).iterdir():
             assert base64.b64encode(figure.read_bytes()).decode() in page
-    finished = [cell.run_id for cell in load("eurosat").cells]
+    finished = [cell.cell_id for cell in load("eurosat").cells]
     assert all(f"{run_id}.json" in page for run_id in finished)

@@ -66,7 +66,7 @@ def test_a_line_shows_mean_deviation_count_costs_and_mark(store):
 
 def test_what_was_not_measured_is_a_dash_and_a_missing_seed_is_said(store):
     cell = next(c for c in load("eurosat").cells if (c.method, c.model, c.seed) == ("flora", "convnext", 2))
-    store.path(cell.run_id).unlink()
+    store.path(cell.cell_id).unlink()
     text = markdown("T", rows(load("eurosat"), store.read_all()))
     assert set(line(text, "convnext", "linear_probe")[3:]) == {"-"}
     assert "0.9050 ± 0.0071 (n = 2 of 3)" in line(text, "convnext", "flora")[4]
@@ -210,7 +210,7 @@ def test_broken_records_are_reported_and_never_averaged(store, render, tmp_path)
     content = json.loads(sorted(store.folder.glob("*.json"))[0].read_text())
     missing = next(c for c in load("eurosat").cells if c.method == "linear_probe")
     for name, text in {
-        missing.run_id: json.dumps(content | {"run_id": missing.run_id, "value": float("nan")}),
+        missing.cell_id: json.dumps(content | {"run_id": missing.cell_id, "value": float("nan")}),
         "0" * 12: json.dumps(content | {"run_id": "0" * 12, "schema_version": 99}),
         "1" * 12: json.dumps(content)[:80],
     }.items():
@@ -240,12 +240,12 @@ def test_without_a_table_all_that_have_records_are_rendered(store, render):
 
 def test_a_table_without_records_leaves_files_that_a_check_names(store, render, tmp_path, monkeypatch):
     monkeypatch.setattr("flora.results.render.names", lambda: ["eurosat", "rank_sweep"])
-    (cell, *_) = [cell for cell in load("rank_sweep").cells if cell.run_id not in store.read_all().records]
+    (cell, *_) = [cell for cell in load("rank_sweep").cells if cell.cell_id not in store.read_all().records]
     write(store, cell, 0.5)
     assert render()[0] == 0
     assert render("--check")[0] == 0
     (tmp_path / "out" / "tables" / "delta_eurosat_convnext_0123.csv").write_text("what analyze_delta.py writes\n")
-    store.path(cell.run_id).unlink()
+    store.path(cell.cell_id).unlink()
     for arguments, ends in (((), 0), (("--check",), 1)):
         code, _, err = render(*arguments)
         assert code == ends

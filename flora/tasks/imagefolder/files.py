@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flora.contents import checksum
+from flora.contents import IMAGES, checksum, of
 from flora.errors import DataError
 from flora.tasks import manifest
 from flora.tasks.imagefolder.dataset import Catalogue
@@ -20,7 +20,6 @@ from flora.tasks.images import parquet
 from flora.tasks.images.decode import open_image
 from flora.tasks.portions import by_value
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 # Of a split: what opens each image, their labels, and their names for messages.
 Part = tuple[list[Callable[[], Image.Image]], np.ndarray, list[str]]
@@ -40,12 +39,7 @@ def open_folder(
     Raises:
         DataError: there is no training data, or a split does not fit the others or ``classes``.
     """
-    if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}: set paths.data, and task.dataset to a folder in it")
-    files = {
-        split: sorted({path for name in names for path in folder.rglob(f"{name}*.parquet")})
-        for split, names in _NAMES.items()
-    }
+    files = tables(folder)
     in_order = by_value if class_order == "value" else sorted
     splits, names, facts = _parquet(folder, files, classes) if files["train"] else _tree(folder, in_order)
     if "train" not in splits:
@@ -67,16 +61,43 @@ def open_folder(
     return catalogue, rows, names, {"source": "paths.data"} | facts
 
 
+def tables(folder: Path) -> dict[str, list[Path]]:
+    """The parquet files of each split; of train none where splits are folders. DataError where there is no folder."""
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}: set paths.data, and task.dataset to a folder in it")
+    return {
+        split: sorted({path for name in names for path in folder.rglob(f"{name}*.parquet")})
+        for split, names in _NAMES.items()
+    }
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """What decides the splits of a folder, as ``Task.contents``: of folders of classes one checksum a split."""
+    files = tables(folder)
+    if files["train"]:
+        return of(folder, [path for members in files.values() for path in members])
+    return {
+        split: checksum([file for name in _classes(place) for file in _images(place / name)], place)
+        for split, place in _places(folder).items()
+    }
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    """The folders of the splits; without any, the folder itself is train."""
+    places = {split: place for split, names in _NAMES.items() for name in names if (place := folder / name).is_dir()}
+    return places or {"train": folder}
+
+
+def _classes(place: Path) -> list[str]:
+    return [p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith(".")]
+
+
 def _tree(
     folder: Path, in_order: Callable[[Sequence[str]], list[str]]
 ) -> tuple[dict[str, Part], list[str], dict[str, Any]]:
     """Splits that are folders of class folders; without any, the folder itself is train."""
-    places = {split: place for split, names in _NAMES.items() for name in names if (place := folder / name).is_dir()}
-    places = places or {"train": folder}
-    classes_of = {
-        split: [p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith(".")]
-        for split, place in places.items()
-    }
+    places = _places(folder)
+    classes_of = {split: _classes(place) for split, place in places.items()}
     names = in_order(classes_of.get("train", []))
     splits, sums = {}, {}
     for split, place in places.items():
@@ -84,7 +105,7 @@ def _tree(
             raise DataError(f"{place}: class {unknown[0]} is not in train; check that both are of the same dataset")
         files = [(file, label) for label, name in enumerate(names) for file in _images(place / name)]
         if not files and "train" in places:
-            raise DataError(f"{place} holds no folders with images ({', '.join(_IMAGES)})")
+            raise DataError(f"{place} holds no folders with images ({', '.join(IMAGES)})")
         seen = {label for _, label in files}
         empty = [name for label, name in enumerate(names) if label not in seen]
         if split == "train" and empty:
@@ -97,7 +118,7 @@ def _tree(
 
 def _images(folder: Path) -> list[Path]:
     files = folder.rglob("*") if folder.is_dir() else ()
-    return sorted(file for file in files if file.suffix.lower() in _IMAGES and file.is_file())
+    return sorted(file for file in files if file.suffix.lower() in IMAGES and file.is_file())
 
 
 def _parquet(

@@ -145,10 +145,20 @@ class Text(TextTask):
                 "model.kind=sequence_classification"
             )
 
-    def files(self, data_dir: Path | None) -> dict[str, list[Path]]:
-        """The files that are read, by split, none where they come from the hub; DataError where there is no data."""
+    def files(self, data_dir: Path | None) -> tuple[Path, list[Path]]:
+        """See Task.files; none where the data comes from the hub."""
         place = self._place(data_dir)
-        return {} if place is None else tables.find(place)
+        if place is None:
+            return Path(data_dir or "."), []
+        found = tables.find(place)
+        return place if place.is_dir() else place.parent, [path for paths in found.values() for path in paths]
+
+    def contents(self, data_dir: Path | None) -> dict[str, str]:
+        """See Task.contents; of a data set on the hub the checksums of its rows."""
+        place = self._place(data_dir)
+        if place is not None:
+            return super().contents(data_dir)
+        return {split: _digest(table)["sha256"] for split, table in self._from_hub(Path(self.dataset)).items()}
 
     def inputs(self, texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> tuple[TextDataset, int]:
         """Texts, or pairs, as the model takes them, without labels; and how many were cut.
@@ -199,7 +209,7 @@ class Text(TextTask):
         else:
             values, self.classes = labels.indices(values, names)
             warnings += [f"{warning}; its metrics are over the others" for warning in absent(values, self.classes)]
-        sets, truncated = {}, {}
+        sets, truncated = dict[str, Any](), {}
         for split in SPLITS:
             sets[split], truncated[split] = self.inputs(texts[split], tokenizer, max_length)
             sets[split].values["labels"] = torch.from_numpy(values[split])
@@ -265,11 +275,9 @@ class Text(TextTask):
         if place is None:
             data = self._from_hub(Path(data_dir or ".") / self.dataset)
             return data, {split: _digest(table) for split, table in data.items()}, f"hub {self.dataset}"
-        found = tables.find(place)
-        everything = [path for paths in found.values() for path in paths]
-        manifest.check(place if place.is_dir() else place.parent, everything)
-        data = {split: tables.read(paths) for split, paths in found.items()}
-        folder = place if place.is_dir() else place.parent
+        folder, everything = self.files(data_dir)
+        manifest.check(folder, everything)
+        data = {split: tables.read(paths) for split, paths in tables.find(place).items()}
         return data, {str(p.relative_to(folder)): {"sha256": sha256_of(p)} for p in everything}, "paths.data"
 
     def _from_hub(self, place: Path) -> dict[str, Table]:
@@ -315,8 +323,8 @@ class Text(TextTask):
             raise DataError(f"{table.where[row]}: column {name} is empty{more}: fill it in or set task.missing=skip")
         if len(lacking) == len(table.rows):
             raise DataError(f"{table.where[0]}: no row has both a text and a label")
-        for kept in (table.rows, table.where):
-            kept[:] = [value for i, value in enumerate(kept) if i not in lacking]
+        table.rows[:] = [row for i, row in enumerate(table.rows) if i not in lacking]
+        table.where[:] = [where for i, where in enumerate(table.where) if i not in lacking]
         return len(lacking)
 
     def _split(self, strata: np.ndarray, counts: dict[str, int]) -> tuple[dict[str, tuple[str, np.ndarray]], str]:

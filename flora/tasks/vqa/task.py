@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora.contents import checksum
+from flora.contents import checksum, of
 from flora.errors import ConfigError, DataError
 from flora.models.spec import ImageTextSpec, ModelSpec
 from flora.tasks import manifest, tables
@@ -127,6 +127,20 @@ class Instruct(Task[ImageTextSpec]):
                 f"model={model.name} does not both see and write: choose model=llava_mini or model=llava_1_5_7b"
             )
 
+    def files(self, data_dir: Path | None) -> tuple[Path, list[Path]]:
+        """See Task.files."""
+        found = self._tables(data_dir)
+        return self._folder(data_dir), [path for paths in found.values() for path in paths]
+
+    def contents(self, data_dir: Path | None) -> dict[str, str]:
+        """See Task.contents; of tables that name images also all that lies where these are, whatever it is called."""
+        folder, files = self.files(data_dir)
+        sums = of(folder, files)
+        if self.images is not None or any(path.suffix.lower() != ".parquet" for path in files):
+            images = self._images(folder, data_dir)
+            sums["images"] = checksum((path for path in images.rglob("*") if path.is_file()), images)
+        return sums
+
     def read(self, model: ImageTextSpec, data_dir: Path | None) -> Splits:
         """See Task.read."""
         pictures = Pictures(orientation=self.orientation)
@@ -224,7 +238,7 @@ class Instruct(Task[ImageTextSpec]):
         shown = [(self._asked[index], metric.texts[index]) for index in chosen]
         sheet.draw_sheet(shown, test.pictures, folder / "predictions.png")
 
-    def files(self, data_dir: Path | None) -> dict[str, list[Path]]:
+    def _tables(self, data_dir: Path | None) -> dict[str, list[Path]]:
         """The files of each split, without the images that they name; DataError where there are none."""
         place = self._place(data_dir)
         if not place.exists():
@@ -236,12 +250,15 @@ class Instruct(Task[ImageTextSpec]):
     def _place(self, data_dir: Path | None) -> Path:
         return Path(data_dir or ".") / self.dataset
 
+    def _folder(self, data_dir: Path | None) -> Path:
+        place = self._place(data_dir)
+        return place.parent if place.is_file() else place
+
     def _read_files(
         self, data_dir: Path | None, pictures: Pictures
     ) -> tuple[dict[str, list[Dialogue]], dict[str, Any]]:
         """The splits that there are, train at least, and facts of the files."""
-        place, found = self._place(data_dir), self.files(data_dir)
-        folder = place if place.is_dir() else place.parent
+        found, folder = self._tables(data_dir), self._folder(data_dir)
         images = self._images(folder, data_dir)
         manifest.check(folder, [path for paths in found.values() for path in paths])
         dialogues: dict[str, list[Dialogue]] = {}
