@@ -15,19 +15,25 @@ from flora.results.record import Record
 _PLACES = ("weights", "path", "projector", "tokenizer")  # keys of a model's config that may name a user's files
 
 
-def adapter_folder(run: str | None) -> Path:
-    """The adapter folder that `checkpoint=DIR` of mode=eval means: DIR itself or DIR/adapter."""
+def adapter_folder(run: str | None, mode: str = "eval") -> Path:
+    """The adapter folder that `checkpoint=DIR` means: DIR itself or DIR/adapter; ``mode`` is for the message."""
     if not run:
-        raise ConfigError("mode=eval needs checkpoint=DIR, the folder of a finished run")
+        raise ConfigError(f"mode={mode} needs checkpoint=DIR, the folder of a finished run")
     if (weights := saved_weights(Path(run))) is None:
         raise ConfigError(f"checkpoint={run}: no adapter_model.safetensors or model.safetensors there")
     return weights.parent
 
 
-def write_facts(record: Record, num_classes: int, folder: Path) -> None:
-    """Write what ``facts`` reads, beside the weights in ``folder``."""
-    keys = ("run_id", "task", "dataset", "model", "adapter", "metric", "value")
-    said = {key: getattr(record, key) for key in keys} | {"num_classes": num_classes, "tensors": _tensors(folder)}
+def write_facts(record: Record, folder: Path, **more: Any) -> None:
+    """Write what ``facts`` reads, beside the weights in ``folder``.
+
+    Args:
+        record: of the run.
+        folder: of the weights.
+        **more: what else is needed to build the network again and to name what it says.
+    """
+    keys = ("run_id", "task", "dataset", "model", "adapter", "metric", "value", "config")
+    said = {key: getattr(record, key) for key in keys} | more | {"tensors": _tensors(folder)}
     write_json(folder / "run.json", said)
 
 
@@ -45,6 +51,19 @@ def check_same_model(folder: Path, model: str) -> None:
     trained = facts(folder).get("model", model)
     if trained != model:
         raise ConfigError(f"checkpoint={folder} was trained on model={trained}, not {model}: pass model={trained}")
+
+
+def check_method(folder: Path, method: Any) -> None:
+    """Refuse weights that are no adapter of PEFT's where neither run.json nor the command says what they are of.
+
+    Of a full fine-tune only the head may be left, which alone is what a linear probe saves.
+    """
+    known = (folder / "adapter_config.json").exists() or "adapter" in facts(folder)
+    if not known and hasattr(method, "config_class"):
+        raise ConfigError(
+            f"checkpoint={folder} has no run.json that says how it was trained: copy the whole folder again, or say it "
+            "with adapter=full or adapter=linear_probe"
+        )
 
 
 def digest(folder: Path, model: Mapping[str, Any] | None = None) -> str:
@@ -79,18 +98,19 @@ def _own_files(node: Any, key: str = "") -> list[Path]:
     return sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
 
 
-def check_whole(folder: Path, names: Collection[str]) -> None:
+def check_whole(folder: Path, names: Collection[str], method: str | None = None) -> None:
     """Refuse saved weights of which some have been taken away, or to which some were added, since a run saved them.
 
     Args:
         folder: of the weights.
         names: of all tensors of the model, which a full fine-tune saves.
+        method: that trained them, where run.json does not say.
 
     Raises:
         ConfigError: tensors are missing or unexpected.
     """
     said = facts(folder)
-    expected = said.get("tensors") or (names if said.get("adapter") == "full" else None)
+    expected = said.get("tensors") or (names if said.get("adapter", method) == "full" else None)
     if said.get("tensors") and not (isinstance(expected, list) and all(isinstance(name, str) for name in expected)):
         raise ConfigError(f"checkpoint={folder}: run.json lists no names of tensors: copy the whole folder again")
     if expected is not None and (wrong := unlike(_tensors(folder), expected)):
