@@ -177,7 +177,8 @@ class Predictor:
         """
         split: Split = self.task.unlabelled(self.spec, inputs)
         self._forward = self.task.predicting(self.spec)
-        self._trainer.evaluate(split)
+        with _generators_kept():  # a data loader draws
+            self._trainer.evaluate(split)
         self._trainer.state.log_history.clear()
         outputs, numbers = self._found
         order = np.argsort(numbers, kind="stable")
