@@ -102,9 +102,7 @@ def as_trained(cfg: DictConfig, typed: Sequence[str] | None) -> Tested:
     words = [parsed(word) for word in typed]
     keys = frozenset(word.key_or_group for word in words)
     if own is None:
-        print(
-            f"checkpoint={cfg.checkpoint} does not say how it was trained: tested with what is typed", file=sys.stderr
-        )
+        print(f"checkpoint={cfg.checkpoint} does not say how it was trained: what is typed counts", file=sys.stderr)
         return Tested(cfg, folder, typed=keys)
     asked: Any = OmegaConf.to_container(cfg, resolve=True)
     whole = set(GROUPS) if "experiment" in keys else keys & set(GROUPS)
@@ -139,7 +137,7 @@ def as_trained(cfg: DictConfig, typed: Sequence[str] | None) -> Tested:
         )
     if anew:
         said = ", ".join(f"{key}={value['now']} (trained with {value['trained']})" for key, value in anew.items())
-        print(f"tested with: {said}", file=sys.stderr)
+        print(f"{'tested' if cfg.mode == 'eval' else 'predicted'} with: {said}", file=sys.stderr)
     return Tested(tested, folder, anew, keys)
 
 
