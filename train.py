@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -13,25 +14,35 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach flora.launch.entry.main, wh
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from flora.config import METHOD_VERSION, check_shape, instantiate, instantiate_method
+from flora.config import check_shape, instantiate, instantiate_method
 from flora.errors import MENDABLE, AlreadyRunning, ConfigError, WeightsError, enough_memory
 from flora.launch import processes
 from flora.launch.entry import main, quietly
 from flora.results import Record, Store
 from flora.results.lock import Claim
-from flora.results.record import command, device_name, now
 from flora.tasks import aliases
 from flora.training import identity, saved
 from flora.training.settings import CHECKPOINTS
+from flora.training.tested import Tested, as_trained
 
 
-def run(cfg: DictConfig) -> Path:
-    """Run what the config says, unless a finished record of the same run exists; returns the record's path."""
+def run(cfg: DictConfig, typed: Sequence[str] | None = None) -> Path:
+    """Run what the config says, unless a finished record of the same run exists; returns the record's path.
+
+    A saved run is tested, and predicts, under its own config but for the overrides ``typed``; None: under this one.
+    """
     check_shape(cfg)
-    adapter = saved.adapter_folder(cfg.checkpoint) if cfg.mode == "eval" else None
-    cfg.checkpoint = saved.digest(adapter) if adapter else None  # what is tested counts by what it holds
+    tested = as_trained(cfg, typed) if cfg.mode != "train" else None
+    cfg = tested.cfg if tested else cfg
+    check_shape(cfg)
+    if tested and cfg.mode == "predict":
+        from flora.predict.command import predict
+
+        return predict(tested)
+    cfg.checkpoint = saved.digest(tested.folder) if tested else None  # what is tested counts by what it holds
     if (dataset := aliases.canonical(cfg.task)) is not None:
         cfg.task.dataset = dataset  # an alias and the name it stands for are one run
     processes.start(cfg.trainer.get("device") == "cpu")
@@ -52,7 +63,7 @@ def run(cfg: DictConfig) -> Path:
             from flora.training.progress import Checkpoints
 
             Checkpoints(folder / CHECKPOINTS).remove()
-        record = execute(cfg, asked, adapter, folder, store, claim)
+        record = execute(cfg, asked, tested, folder, store, claim)
         if processes.first():
             store.write(record, claim)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -60,11 +71,11 @@ def run(cfg: DictConfig) -> Path:
 
 
 def execute(
-    cfg: DictConfig, asked: identity.Identity, adapter: Path | None, folder: Path, store: Store, claim: Claim
+    cfg: DictConfig, asked: identity.Identity, tested: Tested | None, folder: Path, store: Store, claim: Claim
 ) -> Record:
-    """Train, or evaluate ``adapter``; returns the finished record, or writes one of the failure."""
+    """Train, or evaluate what was saved; returns the finished record, or writes one of the failure."""
     from flora.training import NoLogger, Run, demand
-    from flora.training.finish import finished_record
+    from flora.training.finish import begun_record, finished_record
     from flora.training.loggers import about, opened
     from flora.training.run import data_workers
 
@@ -77,39 +88,18 @@ def execute(
     analysis = dict(cfg.analysis) if cfg.analysis.every_n_steps is not None else None
     current = Run(task, model, method, settings, protocol, splits, cfg.seed, folder, None, claim, analysis)
     demand.check(current)
-    record = Record(
-        run_id=asked.run_id,
-        method_version=METHOD_VERSION,
-        task=task.name,
-        dataset=task.dataset,
-        model=model.name,
-        adapter=method.name,
-        protocol=protocol.name,
-        mode=cfg.mode,
-        seed=cfg.seed,
-        config=asked.config,
-        command=command(),
-        dtype=settings.dtype,
-        device=device_name(settings.device == "cpu"),
-        started=now(),
-        metric=task.metric,
-        split="validation" if splits.test is splits.validation else "test",
-        data=splits.facts,
-        weights=model.facts,
-        adapter_path=str(adapter) if adapter else None,
-        deterministic=settings.deterministic,
-    )
+    record = begun_record(cfg, asked, current, tested)
     try:
         log = opened(logger, about(record, label, cfg.table, cfg.cell, cfg.force), folder)
         with enough_memory(), processes.together(), log as current.log, data_workers():
-            if adapter is not None:
-                saved.check_same_model(adapter, model.name)
-                outcome = current.evaluate(adapter)
-                record.adapter = saved.facts(adapter).get("adapter", method.name)
+            if tested:
+                tested.check(model, method)
+                record.execution = {"set_anew": tested.anew} if tested.anew else {}
+                outcome = current.evaluate(tested.folder, method.name)
             else:
                 outcome = current.train()
             current.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
-            record = finished_record(record, current, outcome)
+            record = finished_record(record, current, outcome, cfg)
     except (AlreadyRunning, ConfigError, WeightsError):
         raise  # another's run now, or bad input: nothing was run that a record should keep
     except (KeyboardInterrupt, OSError, *MENDABLE) as error:
@@ -133,7 +123,8 @@ def say(text: str) -> None:
 def job(cfg: DictConfig) -> None:
     """One run; prints the record's path as the last line of stdout."""
     with quietly():
-        print(f"record: {run(cfg)}", flush=True)
+        path = run(cfg, HydraConfig.get().overrides.task)
+        print(f"{'predictions' if cfg.mode == 'predict' else 'record'}: {path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from flora import names, registration
 
 if TYPE_CHECKING:
     from flora.adapters import FloraConfig, FloraLayer, FloraModel, batched
+    from flora.predict import load
 
 __version__ = "0.1.0"
-__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "__version__", "batched"]
-_HOMES = dict.fromkeys(("FloraConfig", "FloraLayer", "FloraModel", "batched"), "adapters")
+__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "__version__", "batched", "load"]
+_HOMES = dict.fromkeys(("FloraConfig", "FloraLayer", "FloraModel", "batched"), "adapters") | {"load": "predict"}
 
 
 def __getattr__(name: str) -> Any:

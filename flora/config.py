@@ -66,7 +66,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     chosen = tuple(o for o in overrides if o.split("=")[0] in groups)
     cfg: DictConfig = pickle.loads(_choice(chosen))
     try:
-        for override in (_override(o) for o in overrides if o not in chosen):
+        for override in (parsed(o) for o in overrides if o not in chosen):
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=override.is_add())
     except OmegaConfBaseException as error:
         raise ConfigError(f"{' '.join(overrides)}: {one_line(error)}") from error
@@ -81,7 +81,8 @@ def _choice(groups: tuple[str, ...]) -> bytes:
 
 
 @cache
-def _override(text: str) -> Override:
+def parsed(text: str) -> Override:
+    """An override as Hydra reads it."""
     return OverridesParser.create().parse_override(text)
 
 
@@ -107,10 +108,12 @@ def check_shape(cfg: DictConfig) -> None:
         if not isinstance(cfg.get(group), DictConfig):
             raise ConfigError(f"{group} must be a group of settings, got {cfg.get(group)!r}")
     _check_values(OmegaConf.to_container(cfg, resolve=True), "")
-    if cfg.mode not in ("train", "eval"):
-        raise ConfigError(f"mode must be train or eval, got {cfg.mode!r}")
+    if cfg.mode not in ("train", "eval", "predict"):
+        raise ConfigError(f"mode must be train, eval or predict, got {cfg.mode!r}")
     if cfg.mode == "train" and cfg.checkpoint is not None:
         raise ConfigError(f"checkpoint={cfg.checkpoint} is for mode=eval; a run that was cut short goes on without it")
+    if cfg.mode != "predict" and (given := next((k for k in ("input", "output") if cfg.get(k) is not None), None)):
+        raise ConfigError(f"{given}={cfg[given]} is for mode=predict")
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
         raise ConfigError(f"seed must be a whole number in 0..{2**32 - 1}, got {cfg.seed!r}")
     _check_allowed(cfg)
@@ -276,6 +279,11 @@ def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[
     """
     resolved = OmegaConf.to_container(cfg, resolve=True)
     return _decisive(cast(dict[str, Any], resolved)) | {"method_version": method_version or METHOD_VERSION}
+
+
+def not_semantic(group: str) -> tuple[str, ...]:
+    """Settings of a group that decide no result."""
+    return _NOT_SEMANTIC.get(group, ())
 
 
 def _decisive(resolved: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,28 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         raise
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary neighbour to write, which takes the place of ``path`` when all is written and on disk.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written ({error.strerror or error}): make room") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object that a file holds.
 

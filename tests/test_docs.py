@@ -190,6 +190,7 @@ def write_data(folder):
         path = folder / "data/flowers" / ("rose", "tulip")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(number))
+    (folder / "photo.jpg").write_bytes(png(0))
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +253,7 @@ def test_a_command_runs(command, place, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert code == 0, err
     if words[1] == "train.py" and appended and "-m" not in words:
-        assert out.splitlines()[-1].startswith("record: ")
+        assert out.splitlines()[-1].startswith("predictions: " if "mode=predict" in words else "record: ")
 
 
 @each(ELSEWHERE)

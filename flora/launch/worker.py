@@ -155,7 +155,7 @@ def _run(train: Any, overrides: list[str]) -> tuple[int, bool]:
     """Exit code of a cell, and whether the process may run another: an unforeseen error may leave a GPU unusable."""
     sys.argv = ["train.py", *overrides]  # the record quotes it
     try:
-        main(lambda: train.run(composed(overrides)), trace=lambda: "debug=trace" in overrides)
+        main(lambda: train.run(composed(overrides), overrides), trace=lambda: "debug=trace" in overrides)
     except SystemExit as end:
         return int(end.code or 0), end.code != INTERRUPTED and not preemption.wanted()
     except Exception:

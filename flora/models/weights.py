@@ -1,5 +1,6 @@
 """Where pretrained weights come from: a path, what ships with flora, the hub's cache, a package, the hub."""
 
+import contextlib
 import errno
 import importlib.metadata
 import re
@@ -106,6 +107,24 @@ def facts_of(source: Source) -> dict[str, Any]:
     if not source.sha256:
         places["sha256"] = sha256_of(resolve(source))
     return {key: value for key, value in places.items() if value}
+
+
+def pinned(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a model's weights with the checksum of each file; one that cannot be had stays without."""
+    known = {key: pinned(value) if isinstance(value, Mapping) else value for key, value in facts.items()}
+    places: dict[str, Any] = {key: known[key] for key in ("path", "bundled", "package", "hub", "file") if key in known}
+    if places and "sha256" not in known:
+        with contextlib.suppress(WeightsError, ConfigError, OSError):
+            known["sha256"] = sha256_of(resolve(Source(**places)))
+    return known
+
+
+def name_of(facts: Mapping[str, Any]) -> str | None:
+    """Where a model's weights lie, by its facts, in one text; None where they have no one place."""
+    if "hub" in facts and not facts.get("path"):
+        return str(facts["hub"])
+    place = next((facts[key] for key in ("path", "bundled", "package") if facts.get(key)), None)
+    return None if place is None else str(place)
 
 
 def sha256_of(path: Path) -> str:

@@ -153,6 +153,38 @@ class Task(ABC, Generic[Spec]):
     def metrics(self) -> evaluate.Metric:
         """The metric, ready to ``compute``, with ``greater_is_better``; it needs no network."""
 
+    def unlabelled(self, model: Spec, inputs: Sequence[Any]) -> Split:
+        """Inputs of the user's own, prepared as an evaluation prepares its examples; ``labels`` are their numbers.
+
+        It needs no data: ``load_for`` need not come first.
+
+        Args:
+            model: an accepted model spec.
+            inputs: what the family takes, at least one: an image (see ``flora.tasks.images.decode.as_picture``), a
+                text, several texts in the order of the columns, or an image with a question.
+
+        Raises:
+            ConfigError: inputs that the family does not take.
+            DataError: an input that cannot be read, by its name; perhaps only when its batch is asked for.
+        """
+        raise ConfigError(f"task={self.name} takes no inputs but its own: mode=predict is for other tasks")
+
+    def predicting(self, model: Spec) -> Forward:
+        """The forward pass of ``unlabelled`` batches: ``(outputs, numbers of the inputs)``; by default an evaluation's.
+
+        Outputs are logits ``[B, C]``, numbers ``[B]`` or ``[B, 1]``, or tokens that ``written`` reads ``[B, T]``.
+        """
+        return self.forward(model)
+
+    def written(self, model: Spec, tokens: np.ndarray) -> str:
+        """The text of what ``predicting`` gave for one input ``[T]``, negative tokens being padding."""
+        raise ConfigError(f"task={self.name} writes no texts")
+
+    def preprocessing(self, model: Spec) -> dict[str, Any]:
+        """What is done to inputs, JSON-able, for who uses a saved run elsewhere."""
+        names = ("image_size", "interpolation", "mean", "std", "aspect", "max_length")
+        return {name: getattr(model, name) for name in names if hasattr(model, name)}
+
     def report(self, metric: Any, splits: Splits, folder: Path) -> None:
         """What else to leave in the run's folder, or in ``splits.facts``, after the test; by default nothing.
 

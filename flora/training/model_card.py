@@ -1,39 +1,37 @@
 """The README.md saved beside an adapter: what it is and how to load it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from flora.models.weights import name_of
 from flora.results.escape import code, markdown
 from flora.results.record import Record
 from flora.secrets import without_secrets
 
-_PEFT = """import flora, flora.models, peft  # `import flora` registers FLoRA with PEFT
+_LOAD = """import flora
 
-base = flora.models.load({model!r}, num_classes={num_classes})
-model = peft.PeftModel.from_pretrained(base, {folder!r}).eval()
+predictor = flora.load({folder!r})
+print(predictor.predict({example}))
 """
-_PLAIN = """import pathlib
-
-import flora.models
-from flora.methods.base import load
-
-spec = flora.models.get({model!r})
-model = load(spec.build({num_classes}), spec.classifier, pathlib.Path({folder!r})).model.eval()
-"""
+_SHOWN = 20  # names of classes
 
 
-def write_card(record: Record, num_classes: int, folder: Path) -> None:
+def write_card(record: Record, facts: Mapping[str, Any], folder: Path) -> None:
     """Write the model card of a finished run into its adapter folder.
 
     Args:
         record: the run's record, with its result.
-        num_classes: classes of the head.
+        facts: what run.json says beside the record (``flora.training.saved.write_facts``): ``num_classes``,
+            ``class_names``, ``weights`` and ``inputs``.
         folder: where the method has saved the adapter, on its way to ``record.adapter_path``.
     """
     is_peft = (folder / "adapter_config.json").exists()
-    lines_to_load = (_PEFT if is_peft else _PLAIN).format(
-        model=record.model, num_classes=num_classes, folder=record.adapter_path
-    )
+    inputs, names = facts["inputs"], facts["class_names"]
+    lines_to_load = _LOAD.format(folder=record.adapter_path, example=_example(inputs, facts["num_classes"]))
+    seen = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in inputs.items())
+    classes = f"{', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
     source = record.data.get("source", "unknown")
     about = f"{record.task}, dataset {record.dataset} (source: {source}), protocol {record.protocol}"
     lines = [
@@ -47,6 +45,9 @@ def write_card(record: Record, num_classes: int, folder: Path) -> None:
         f"- Test {record.metric}: {record.value:.4f}, seed {record.seed}",
         f"- Trained parameters: {record.trainable_params} and {record.head_params} in the head,"
         f" of a base model of {record.total_params}",
+        f"- Base weights: {markdown(_weights(facts['weights'], record.seed))}",
+        *([f"- Inputs: {markdown(seen)}"] if seen else []),
+        *([f"- Classes ({len(names)}): {markdown(classes)}"] if names else []),
         f"- Run {record.run_id}, commit {record.commit}, device {markdown(record.device)}, dtype {record.dtype}",
         f"- Command: {code(record.command)}",
         "",
@@ -55,6 +56,25 @@ def write_card(record: Record, num_classes: int, folder: Path) -> None:
         lines_to_load.rstrip(),
         "```",
         "",
+        "The base weights must be those above: `flora.load(..., model={'weights': PATH})` says where else they lie.",
         "The licence of the base weights and of the data applies to this adapter as well.",
     ]
     (folder / "README.md").write_text(without_secrets("\n".join(lines)) + "\n")
+
+
+def _example(inputs: Mapping[str, Any], num_classes: int) -> str:
+    texts = inputs.get("texts", [])
+    if len(texts) > 1:
+        return f"({', '.join(repr(name) for name in texts)})"
+    if texts:
+        return repr("a text")
+    return repr("photo.jpg") if num_classes else "('photo.jpg', 'what is it?')"
+
+
+def _weights(facts: Mapping[str, Any], seed: int) -> str:
+    """Where base weights lie, with their checksums; of a network of several parts each."""
+    if facts.get("pretrained") is False:
+        return f"random, from seed {seed}"
+    own = [f"{name} (sha256 {facts.get('sha256', 'unknown')})"] if (name := name_of(facts)) else []
+    parts = [_weights(part, seed) for part in facts.values() if isinstance(part, Mapping)]
+    return "; ".join([*own, *parts]) or "unknown"

@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -119,21 +119,18 @@ class Run:
         said = [run_id, self.seed, self.splits.facts, self.model.facts]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
-    def evaluate(self, adapter: Path) -> Outcome:
+    def evaluate(self, adapter: Path, method: str | None = None) -> Outcome:
         """Test the adapter that an earlier run has saved in a folder.
+
+        Args:
+            adapter: the folder.
+            method: that trained it, where its run.json does not say.
 
         Raises:
             ConfigError: it does not fit the model or is not whole.
             TrainingDiverged: it holds numbers that are not finite, or gives some.
         """
-        model = self._base()
-        known = masks(model)
-        try:
-            check_whole(adapter, model.state_dict().keys())
-            adapted = load(model, self.model.classifier, adapter)
-        except (ValueError, KeyError, SafetensorError) as error:
-            raise ConfigError(f"checkpoint: {error}") from error
-        check_weights(adapted.model, known, f"checkpoint={adapter}: {{}} is not finite; train it again")
+        adapted = restored(self._base(), self.model.classifier, adapter, method)
         trainer = self._trainer(adapted, self.settings, None, None)
         return Outcome(adapted, trainer, self._test(trainer))
 
@@ -284,6 +281,18 @@ class Run:
         metrics = _metrics(trainer.evaluate(test, metric_key_prefix="test"))
         check_metrics(metrics, "the test")
         return metrics
+
+
+def restored(base: nn.Module, head: Sequence[str], folder: Path, method: str | None = None) -> Adapted:
+    """A base model with what an earlier run has saved in a folder; arguments and errors as of ``Run.evaluate``."""
+    known = masks(base)
+    try:
+        check_whole(folder, base.state_dict().keys(), method)
+        adapted = load(base, head, folder)
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"checkpoint: {error}") from error
+    check_weights(adapted.model, known, f"checkpoint={folder}: {{}} is not finite; train it again")
+    return adapted
 
 
 @contextlib.contextmanager

@@ -14,20 +14,26 @@ from flora.files import read_object, saved_weights, unlike, write_json
 from flora.results.record import Record
 
 
-def adapter_folder(run: str | None) -> Path:
-    """The adapter folder that `checkpoint=DIR` of mode=eval means: DIR itself or DIR/adapter."""
+def adapter_folder(run: str | None, mode: str = "eval") -> Path:
+    """The adapter folder that `checkpoint=DIR` means: DIR itself or DIR/adapter; ``mode`` is for the message."""
     if not run:
-        raise ConfigError("mode=eval needs checkpoint=DIR, the folder of a finished run")
+        raise ConfigError(f"mode={mode} needs checkpoint=DIR, the folder of a finished run")
     if (weights := saved_weights(Path(run))) is None:
         raise ConfigError(f"checkpoint={run}: no adapter_model.safetensors or model.safetensors there")
     return weights.parent
 
 
-def write_facts(record: Record, num_classes: int, folder: Path) -> None:
-    """Write what ``facts`` reads, beside the weights in ``folder``."""
+def write_facts(record: Record, folder: Path, **more: Any) -> None:
+    """Write what ``facts`` reads, beside the weights in ``folder``.
+
+    Args:
+        record: of the run.
+        folder: of the weights.
+        **more: what else is needed to build the network again and to name what it says, its config first.
+    """
     keys = ("run_id", "task", "dataset", "model", "adapter", "metric", "value")
-    said = {key: getattr(record, key) for key in keys} | {"cell_id": recorded_cell(record.config)}
-    write_json(folder / "run.json", said | {"num_classes": num_classes, "tensors": _tensors(folder)})
+    said = {key: getattr(record, key) for key in keys} | more | {"cell_id": recorded_cell(record.config)}
+    write_json(folder / "run.json", said | {"tensors": _tensors(folder)})
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -46,6 +52,19 @@ def check_same_model(folder: Path, model: str) -> None:
         raise ConfigError(f"checkpoint={folder} was trained on model={trained}, not {model}: pass model={trained}")
 
 
+def check_method(folder: Path, method: Any) -> None:
+    """Refuse weights that are no adapter of PEFT's where neither run.json nor the command says what they are of.
+
+    Of a full fine-tune only the head may be left, which alone is what a linear probe saves.
+    """
+    known = (folder / "adapter_config.json").exists() or "adapter" in facts(folder)
+    if not known and hasattr(method, "config_class"):
+        raise ConfigError(
+            f"checkpoint={folder} has no run.json that says how it was trained: copy the whole folder again, or say it "
+            "with adapter=full or adapter=linear_probe"
+        )
+
+
 def digest(folder: Path) -> str:
     """Sha256 over what identifies saved weights, wherever they lie.
 
@@ -61,18 +80,19 @@ def digest(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def check_whole(folder: Path, names: Collection[str]) -> None:
+def check_whole(folder: Path, names: Collection[str], method: str | None = None) -> None:
     """Refuse saved weights of which some have been taken away, or to which some were added, since a run saved them.
 
     Args:
         folder: of the weights.
         names: of all tensors of the model, which a full fine-tune saves.
+        method: that trained them, where run.json does not say.
 
     Raises:
         ConfigError: tensors are missing or unexpected.
     """
     said = facts(folder)
-    expected = said.get("tensors") or (names if said.get("adapter") == "full" else None)
+    expected = said.get("tensors") or (names if said.get("adapter", method) == "full" else None)
     if said.get("tensors") and not (isinstance(expected, list) and all(isinstance(name, str) for name in expected)):
         raise ConfigError(f"checkpoint={folder}: run.json lists no names of tensors: copy the whole folder again")
     if expected is not None and (wrong := unlike(_tensors(folder), expected)):

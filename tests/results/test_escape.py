@@ -110,7 +110,9 @@ def test_a_model_card_holds_names_as_text(tmp_path):
     made = record("abc")
     made.dataset, made.model, made.command = 'x]\nlicense: mit\n---\n# "y', "m'\n```\nimport os", "a`b`c"
     made.adapter_path = 'p"\n'
-    write_card(made, 2, tmp_path)
+    facts = {"num_classes": 2, "class_names": [EVIL, "a\nb"], "weights": {"path": EVIL}}
+    facts["inputs"] = {"texts": [EVIL, "'"]}
+    write_card(made, facts, tmp_path)
     text = (tmp_path / "README.md").read_text()
     _, head, _ = text.split("---\n", 2)
     assert yaml.safe_load(head)["tags"] == [made.adapter, made.model, made.dataset]

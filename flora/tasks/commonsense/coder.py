@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,6 +54,23 @@ class Coder:
         rows = self._rows(split, questions, [tuple(range(len(question.answers))) for question in questions])
         first = starts_of(len(question.answers) for question in questions)
         return Choices(rows, first, torch.tensor([question.right for question in questions]))
+
+    def prompts(self, instructions: Sequence[str], reserved: int) -> TextDataset:
+        """The prompts alone, with room for so many tokens; ``labels`` are their numbers."""
+        tokens, starts, _ = tokenise(
+            [(PROMPT.format(instruction=i),) for i in instructions], self.tokenizer, sys.maxsize, False
+        )
+        ids, lengths = array("i"), []
+        for begin, end in pairwise(starts.tolist()):
+            prompt = tokens["input_ids"][begin:end].tolist()
+            if prompt[-1] == self.tokenizer.eos_token_id:
+                prompt.pop()  # some tokenizers end every text
+            prompt = prompt[-(self.max_length - reserved) :]
+            ids.extend(prompt)
+            lengths.append(len(prompt))
+        padding = {"input_ids": pad_or_end(self.tokenizer)}
+        numbers = {"labels": torch.arange(len(lengths))}
+        return TextDataset({"input_ids": as_tensor(ids)}, starts_of(lengths), numbers, padding, left=True)
 
     def _rows(self, split: str, questions: Sequence[Question], wanted: Sequence[Sequence[int]]) -> TextDataset:
         prompts = [(PROMPT.format(instruction=question.instruction),) for question in questions]

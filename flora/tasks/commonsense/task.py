@@ -6,10 +6,12 @@ answer is X". Their training mix of the eight sets is commonsense_170k.json.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from flora.errors import ConfigError, DataError
@@ -23,9 +25,12 @@ from flora.tasks.commonsense.questions import (
 )
 from flora.tasks.commonsense.scores import generated, likelihoods
 from flora.tasks.metrics import Classification
-from flora.tasks.text.causal import answer_logits, answer_loss
+from flora.tasks.text.causal import answer_logits, answer_loss, write_greedily
+from flora.tasks.text.dataset import TextDataset
 from flora.tasks.text.task import TextTask
-from flora.tasks.text.tokenise import fingerprint
+from flora.tasks.text.tokenise import fingerprint, pad_or_end
+
+_MAX_NEW_TOKENS = 16  # room for "the correct answer is solution2"
 
 
 class Commonsense(TextTask):
@@ -48,6 +53,8 @@ class Commonsense(TextTask):
     """
 
     metric = "accuracy"
+    text_columns = ("instruction",)
+    max_length: int
 
     def __init__(
         self,
@@ -155,6 +162,27 @@ class Commonsense(TextTask):
             return scores, batch["labels"]
 
         return forward
+
+    def unlabelled(self, model: TextSpec, inputs: Sequence[Any]) -> TextDataset:
+        """Instructions in full, with the answers that they list; prompts that are too long lose their beginning."""
+        tokenizer = model.tokenizer()
+        longest = min(model.max_length, self.max_length)
+        return Coder(tokenizer, longest).prompts([text for (text,) in self._texts(inputs)], _MAX_NEW_TOKENS)
+
+    def predicting(self, model: TextSpec) -> Forward:
+        """What the model writes after the prompt ``[B, T]``, greedily, and the numbers of the inputs ``[B]``."""
+        tokenizer = model.tokenizer()
+
+        def forward(module: nn.Module, batch: Batch, training: bool) -> tuple[Tensor, Tensor]:
+            ids, mask, pad = batch["input_ids"], batch["attention_mask"], pad_or_end(tokenizer)
+            written = write_greedily(module, ids, mask, _MAX_NEW_TOKENS, pad, tokenizer.eos_token_id)
+            return written, batch["labels"]
+
+        return forward
+
+    def written(self, model: TextSpec, tokens: np.ndarray) -> str:
+        """See Task.written."""
+        return model.tokenizer().decode(tokens[tokens >= 0], skip_special_tokens=True).strip()
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         """Cross-entropy of the answers' tokens, or of the scores where questions are asked."""

@@ -79,6 +79,11 @@ class Glue(TextTask):
         """What GLUE reports; the first of two where it has two."""
         return self.info.metric
 
+    @property
+    def text_columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        """As the hub's files call them."""
+        return self.info.columns
+
     def metrics(self) -> GlueMetric:
         """All metrics that GLUE defines for the dataset."""
         return GlueMetric(self.dataset)

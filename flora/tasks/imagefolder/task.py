@@ -181,6 +181,14 @@ class ImageFolder(ImageTask):
 
         return forward
 
+    def evaluated_pixels(self, model: ImageSpec) -> Callable[[Image.Image], np.ndarray]:
+        """See ImageTask.evaluated_pixels."""
+        return self._transform(model.image_size, self.interpolation or model.interpolation, False)
+
+    def preprocessing(self, model: ImageSpec) -> dict[str, Any]:
+        """See Task.preprocessing."""
+        return super().preprocessing(model) | {"resize": "crop", "crop_pct": self.crop_pct}
+
     def report(self, metric: Any, splits: Splits, folder: Path) -> None:
         """Write ``confusion.png``, how the test images of each class were called; say which were not readable."""
         assert isinstance(splits.test, LazyImages)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +63,37 @@ def interpolation_mode(name: str) -> Image.Resampling:
 def open_image(file: Path | bytes) -> Image.Image:
     """An image of one of ``FORMATS``, not decoded yet; OSError where it is none of them."""
     return Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=FORMATS)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that is opened when it is asked for.
+
+    Attributes:
+        open: opens it; it may raise anything if the image is broken.
+        name: for messages.
+    """
+
+    open: Callable[[], Image.Image]
+    name: str
+
+
+def as_picture(image: Any, number: int) -> Picture:
+    """A path, an image of Pillow's, the bytes of a file, or a ``Picture``; ConfigError for anything else.
+
+    Args:
+        image: one of them.
+        number: of it among others, for messages.
+    """
+    if isinstance(image, Picture):
+        return image
+    if isinstance(image, Image.Image):
+        return Picture(image.copy, f"image {number}")
+    if isinstance(image, bytes):
+        return Picture(partial(open_image, image), f"image {number}")
+    if isinstance(image, str | os.PathLike):
+        return Picture(partial(open_image, Path(image).expanduser()), str(image))
+    raise ConfigError(f"input {number} is {type(image).__name__}: give a path or an image of Pillow's")
 
 
 def as_rgb(open_image: Callable[[], Image.Image], name: str, orientation: str = "exif") -> Image.Image:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from flora import contents
 from flora.errors import ConfigError
 from flora.models.spec import ImageSpec, ModelSpec
 from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed
+from flora.tasks.imagefolder.dataset import Catalogue, LazyImages
 from flora.tasks.images.augment import Augment
-from flora.tasks.images.decode import ORIENTATIONS
+from flora.tasks.images.decode import ORIENTATIONS, as_picture, as_square
 from flora.tasks.metrics import Classification
 
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -126,6 +132,29 @@ class ImageTask(Task[ImageSpec]):
         mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in NORMALISATIONS[self.normalisation])
         return images.float().div_(255).sub_(mean).div_(std)
 
+    def unlabelled(self, model: ImageSpec, inputs: Sequence[Any]) -> LazyImages:
+        """Images, see ``flora.tasks.images.decode.as_picture``; decoded batch by batch."""
+        pictures = [as_picture(image, number) for number, image in enumerate(inputs)]
+        numbers = np.arange(len(pictures))
+        noted = torch.zeros(len(pictures), dtype=torch.bool).share_memory_()
+        openers, names = [picture.open for picture in pictures], [picture.name for picture in pictures]
+        catalogue = Catalogue(openers, numbers, names, noted, self.orientation)
+        skip = getattr(self, "unreadable", "error") == "skip"
+        return LazyImages(catalogue, numbers, self.evaluated_pixels(model), skip=skip, once=True)
+
+    def evaluated_pixels(self, model: ImageSpec) -> Callable[[Image.Image], np.ndarray]:
+        """From an RGB image to what an evaluation's batches hold of it, uint8 ``[3, H, W]``."""
+        interpolation = self.interpolation or model.interpolation
+        return partial(_square, size=model.image_size, interpolation=interpolation, how=self.resize)
+
+    def preprocessing(self, model: ImageSpec) -> dict[str, Any]:
+        """See Task.preprocessing."""
+        own: dict[str, Any] = {"resize": self.resize, "orientation": self.orientation}
+        own |= {"interpolation": self.interpolation} if self.interpolation else {}
+        if self.normalisation is not None:
+            own |= dict(zip(("mean", "std"), NORMALISATIONS[self.normalisation], strict=True))
+        return super().preprocessing(model) | own
+
     @property
     @abstractmethod
     def safe_augmentation(self) -> str:
@@ -139,3 +168,7 @@ class ImageTask(Task[ImageSpec]):
     def metrics(self) -> Classification:
         """Accuracy and mean per-class accuracy."""
         return Classification()
+
+
+def _square(image: Image.Image, size: int, interpolation: str, how: str) -> np.ndarray:
+    return as_square(image, size, interpolation, how).transpose(2, 0, 1)

@@ -25,7 +25,7 @@ _CHUNK = 10000
 
 
 def tokenise(
-    texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int
+    texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int, keep: bool = True
 ) -> tuple[dict[str, Tensor], Tensor, int]:
     """Single texts or pairs as tokens, from the cache where the same texts were tokenised the same way before.
 
@@ -33,6 +33,7 @@ def tokenise(
         texts: tuples of one or two texts.
         tokenizer: of transformers.
         max_length: longer examples are cut, the longer text of a pair first.
+        keep: in the cache.
 
     Returns:
         Fields per token and ``starts`` as ``TextDataset`` takes them, and the number of examples cut.
@@ -45,7 +46,7 @@ def tokenise(
         raise ConfigError(f"task.max_length={max_length} must be above {added}, the tokens that mark where texts end")
     fields = [name for name in tokenizer.model_input_names if name != "attention_mask"]
     path = cache_dir() / "tokenised" / f"{_key(texts, fields, tokenizer, max_length)}.safetensors"
-    if (stored := _stored(path)) is not None:
+    if keep and (stored := _stored(path)) is not None:
         return stored
     flat: dict[str, array[int]] = {name: array("i") for name in fields}
     lengths: list[int] = []
@@ -59,7 +60,8 @@ def tokenise(
                 flat[name].extend(row)
     tokens = {name: as_tensor(values) for name, values in flat.items()}
     starts = starts_of(lengths)
-    _store(path, tokens | {"starts": starts}, str(truncated))
+    if keep:
+        _store(path, tokens | {"starts": starts}, str(truncated))
     return tokens, starts, truncated
 
 

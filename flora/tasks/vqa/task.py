@@ -7,11 +7,13 @@ from that projector (model.projector=DIR).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ from flora.errors import ConfigError, DataError
 from flora.models.spec import ImageTextSpec, ModelSpec
 from flora.tasks import manifest, tables
 from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed, draw
-from flora.tasks.images.decode import ORIENTATIONS, as_square
+from flora.tasks.images.decode import ORIENTATIONS, as_picture, as_square
 from flora.tasks.portions import rule_of, say, shares
 from flora.tasks.text.causal import answer_logits, answer_loss, write_greedily
 from flora.tasks.text.tokenise import fingerprint
@@ -29,6 +31,7 @@ from flora.tasks.vqa.answers import Written
 from flora.tasks.vqa.coder import Coder
 from flora.tasks.vqa.dataset import Shown
 from flora.tasks.vqa.dialogues import (
+    IMAGE,
     Asked,
     Dialogue,
     Pictures,
@@ -161,11 +164,7 @@ class Instruct(Task[ImageTextSpec]):
             test = dialogues["test" if "test" in dialogues else "validation"]
             dialogues = {"train": train, "validation": held_out, "test": test}
         self._check_metric(dialogues["validation"] + dialogues["test"])
-        self._coder = coder = Coder(model, self.max_length, self.max_new_tokens)
-        fill = tuple(int(255 * value) for value in model.mean)
-        pixels = partial(
-            as_square, size=model.image_size, interpolation=model.interpolation, how=model.aspect, fill=fill
-        )
+        coder, pixels = self._prepare(model)
         noted = torch.zeros(len(pictures.openers), dtype=torch.bool).share_memory_()
         skips = noted if self.unreadable == "skip" else None
         self._asked = dialogues["validation"] + dialogues["test"]
@@ -194,6 +193,29 @@ class Instruct(Task[ImageTextSpec]):
             + [f"{split}: {n} conversations begin with an answer, left out" for split, n in answers_first.items() if n],
         }
         return Splits(**sets, num_classes=0, class_names=[], facts=facts)
+
+    def unlabelled(self, model: ImageTextSpec, inputs: Sequence[Any]) -> Shown:
+        """Pairs of an image (see ``flora.tasks.images.decode.as_picture``) and a question about it."""
+        coder, pixels = self._prepare(model)
+        pictures = Pictures(orientation=self.orientation)
+        asked = []
+        for number, pair in enumerate(inputs):
+            if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[1], str) or not pair[1].strip():
+                raise ConfigError(f"input {number} is {pair!r:.60}: task={self.name} takes (image, question)")
+            picture = as_picture(pair[0], number)
+            place = pictures.add(number, picture.name, picture.open)
+            question = f"{IMAGE}\n{self._in_own_words(pair[1].strip())}"
+            asked.append(Dialogue(((question, ""),), (place,), ("",), "", f"question {number}"))
+        rows = coder.asked("prediction", asked, 0)
+        if cut := coder.truncated["prediction"]:
+            print(f"{cut} of {len(asked)} questions are too long and were cut", file=sys.stderr)
+        noted = torch.zeros(len(asked), dtype=torch.bool).share_memory_() if self.unreadable == "skip" else None
+        return Shown(rows, [dialogue.images for dialogue in asked], pictures, pixels, noted, once=True)
+
+    def written(self, model: ImageTextSpec, tokens: np.ndarray) -> str:
+        """See Task.written."""
+        assert self._coder is not None, "unlabelled comes first"
+        return self._coder.decode(tokens)
 
     def forward(self, model: ImageTextSpec) -> Forward:
         """In training, logits ``[B, K, V]`` and targets ``[B, K]`` of the last tokens, which hold the answers.
@@ -304,6 +326,17 @@ class Instruct(Task[ImageTextSpec]):
             raise DataError(
                 f"{lonely}: task.metric=vqa_accuracy compares with the answers of several people, here is one"
             )
+
+    def _prepare(self, model: ImageTextSpec) -> tuple[Coder, Any]:
+        """What turns dialogues into tokens, and images into pixels."""
+        self._coder = Coder(model, self.max_length, self.max_new_tokens)
+        fill = tuple(int(255 * value) for value in model.mean)
+        options: dict[str, Any] = {"size": model.image_size, "interpolation": model.interpolation, "how": model.aspect}
+        return self._coder, partial(as_square, **options, fill=fill)
+
+    def _in_own_words(self, question: str) -> str:
+        """A question as the files' questions are asked."""
+        return self._ask({"question": question, "sentence": question, "answer": "no", "label": 0}).question
 
     def _ask(self, row: Row) -> Asked:
         asked = _ASK.get(self.dataset, plain)(row)

@@ -1,0 +1,213 @@
+"""What ``input=`` of mode=predict names, as inputs of a predictor, with the columns that tell them apart."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flora.errors import ConfigError, DataError, first_line
+from flora.tasks.images.decode import Picture, open_image
+from flora.tasks.images.parquet import opener
+from flora.tasks.text.rows import read_table, row_of
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")  # of pictures in folders
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+_FILES = (*TABLES, ".txt", *SUFFIXES)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs and what the file of predictions says of them.
+
+    Attributes:
+        values: as ``flora.predict.Predictor.predict`` takes them.
+        columns: by name a cell for each: ``path`` or ``row``, perhaps more.
+    """
+
+    values: Sequence[Any]
+    columns: dict[str, list[Any]]
+
+
+def read(given: Any, kind: str, texts: Sequence[str]) -> Inputs:
+    """The inputs of a run.
+
+    Args:
+        given: ``input=``: a folder, a file or a text; or a list: [IMAGE, QUESTION], or the texts of one example.
+        kind: of the run's model, see ``flora.models.spec``.
+        texts: names of the run's text columns.
+
+    Raises:
+        ConfigError: what is given is of another kind than the run's inputs.
+        DataError: a file that is missing or unreadable.
+    """
+    if isinstance(given, list):
+        if len(given) < 2 or kind == "image" or not all(isinstance(value, str) for value in given):
+            raise ConfigError(f"input={given}: this run takes one folder, file or text")
+        if kind == "image_text":
+            return Inputs([tuple(given)], {"path": given[:1], "question": given[1:2]})
+        return Inputs([tuple(given)], {"row": [0]})
+    if not isinstance(given, str | int | float) or not str(given).strip():
+        raise ConfigError("mode=predict needs input=, a folder, a file or a text")
+    given = str(given)
+    place = Path(given).expanduser()
+    there = os.path.exists(place)  # unlike Path.exists no error where a text is no name
+    if not there and (kind in ("image", "image_text") or _is_path(given)):
+        raise DataError(f"input={given}: there is no such file or folder")
+    if kind == "image":
+        return _pictures(place)
+    if kind == "image_text":
+        return _questions(place)
+    return _texts(place if there else None, given, texts)
+
+
+def _is_path(given: str) -> bool:
+    return given.lower().endswith(_FILES) or (os.sep in given and not any(c.isspace() for c in given))
+
+
+def _pictures(place: Path) -> Inputs:
+    if place.is_dir():
+        found = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not found:
+            raise DataError(f"input={place}: no pictures in there ({', '.join(SUFFIXES)})")
+        return Inputs(found, {"path": _shown(found)})
+    if place.suffix.lower() == ".parquet":
+        pictures = _cells(place, read_table(place), "image")
+        return Inputs(pictures, {"row": list(range(len(pictures)))})
+    if place.suffix.lower() in (*TABLES, ".txt"):
+        raise ConfigError(f"input={place}: this run takes a picture, a folder of pictures or a parquet file of them")
+    return Inputs([place], {"path": _shown([place])})
+
+
+def _shown(paths: Sequence[Path]) -> list[str]:
+    """Paths as texts, also where their bytes are no UTF-8."""
+    return [os.fsencode(path).decode(errors="replace") for path in paths]
+
+
+def _cells(place: Path, table: Any, column: str) -> list[Picture]:
+    """The images of a parquet file's column: structs ``{bytes, path}``, encoded bytes or paths."""
+    if column not in table.column_names:
+        raise DataError(f"{place}: no column {column} (it has {', '.join(table.column_names)})")
+    pictures = []
+    for number, value in enumerate(table[column]):
+        cell = value.as_py()
+        if isinstance(cell, str):
+            cell = {"path": cell}
+        elif isinstance(cell, bytes):
+            cell = {"bytes": cell}
+        if not isinstance(cell, dict):
+            raise DataError(f"{row_of(place, number)}: column {column} holds {cell!r:.60} instead of an image")
+        pictures.append(Picture(opener(place.parent, cell), row_of(place, number)))
+    return pictures
+
+
+def _texts(place: Path | None, given: str, names: Sequence[str]) -> Inputs:
+    if place is None or (place.is_file() and place.suffix.lower() == ".txt"):
+        if len(names) > 1:
+            raise ConfigError(f"input={given}: this run takes a table ({', '.join(TABLES)}) with {' and '.join(names)}")
+        lines = [given] if place is None else [line.strip() for line in _lines(place) if line.strip()]
+        if not lines:
+            raise DataError(f"{place}: no lines")
+        return Inputs(lines, {"row": list(range(len(lines)))})
+    rows = read_rows(place)
+    if len(names) == 1 and names[0] not in rows and len(rows) == 1:
+        names = list(rows)
+    values = list(zip(*(_column(place, rows, name) for name in names), strict=True))
+    return Inputs(values, {"row": list(range(len(values)))})
+
+
+def _questions(place: Path) -> Inputs:
+    if not place.is_file() or place.suffix.lower() not in TABLES:
+        raise ConfigError(
+            f"input={place}: this run takes a table ({', '.join(TABLES)}) with image and question, or [IMAGE,QUESTION]"
+        )
+    if place.suffix.lower() == ".parquet":
+        table = read_table(place)
+        pictures: list[Any] = _cells(place, table, "image")
+        rows = table.drop_columns("image").to_pydict()
+        asked = _column(place, rows, "question")
+        return Inputs(list(zip(pictures, asked, strict=True)), {"row": list(range(len(asked))), "question": asked})
+    rows = read_rows(place)
+    asked, files = _column(place, rows, "question"), _column(place, rows, "image")
+    paths = [_beside(place.parent, file) for file in files]
+    pictures = [Picture(partial(open_image, path), str(path)) for path in paths]
+    columns: dict[str, list[Any]] = {"row": list(range(len(asked))), "path": _shown(paths), "question": asked}
+    return Inputs(list(zip(pictures, asked, strict=True)), columns)
+
+
+def _beside(folder: Path, file: str) -> Path:
+    """An image beside a table or in the folder ``images`` there."""
+    place = folder / file
+    return place if place.exists() or not (folder / "images" / file).exists() else folder / "images" / file
+
+
+def _column(place: Path, rows: dict[str, list[Any]], name: str) -> list[str]:
+    if name not in rows:
+        raise DataError(f"{place}: no column {name} (it has {', '.join(rows)})")
+    for number, value in enumerate(rows[name]):
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{row_of(place, number)}: column {name} holds {value!r:.60} instead of a text")
+    return rows[name]
+
+
+def read_rows(place: Path) -> dict[str, list[Any]]:
+    """The columns of a CSV, TSV, JSON lines or parquet file by name.
+
+    Raises:
+        ConfigError: a file of another kind.
+        DataError: one that cannot be read, or has no rows.
+    """
+    suffix = place.suffix.lower()
+    if suffix not in TABLES:
+        raise ConfigError(f"input={place}: a table must be {', '.join(TABLES)}")
+    if suffix == ".parquet":
+        columns = read_table(place).to_pydict()
+    else:
+        read = _json_lines if suffix == ".jsonl" else partial(_separated, separator="," if suffix == ".csv" else "\t")
+        columns = {}
+        for number, row in enumerate(read(place)):
+            if number and row.keys() != columns.keys():
+                raise DataError(f"{row_of(place, number)}: its columns are not those of the rows before")
+            for name, value in row.items():
+                columns.setdefault(name, []).append(value)
+    if not columns or not next(iter(columns.values())):
+        raise DataError(f"{place}: no rows")
+    return columns
+
+
+def _separated(place: Path, separator: str) -> Iterator[dict[str, Any]]:
+    lines = csv.DictReader(_lines(place), delimiter=separator, strict=True)
+    try:
+        for number, row in enumerate(lines):
+            if None in row or None in row.values():
+                raise DataError(f"{row_of(place, number)}: it has not as many cells as the header")
+            yield row
+    except csv.Error as error:
+        raise DataError(f"{place}, line {lines.line_num}: {error}") from error
+
+
+def _json_lines(place: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(filter(str.strip, _lines(place))):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{row_of(place, number)}: no JSON ({first_line(error)})") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{row_of(place, number)}: {type(row).__name__} instead of an object")
+        yield row
+
+
+def _lines(place: Path) -> list[str]:
+    try:
+        if not place.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
+        # Not str.splitlines, which also splits at characters that texts may hold.
+        with place.open(encoding="utf-8-sig", newline="") as stream:
+            return list(stream)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{place} cannot be read ({first_line(error)}): a text file in UTF-8 is needed") from error
