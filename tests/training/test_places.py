@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 
 import train
-from flora.config import composed, run_id
+from flora.config import composed
 from flora.errors import ConfigError
 from flora.launch.entry import main
+from flora.training.identity import identify
 from flora.training.settings import Paths
 from tests.launch.test_sweep import TINY
 
@@ -44,7 +45,7 @@ def test_what_a_run_could_not_replace_is_refused(tmp_path, name, kind):
 def test_a_pipe_holds_no_run_up(tmp_path, monkeypatch, script, name):
     monkeypatch.chdir(tmp_path)
     overrides = [*TINY, "model.image_size=32", "trainer.max_steps=1", "logger=csv", "paths.results=results"]
-    path = tmp_path / name.replace("RUN", run_id(composed(overrides)))
+    path = tmp_path / name.replace("RUN", identify(composed(overrides)).run_id)
     path.parent.mkdir(parents=True)
     os.mkfifo(path)
     code, _, err = script(partial(main, train.job, trace=lambda: False), "train.py", *overrides)
