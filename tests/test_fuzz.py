@@ -1,6 +1,7 @@
 """Hostile configs, by seed: one that is wrong ends in one line or in a right record, never in between."""
 
 import copy
+import importlib
 import json
 import math
 import os
@@ -183,6 +184,8 @@ def config_complaint(seed, sandbox, capsys):
 
 
 def check_configs(seeds, sandbox, capsys):
+    for name in ("flora.models.presets", "flora.tasks.images.digits", "flora.training.run"):
+        importlib.import_module(name)  # which takes longer than a run may here
     ends = []
     complaints = []
     for seed in (None, *seeds):
