@@ -11,6 +11,7 @@ from flora.config import recorded_cell, recorded_id
 from flora.launch.entry import main
 from flora.results import Store
 from flora.results.store import SHIPPED
+from flora.training.identity import Identity, notes
 from scripts.convert_records import convert_records
 
 OLD = Path(__file__).with_name("schema1")  # as they shipped
@@ -62,6 +63,8 @@ def test_a_table_finds_them_only_when_converted_and_says_so(old, convert):
     assert contents.records == {}
     assert len(contents.problems) == len(before)
     assert all("python scripts/convert_records.py converts the folder" in problem for problem in contents.problems)
+    (said,) = notes(Identity("run", "cell", {"inputs": {}}), contents)
+    assert said in contents.problems, "a new run says it as well, once"
     convert(folder)
     assert all(Store(folder).read_all().state(cell) == "finished" for cell in before)
 

@@ -5,15 +5,17 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
+from flora.config import recorded_id
 from flora.files import ROOT
 from flora.launch.entry import main
 from flora.results import Store, freshness
 from flora.results.cells import load
 from scripts.make_tables import make_tables
-from tests.results.records import write
+from tests.results.records import settings_of, write
 
 BEGIN, END = "<!-- table eurosat, rendered by scripts/make_tables.py -->\n", "<!-- end of table -->"
 
@@ -196,3 +198,37 @@ def test_the_sources_are_all_that_a_rendering_imports(store, tmp_path):
     assert files <= {str(path) for path in freshness.sources(freshness._RENDERER)} | {
         str(ROOT / "flora" / name) for name in ("registration.py",)
     }
+
+
+def test_records_of_ones_own_fill_cells_that_do_not_ship_and_are_rendered_apart(tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in load("eurosat").cells if cell.method == "lora"]
+    write(Store("shipped"), cells[0], 0.5)
+    for cell in cells[:2]:
+        write(Store("own"), cell, 0.7)
+    entry = partial(main, make_tables, trace=lambda: False)
+    code, out, err = script(entry, "make_tables.py", "eurosat", "--results", "shipped", "--results", "own")
+    assert code == 0, err
+    assert "0.6000 ± 0.1414" in out, "of 0.5, which ships, and 0.7"
+    assert not Path("results").exists()
+    assert Path("outputs/rendered/tables/eurosat.md").is_file()
+    assert script(entry, "make_tables.py", "eurosat", "--results", "shipped", "--results", "own", "--check")[0] == 0
+    write(Store("own"), cells[2], 0.9)
+    assert script(entry, "make_tables.py", "eurosat", "--results", "shipped", "--results", "own", "--check")[0] == 1
+
+
+def test_two_records_of_one_cell_on_other_data_are_named_and_neither_is_shown(tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    first, other = [cell for cell in load("eurosat").cells if cell.method == "lora"][:2]
+    ids = []
+    for data in "ab":
+        settings = settings_of(first) | {"inputs": {"data": data * 64}}
+        ids.append(recorded_id(settings))
+        write(Store("own"), first, 0.25, run_id=ids[-1], config=settings)
+    write(Store("own"), other, 0.75)
+    entry = partial(main, make_tables, trace=lambda: False)
+    code, out, err = script(entry, "make_tables.py", "eurosat", "--results", "own")
+    assert code == 0, err
+    assert f"left out: runs {min(ids)} and {max(ids)} (eurosat" in err
+    assert "0.75" in out
+    assert "0.25" not in out
