@@ -1,5 +1,6 @@
 """The settings of a saved run that is tested or predicts: its own, under what the user sets anew."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +77,8 @@ def trained_with(folder: Path) -> dict[str, Any] | None:
     if (config := saved.facts(folder).get("config")) is None:
         return None
     whole = isinstance(config, dict) and all(isinstance(config.get(group), dict) for group in GROUPS)
-    if not whole or type(config.get("seed")) is not int:
+    # What a run writes is resolved: a reference would read this machine's environment on a folder's word.
+    if not whole or type(config.get("seed")) is not int or "${" in json.dumps(config):
         raise ConfigError(f"{folder}/run.json: its config is not that of a run: copy the whole folder again")
     if config["model"].get("trust_remote_code"):
         config["model"]["trust_remote_code"] = False

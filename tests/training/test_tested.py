@@ -149,6 +149,13 @@ def test_a_config_that_is_none_is_refused(run, config):
         evaluated()
 
 
+def test_a_reference_to_the_environment_is_not_followed(run):
+    config = json.loads(Path("run/adapter/run.json").read_text())["config"]
+    say(config=config | {"model": config["model"] | {"weights": {"hub": "${oc.env:HOME}", "file": "a"}}})
+    with pytest.raises(ConfigError, match="its config is not that of a run"):
+        evaluated()
+
+
 def test_code_of_a_tokenizer_is_not_run_on_a_folders_word(run):
     config = json.loads(Path("run/adapter/run.json").read_text())["config"]
     say(config=config | {"model": config["model"] | {"trust_remote_code": True}})
