@@ -112,7 +112,7 @@ def execute(
             else:
                 outcome = current.train()
             current.log.result(outcome.metrics, outcome.selection, outcome.trainer.state.global_step)
-            record = finished_record(record, current, outcome, cfg.paths.data)
+            record = finished_record(record, current, outcome, cfg)
     except (AlreadyRunning, ConfigError, WeightsError):
         raise  # another's run now, or bad input: nothing was run that a record should keep
     except (KeyboardInterrupt, OSError, *MENDABLE) as error:

@@ -44,21 +44,20 @@ def begun_record(cfg: DictConfig, identity: str, run: Run, tested: Tested | None
     )
 
 
-def finished_record(record: Record, run: Run, outcome: Outcome, data_folder: str) -> Record:
+def finished_record(record: Record, run: Run, outcome: Outcome, cfg: DictConfig) -> Record:
     """The record of a finished run; what it trained is saved, with facts (``flora.training.saved``) and a model card.
 
-    All processes must ask; the first one gets it and saves, the others keep the record as it was. ``data_folder`` is
-    where its data lay (``paths.data``).
+    All processes must ask; the first one gets it and saves, the others keep the record as it was.
 
     Raises:
         AlreadyRunning: the run is another process's now; nothing is touched.
         CheckpointError: the adapter cannot be written; then nothing of it is.
     """
     with gathered(outcome.adapted.model):
-        return _finished(record, run, outcome, data_folder) if processes.first() else record
+        return _finished(record, run, outcome, cfg) if processes.first() else record
 
 
-def _finished(record: Record, run: Run, outcome: Outcome, data_folder: str) -> Record:
+def _finished(record: Record, run: Run, outcome: Outcome, cfg: DictConfig) -> Record:
     record = dataclasses.replace(record)
     for name, count in run.counts(outcome.adapted).items():
         setattr(record, name, count)
@@ -82,7 +81,9 @@ def _finished(record: Record, run: Run, outcome: Outcome, data_folder: str) -> R
                 "class_names": run.splits.class_names,
                 "weights": pinned(record.weights),
                 "inputs": run.task.preprocessing(run.model),
-                "data_folder": data_folder,
+                "data": run.splits.facts,
+                "data_folder": cfg.paths.data,
+                "config": semantic_config(cfg),
             }
             for config in place.glob("*.json"):  # it may name a place of this machine, and people publish it
                 base = {"base_model_name_or_path": where} if (where := name_of(record.weights)) else {}

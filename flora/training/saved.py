@@ -32,7 +32,7 @@ def write_facts(record: Record, folder: Path, **more: Any) -> None:
         folder: of the weights.
         **more: what else is needed to build the network again and to name what it says.
     """
-    keys = ("run_id", "task", "dataset", "model", "adapter", "metric", "value", "config")
+    keys = ("run_id", "task", "dataset", "model", "adapter", "metric", "value")
     said = {key: getattr(record, key) for key in keys} | more | {"tensors": _tensors(folder)}
     write_json(folder / "run.json", said)
 

@@ -112,10 +112,11 @@ def as_trained(cfg: DictConfig, typed: Sequence[str] | None) -> Tested:
         raise ConfigError(
             f"adapter={method}: checkpoint={cfg.checkpoint} was trained with {own['adapter'].get('name')}"
         )
-    new: Any = {group: own[group] for group in GROUPS if group not in whole or group == "adapter"}
-    if "trainer" in new:  # what decides no result is this machine's, and settings that are new since then
-        here = {key: value for key, value in asked["trainer"].items() if key in not_semantic("trainer")}
-        new["trainer"] = asked["trainer"] | own["trainer"] | here
+    new: Any = {"adapter": own["adapter"]}
+    for group in {*GROUPS} - whole - {"adapter"}:  # what decides no result is this machine's
+        new[group] = own[group] | {key: asked[group][key] for key in not_semantic(group) if key in asked[group]}
+    if "trainer" in new:  # it may have settings that are new since then
+        new["trainer"] = asked["trainer"] | new["trainer"]
     if not keys & {"seed", "experiment"}:
         new["seed"] = own["seed"]
     place = facts.get("data_folder")
