@@ -132,8 +132,8 @@ def as_trained(cfg: DictConfig, typed: Sequence[str] | None) -> Tested:
     anew = _differences(own, semantic_config(tested))
     if wrong := next((key for key in anew if key.startswith("adapter.")), None):
         raise ConfigError(f"{wrong}={anew[wrong]['now']}: a saved adapter is as it was trained; leave {wrong} out")
-    random = (facts.get("weights") or {}).get("pretrained") is False
-    if random and tested.seed != own["seed"]:
+    weights = facts.get("weights")
+    if isinstance(weights, Mapping) and weights.get("pretrained") is False and tested.seed != own["seed"]:
         raise ConfigError(
             f"seed={tested.seed}: the base weights of checkpoint={cfg.checkpoint} are random and come from its "
             f"seed, {own['seed']}: leave seed out"
