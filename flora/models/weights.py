@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flora.contents import UNREADABLE, digests, note
 from flora.errors import ConfigError, WeightsError, first_line
-from flora.files import cache_dir
+from flora.files import cache_dir, read_object
 
 BUNDLED = Path(__file__).parent / "bundled"
 PROBE_SECONDS = 3
@@ -110,12 +110,17 @@ def facts_of(source: Source) -> dict[str, Any]:
 
 
 def pinned(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a model's weights with the checksum of each file; one that cannot be had stays without."""
+    """The facts of a model's weights with the checksum of each file, shards too; one that is not there has none."""
     known = {key: pinned(value) if isinstance(value, Mapping) else value for key, value in facts.items()}
     places: dict[str, Any] = {key: known[key] for key in ("path", "bundled", "package", "hub", "file") if key in known}
     if places and "sha256" not in known:
         with contextlib.suppress(WeightsError, ConfigError, OSError):
             known["sha256"] = sha256_of(resolve(Source(**places)))
+    if "sha256" in known and str(places.get("file") or places.get("path")).endswith(".index.json"):
+        with contextlib.suppress(WeightsError, ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            index = resolve(Source(**places))
+            shards = sorted(set(read_object(index)["weight_map"].values()))
+            known["shards"] = {name: {"sha256": sha256_of(index.parent / name)} for name in shards}
     return known
 
 

@@ -116,6 +116,10 @@ class Predictor:
         if type(count) is not int or not isinstance(names, list) or (count > 1 and len(names) != count):
             raise ConfigError(f"{folder}/run.json names no classes: copy the whole folder again, or train again")
         self.num_classes = count
+        try:
+            self.task.remember(facts.get("data") or {})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{folder}/run.json says too little of its data ({error}): copy it again") from error
         self.class_names = _distinct([str(name) for name in names])
         plain: Any = {"deterministic": False, "compile": False, "cuda_graph": False, "distributed": None}
         with tempfile.TemporaryDirectory() as scratch, _generators_kept():  # transformers' trainer wants a folder

@@ -169,6 +169,10 @@ class Task(ABC, Generic[Spec]):
         """
         raise ConfigError(f"task={self.name} takes no inputs but its own: mode=predict is for other tasks")
 
+    def remember(self, facts: Mapping[str, Any]) -> None:
+        """Take from ``Splits.facts`` what ``unlabelled`` needs of data that are not loaded; by default nothing."""
+        return None
+
     def predicting(self, model: Spec) -> Forward:
         """The forward pass of ``unlabelled`` batches: ``(outputs, numbers of the inputs)``; by default an evaluation's.
 

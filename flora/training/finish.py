@@ -83,6 +83,7 @@ def _finished(record: Record, run: Run, outcome: Outcome, cfg: DictConfig) -> Re
                 "class_names": run.splits.class_names,
                 "weights": pinned(record.weights),
                 "inputs": run.task.preprocessing(run.model),
+                "data": run.splits.facts,
                 "data_folder": cfg.paths.data,
                 "config": record.config | {"model": semantic_config(cfg)["model"]},
             }

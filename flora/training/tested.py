@@ -1,5 +1,6 @@
 """The settings of a saved run that is tested or predicts: its own, under what the user sets anew."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +77,8 @@ def trained_with(folder: Path) -> dict[str, Any] | None:
     if (config := saved.facts(folder).get("config")) is None:
         return None
     whole = isinstance(config, dict) and all(isinstance(config.get(group), dict) for group in GROUPS)
-    if not whole or type(config.get("seed")) is not int:
+    # What a run writes is resolved: a reference would read this machine's environment on a folder's word.
+    if not whole or type(config.get("seed")) is not int or "${" in json.dumps(config):
         raise ConfigError(f"{folder}/run.json: its config is not that of a run: copy the whole folder again")
     if config["model"].get("trust_remote_code"):
         config["model"]["trust_remote_code"] = False
@@ -112,10 +114,11 @@ def as_trained(cfg: DictConfig, typed: Sequence[str] | None) -> Tested:
         raise ConfigError(
             f"adapter={method}: checkpoint={cfg.checkpoint} was trained with {own['adapter'].get('name')}"
         )
-    new: Any = {group: own[group] for group in GROUPS if group not in whole or group == "adapter"}
-    if "trainer" in new:  # what decides no result is this machine's, and settings that are new since then
-        here = {key: value for key, value in asked["trainer"].items() if key in not_semantic("trainer")}
-        new["trainer"] = asked["trainer"] | own["trainer"] | here
+    new: Any = {"adapter": own["adapter"]}
+    for group in {*GROUPS} - whole - {"adapter"}:  # what decides no result is this machine's
+        new[group] = own[group] | {key: asked[group][key] for key in not_semantic(group) if key in asked[group]}
+    if "trainer" in new:  # it may have settings that are new since then
+        new["trainer"] = asked["trainer"] | new["trainer"]
     if not keys & {"seed", "experiment"}:
         new["seed"] = own["seed"]
     place = facts.get("data_folder")
@@ -131,8 +134,8 @@ def as_trained(cfg: DictConfig, typed: Sequence[str] | None) -> Tested:
     anew = _differences(own, semantic_config(tested))
     if wrong := next((key for key in anew if key.startswith("adapter.")), None):
         raise ConfigError(f"{wrong}={anew[wrong]['now']}: a saved adapter is as it was trained; leave {wrong} out")
-    random = (facts.get("weights") or {}).get("pretrained") is False
-    if random and tested.seed != own["seed"]:
+    weights = facts.get("weights")
+    if isinstance(weights, Mapping) and weights.get("pretrained") is False and tested.seed != own["seed"]:
         raise ConfigError(
             f"seed={tested.seed}: the base weights of checkpoint={cfg.checkpoint} are random and come from its "
             f"seed, {own['seed']}: leave seed out"

@@ -180,6 +180,13 @@ def test_an_adapter_of_peft_names_its_base_weights(tmp_path):
     nested = pinned({"vision": {"path": str(tmp_path / "w")}, "projector": {"path": "x", "sha256": "y"}})
     assert len(nested["vision"]["sha256"]) == 64
     assert nested["projector"]["sha256"] == "y"
+    index = {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "one.safetensors").write_bytes(b"a shard")
+    sharded = pinned({"path": str(tmp_path / "model.safetensors.index.json")})
+    assert set(sharded["shards"]) == {"one.safetensors"}
+    (tmp_path / "one.safetensors").write_bytes(b"another")
+    assert pinned(sharded)["shards"] != sharded["shards"]
     assert pinned({"hub": "nobody/nothing", "file": "x"}) == {"hub": "nobody/nothing", "file": "x"}
 
 

@@ -149,6 +149,19 @@ def test_a_config_that_is_none_is_refused(run, config):
         evaluated()
 
 
+@pytest.mark.parametrize("weights", [3, [], {}])
+def test_facts_of_weights_that_are_none_are_passed_over(run, weights):
+    say(weights=weights)
+    assert evaluated("trainer.max_eval_examples=4")["status"] == "finished"
+
+
+def test_a_reference_to_the_environment_is_not_followed(run):
+    config = json.loads(Path("run/adapter/run.json").read_text())["config"]
+    say(config=config | {"model": config["model"] | {"weights": {"hub": "${oc.env:HOME}", "file": "a"}}})
+    with pytest.raises(ConfigError, match="its config is not that of a run"):
+        evaluated()
+
+
 def test_code_of_a_tokenizer_is_not_run_on_a_folders_word(run):
     config = json.loads(Path("run/adapter/run.json").read_text())["config"]
     say(config=config | {"model": config["model"] | {"trust_remote_code": True}})

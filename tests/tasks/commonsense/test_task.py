@@ -296,3 +296,25 @@ def test_a_language_model_trained_in_full_is_saved_with_its_tied_weights(tmp_pat
     tokens = torch.tensor([[2, 5, 6, 3]])
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_instructions_of_ones_own_are_asked_as_the_tests_and_answered_in_words(boolq, monkeypatch):
+    spec = flora.models.get("smollm2_135m")
+    monkeypatch.setattr(TransformersModel, "tokenizer", lambda self: word_tokenizer())
+    own = task()
+    questions = [f"the cat {word}" for word in ("sat", "ran")]
+    asked = [ROWS["boolq"][1].replace("is the cat true", question) for question in questions]
+    write_rows(boolq / "boolq" / "validation.parquet", {"question": questions, "label": [0, 1]})
+    test = load(boolq).test
+    prompts = own.unlabelled(spec, asked)
+    for number in range(2):
+        whole = test[number]
+        (ids, targets) = whole["input_ids"][0], whole["targets"][0]
+        prompt = ids[(targets == -100) & whole["attention_mask"][0].bool()]
+        assert torch.equal(prompts[number]["input_ids"], prompt)
+    batch = prompts.__getitems__([1, 0])
+    tokens, numbers = own.predicting(spec)(Writer("is false"), batch, False)
+    assert numbers.tolist() == [1, 0]
+    assert own.written(spec, tokens[0].numpy()) == "is false"
+    with pytest.raises(ConfigError, match="task=commonsense takes a text"):
+        own.unlabelled(spec, [("a", "b")])
