@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -176,9 +177,9 @@ class Text(TextTask):
         """See TextTask.load."""
         data, files, source = self._tables(data_dir)
         columns, target = self._columns(data["train"])
-        for table in data.values():
+        for split, table in data.items():
             for name in (*columns, target):
-                tables.column(table, "task.label" if name == target else "task.text", name, ())
+                tables.column(table, f"{split}: task.{'label' if name == target else 'text'}", name, ())
         left_out = {split: self._drop_missing(table, columns, target) for split, table in data.items()}
         names = data["train"].names.get(target)
         cells = {split: [row[target] for row in table.rows] for split, table in data.items()}
@@ -209,7 +210,8 @@ class Text(TextTask):
         else:
             values, self.classes = labels.indices(values, names)
             warnings += [f"{warning}; its metrics are over the others" for warning in absent(values, self.classes)]
-        sets, truncated = dict[str, Any](), {}
+        sets: dict[str, Any] = {}
+        truncated: dict[str, int] = {}
         for split in SPLITS:
             sets[split], truncated[split] = self.inputs(texts[split], tokenizer, max_length)
             sets[split].values["labels"] = torch.from_numpy(values[split])
@@ -267,7 +269,9 @@ class Text(TextTask):
                 return found
         if _HUB.fullmatch(self.dataset) and Path(self.dataset).suffix.lower() not in tables.FORMATS:
             return None
-        raise DataError(f"there is no {place}: set paths.data, and task.dataset to a folder or file in it")
+        close = difflib.get_close_matches(place.name, [p.name for p in place.parent.glob("*")], 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise DataError(f"there is no {place}: {hint}set paths.data, and task.dataset to a folder or file in it")
 
     def _tables(self, data_dir: Path | None) -> tuple[dict[str, Table], dict[str, Any], str]:
         """The rows of every split, facts of their files, and where they come from."""

@@ -245,7 +245,8 @@ def test_what_is_wrong_with_a_file_is_said_in_a_line(tmp_path, content, options,
             ConfigError,
             r"task\.metric=pearson is not for classification: choose accuracy or macro_f1",
         ),
-        ({"dataset": "nowhere.csv"}, DataError, r"there is no .*nowhere\.csv: set paths\.data"),
+        ({"dataset": "elsewhere.json"}, DataError, r"there is no .*elsewhere\.json: set paths\.data"),
+        ({"dataset": "owm.csv"}, DataError, r"there is no .*owm\.csv: did you mean own\.csv\? set paths\.data"),
         ({"dataset": "my/own words"}, DataError, "there is no .*my/own words: set paths.data"),
         ({"dataset": "someone/something"}, DataError, "nothing called someone/something comes from the hub"),
     ],
@@ -300,6 +301,13 @@ def test_a_class_of_a_test_alone_is_an_error_and_one_that_a_test_lacks_is_said(t
     assert "test has no example of 1 of 3 classes (b)" in capsys.readouterr().err
     write(tmp_path / "test.csv", [row | {"label": "-1"} for row in ROWS])
     with pytest.raises(DataError, match=r"test has 1 of its classes only there, not in train \(-1\).*hidden ones"):
+        load(tmp_path)
+
+
+def test_a_split_without_the_columns_of_train_is_named(tmp_path):
+    write(tmp_path / "train.csv")
+    write(tmp_path / "test.csv", [{"text": "the cat"}])
+    with pytest.raises(ConfigError, match=r"test: task\.label=label is no column; there are text"):
         load(tmp_path)
 
 
