@@ -19,6 +19,7 @@ from flora.files import whole_file
 from flora.launch import processes
 from flora.predict.inputs import Inputs, read
 from flora.predict.predictor import Predictor, probabilities
+from flora.tasks.vqa.rows import Columns
 from flora.training.tested import Tested
 
 _FEW = 20  # classes that get a column each
@@ -44,7 +45,12 @@ def predict(tested: Tested) -> Path:
     if config.get("input") is None:
         raise ConfigError("mode=predict needs input=, a folder, a file or a text")
     predictor = Predictor(config, tested.folder)
-    inputs = read(config["input"], predictor.spec.kind, getattr(predictor.task, "text_columns", ()))
+    inputs = read(
+        config["input"],
+        predictor.spec.kind,
+        getattr(predictor.task, "text_columns", ()),
+        getattr(predictor.task, "columns", Columns()),
+    )
     table: dict[str, list[Any]] = {name: [] for name in inputs.columns} | {name: [] for name in _columns(predictor)}
     for numbers, rows in _predicted(predictor, inputs):
         for name, cells in inputs.columns.items():

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flora.errors import ConfigError, DataError, first_line
+from flora.tasks import tables
 from flora.tasks.images.decode import Picture, open_image
 from flora.tasks.images.parquet import opener
-from flora.tasks.text.rows import read_table, row_of
+from flora.tasks.text.rows import row_of
+from flora.tasks.vqa.rows import Columns
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")  # of pictures in folders
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+TABLES = tables.FORMATS
 _FILES = (*TABLES, ".txt", *SUFFIXES)
 
 
@@ -34,13 +34,14 @@ class Inputs:
     columns: dict[str, list[Any]]
 
 
-def read(given: Any, kind: str, texts: Sequence[str]) -> Inputs:
+def read(given: Any, kind: str, texts: Sequence[str], columns: Columns) -> Inputs:
     """The inputs of a run.
 
     Args:
         given: ``input=``: a folder, a file or a text; or a list: [IMAGE, QUESTION], or the texts of one example.
         kind: of the run's model, see ``flora.models.spec``.
         texts: names of the run's text columns.
+        columns: which of its columns were image and question.
 
     Raises:
         ConfigError: what is given is of another kind than the run's inputs.
@@ -62,7 +63,7 @@ def read(given: Any, kind: str, texts: Sequence[str]) -> Inputs:
     if kind == "image":
         return _pictures(place)
     if kind == "image_text":
-        return _questions(place)
+        return _questions(place, columns)
     return _texts(place if there else None, given, texts)
 
 
@@ -77,7 +78,10 @@ def _pictures(place: Path) -> Inputs:
             raise DataError(f"input={place}: no pictures in there ({', '.join(SUFFIXES)})")
         return Inputs(found, {"path": _shown(found)})
     if place.suffix.lower() == ".parquet":
-        pictures = _cells(place, read_table(place), "image")
+        table = read_rows(place)
+        if "image" not in table.columns:
+            raise DataError(f"{place}: no column image (it has {', '.join(table.columns)})")
+        pictures = _cells(place, [row["image"] for row in table.rows], "image")
         return Inputs(pictures, {"row": list(range(len(pictures)))})
     if place.suffix.lower() in (*TABLES, ".txt"):
         raise ConfigError(f"input={place}: this run takes a picture, a folder of pictures or a parquet file of them")
@@ -89,13 +93,10 @@ def _shown(paths: Sequence[Path]) -> list[str]:
     return [os.fsencode(path).decode(errors="replace") for path in paths]
 
 
-def _cells(place: Path, table: Any, column: str) -> list[Picture]:
+def _cells(place: Path, cells: Sequence[Any], column: str) -> list[Picture]:
     """The images of a parquet file's column: structs ``{bytes, path}``, encoded bytes or paths."""
-    if column not in table.column_names:
-        raise DataError(f"{place}: no column {column} (it has {', '.join(table.column_names)})")
     pictures = []
-    for number, value in enumerate(table[column]):
-        cell = value.as_py()
+    for number, cell in enumerate(cells):
         if isinstance(cell, str):
             cell = {"path": cell}
         elif isinstance(cell, bytes):
@@ -114,30 +115,29 @@ def _texts(place: Path | None, given: str, names: Sequence[str]) -> Inputs:
         if not lines:
             raise DataError(f"{place}: no lines")
         return Inputs(lines, {"row": list(range(len(lines)))})
-    rows = read_rows(place)
-    if len(names) == 1 and names[0] not in rows and len(rows) == 1:
-        names = list(rows)
-    values = list(zip(*(_column(place, rows, name) for name in names), strict=True))
+    table = read_rows(place)
+    if len(names) == 1 and names[0] not in table.columns and len(table.columns) == 1:
+        names = table.columns
+    values = list(zip(*(_column(place, table, name) for name in names), strict=True))
     return Inputs(values, {"row": list(range(len(values)))})
 
 
-def _questions(place: Path) -> Inputs:
+def _questions(place: Path, columns: Columns) -> Inputs:
     if not place.is_file() or place.suffix.lower() not in TABLES:
         raise ConfigError(
             f"input={place}: this run takes a table ({', '.join(TABLES)}) with image and question, or [IMAGE,QUESTION]"
         )
-    if place.suffix.lower() == ".parquet":
-        table = read_table(place)
-        pictures: list[Any] = _cells(place, table, "image")
-        rows = table.drop_columns("image").to_pydict()
-        asked = _column(place, rows, "question")
-        return Inputs(list(zip(pictures, asked, strict=True)), {"row": list(range(len(asked))), "question": asked})
-    rows = read_rows(place)
-    asked, files = _column(place, rows, "question"), _column(place, rows, "image")
-    paths = [_beside(place.parent, file) for file in files]
-    pictures = [Picture(partial(open_image, path), str(path)) for path in paths]
-    columns: dict[str, list[Any]] = {"row": list(range(len(asked))), "path": _shown(paths), "question": asked}
-    return Inputs(list(zip(pictures, asked, strict=True)), columns)
+    table = read_rows(place)
+    image, question = columns.of_inputs(table)
+    asked = _column(place, table, question)
+    numbers: dict[str, list[Any]] = {"row": list(range(len(asked)))}
+    if all(isinstance(row[image], str) for row in table.rows):
+        paths = [_beside(place.parent, file) for file in _column(place, table, image)]
+        pictures = [Picture(partial(open_image, path), str(path)) for path in paths]
+        numbers["path"] = _shown(paths)
+    else:
+        pictures = _cells(place, [row[image] for row in table.rows], image)
+    return Inputs(list(zip(pictures, asked, strict=True)), numbers | {"question": asked})
 
 
 def _beside(folder: Path, file: str) -> Path:
@@ -146,60 +146,28 @@ def _beside(folder: Path, file: str) -> Path:
     return place if place.exists() or not (folder / "images" / file).exists() else folder / "images" / file
 
 
-def _column(place: Path, rows: dict[str, list[Any]], name: str) -> list[str]:
-    if name not in rows:
-        raise DataError(f"{place}: no column {name} (it has {', '.join(rows)})")
-    for number, value in enumerate(rows[name]):
+def _column(place: Path, table: tables.Table, name: str) -> list[str]:
+    if name not in table.columns:
+        raise DataError(f"{place}: no column {name} (it has {', '.join(table.columns)})")
+    cells = [row[name] for row in table.rows]
+    for where, value in zip(table.where, cells, strict=True):
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{row_of(place, number)}: column {name} holds {value!r:.60} instead of a text")
-    return rows[name]
+            raise DataError(f"{where}: column {name} holds {value!r:.60} instead of a text")
+    return cells
 
 
-def read_rows(place: Path) -> dict[str, list[Any]]:
-    """The columns of a CSV, TSV, JSON lines or parquet file by name.
+def read_rows(place: Path) -> tables.Table:
+    """The rows of a table.
 
     Raises:
         ConfigError: a file of another kind.
         DataError: one that cannot be read, or has no rows.
     """
-    suffix = place.suffix.lower()
-    if suffix not in TABLES:
+    if place.suffix.lower() not in TABLES:
         raise ConfigError(f"input={place}: a table must be {', '.join(TABLES)}")
-    if suffix == ".parquet":
-        columns = read_table(place).to_pydict()
-    else:
-        read = _json_lines if suffix == ".jsonl" else partial(_separated, separator="," if suffix == ".csv" else "\t")
-        columns = {}
-        for number, row in enumerate(read(place)):
-            if number and row.keys() != columns.keys():
-                raise DataError(f"{row_of(place, number)}: its columns are not those of the rows before")
-            for name, value in row.items():
-                columns.setdefault(name, []).append(value)
-    if not columns or not next(iter(columns.values())):
-        raise DataError(f"{place}: no rows")
-    return columns
-
-
-def _separated(place: Path, separator: str) -> Iterator[dict[str, Any]]:
-    lines = csv.DictReader(_lines(place), delimiter=separator, strict=True)
-    try:
-        for number, row in enumerate(lines):
-            if None in row or None in row.values():
-                raise DataError(f"{row_of(place, number)}: it has not as many cells as the header")
-            yield row
-    except csv.Error as error:
-        raise DataError(f"{place}, line {lines.line_num}: {error}") from error
-
-
-def _json_lines(place: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(filter(str.strip, _lines(place))):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{row_of(place, number)}: no JSON ({first_line(error)})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{row_of(place, number)}: {type(row).__name__} instead of an object")
-        yield row
+    if not place.is_file():  # a pipe would be waited for
+        raise DataError(f"{place} is no file")
+    return tables.read([place])
 
 
 def _lines(place: Path) -> list[str]:

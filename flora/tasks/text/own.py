@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,22 +161,11 @@ class Text(TextTask):
             return super().contents(data_dir)
         return {split: _digest(table)["sha256"] for split, table in self._from_hub(Path(self.dataset)).items()}
 
-    def inputs(self, texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> tuple[TextDataset, int]:
-        """Texts, or pairs, as the model takes them, without labels; and how many were cut.
-
-        Args:
-            texts: tuples of one or two, as the data has them.
-            tokenizer: of transformers.
-            max_length: the most tokens that the network takes.
-        """
-        longest = min(max_length, self.max_length or max_length)
-        tokens, starts, truncated = tokenise(texts, tokenizer, longest)
-        return TextDataset(tokens, starts, {}, padding_of(tokenizer, tokens)), truncated
-
     def load(self, *, tokenizer: Any, max_length: int, data_dir: Path | None) -> Splits:
         """See TextTask.load."""
         data, files, source = self._tables(data_dir)
         columns, target = self._columns(data["train"])
+        self.text_columns = columns
         for split, table in data.items():
             for name in (*columns, target):
                 tables.column(table, f"{split}: task.{'label' if name == target else 'text'}", name, ())
@@ -212,9 +201,11 @@ class Text(TextTask):
             warnings += [f"{warning}; its metrics are over the others" for warning in absent(values, self.classes)]
         sets: dict[str, Any] = {}
         truncated: dict[str, int] = {}
+        longest = min(max_length, self.max_length or max_length)
         for split in SPLITS:
-            sets[split], truncated[split] = self.inputs(texts[split], tokenizer, max_length)
-            sets[split].values["labels"] = torch.from_numpy(values[split])
+            tokens, starts, truncated[split] = tokenise(texts[split], tokenizer, longest)
+            targets = {"labels": torch.from_numpy(values[split])}
+            sets[split] = TextDataset(tokens, starts, targets, padding_of(tokenizer, tokens))
         self._tell(columns, target, why, rule, warnings, left_out, truncated)
         facts = {
             "source": source,
@@ -223,7 +214,7 @@ class Text(TextTask):
             "kind": self.kind,
             "counts": {split: len(part) for split, part in sets.items()},
             "split_rule": rule,
-            "max_length": min(max_length, self.max_length or max_length),
+            "max_length": longest,
             "tokenizer_sha256": fingerprint(tokenizer),
             "truncated": truncated,
             "missing": {"policy": self.missing, "left_out": left_out},
@@ -250,9 +241,9 @@ class Text(TextTask):
             return super().loss(outputs, targets, label_smoothing)
         return F.mse_loss(outputs.squeeze(-1) / self._deviation, targets / self._deviation)
 
-    def remember(self, facts: dict[str, Any]) -> None:
-        """Take from a record's ``data`` what predictions need of the training data, where that is not loaded."""
-        self.kind = facts["kind"]
+    def remember(self, facts: Mapping[str, Any]) -> None:
+        """See Task.remember."""
+        self.kind, self.text_columns = facts["kind"], tuple(facts["columns"]["texts"])
         if scale := facts.get("labels"):
             self._mean, self._deviation = scale["mean"], scale["deviation"]
 

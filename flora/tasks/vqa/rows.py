@@ -38,6 +38,11 @@ class Columns:
     question: str | None = None
     answer: str | None = None
 
+    def of_inputs(self, table: tables.Table) -> tuple[str, str]:
+        """The columns of the image and of the question; ConfigError where one is not there."""
+        image = tables.column(table, "task.image", self.image, _IMAGES)
+        return image, tables.column(table, "task.question", self.question, _QUESTIONS)
+
 
 def are_rows(path: Path, columns: Columns) -> bool:
     """Whether a file has rows that name images: not LLaVA's conversations, nor parquet with the images in it."""
@@ -71,8 +76,7 @@ def read_rows(paths: Sequence[Path], columns: Columns, images: Path, suffix: str
         DataError: a file that cannot be read, or a row without an image, a question or an answer.
     """
     table = tables.read(paths)
-    image = tables.column(table, "task.image", columns.image, _IMAGES)
-    question = tables.column(table, "task.question", columns.question, _QUESTIONS)
+    image, question = columns.of_inputs(table)
     answer = tables.column(table, "task.answer", columns.answer, _ANSWERS)
     kind = tables.usual_column(table.columns, _KINDS)
     dialogues = []
