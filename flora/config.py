@@ -99,11 +99,7 @@ def check_shape(cfg: DictConfig) -> None:
             text with a null byte, an unknown mode, a checkpoint that it would not read, a seed that is none, a switch
             that is neither on nor off.
     """
-    for key in cfg:
-        if key not in _known():
-            near = difflib.get_close_matches(str(key), _known())
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{key!s}: nothing reads such a key{hint}")
+    _check_added(cfg)
     for group in _GROUPS:
         if not isinstance(cfg.get(group), DictConfig):
             raise ConfigError(f"{group} must be a group of settings, got {cfg.get(group)!r}")
@@ -124,12 +120,16 @@ def check_shape(cfg: DictConfig) -> None:
             raise ConfigError(f"{key} must be true or false, got {cfg[key]!r}")
 
 
-@cache
-def _known() -> list[str]:
-    """What a config may hold: the keys of configs/train.yaml and the groups."""
+def _check_added(cfg: DictConfig) -> None:
+    """Refuse a key that the command line adds to those there are (``+epochs=3``): nothing would read it."""
     configs = ROOT / "configs"
-    own = yaml.safe_load((configs / "train.yaml").read_text(encoding="utf-8"))
-    return [*own, *(path.name for path in configs.iterdir() if path.is_dir())]
+    for word in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
+        key = word.lstrip("+").partition("=")[0]
+        if word.startswith("+") and key in cfg and not (configs / key.partition("@")[0]).is_dir():
+            own = [*yaml.safe_load((configs / "train.yaml").read_text(encoding="utf-8"))]
+            if key not in own:
+                near = difflib.get_close_matches(key, own)
+                raise ConfigError(f"{key}: nothing reads such a key{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def _check_allowed(cfg: DictConfig) -> None:

@@ -19,7 +19,6 @@ from flora.files import whole_file
 from flora.launch import processes
 from flora.predict.inputs import Inputs, read
 from flora.predict.predictor import Predictor, probabilities
-from flora.tasks.vqa.rows import Columns
 from flora.training.tested import Tested
 
 _FEW = 20  # classes that get a column each
@@ -49,7 +48,7 @@ def predict(tested: Tested) -> Path:
         config["input"],
         predictor.spec.kind,
         getattr(predictor.task, "text_columns", ()),
-        getattr(predictor.task, "columns", Columns()),
+        getattr(predictor.task, "columns", None),
     )
     table: dict[str, list[Any]] = {name: [] for name in inputs.columns} | {name: [] for name in _columns(predictor)}
     for numbers, rows in _predicted(predictor, inputs):

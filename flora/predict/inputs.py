@@ -34,14 +34,14 @@ class Inputs:
     columns: dict[str, list[Any]]
 
 
-def read(given: Any, kind: str, texts: Sequence[str], columns: Columns) -> Inputs:
+def read(given: Any, kind: str, texts: Sequence[str], columns: Columns | None = None) -> Inputs:
     """The inputs of a run.
 
     Args:
         given: ``input=``: a folder, a file or a text; or a list: [IMAGE, QUESTION], or the texts of one example.
         kind: of the run's model, see ``flora.models.spec``.
         texts: names of the run's text columns.
-        columns: which of its columns were image and question.
+        columns: which of its columns were image and question; None: by usual names.
 
     Raises:
         ConfigError: what is given is of another kind than the run's inputs.
@@ -63,7 +63,7 @@ def read(given: Any, kind: str, texts: Sequence[str], columns: Columns) -> Input
     if kind == "image":
         return _pictures(place)
     if kind == "image_text":
-        return _questions(place, columns)
+        return _questions(place, columns or Columns())
     return _texts(place if there else None, given, texts)
 
 

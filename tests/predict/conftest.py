@@ -80,9 +80,9 @@ def finished(tmp_path_factory):
         write_data()
         for name, overrides in RUNS.items():
             patch.setattr(sys, "argv", ["train.py", *overrides, *SHORT, "trainer.epochs=3"])
-            known = set(Path("results/measured").glob("*.json"))
+            known = set(Path("outputs/records").glob("*.json"))
             main(train.job, trace=lambda: True)
-            (path,) = set(Path("results/measured").glob("*.json")) - known
+            (path,) = set(Path("outputs/records").glob("*.json")) - known
             records[name] = json.loads(path.read_text())
             Path(records[name]["adapter_path"]).parent.rename(name)
     return place, records

@@ -128,7 +128,7 @@ def test_hydra_a_sweep_and_a_worker_read_the_run(run, script, monkeypatch, tmp_p
 def test_what_a_saved_run_cannot_be_tested_with_is_refused(run, override, message):
     with pytest.raises(ConfigError, match=message.replace("+", r"\+")):
         evaluated(override)
-    assert not list(Path().rglob("results/measured/*.json"))
+    assert not list(Path().rglob("outputs/records/*.json"))
 
 
 def test_the_same_method_may_be_typed(run):

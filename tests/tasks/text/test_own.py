@@ -76,7 +76,7 @@ def test_every_format_gives_the_same_data(tmp_path, name, capsys):
     assert said.count("\n") == 1
     json.dumps(splits.facts)
     assert load(tmp_path).facts["counts"] == splits.facts["counts"], "alone in its folder it is found"
-    assert task(name).files(tmp_path) == {"train": [tmp_path / name]}
+    assert task(name).files(tmp_path) == (tmp_path, [tmp_path / name])
 
 
 @pytest.mark.parametrize(

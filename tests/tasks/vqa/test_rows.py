@@ -54,7 +54,7 @@ def test_every_format_gives_the_same_questions_drawn_by_image(tmp_path, name, ca
     assert asked.turns[0][0] == "<image>\nwhat color is it?"
     assert asked.answers in (("red",), ("yes",))
     assert splits.test.__getitems__([0])["pixel_values"].shape[0] == 1
-    assert mine.files(tmp_path) == {"train": [tmp_path / "scans" / name]}
+    assert mine.files(tmp_path) == (tmp_path / "scans", [tmp_path / "scans" / name])
     assert splits.facts["files"]["images"]["sha256"]
 
 
