@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _PLACES = ("d", "x", "y", "transform", "width", "height")
-_FONT = "'DejaVu Sans',Verdana,sans-serif"
+_FONT = "DejaVu Sans,Verdana,sans-serif"  # without quotes, as a page's address of a picture takes one kind
 _SAID_ANYWAY = re.compile(
     r"font-family:[^;]*(;|$)|stroke-linejoin: (round|miter)(;|$)|stroke-linecap: (butt|square)(;|$)|opacity: 1(;|$)"
     r"|stroke-dashoffset: 0(;|$)|text-anchor: start(;|$)"
