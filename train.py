@@ -143,10 +143,13 @@ def say(text: str) -> None:
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "configs"), config_name="train")
-def job(cfg: DictConfig) -> None:
-    """One run; prints the record's path as the last line of stdout."""
+def job(cfg: DictConfig) -> str | None:
+    """One run; prints the record's path as the last line of stdout, and hands it to a search."""
     with quietly():
-        print(f"record: {run(cfg)}", flush=True)
+        path = run(cfg)
+        print(f"record: {path}", flush=True)
+        return str(path)
+    return None  # bad input, which is kept for the end
 
 
 if __name__ == "__main__":
