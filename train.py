@@ -77,6 +77,7 @@ def execute(
 ) -> Record:
     """Train, or evaluate ``adapter``; returns the finished record, or writes one of the failure."""
     from flora.training import NoLogger, Run, demand
+    from flora.training.debugging import watching
     from flora.training.finish import finished_record
     from flora.training.loggers import about, opened
     from flora.training.run import data_workers
@@ -90,6 +91,7 @@ def execute(
     analysis = dict(cfg.analysis) if cfg.analysis.every_n_steps is not None else None
     current = Run(task, model, method, settings, protocol, splits, cfg.seed, folder, None, claim, analysis)
     demand.check(current)
+    current.watching += watching(cfg.debug.watch, folder) if processes.first() else []
     record = Record(
         run_id=identity,
         method_version=METHOD_VERSION,

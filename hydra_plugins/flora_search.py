@@ -26,5 +26,6 @@ class Search(Sweeper):
         """Search; ``arguments``: the overrides as typed."""
         from flora.launch.search import search
 
-        assert self.config is not None and self.launcher is not None, "Hydra calls setup first"
+        assert self.config is not None, "Hydra calls setup first"
+        assert self.launcher is not None, "Hydra calls setup first"
         return search(self.config, self.launcher, arguments, **self.settings)

@@ -123,8 +123,9 @@ def _check(config: DictConfig, trials: int, parallel: int, searched: dict[str, d
             raise ConfigError(f"hydra.sweeper.{name}={count!r}: must be a whole number of at least 1")
     for key, of in searched.items():
         low, high = of.get("low"), of.get("high")
-        sound = isinstance(low, int | float) and isinstance(high, int | float) and low < high
-        if not of.get("choices") and not (sound and (not of.get("log") or low > 0)):
+        least = 0 if of.get("log") else -float("inf")
+        sound = isinstance(low, int | float) and isinstance(high, int | float) and least < low < high
+        if not of.get("choices") and not sound:
             raise ConfigError(f"search: {key} needs choices, or low < high (above 0 where log), got {of}")
     if config.protocol.final_train != "train" and not config.protocol.lr_grid:
         raise ConfigError(

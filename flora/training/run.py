@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from transformers import TrainerCallback
 
 from flora.errors import ConfigError, TrainingDiverged, WorkerLost
 from flora.launch import preemption, processes
@@ -68,6 +69,7 @@ class Run:
         log: takes the numbers of the reported run, and of the fits that may become it; None: nobody does.
         claim: to the run, checked before a checkpoint or the adapter is written; None: no other process can have it.
         analysis: arguments of ``flora.training.norms.DeltaNorms``; None: no analysis.
+        watching: further callbacks of its trainers, which change nothing.
         progress: what training has done so far, here and in processes before this one.
     """
 
@@ -82,6 +84,7 @@ class Run:
     log: Log | None = None
     claim: Claim | None = None
     analysis: dict[str, int] | None = None
+    watching: list[TrainerCallback] = field(default_factory=list)
     progress: Progress = field(init=False)
 
     def train(self) -> Outcome:
@@ -244,12 +247,12 @@ class Run:
             metric=self.task.metrics(),
             metric_name=self.task.metric,
             folder=self.folder,
-            train=train,
+            train=_limited(train, settings.max_train_examples),
             validation=_limited(validation, settings.max_eval_examples),
             select=self.protocol.select,
             seed=self.seed,
             progress=label,
-            extra_callbacks=adapted.callbacks,
+            extra_callbacks=[*adapted.callbacks, *self.watching],
             penalty=adapted.penalty,
             loss=self.task.loss,
         )
