@@ -64,6 +64,7 @@ SLOW = {
     "python scripts/analyze_delta.py outputs/RUN_ID",
     "python scripts/make_tables.py",
     "python scripts/make_tables.py --check",
+    "python scripts/runs.py --page",
     "python scripts/make_tables.py step_cost",
     "python scripts/make_tables.py first_table --results results/measured --output outputs/first_table",
     "python scripts/bench_train.py --model convnext --batch 256 --size 64",
@@ -88,6 +89,7 @@ ELSEWHERE = {
     "python train.py task=instruct task.dataset=easy_vqa adapter=flora trainer.lr=1e-3 model.projector=outputs/RUN_ID"
     " trainer.max_steps=300 trainer.max_eval_examples=400": "weights of packages",
     "python train.py task=digits logger.mode=online": "a W&B server",
+    "python train.py -m hydra/sweeper=search task=digits": "optuna",
     "python train.py trainer.cuda_graph=true": "a GPU",
     "python train.py trainer.compile=true": "a compiler, and minutes",
     "python train.py -m seed=0,1 hydra/launcher=submitit_slurm": "Slurm",
