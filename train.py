@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a trace what has not begun
@@ -14,9 +13,9 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach flora.launch.entry.main, wh
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from flora.config import METHOD_VERSION, check_shape, instantiate, instantiate_method, run_id, semantic_config
+from flora.config import METHOD_VERSION, check_shape, instantiate, instantiate_method
 from flora.errors import MENDABLE, AlreadyRunning, ConfigError, WeightsError, enough_memory
 from flora.launch import processes
 from flora.launch.entry import main, quietly
@@ -24,7 +23,7 @@ from flora.results import Record, Store
 from flora.results.lock import Claim
 from flora.results.record import command, device_name, now
 from flora.tasks import aliases
-from flora.training import saved
+from flora.training import identity, saved
 from flora.training.settings import CHECKPOINTS
 
 
@@ -32,48 +31,36 @@ def run(cfg: DictConfig) -> Path:
     """Run what the config says, unless a finished record of the same run exists; returns the record's path."""
     check_shape(cfg)
     adapter = saved.adapter_folder(cfg.checkpoint) if cfg.mode == "eval" else None
-    weights = saved.digest(adapter, OmegaConf.to_container(cfg.model, resolve=True)) if adapter else None
-    cfg.checkpoint = weights  # what is tested counts by what it holds
+    cfg.checkpoint = saved.digest(adapter) if adapter else None  # what is tested counts by what it holds
     if (dataset := aliases.canonical(cfg.task)) is not None:
         cfg.task.dataset = dataset  # an alias and the name it stands for are one run
     processes.start(cfg.trainer.get("device") == "cpu")
-    identity = run_id(cfg, weights)
     paths = instantiate(cfg.paths)
     store = Store(paths.results)
-    if done := processes.once(lambda: store.settled(identity, cfg.retry, cfg.force)):
-        return finished_before(store, done, Path(paths.output) / identity)
-    task = instantiate(cfg.task)  # only now: what trains takes seconds to import
-    cfg.task.dataset = task.dataset  # a class may know further aliases
-    identity = run_id(cfg, weights)
-    folder = processes.once(lambda: paths.prepare(identity))
+    asked = processes.once(lambda: identity.identify(cfg))
+    if done := processes.once(lambda: identity.finished(asked, store, cfg)):
+        return identity.tell(store, *done, Path(paths.output) / asked.run_id)
+    for note in processes.once(lambda: identity.notes(asked, store.read_all())):
+        say(note)
+    folder = processes.once(lambda: paths.prepare(asked.run_id))
     with contextlib.ExitStack() as locked:
-        claim = processes.once(lambda: locked.enter_context(store.lock(identity)))
-        if done := processes.once(lambda: store.settled(identity, cfg.retry, cfg.force)):  # by another, since we looked
+        claim = processes.once(lambda: locked.enter_context(store.lock(asked.run_id, asked.cell_id)))
+        if done := processes.once(lambda: identity.finished(asked, store, cfg)):  # by another, since we looked
             locked.close()
-            return finished_before(store, done, folder)
+            return identity.tell(store, *done, folder)
         if cfg.force and processes.first():
             from flora.training.progress import Checkpoints
 
             Checkpoints(folder / CHECKPOINTS).remove()
-        record = execute(cfg, identity, task, adapter, folder, store, claim)
+        record = execute(cfg, asked, adapter, folder, store, claim)
         if processes.first():
             store.write(record, claim)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        return store.path(identity)
-
-
-def finished_before(store: Store, done: dict[str, Any], folder: Path) -> Path:
-    """Say what a finished record holds; returns its path. Its process may have been killed before it had tidied up."""
-    if (checkpoints := folder / CHECKPOINTS).exists() and processes.first():
-        with contextlib.suppress(AlreadyRunning), store.lock(done["run_id"]):  # not those of a run that is done again
-            shutil.rmtree(checkpoints, ignore_errors=True)
-    result = f"{done['dataset']} {done['model']} {done['adapter']}: test {done['metric']} {done['value']:.4f}"
-    say(f"finished before: {result} (force=true runs it again)")
-    return store.path(done["run_id"])
+        return store.path(asked.run_id)
 
 
 def execute(
-    cfg: DictConfig, identity: str, task: Any, adapter: Path | None, folder: Path, store: Store, claim: Claim
+    cfg: DictConfig, asked: identity.Identity, adapter: Path | None, folder: Path, store: Store, claim: Claim
 ) -> Record:
     """Train, or evaluate ``adapter``; returns the finished record, or writes one of the failure."""
     from flora.training import NoLogger, Run, demand
@@ -82,18 +69,18 @@ def execute(
     from flora.training.loggers import about, opened
     from flora.training.run import data_workers
 
-    model, method = instantiate(cfg.model), instantiate_method(cfg.adapter)
+    task, model, method = instantiate(cfg.task), instantiate(cfg.model), instantiate_method(cfg.adapter)
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
     logger = logger if processes.first() else NoLogger()
     label = f"{task.name}/{task.dataset} {model.name} {method.name} seed {cfg.seed}"
-    say(f"{label}: run {identity}")
+    say(f"{label}: run {asked.run_id}")
     splits = task.load_for(model, Path(cfg.paths.data))
     analysis = dict(cfg.analysis) if cfg.analysis.every_n_steps is not None else None
     current = Run(task, model, method, settings, protocol, splits, cfg.seed, folder, None, claim, analysis)
     demand.check(current)
     current.watching += watching(cfg.debug.watch, folder) if processes.first() else []
     record = Record(
-        run_id=identity,
+        run_id=asked.run_id,
         method_version=METHOD_VERSION,
         task=task.name,
         dataset=task.dataset,
@@ -102,7 +89,7 @@ def execute(
         protocol=protocol.name,
         mode=cfg.mode,
         seed=cfg.seed,
-        config=semantic_config(cfg),
+        config=asked.config,
         command=command(),
         dtype=settings.dtype,
         device=device_name(settings.device == "cpu"),

@@ -34,6 +34,9 @@ METHOD_VERSION = 1
 # Keys of configs/adapter that are no settings of the method: configs/trainer/default.yaml takes its rates from them.
 _TRAINER_DEFAULTS = ("lr", "head_lr")
 
+# Keys of a model's config that may name files of the user's: what those hold counts, not where they lie.
+PLACES = ("weights", "vision_weights", "language_weights", "path", "projector", "tokenizer")
+
 # What decides the result. Everything else (paths, logging, debugging) may differ between two equal runs.
 _SEMANTIC = ("mode", "checkpoint", "task", "model", "adapter", "trainer", "protocol", "seed")
 _GROUPS = ("task", "model", "adapter", "trainer", "protocol", "logger", "paths", "analysis")
@@ -100,6 +103,8 @@ def check_shape(cfg: DictConfig) -> None:
         raise ConfigError(f"checkpoint={cfg.checkpoint} is for mode=eval; a run that was cut short goes on without it")
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
         raise ConfigError(f"seed must be a whole number in 0..{2**32 - 1}, got {cfg.seed!r}")
+    if cfg.reuse not in ("own", "reference"):
+        raise ConfigError(f"reuse must be own or reference, got {cfg.reuse!r}")
     for key in ("force", "retry"):
         if not isinstance(cfg[key], bool):
             raise ConfigError(f"{key} must be true or false, got {cfg[key]!r}")
@@ -233,7 +238,10 @@ def _targets(node: Any) -> list[str]:
 
 
 def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[str, Any]:
-    """The resolved part of the config that decides the result, as plain containers; by default of this version."""
+    """The resolved part of the config that decides the result, as plain containers; by default of this version.
+
+    A record's config has ``inputs`` as well, which identify the data and weights (``flora.inputs``).
+    """
     resolved = OmegaConf.to_container(cfg, resolve=True)
     return _decisive(cast(dict[str, Any], resolved)) | {"method_version": method_version or METHOD_VERSION}
 
@@ -251,10 +259,11 @@ def _decisive(resolved: dict[str, Any]) -> dict[str, Any]:
     return semantic
 
 
-def run_id(cfg: DictConfig, checkpoint_digest: str | None = None, method_version: int | None = None) -> str:
-    """Twelve hex digits that name a run: equal for equal semantic configs, on any machine and in every process.
+def cell_id(cfg: DictConfig, checkpoint_digest: str | None = None, method_version: int | None = None) -> str:
+    """Twelve hex digits that name what is run, whatever the data and weights hold: a cell of a table.
 
-    A checkpoint to evaluate counts by its content, not by where it lies.
+    They are equal for equal semantic configs, on any machine and in every process. A checkpoint to evaluate counts by
+    its content, not by where it lies.
     """
     return identity(semantic_config(cfg, method_version) | {"checkpoint": checkpoint_digest})
 
@@ -262,22 +271,34 @@ def run_id(cfg: DictConfig, checkpoint_digest: str | None = None, method_version
 def recorded_id(config: dict[str, Any]) -> str:
     """The run id of a record's config.
 
-    The first records hold rates as well that decided nothing: those of the adapter's config, and the head's of a linear
-    probe, which trained with ``trainer.lr``.
-
     Raises:
         KeyError, TypeError, AttributeError: it is no config of a run.
     """
-    semantic = _decisive(config) | {"method_version": config["method_version"]}
-    if "head_lr" in config["adapter"] and config["adapter"]["name"] == "linear_probe":
-        semantic["trainer"].pop("head_lr", None)
-    return identity(semantic)
+    return identity(_decisive(config) | {key: config.get(key) for key in ("method_version", "inputs")})
+
+
+def recorded_cell(config: dict[str, Any]) -> str:
+    """The cell id of a record's config; errors as of ``recorded_id``."""
+    return recorded_id({key: value for key, value in config.items() if key != "inputs"})
 
 
 def identity(semantic: dict[str, Any]) -> str:
-    """The run id of what ``semantic_config`` gave."""
+    """The run id of what ``semantic_config`` gave and its inputs; without inputs, the cell id.
+
+    Where weights count by what they hold, the places of the user's own do not.
+    """
+    if (semantic.get("inputs") or {}).get("weights"):
+        semantic = semantic | {"model": _without_places(semantic["model"])}
     text = json.dumps(names.first(_pruned(semantic)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _without_places(model: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_places(value) if isinstance(value, dict) else value
+        for key, value in model.items()
+        if not (key in PLACES and isinstance(value, str))
+    }
 
 
 def _pruned(node: Any) -> Any:

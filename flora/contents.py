@@ -1,35 +1,106 @@
-"""What many files hold, as one checksum that is cheap to ask for again."""
+"""What files hold, as checksums that are cheap to ask for again."""
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from flora.files import write_json
+from flora.files import cache_dir, write_json
 
 _THREADS = 8
-_SETTLED_NS = 2_000_000_000  # a file changed more recently may change again without another time
-_UNREADABLE = "unreadable"
+SETTLED_NS = 2_000_000_000  # a file changed more recently may change again without another time
+_notes: ContextVar[dict[Path, bool] | None] = ContextVar("notes", default=None)
+UNREADABLE = "unreadable"
+IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")  # names of images end so
 _SAID_FROM = 1 << 30  # bytes that are read without a word
 
 
-def checksum(files: Iterable[Path], root: Path) -> str:
-    """Sha256 over the names, sizes and contents of files; the same for the same files in another place or order.
+def of(folder: Path, files: Collection[Path]) -> dict[str, str]:
+    """What decides a data set that lies in tables: the checksum of each, and one of all images beside them.
 
-    The contents' checksums are kept in FLORA_CACHE: a file is read again only where its size or its times have changed.
+    Args:
+        folder: of the data set.
+        files: the tables, within it.
+
+    Returns:
+        64 hex digits by name; ``images`` where there are any.
+    """
+    beside = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+    return digests(files, folder) | ({"images": checksum(beside, folder)} if beside else {})
+
+
+def checksum(files: Iterable[Path], root: Path, deep: bool = True) -> str:
+    """Sha256 over the names, sizes and contents of files; the same for the same files in another place or order.
 
     Args:
         files: any number; one that cannot be read counts as such.
         root: the folder that their names start from.
+        deep: they were found anywhere in it, not in itself alone.
 
     Returns:
         64 hex digits.
     """
+    whole = hashlib.sha256()
+    for name, (size, *_, digest) in _looked(files, root, deep).items():
+        whole.update(json.dumps([name, size, digest]).encode() + b"\n")
+    return whole.hexdigest()
+
+
+def digests(files: Iterable[Path], root: Path, deep: bool = True) -> dict[str, str]:
+    """Sha256 of each file, by its name seen from ``root``; ``UNREADABLE`` for one that cannot be read."""
+    return {name: entry[-1] for name, entry in _looked(files, root, deep).items()}
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[dict[Path, bool]]:
+    """The folders whose files are asked for inside, each with whether these lie anywhere in it or in itself alone."""
+    notes: dict[Path, bool] = {}
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+def note(root: Path, deep: bool) -> None:
+    """Files of a folder are asked for."""
+    if (notes := _notes.get()) is not None:
+        notes[root] = notes.get(root, False) or deep
+
+
+def state(folder: Path, deep: bool) -> tuple[str, int]:
+    """What changes with the names, sizes or times of anything in a folder, and the newest of those times, in ns."""
+    entries, newest, ahead, seen = list[list[Any]](), 0, [folder], set[str]()
+    while ahead:
+        place = ahead.pop()
+        stat = _stat(place)
+        entries.append([str(place), *stat])
+        newest = max(newest, *stat[1:], 0)
+        if not stat or os.path.realpath(place) in seen:
+            continue
+        seen.add(os.path.realpath(place))
+        for entry in os.scandir(place):
+            if entry.is_dir():
+                ahead += [Path(entry.path)] if deep else []
+            else:
+                entries.append([entry.path, *_stat(Path(entry.path))])
+                newest = max(newest, *entries[-1][2:], 0)
+    return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest(), newest
+
+
+def _looked(files: Iterable[Path], root: Path, deep: bool) -> dict[str, list[Any]]:
+    """Size, times and checksum of files by name, in the order of the names.
+
+    They are kept in FLORA_CACHE: a file is read again only where its size or its times have changed.
+    """
+    note(root, deep)
     known = _known(root)
     named = sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in files)
     stats = {name: _stat(path) for name, path in named}
@@ -37,16 +108,12 @@ def checksum(files: Iterable[Path], root: Path) -> str:
     if (size := sum(stats[name][0] for name, _ in unread)) > _SAID_FROM:
         print(f"{root}: reading {len(unread)} files, {size / 1e9:.1f} GB, once for their checksum", file=sys.stderr)
     with ThreadPoolExecutor(_THREADS) as pool:
-        digests = list(pool.map(_content, (path for _, path in unread)))
-    known |= {name: [*stats[name], digest] for (name, _), digest in zip(unread, digests, strict=True)}
+        contents = list(pool.map(_content, (path for _, path in unread)))
+    known |= {name: [*stats[name], digest] for (name, _), digest in zip(unread, contents, strict=True)}
     if unread:
-        settled = time.time_ns() - _SETTLED_NS
+        settled = time.time_ns() - SETTLED_NS
         _keep(root, {name: entry for name, entry in known.items() if max(entry[1:3]) < settled})
-    whole = hashlib.sha256()
-    for name, stat in stats.items():
-        size, *_, digest = known[name] if stat else (0, _UNREADABLE)
-        whole.update(json.dumps([name, size, digest]).encode() + b"\n")
-    return whole.hexdigest()
+    return {name: known[name] if stat else [0, UNREADABLE] for name, stat in stats.items()}
 
 
 def _stat(path: Path) -> list[int]:
@@ -62,12 +129,10 @@ def _content(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError:
-        return _UNREADABLE
+        return UNREADABLE
 
 
 def _cache(root: Path) -> Path:
-    from flora.models.weights import cache_dir  # here, as it imports torch
-
     return cache_dir() / "contents" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
 
 

@@ -19,6 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]  # of the checkout: configs/, experim
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 
 
+def cache_dir() -> Path:
+    """The folder of what was downloaded or computed once: ``FLORA_CACHE``, by default ``~/.cache/flora``."""
+    return Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora").expanduser()
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON (NaN refused, no secrets) to a temporary neighbour, sync it to disk, then rename it into place."""
     text = json.dumps(without_secrets(content), indent=1, allow_nan=False) + "\n"

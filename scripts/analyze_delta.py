@@ -31,7 +31,7 @@ def analyze_delta() -> None:
     parser.add_argument("run", help="output folder of a finished run with adapter=full")
     parser.add_argument("--r", type=int, default=8, help="rank of the channel modes")
     parser.add_argument("--kernel-rank", type=int, default=2, help="rank of the kernel modes")
-    parser.add_argument("--results", type=Path, default=Path("results/measured"), help="folder of the records")
+    parser.add_argument("--results", type=Path, default=Path("outputs/records"), help="folder of the records")
     parser.add_argument("--output", type=Path, default=Path("results"), help="tables/ and figures/ go in here")
     arguments = parser.parse_args()
 

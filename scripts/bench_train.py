@@ -48,6 +48,9 @@ class Noise(ImageTask):
         super().__init__(name="noise", dataset="noise", epochs=1, augment=augment)
         self.sizes = (examples, batch, batch)
 
+    def files(self, data_dir: Path | None) -> None:
+        """None: they are drawn."""
+
     def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
         """See ImageTask.load."""
 

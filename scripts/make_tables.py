@@ -2,10 +2,13 @@
 
 import argparse
 import sys
+from functools import reduce
 from pathlib import Path
 
 from flora.launch.entry import main
 from flora.results import freshness
+
+SHIPPED, OWN = Path("results/measured"), Path("outputs/rendered")
 
 
 def make_tables() -> None:
@@ -15,28 +18,36 @@ def make_tables() -> None:
         "table", nargs="?", help="name of a file in experiments/, or step_cost; default: all that have records"
     )
     parser.add_argument("--scale", default="mini", help="mini or paper")
-    parser.add_argument("--results", type=Path, default=Path("results/measured"), help="folder of the records")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="tables/ and figures/ go in here")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help=f"folder of records; of several, the first that has a cell finished gives it (default: {SHIPPED})",
+    )
+    parser.add_argument(
+        "--output", type=Path, help=f"tables/ and figures/ go in here (default: results, with --results {OWN})"
+    )
     parser.add_argument(
         "--check",
         action="store_true",
         help="write nothing; exit code 1 when a file is stale, of TABLE's where one is named",
     )
     arguments = parser.parse_args()
-    table, results, output = arguments.table, arguments.results, arguments.output
+    table, results = arguments.table, arguments.results or [SHIPPED]
+    output = arguments.output or (Path("results") if results == [SHIPPED] else OWN)
     stem = table if table is None or arguments.scale == "mini" else f"{table}_{arguments.scale}"
     # Claims that are asked for by name are counted anew, and the code that counts is not among the inputs.
     if arguments.check and table != "claims" and freshness.fresh(stem, results, output):
         return
     from flora.results.render import rendering  # here, as it takes seconds to import what draws
-    from flora.results.store import Store
+    from flora.results.store import Contents, Store
 
     made_from = freshness.inputs(results, output)
-    store = Store(results)
-    contents = store.read_all()
+    contents = reduce(Contents.with_own, [Store(folder).read_all() for folder in results])
+    files = rendering(table, arguments.scale, results[0], contents, output, draw=not arguments.check)
     for problem in contents.problems:
         print(f"left out: {problem}", file=sys.stderr)
-    files = rendering(table, arguments.scale, store, contents, output, draw=not arguments.check)
     for path in files.left:
         print(f"stale: {path}: nothing renders it any more, remove it", file=sys.stderr)
     changed = files.changed

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from functools import reduce
 from pathlib import Path
 
 from rich.console import Console
@@ -18,9 +19,19 @@ from flora.files import saved_weights
 from flora.launch.entry import main
 from flora.launch.worker import Pool, pool
 from flora.results.cells import Cell, Table, load
-from flora.results.store import Contents, Store
+from flora.results.store import SHIPPED, Contents, Store
 
-STATES = ("finished", "to run again", "running", "failed", "interrupted", "stale", "missing", "not runnable yet")
+STATES = (
+    "finished",
+    "to run again",
+    "running",
+    "ambiguous",
+    "failed",
+    "interrupted",
+    "stale",
+    "missing",
+    "not runnable yet",
+)
 POLL = 5.0  # seconds between two looks at a cell that another process runs
 
 
@@ -30,7 +41,13 @@ def reproduce() -> None:
     parser.add_argument("table", help="name of a file in experiments/, without .yaml")
     parser.add_argument("--scale", default="mini", help="mini (data and weights that need no hub) or paper")
     parser.add_argument("--only", action="append", default=[], metavar="KEY=VALUE,...", help="leave out other cells")
-    parser.add_argument("--results", type=Path, default=Path("results/measured"), help="folder of the records")
+    parser.add_argument("--results", type=Path, default=Path("outputs/records"), help="folder that records go to")
+    parser.add_argument(
+        "--reuse",
+        choices=("reference", "own"),
+        default="reference",
+        help="reference: cells that ship as finished (results/measured) count as such; own: only those of --results",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="cells to run side by side, over the visible GPUs in turn")
     parser.add_argument("--status", action="store_true", help="say how each cell stands, and run nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
@@ -42,29 +59,33 @@ def reproduce() -> None:
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs {arguments.jobs}: at least 1")
 
-    table, store = load(arguments.table, arguments.scale), Store(arguments.results)
-    contents = store.read_all()
+    table, stores = load(arguments.table, arguments.scale), [Store(arguments.results)]
+    if arguments.reuse == "reference" and SHIPPED.resolve() != arguments.results.resolve():
+        stores.insert(0, Store(SHIPPED))
+    contents = read(stores)
     states = {cell: state(cell, contents) for cell in selected(table, arguments.only)}
+    for cell in (c for c, word in states.items() if word == "ambiguous"):
+        contents.finished(cell.cell_id)  # says why
     wanted = ("missing", "stale", "interrupted", "running", *(["failed"] if arguments.retry else []))
     left = [cell for cell, word in states.items() if word in wanted]
     check_overrides(left, arguments.overrides)
     first = started_from(table, left)
-    again = [c for c, folder in first.items() if state(c, contents) == "finished" and not saved_weights(folder)]
+    again = [c for c in first if state(c, contents) == "finished" and outputs(c, stores) is None]
     states |= dict.fromkeys(again, "to run again")
     overview(table, states, contents, arguments.jobs)
     if arguments.status:
         for cell, word in states.items():
-            print(f"{word:12}", cell.not_runnable_yet or cell.run_id, *cell.overrides)
+            print(f"{word:12}", cell.not_runnable_yet or name(cell, contents), *cell.overrides)
         return
     extra = [f"paths.results={arguments.results}", *arguments.overrides, *(["retry=true"] if arguments.retry else [])]
     todo = {cell: [*named(table, cell), *extra] for cell in sorted([*again, *left], key=lambda c: c not in first)}
-    for cell in [c for c in todo if c in first]:
-        todo[cell] += [f"paths.output={first[cell].parent}", *(["force=true"] if cell in again else [])]
+    for cell in again:
+        todo[cell].append("force=true")
     if arguments.dry_run:
         for cell, further in todo.items():
-            print(shlex.join(["python", "train.py", *cell.overrides, *further]))
+            print(shlex.join(["python", "train.py", *placed(cell, stores), *further]))
         return
-    failed = run_all(todo, first, arguments.jobs, store)
+    failed = run_all(todo, first, arguments.jobs, stores)
     failed += [] if arguments.retry else [cell for cell, word in states.items() if word == "failed"]
     for cell in failed:
         print("failed:", *cell.overrides, file=sys.stderr)
@@ -94,22 +115,48 @@ def selected(table: Table, only: list[str]) -> list[Cell]:
 def check_overrides(cells: list[Cell], overrides: list[str]) -> None:
     """Raise ConfigError where overrides would make other runs of the cells, whose records the table would not find."""
     for cell in cells if overrides else []:
-        if Cell((*cell.overrides, *overrides)).run_id != cell.run_id:
+        if Cell((*cell.overrides, *overrides)).cell_id != cell.cell_id:
             raise ConfigError(f"{' '.join(overrides)}: would change the result of {' '.join(cell.overrides)}")
 
 
 def state(cell: Cell, contents: Contents) -> str:
     """How a cell stands: one of STATES."""
-    return "not runnable yet" if cell.not_runnable_yet else contents.state(cell.run_id, cell.older)
+    return "not runnable yet" if cell.not_runnable_yet else contents.state(cell.cell_id, cell.older)
 
 
-def started_from(table: Table, cells: list[Cell]) -> dict[Cell, Path]:
-    """The runnable cells that some of ``cells`` start from, in the table's order, each with its folder of outputs.
+def name(cell: Cell, contents: Contents) -> str:
+    """The id of a cell's finished run; else of the cell."""
+    record = contents.finished(cell.cell_id)
+    return cell.cell_id if record is None else record["run_id"]
 
-    A finished one is run again where that folder is gone: records travel with the repository, outputs do not.
+
+def read(stores: list[Store]) -> Contents:
+    """What the first folder holds, and the second where a cell is not finished in the first."""
+    return reduce(Contents.with_own, [store.read_all() for store in stores])
+
+
+def started_from(table: Table, cells: list[Cell]) -> list[Cell]:
+    """The runnable cells that some of ``cells`` start from, in the table's order.
+
+    A finished one is run again where its outputs are gone: records travel with the repository, outputs do not.
     """
-    folders = {first: Path(cell.settings[key]) for cell in cells for key, first in cell.starts_from}
-    return {cell: folders[cell] for cell in table.cells if cell in folders and not cell.not_runnable_yet}
+    firsts = {first for cell in cells for _, first in cell.starts_from}
+    return [cell for cell in table.cells if cell in firsts and not cell.not_runnable_yet]
+
+
+def outputs(cell: Cell, stores: list[Store]) -> Path | None:
+    """The folder of a cell's finished run that still has what it trained."""
+    for record in (store.read_all().finished(cell.cell_id) for store in stores):
+        if record is not None and saved_weights(Path(record["adapter_path"] or "-").parent):
+            return Path(record["adapter_path"]).parent
+    return None
+
+
+def placed(cell: Cell, stores: list[Store]) -> list[str]:
+    """A cell's overrides, with the folders of the runs that it starts from, which have ids of their own."""
+    folders = {f"{key}={cell.settings[key]}": (key, outputs(first, stores)) for key, first in cell.starts_from}
+    words = ((word, *folders.get(word, ("", None))) for word in cell.overrides)
+    return [word if folder is None else f"{key}={folder}" for word, key, folder in words]
 
 
 def overview(table: Table, states: dict[Cell, str], contents: Contents, jobs: int) -> None:
@@ -128,11 +175,12 @@ def seconds_left(states: dict[Cell, str], contents: Contents, jobs: int) -> floa
     """An estimate from finished cells, the most alike first; None where none has finished or none is left."""
     took: dict[tuple[str, ...], list[float]] = {}
     for cell in (c for c, word in states.items() if word in ("finished", "to run again")):
-        record = contents.records[cell.run_id]
+        record = contents.finished(cell.cell_id)
+        assert record is not None
         took_it = datetime.fromisoformat(record["finished"]) - datetime.fromisoformat(record["started"])
         for key in _likeness(cell):
             took.setdefault(key, []).append(took_it.total_seconds())
-    left = [c for c, word in states.items() if word not in ("finished", "failed", "not runnable yet")]
+    left = [c for c, word in states.items() if word not in ("finished", "failed", "ambiguous", "not runnable yet")]
     if not took or not left:
         return None
     alike = [next(took[key] for key in _likeness(cell) if key in took) for cell in left]
@@ -149,32 +197,33 @@ def named(table: Table, cell: Cell) -> list[str]:
     return [f"table={table.name}", f'cell="{label}"']
 
 
-def run_all(todo: dict[Cell, list[str]], first: Collection[Cell], jobs: int, store: Store) -> list[Cell]:
+def run_all(todo: dict[Cell, list[str]], first: Collection[Cell], jobs: int, stores: list[Store]) -> list[Cell]:
     """Run cells in worker processes, ``jobs`` at a time, GPUs in turn; returns those that failed.
 
     Args:
         todo: the cells, each with further overrides.
         first: those of them that end before the others start.
         jobs: how many run side by side.
-        store: of their records.
+        stores: of records, the last one of theirs.
     """
     report, codes = Report(len(todo)), dict[Cell, int]()
     with report.bar, ThreadPoolExecutor(jobs) as threads, pool(jobs) as workers:
         for cells in ([c for c in todo if c in first], [c for c in todo if c not in first]):
-            ended = threads.map(lambda c: run(c, todo[c], store, report, workers), cells)
+            ended = threads.map(lambda c: run(c, todo[c], stores, report, workers), cells)
             codes |= dict(zip(cells, ended, strict=True))
     return [cell for cell, code in codes.items() if code]
 
 
-def run(cell: Cell, extra: list[str], store: Store, report: "Report", workers: Pool) -> int:
+def run(cell: Cell, extra: list[str], stores: list[Store], report: "Report", workers: Pool) -> int:
     """Run a cell, or wait while another process does; returns the exit code."""
-    words = " ".join(cell.overrides)
+    overrides = placed(cell, stores)
+    words = " ".join(overrides)
     report.start(words)
     while True:
-        code, said = workers.run([*cell.overrides, *extra])
+        code, said = workers.run([*overrides, *extra])
         if code != AlreadyRunning.exit_code:
             break
-        while store.read_all().state(cell.run_id) == "running":
+        while stores[-1].read_all().state(cell.cell_id) == "running":
             time.sleep(POLL)
         extra = [word for word in extra if word != "force=true"]  # what was to be done again has been
     report.end(words, code, said)

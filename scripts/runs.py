@@ -171,7 +171,7 @@ def write_page(store: Store, contents: Contents, output: Path) -> None:
     from flora.results.freshness import PAGE
     from flora.results.render import rendering  # takes seconds to import
 
-    for path, text in rendering(None, "mini", store, contents, output).texts.items():
+    for path, text in rendering(None, "mini", store.folder, contents, output).texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     print(output / PAGE)

@@ -30,7 +30,7 @@ def analyze(tmp_path, monkeypatch, script):
         after = base.state_dict() | {name: torch.randn(base.state_dict()[name].shape) for name in moved}
         after = {name: weight for name, weight in after.items() if name not in without}
         save_file(after | (weights or {}), tmp_path / "run" / "model.safetensors")
-        kept = {"run_id": cell.run_id, "adapter": "full", "dataset": "eurosat", "model": "net", "num_classes": 2}
+        kept = {"run_id": cell.cell_id, "adapter": "full", "dataset": "eurosat", "model": "net", "num_classes": 2}
         (tmp_path / "run" / "run.json").write_text(json.dumps(kept | (facts or {})))
         places = ["--results", str(tmp_path / "run"), "--output", str(tmp_path / "out" / "deep")]
         entry = partial(main, analyze_delta.analyze_delta, trace=lambda: False)

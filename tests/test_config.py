@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from flora.config import _check_target, composed, instantiate, instantiate_method, one_line, run_id
+from flora.config import _check_target, cell_id, composed, instantiate, instantiate_method, one_line
 from flora.errors import ConfigError
 
 
@@ -39,20 +39,20 @@ def config(**changes):
     ],
 )
 def test_what_does_not_change_the_result_keeps_the_run_id(change):
-    assert run_id(config(**change)) == run_id(config())
+    assert cell_id(config(**change)) == cell_id(config())
 
 
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"adapter": {"r": 16}}, {"trainer": {"lr": 2e-3}}, {"task": {"dataset": "dtd"}}]
 )
 def test_what_changes_the_result_changes_the_run_id(change):
-    assert run_id(config(**change)) != run_id(config())
+    assert cell_id(config(**change)) != cell_id(config())
 
 
 @pytest.mark.parametrize("off", [None, False, 0.0, []])
 def test_a_new_option_that_is_off_keeps_old_run_ids(off):
-    assert run_id(config(adapter={"r": 8, "new_option": off})) == run_id(config())
-    assert run_id(config(adapter={"r": 8, "new_option": 1})) != run_id(config())
+    assert cell_id(config(adapter={"r": 8, "new_option": off})) == cell_id(config())
+    assert cell_id(config(adapter={"r": 8, "new_option": 1})) != cell_id(config())
 
 
 @pytest.mark.parametrize(
@@ -68,18 +68,18 @@ def test_a_new_option_that_is_off_keeps_old_run_ids(off):
     ],
 )
 def test_a_zero_that_is_not_off_changes_the_run_id(zero, null):
-    assert run_id(config(adapter=zero)) != run_id(config(adapter=null))
+    assert cell_id(config(adapter=zero)) != cell_id(config(adapter=null))
 
 
 def test_the_rate_counts_unless_the_grid_chooses_it():
     grid = {"protocol": {"lr_grid": [1e-3, 1e-2]}}
-    assert run_id(config(**grid, trainer={"lr": 2e-3})) == run_id(config(**grid))
-    assert run_id(config(**grid, trainer={"head_lr": 2e-3})) != run_id(config(**grid))
+    assert cell_id(config(**grid, trainer={"lr": 2e-3})) == cell_id(config(**grid))
+    assert cell_id(config(**grid, trainer={"head_lr": 2e-3})) != cell_id(config(**grid))
 
 
 def test_a_checkpoint_counts_by_content_not_by_path():
-    assert run_id(config(checkpoint="/a"), "abc") == run_id(config(checkpoint="/b"), "abc")
-    assert run_id(config(checkpoint="/a"), "abc") != run_id(config(checkpoint="/a"), "abd")
+    assert cell_id(config(checkpoint="/a"), "abc") == cell_id(config(checkpoint="/b"), "abc")
+    assert cell_id(config(checkpoint="/a"), "abc") != cell_id(config(checkpoint="/a"), "abd")
 
 
 @pytest.mark.parametrize("target", ["os.system", "subprocess.run", "florax.evil"])

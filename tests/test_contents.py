@@ -15,7 +15,7 @@ OLD = 1_600_000_000
 def files(tmp_path, monkeypatch):
     """A folder of three files, last changed long ago."""
     monkeypatch.setenv("FLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "_SETTLED_NS", 0)  # a test changes and reads within one moment
+    monkeypatch.setattr(module, "SETTLED_NS", 0)  # a test changes and reads within one moment
     for name in ("a/1", "a/2", "b/3"):
         write(tmp_path / "data" / name, name)
     return tmp_path / "data"
@@ -69,7 +69,7 @@ def test_a_file_is_read_again_only_where_it_has_changed(files, monkeypatch):
 
 
 def test_what_changed_a_moment_ago_is_not_trusted(files, monkeypatch):
-    monkeypatch.setattr(module, "_SETTLED_NS", 10**18)
+    monkeypatch.setattr(module, "SETTLED_NS", 10**18)
     of(files)
     read = []
     monkeypatch.setattr(module, "_content", lambda path: read.append(path.name) or "0")

@@ -41,7 +41,7 @@ APPENDED = {
     "python scripts/prepare_data.py easy_vqa": ["--from", "datasets"],
     "python scripts/reproduce.py first_table --jobs 2": ["--dry-run"],  # 90 runs
     "python scripts/reproduce.py table3_glue --only adapter=lora,flora --only seed=0": ["--dry-run"],
-    "python scripts/make_tables.py first_table --results results/measured --output outputs/first_table": [
+    "python scripts/make_tables.py first_table --results results/measured --results outputs/records": [
         *("--results", str(ROOT / "results" / "measured"))  # records of the repository
     ],
     "python scripts/bench_step.py --model resnet50 --batch 64 --methods floor,full,lora,flora": [
@@ -66,7 +66,7 @@ SLOW = {
     "python scripts/make_tables.py --check",
     "python scripts/runs.py --page",
     "python scripts/make_tables.py step_cost",
-    "python scripts/make_tables.py first_table --results results/measured --output outputs/first_table",
+    "python scripts/make_tables.py first_table --results results/measured --results outputs/records",
     "python scripts/bench_train.py --model convnext --batch 256 --size 64",
     "python scripts/bench_step.py --model resnet50 --batch 64 --methods floor,full,lora,flora",
     "python train.py task=digits adapter.budget=100k adapter.allocation=proportional",
@@ -188,9 +188,9 @@ def place(tmp_path_factory):
         patch.chdir(folder)
         for method, logger in {"flora": "wandb", "full": "none"}.items():
             words = ("python", "train.py", f"adapter={method}", f"logger={logger}", *SHORT)
-            before = set(Path("results/measured").glob("*.json"))
+            before = set(Path("outputs/records").glob("*.json"))
             assert run(patch, words) == 0
-            (record,) = set(Path("results/measured").glob("*.json")) - before
+            (record,) = set(Path("outputs/records").glob("*.json")) - before
             made[method] = json.loads(record.read_text())["run_id"]
     return folder, made
 
@@ -344,7 +344,7 @@ def test_the_task_model_and_methods_of_the_examples_run(house):
     ended = drive(house, commands)
     assert ended.stdout.count("record: ") == sum("train.py" in c for c in commands) >= 6
     assert "stripes: 0 of 6 cells finished, 6 missing" in ended.stderr
-    records = [json.loads(path.read_text()) for path in (house / "results/measured").glob("*.json")]
+    records = [json.loads(path.read_text()) for path in (house / "outputs/records").glob("*.json")]
     assert {"stripes", "digits"} == {record["task"] for record in records}
     assert {"flora", "hra", "partial"} == {record["adapter"] for record in records}
     assert {"convnext", "resnet10t", "patches"} == {record["model"] for record in records}

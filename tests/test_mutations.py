@@ -26,10 +26,11 @@ from safetensors.torch import save_file
 
 import flora.models
 import train
-from flora.config import composed, run_id
+from flora.config import composed, recorded_cell
 from flora.launch.entry import main
 from flora.results import cells
 from flora.results.delta import Kept
+from flora.training.identity import identify
 from scripts import analyze_delta, export, make_tables, reproduce
 from tests.conftest import MEMORY
 from tests.mutations import NAMES, spoil
@@ -112,11 +113,11 @@ def evaluated():
 
 
 def status():
-    return ran(reproduce.reproduce, "t", "--status", "--results", "results/measured")
+    return ran(reproduce.reproduce, "t", "--status", "--results", "outputs/records")
 
 
 def tabled():
-    return ran(make_tables.make_tables, "t", "--results", "results/measured", "--output", "out")
+    return ran(make_tables.make_tables, "t", "--results", "outputs/records", "--output", "out")
 
 
 def exported():
@@ -124,7 +125,7 @@ def exported():
 
 
 def analysed():
-    return ran(analyze_delta.analyze_delta, "full", "--results", "results/measured", "--output", "out")
+    return ran(analyze_delta.analyze_delta, "full", "--results", "outputs/records", "--output", "out")
 
 
 def from_folder():
@@ -179,9 +180,9 @@ KINDS = {
         ("weights.safetensors",), (partial(trained, *DIGITS, "adapter=linear_probe", "seed=1"),), tensors=True
     ),
     "checkpoint": Kind(("outputs/*/checkpoints/*/*",), (partial(trained, *LONG),)),
-    "lock": Kind(("results/measured/.locks/*.lock",), (status, partial(trained, *LONG)), busy=True),
-    "record": Kind(("results/measured/*.json",), (status, tabled)),
-    "record cache": Kind(("results/measured/.cache/*.parquet",), (status, tabled)),
+    "lock": Kind(("outputs/records/.locks/*.lock",), (status, partial(trained, *LONG)), busy=True),
+    "record": Kind(("outputs/records/*.json",), (status, tabled)),
+    "record cache": Kind(("outputs/records/.cache/*.parquet",), (status, tabled)),
     "adapter": Kind(("adapter/*.json", "adapter/*.safetensors"), (evaluated,), tensors=True),
     "adapter to export": Kind(("adapter/*.json", "adapter/*.safetensors"), (exported,)),
     "full run": Kind(("full/run.json", "full/model.safetensors"), (analysed,), tensors=True),
@@ -219,10 +220,11 @@ def world(tmp_path_factory):
             code, _, err = trained(*overrides)
             assert code == 0, err
         for overrides, name in ((FLORA, "adapter"), (FULL, "full")):
-            shutil.copytree(place / "outputs" / run_id(composed(overrides)) / "adapter", place / name)
+            shutil.copytree(place / "outputs" / identify(composed(overrides)).run_id / "adapter", place / name)
         interrupted(patch)
-        for path in (place / "results" / "measured").glob("*.json"):
-            if path.stem not in {cell.run_id for cell in cells.load("t").cells}:
+        kept = {cell.cell_id for cell in cells.load("t").cells}
+        for path in (place / "outputs" / "records").glob("*.json"):
+            if recorded_cell(json.loads(path.read_text())["config"]) not in kept:
                 path.unlink()
         status()
         expected = {}
@@ -244,7 +246,7 @@ def interrupted(patch):
 
     def stop(callback, args, state, control, **kwargs):
         if state.global_step == 5:
-            for lock in Path("results/measured/.locks").iterdir():
+            for lock in Path("outputs/records/.locks").iterdir():
                 shutil.copyfile(lock, "lock")
                 Path("lock").rename(lock.with_name(f"kept {lock.name}"))
             raise Killed
@@ -252,7 +254,7 @@ def interrupted(patch):
     with patch.context() as during:
         during.setattr("flora.training.resume.Keeper.on_step_end", stop)
         assert trained(*LONG)[0] == 130
-    (kept,) = Path("results/measured/.locks").glob("kept *")
+    (kept,) = Path("outputs/records/.locks").glob("kept *")
     lock = kept.rename(kept.with_name(kept.name.removeprefix("kept ")))
     facts = json.loads(lock.read_text())
     lock.write_text(json.dumps(facts | {"pid": 2**22 + 1}))

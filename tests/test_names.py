@@ -7,7 +7,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from flora.config import composed, instantiate, instantiate_method, run_id
+from flora.config import cell_id, composed, instantiate, instantiate_method
 from flora.names import FORMER
 
 CONFIGS = Path("configs")
@@ -77,4 +77,4 @@ def test_a_config_of_former_names_is_the_same_run(adapter):
     before.adapter._target_ = first[today.adapter._target_]
     if "config_class" in before.adapter:
         before.adapter.config_class = first.get(today.adapter.config_class, today.adapter.config_class)
-    assert run_id(before) == run_id(today)
+    assert cell_id(before) == cell_id(today)

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 from hydra import compose, initialize_config_dir
 
-from flora.config import run_id
+from flora.config import cell_id, recorded_id
 from flora.files import ROOT
 from flora.launch.entry import main
 from flora.results import Store
 from flora.results.cells import load
 from scripts import reproduce
-from tests.results.records import write
+from tests.results.records import settings_of, write
 
 
 @pytest.fixture
@@ -24,11 +24,12 @@ def call(tmp_path, monkeypatch, script):
     def run(*arguments, codes=None):
         ran = []
 
-        def cell(cell, extra, store, report, workers):
+        def cell(cell, extra, stores, report, workers):
             ran.append((cell, extra))
             return (codes or {}).get(cell.method, 0)
 
         monkeypatch.setattr(reproduce, "run", cell)
+        monkeypatch.setattr(reproduce, "SHIPPED", tmp_path / "shipped")
         entry = partial(main, reproduce.reproduce, trace=lambda: False)
         return *script(entry, "reproduce.py", *arguments, "--results", tmp_path), ran
 
@@ -54,7 +55,7 @@ def test_the_status_shows_every_cell_and_the_time_left(store, call):
 
 
 def test_a_running_cell_shows_as_running_and_jobs_divide_the_time_left(store, call):
-    with store.lock(load("eurosat").cells[10].run_id):
+    with store.lock(load("eurosat").cells[10].cell_id):
         _, out, err, _ = call("eurosat", "--status", "--jobs", "2")
     assert out.splitlines()[10].startswith("running ")
     assert "about 0:16:40 left" in err
@@ -150,7 +151,7 @@ def test_each_cell_is_told_its_table_and_what_it_is_called_apart_from_its_seed(s
         cfg = compose("train", overrides=[*cell.overrides, *extra, "logger=wandb"])
     assert f'"{cfg.cell}"' == told[cell]["cell"]
     assert cfg.logger._target_ == "flora.training.Wandb", "the last choice of a group wins"
-    assert run_id(cfg) == cell.run_id
+    assert cell_id(cfg) == cell.cell_id
 
 
 def test_what_others_start_from_is_run_again_where_its_outputs_are_gone(call, tmp_path, monkeypatch):
@@ -158,24 +159,24 @@ def test_what_others_start_from_is_run_again_where_its_outputs_are_gone(call, tm
     first, second = [cell for cell in load("instruct").cells if cell.method == "linear_probe"][:2]
     for cell in (first, second):
         write(Store(tmp_path), cell, 0.5)
-    weights = tmp_path / "outputs" / first.run_id / "adapter" / "model.safetensors"
-    weights.parent.mkdir(parents=True)
-    weights.touch()
+    write(Store(tmp_path), first, 0.5, adapter_path="outputs/run/adapter")
+    (tmp_path / "outputs" / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "outputs" / "run" / "adapter" / "model.safetensors").touch()
     some = ("--only", "adapter=flora", "--only", "seed=1")  # neither of the two
     _, out, err, _ = call("instruct", *some, "--status")
     assert err.startswith("instruct: 0 of 3 cells finished, 1 to run again, 2 missing; about 0:05:00 left")
-    assert f"to run again {second.run_id} " in out
+    assert f"to run again {second.cell_id} " in out
     _, _, _, ran = call("instruct", *some)
     assert [cell.method for cell, _ in ran] == ["linear_probe", "flora", "flora"]
     assert ran[0][0] == second
-    assert ran[0][1][-2:] == ["paths.output=outputs", "force=true"]
+    assert ran[0][1][-1] == "force=true"
     assert not any("force=true" in extra for _, extra in ran[1:])
 
 
 def test_what_others_start_from_has_ended_before_they_start(store, monkeypatch):
     told = []
 
-    def cell(cell, extra, store, report, workers):
+    def cell(cell, extra, stores, report, workers):
         told.append(("start", cell))
         time.sleep(0.05)
         told.append(("end", cell))
@@ -184,8 +185,8 @@ def test_what_others_start_from_has_ended_before_they_start(store, monkeypatch):
     monkeypatch.setattr(reproduce, "run", cell)
     cells = load("instruct").cells[:6]
     first = reproduce.started_from(load("instruct"), cells)
-    assert list(first) == cells[:1]
-    reproduce.run_all({cell: [] for cell in reversed(cells)}, first, 3, store)
+    assert first == cells[:1]
+    reproduce.run_all({cell: [] for cell in reversed(cells)}, first, 3, [store])
     assert told[:2] == [("start", cells[0]), ("end", cells[0])]
     assert len(told) == 12
 
@@ -193,7 +194,7 @@ def test_what_others_start_from_has_ended_before_they_start(store, monkeypatch):
 def test_what_another_process_runs_again_is_not_forced_once_more(store):
     asked, answers = [], iter([(75, "another process does"), (0, "finished")])
     workers = SimpleNamespace(run=lambda words: asked.append(words) or next(answers))
-    assert reproduce.run(load("eurosat").cells[0], ["force=true"], store, reproduce.Report(1), workers) == 0
+    assert reproduce.run(load("eurosat").cells[0], ["force=true"], [store], reproduce.Report(1), workers) == 0
     assert ["force=true" in words for words in asked] == [True, False]
 
 
@@ -216,3 +217,38 @@ def test_an_unknown_table_is_one_line(call):
     assert code == 2
     assert "no table 'tabel3'" in err
     assert "table3_glue" in err
+
+
+def test_cells_that_ship_as_finished_count_and_what_is_left_goes_to_a_folder_of_its_own(call, tmp_path):
+    shipped, cells = Store(tmp_path / "shipped"), load("eurosat").cells
+    for cell in cells[:5]:
+        write(shipped, cell, 0.5)
+    write(Store(tmp_path), cells[5], 0.5)
+    _, _, err, ran = call("eurosat")
+    assert "6 of 24 cells finished" in err
+    assert [cell for cell, _ in ran] == cells[6:]
+    assert all(f"paths.results={tmp_path}" in extra for _, extra in ran)
+    assert "1 of 24 cells finished" in call("eurosat", "--status", "--reuse", "own")[2]
+
+
+def test_a_cell_with_records_on_two_data_sets_is_left_out_and_both_are_named(call, tmp_path):
+    cell, ids = load("eurosat").cells[0], []
+    for data in ("a" * 64, "b" * 64):
+        settings = settings_of(cell) | {"inputs": {"data": data}}
+        ids.append(recorded_id(settings))
+        write(Store(tmp_path), cell, 0.5, run_id=ids[-1], config=settings)
+    _, _, err, ran = call("eurosat")
+    assert "0 of 24 cells finished, 1 ambiguous, 23 missing" in err
+    assert f"runs {min(ids)} and {max(ids)} (eurosat convnext {cell.method}) are of one cell" in err
+    assert cell not in [ran_cell for ran_cell, _ in ran]
+
+
+def test_a_cell_starts_from_the_folder_of_the_run_and_not_from_its_own_id(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = load("instruct").cells[0]
+    after = next(cell for cell in load("instruct").cells if any(begun == first for _, begun in cell.starts_from))
+    write(Store(tmp_path), first, 0.5, adapter_path="elsewhere/run/adapter")
+    assert f"model.projector=outputs/{first.cell_id}" in reproduce.placed(after, [Store(tmp_path)])
+    (tmp_path / "elsewhere" / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "run" / "adapter" / "model.safetensors").touch()
+    assert "model.projector=elsewhere/run" in reproduce.placed(after, [Store(tmp_path)])

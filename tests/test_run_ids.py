@@ -2,7 +2,7 @@
 
 import pytest
 
-from flora.config import composed, identity, run_id
+from flora.config import cell_id, composed, identity
 
 VTAB = ["task=vtab"]
 GRID = [*VTAB, "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]"]  # tables eurosat and first_table
@@ -41,7 +41,7 @@ MEASURED = {
 
 @pytest.mark.parametrize("identifier", MEASURED)
 def test_a_measured_record_keeps_its_id(identifier):
-    assert run_id(composed(MEASURED[identifier])) == identifier
+    assert cell_id(composed(MEASURED[identifier])) == identifier
 
 
 # `python train.py adapter=NAME`, as of the first release
@@ -78,7 +78,7 @@ METHODS = {
 
 
 def test_every_method_keeps_its_id():
-    assert {name: run_id(composed([f"adapter={name}"])) for name in METHODS} == METHODS
+    assert {name: cell_id(composed([f"adapter={name}"])) for name in METHODS} == METHODS
 
 
 def test_a_new_class_counts_by_its_public_name():

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
-from flora.config import composed, recorded_id, semantic_config
+from flora.config import composed
 from flora.files import ROOT
 from flora.results import Store
 from flora.results.cells import Cell, load
+from flora.training.identity import identify
 from flora.training.saved import digest
 from scripts.make_tables import make_tables
 from tests.results.records import write
@@ -48,26 +49,33 @@ def test_a_setting_that_no_run_may_have_is_refused(override, message):
     assert message in err.splitlines()[-1]
 
 
+def asked_before(monkeypatch, tmp_path, *overrides):
+    """Which run these ask for, as an earlier call has found out and keeps."""
+    monkeypatch.setenv("FLORA_CACHE", str(tmp_path / "cache"))
+    return identify(composed([*overrides, "paths.data=nodata"]))
+
+
 @pytest.mark.parametrize("dataset", ["dsprites_location", "dsprites_loc"])
-def test_a_run_whose_record_exists(dataset, tmp_path):
+def test_a_run_whose_record_exists(dataset, tmp_path, monkeypatch):
     cell = Cell(("task=vtab", "task.dataset=dsprites_location", "adapter=lora", "seed=3"))
-    write(Store(tmp_path), cell, 0.75)
+    asks = asked_before(monkeypatch, tmp_path, *cell.overrides, "trainer.device=cpu")
+    write(Store(tmp_path), cell, 0.75, run_id=asks.run_id, config=asks.config)
     asked = ["adapter=lora", "seed=3", f"task.dataset={dataset}", "trainer.device=cpu", f"paths.results={tmp_path}"]
-    names, out, err = imported("train.py", *asked)
+    names, out, err = imported("train.py", *asked, "paths.data=nodata")
     assert not names & HEAVY
-    assert out == f"record: {tmp_path / cell.run_id}.json\n"
+    assert out == f"record: {tmp_path / asks.run_id}.json\n"
     assert "finished before: dsprites_location convnext lora: test accuracy 0.7500" in err
 
 
-def test_an_evaluation_whose_record_exists(tmp_path):
+def test_an_evaluation_whose_record_exists(tmp_path, monkeypatch):
     saved = tmp_path / "run" / "adapter"
     saved.mkdir(parents=True)
     (saved / "adapter_model.safetensors").write_bytes(b"weights")
     asked = ["adapter=lora", "mode=eval", f"checkpoint={tmp_path / 'run'}"]
     cell = Cell(("adapter=lora",))
-    settings = semantic_config(composed(asked)) | {"checkpoint": digest(saved)}
-    write(Store(tmp_path), cell, 0.5, run_id=recorded_id(settings), mode="eval", config=settings)
-    names, out, _ = imported("train.py", *asked, f"paths.results={tmp_path}")
+    asks = asked_before(monkeypatch, tmp_path, "adapter=lora", "mode=eval", f"checkpoint={digest(saved)}")
+    write(Store(tmp_path), cell, 0.5, run_id=asks.run_id, mode="eval", config=asks.config)
+    names, out, _ = imported("train.py", *asked, f"paths.results={tmp_path}", "paths.data=nodata")
     assert not names & HEAVY
     assert out.startswith("record: ")
 

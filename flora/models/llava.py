@@ -154,7 +154,7 @@ class Llava(TransformersModel):
         else:
             vision, language = self.parts
             facts = {"model_type": self.architecture["model_type"], "pretrained": True}
-            facts |= {"vision": vision.facts, "language": language.facts}
+            facts |= {"vision": vision.facts, "language": language.facts, **self._tokenizer_facts()}
         if self.projector:
             path = self._projector_file()
             facts["projector"] = {"path": str(path), "sha256": sha256_of(path)}

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flora.contents import checksum
 from flora.errors import ConfigError, WeightsError, first_line
 from flora.files import read_object
 from flora.methods.base import first_lines
@@ -18,7 +19,7 @@ from flora.methods.heads import in_head
 from flora.models.gguf import converted
 from flora.models.quiet import quietly
 from flora.models.spec import Kind
-from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve
+from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve, sha256_of
 from flora.values import with_floats
 
 KINDS: dict[Kind, Any] = {
@@ -28,6 +29,7 @@ KINDS: dict[Kind, Any] = {
 }
 _HEAD_DROPOUT = {"deberta-v2": "cls_dropout"}
 _POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta", "camembert")
+_TOKENIZER = (".json", ".txt", ".model", ".py", ".jinja", ".tiktoken")  # names of a tokenizer's files end so
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -87,7 +89,26 @@ class TransformersModel:
     def facts(self) -> dict[str, Any]:
         """What a record says of the weights: architecture, place and checksum."""
         facts: dict[str, Any] = {"model_type": self.architecture["model_type"], "pretrained": self.pretrained}
-        return facts | facts_of(self._source()) if self.pretrained else facts
+        if self.pretrained and self.parts is None:
+            source = self._source()
+            facts |= facts_of(source)
+            if (index := resolve(source) if _is_index(source) else None) is not None:
+                shards = {shard: _shard(source, index, shard) for shard in _shards(index)}
+                facts["shards"] = {name: {"sha256": sha256_of(resolve(shard))} for name, shard in shards.items()}
+        return facts | self._tokenizer_facts()
+
+    def _tokenizer_facts(self) -> dict[str, Any]:
+        """What identifies a tokenizer of the user's own, which may lie beside weights of his."""
+        beside = self.weights.path if self.weights is not None else None
+        named = self.tokenizer_place or beside
+        if not named or (named == beside and named.endswith(".gguf")):  # which holds its own
+            return {}
+        place = Path(named).expanduser()
+        folder = place if place.is_dir() else place.parent
+        if not place.exists():
+            return {"tokenizer": {"hub": named}}
+        files = [path for path in folder.iterdir() if path.suffix in _TOKENIZER and ".index." not in path.name]
+        return {"tokenizer": {"path": str(folder), "sha256": checksum(filter(Path.is_file, files), folder, deep=False)}}
 
     @property
     def max_length(self) -> int:
@@ -227,6 +248,17 @@ def _shards(index: Path) -> list[str]:
     return sorted(names)
 
 
+def _is_index(source: Source) -> bool:
+    return str(source.path or source.file).endswith(".index.json")
+
+
+def _shard(source: Source, index: Path, shard: str) -> Source:
+    """Where a shard lies: beside its index."""
+    here = str(index.parent / shard) if source.path else None
+    file = str(Path(source.file).parent / shard) if source.file else None
+    return replace(source, path=here, file=file, sha256=None)
+
+
 def _with_floats(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes, also of the parts, with floats where transformers takes no integer for one."""
     inner = {key: _with_floats(value) if isinstance(value, Mapping) else value for key, value in sizes.items()}
@@ -240,9 +272,7 @@ def _read(source: Source) -> dict[str, Tensor]:
     if path.name.endswith(".index.json"):
         state: dict[str, Tensor] = {}
         for shard in _shards(path):
-            here = str(path.parent / shard) if source.path else None
-            file = str(Path(source.file).parent / shard) if source.file else None
-            state |= _read(replace(source, path=here, file=file, sha256=None))
+            state |= _read(_shard(source, path, shard))
         return state
     if path.suffix == ".gguf":
         path = converted(path) / "model.safetensors"

@@ -1,8 +1,7 @@
 """Where pretrained weights come from: a path, what ships with flora, the hub's cache, a package, the hub."""
 
-import hashlib
+import errno
 import importlib.metadata
-import os
 import re
 import shutil
 import subprocess
@@ -21,7 +20,9 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
+from flora.contents import UNREADABLE, digests, note
 from flora.errors import ConfigError, WeightsError, first_line
+from flora.files import cache_dir
 
 BUNDLED = Path(__file__).parent / "bundled"
 PROBE_SECONDS = 3
@@ -96,28 +97,35 @@ def as_source(weights: Weights) -> Source:
 
 
 def facts_of(source: Source) -> dict[str, Any]:
-    """What a record says of weights: their places and checksum, computed where a user's file comes without one."""
+    """What a record says of weights: their places and checksum, computed where none is known beforehand.
+
+    Raises:
+        WeightsError: a file that comes without a checksum cannot be had.
+    """
     places = {key: getattr(source, key) for key in ("path", "bundled", "package", "hub", "file", "sha256")}
-    if source.path and not source.sha256:
+    if not source.sha256:
         places["sha256"] = sha256_of(resolve(source))
     return {key: value for key, value in places.items() if value}
 
 
-def cache_dir() -> Path:
-    """The folder of downloaded weights: ``FLORA_CACHE``, by default ``~/.cache/flora``."""
-    return Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora").expanduser()
-
-
 def sha256_of(path: Path) -> str:
-    """Checksum of a file, as 64 hex digits; read again only where the file has changed since the last time."""
+    """Checksum of a file, as 64 hex digits; read again only where the file has changed since the last time.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     stat = path.stat()
-    return _sha256(path, stat.st_mtime_ns, stat.st_size)
+    note(path.parent, deep=False)  # also where it is known
+    return _sha256(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 @cache
-def _sha256(path: Path, mtime_ns: int, size: int) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _sha256(path: Path, *stat: int) -> str:
+    digest = digests([path], path.parent, deep=False)[path.name]
+    if digest == UNREADABLE:
+        path.open("rb").close()  # says why
+        raise OSError(errno.EIO, "cannot be read", str(path))
+    return digest
 
 
 def resolve(source: Source) -> Path:

@@ -1,10 +1,10 @@
-"""The cells of a table: experiments/TABLE.yaml expanded to runs, each with its overrides and run id.
+"""The cells of a table: experiments/TABLE.yaml expanded to runs, each with its overrides and cell id.
 
 A file gives a ``title`` and, per scale, one or several ``parts``: overrides in ``common`` times the product of
 ``grid``. A part whose task or model the code lacks says so in ``not_runnable_yet``: its cells are listed, and not run.
 A part that goes on from what another cell trained names that cell by its settings: ``starts_from: {model.projector:
-{task.dataset: easy_vqa, adapter: linear_probe}}`` sets ``model.projector=outputs/RUN_ID`` of the one cell that has
-them.
+{task.dataset: easy_vqa, adapter: linear_probe}}`` sets ``model.projector=outputs/CELL_ID`` of the one cell that has
+them; `reproduce.py` puts the folder of that cell's run in its place.
 """
 
 import itertools
@@ -43,13 +43,13 @@ class Cell:
     starts_from: tuple[tuple[str, "Cell"], ...] = ()
 
     @cached_property
-    def run_id(self) -> str:
-        """Names the cell's record."""
+    def cell_id(self) -> str:
+        """Names what the cell runs, whatever the data and weights hold: its record has an id of its own."""
         return config.identity(self._semantic(None))
 
     @cached_property
     def older(self) -> list[str]:
-        """The run's ids under earlier versions of the method."""
+        """The cell's ids under earlier versions of the method."""
         versions = range(1, config.METHOD_VERSION)
         return [config.identity(self._semantic(v)) for v in versions]
 
@@ -200,7 +200,7 @@ def _cells(table: str, scale: Any) -> Iterator[Cell]:
 
 def _part(table: str, scale: dict[str, Any], part: dict[str, Any], starts: tuple[tuple[str, Cell], ...]) -> list[Cell]:
     """The cells of a part of a table; ``starts``: the cells that they start from, by the key that names them."""
-    common = [*scale.get("common", []), *(f"{key}={OUTPUTS}/{cell.run_id}" for key, cell in starts)]
+    common = [*scale.get("common", []), *(f"{key}={OUTPUTS}/{cell.cell_id}" for key, cell in starts)]
     common += part.get("common", []) if part is not scale else []
     grid = part.get("grid")
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):

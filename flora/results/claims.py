@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flora.config import composed, run_id
+from flora.config import cell_id, composed
 from flora.results.cells import read_definition
 from flora.results.escape import markdown as escaped
 from flora.results.markdown import markdown_table
@@ -75,7 +75,7 @@ def claims(kept: dict[str, float], count_missing: bool = True) -> Claims | None:
 
 def key(claim: dict[str, Any]) -> str:
     """Names what a claim counts: another one when its configs or the method's version change."""
-    counted = {name: run_id(composed(claim[name])) for name in ("counted", "against") if name in claim}
+    counted = {name: cell_id(composed(claim[name])) for name in ("counted", "against") if name in claim}
     return hashlib.sha256(json.dumps([claim["value"], counted]).encode()).hexdigest()[:12]
 
 

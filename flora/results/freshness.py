@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,15 @@ _PACKAGES = ("hydra-core", "omegaconf", "pyyaml", "numpy", "scipy", "jinja2", "m
 _RENDERER = ROOT / "flora" / "results" / "render.py"
 
 
-def inputs(results: Path, output: Path) -> str:
+def inputs(results: Sequence[Path], output: Path) -> str:
     """Sha256 over what decides rendered bytes: records, benchmarks, cells, configs, published numbers, code, packages.
 
     Args:
-        results: the folder of the records.
+        results: the folders of the records.
         output: the folder of benchmarks/, and of what is rendered.
     """
-    records = (path for path in results.glob("*.json") if not path.name.startswith("."))
     groups: list[tuple[Path, Iterable[Path]]] = [
-        (results, records),
+        *((folder, [p for p in folder.glob("*.json") if not p.name.startswith(".")]) for folder in results),
         (output, (output / "benchmarks").glob("*.json")),
         (ROOT, (ROOT / "experiments").glob("*.yaml")),
         (ROOT, (ROOT / "configs").rglob("*.yaml")),
@@ -47,7 +46,7 @@ def inputs(results: Path, output: Path) -> str:
     ]
     sums = [[(p.relative_to(base).as_posix(), _input(p)) for p in sorted(ps)] for base, ps in groups]
     versions = [platform.python_version_tuple()[:2], *(version(package) for package in _PACKAGES)]
-    records_from_page = os.path.relpath(results.resolve(), output.resolve())
+    records_from_page = [os.path.relpath(folder.resolve(), output.resolve()) for folder in results]
     return _sha256(json.dumps([sums, versions, records_from_page]).encode())
 
 
@@ -88,7 +87,7 @@ def _executed(tree: ast.AST) -> Iterator[ast.AST]:
             yield from _executed(node)
 
 
-def fresh(table: str | None, results: Path, output: Path) -> bool:
+def fresh(table: str | None, results: Sequence[Path], output: Path) -> bool:
     """Whether files are proved to be what rendering would give now.
 
     Args:

@@ -38,7 +38,8 @@ class Owner:
     Attributes:
         path, generation: the lock's file.
         alive: whether its process exists, or on another machine whether the heartbeat is fresh.
-        facts: what the owner wrote: ``token``, ``machine``, ``host``, ``pid``, ``since``; empty while it writes.
+        facts: what the owner wrote: ``token``, ``machine``, ``host``, ``pid``, ``since``, ``cell``; empty while it is
+            written.
     """
 
     path: Path
@@ -112,6 +113,7 @@ class Lock:
         folder: the records folder that the processes share.
         run_id: the run.
         heartbeat, stale_after: seconds, see above.
+        cell_id: the cell of the run, which who looks for the cell finds in the lock.
 
     Raises:
         AlreadyRunning: on entry, while another process holds the lock.
@@ -124,8 +126,9 @@ class Lock:
         run_id: str,
         heartbeat: float = HEARTBEAT,
         stale_after: float = STALE_AFTER,
+        cell_id: str | None = None,
     ) -> None:
-        self.folder, self.run_id = folder, run_id
+        self.folder, self.run_id, self.cell_id = folder, run_id, cell_id
         self.heartbeat, self.stale_after = heartbeat, stale_after
         self._claim: Claim | None = None
         self._stop = threading.Event()
@@ -170,7 +173,7 @@ class Lock:
             raise self._running(None) from None
         try:
             with os.fdopen(handle, "w") as file:
-                json.dump(_written(claim.token), file)
+                json.dump(_written(claim.token) | {"cell": self.cell_id}, file)
         except OSError as error:
             path.unlink(missing_ok=True)
             reason = error.strerror or error

@@ -14,7 +14,7 @@ from typing import Any
 from flora.files import ROOT, write_json
 from flora.secrets import without_secrets
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STATUSES = ("finished", "failed", "interrupted", "running")
 _PACKAGES = ("flora", "torch", "torchvision", "transformers", "accelerate", "peft", "timm", "datasets", "numpy")
 
@@ -25,8 +25,9 @@ class Record:
 
     Attributes:
         schema_version, method_version: versions of this layout and of the numerics.
-        run_id: hash of the semantic config.
-        config: that, with the digest of what an evaluation tests in the place of its path.
+        run_id: hash of the semantic config and of ``inputs``.
+        config: those; with the digest of what an evaluation tests in the place of its path, and ``outputs/CELL_ID`` in
+            that of a run that this one starts from.
         masked: whether secrets were taken out of the config, which then no longer gives the id.
         status: one of finished, failed, interrupted, running.
         metric, value: the task's headline metric on ``split``; ``metrics`` holds all of them.

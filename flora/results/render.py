@@ -12,7 +12,7 @@ from flora.results.freshness import PAGE, README, README_TABLE, tables_and_figur
 from flora.results.plots import plots, written_hash
 from flora.results.report import Section, address, page
 from flora.results.rows import Row, record_of, rows
-from flora.results.store import Contents, Store
+from flora.results.store import Contents
 from flora.results.tables import as_csv, compact, latex, markdown
 
 OTHERS = ("claims", "step_cost")  # tables that are not made of records
@@ -41,14 +41,14 @@ class Rendering:
 
 
 def rendering(
-    table: str | None, scale: str, store: Store, contents: Contents, output: Path, draw: bool = True
+    table: str | None, scale: str, folder: Path, contents: Contents, output: Path, draw: bool = True
 ) -> Rendering:
     """The files of a table, or of everything.
 
     Args:
         table: a file of experiments/, or one of OTHERS; None: everything that has results.
         scale: of the table.
-        store, contents: the records.
+        folder, contents: the records, and where they are looked for first.
         output: the folder of tables/ and figures/.
         draw: write the figures that changed, as the page holds them. Otherwise they are stale, nothing is written or
             counted, and the page is looked at only where there is one.
@@ -67,13 +67,13 @@ def rendering(
     if not texts and table == "step_cost":
         raise DataError(f"no result in {output / 'benchmarks'}: run scripts/bench_step.py --json first")
     documents = [text for path, text in texts.items() if path.suffix == ".md"]
-    sections = [] if table in OTHERS else _sections(table, scale, store, contents, output)
+    sections = [] if table in OTHERS else _sections(table, scale, folder, contents, output)
     for section in sections:
         texts |= _texts(section, output)
     if table is None:
-        sections += _own(sections, store, contents, output)
+        sections += _own(sections, contents, output)
     if table is None and not sections and not benchmarks.rendered(output):
-        raise DataError(f"no finished record in {store.folder}: run train.py or scripts/reproduce.py first")
+        raise DataError(f"no finished record in {folder}: run train.py or scripts/reproduce.py first")
     figures = {path: plot for section in sections for path, plot in section.figures.items()}
     outdated = [path for path, plot in figures.items() if written_hash(path) != plot.hash]
     for path in outdated if draw else []:
@@ -86,7 +86,7 @@ def rendering(
         if stale and whole.exists():
             stale.append(whole)
         elif draw or whole.exists():
-            texts[whole] = page(sections, documents, address(store.folder, whole))
+            texts[whole] = page(sections, documents, lambda record: address(Path(record["path"]), whole))
     stem = "*" if table is None else sections[0].table.stem if sections else table
     there = {path for path in tables_and_figures(output, stem) if not path.name.startswith("claims.")}
     return Rendering(texts, list(figures), stale, sorted(there - {*texts, *figures}))
@@ -105,10 +105,10 @@ def _claims(output: Path, anew: bool, count_missing: bool) -> dict[Path, str] | 
     return None if table is None else {stem.with_suffix(".md"): table.markdown(), stem.with_suffix(".csv"): table.csv()}
 
 
-def _sections(table: str | None, scale: str, store: Store, contents: Contents, output: Path) -> list[Section]:
+def _sections(table: str | None, scale: str, folder: Path, contents: Contents, output: Path) -> list[Section]:
     """The tables to render, with their rows and figures: the one asked for, or all of which a run is finished."""
-    if table and not store.folder.is_dir():
-        raise DataError(f"no finished record: there is no folder {store.folder}")
+    if table and not folder.is_dir() and not contents.records:
+        raise DataError(f"no finished record: there is no folder {folder}")
     if table:
         tables = [load(table, scale)]
     else:
@@ -116,20 +116,20 @@ def _sections(table: str | None, scale: str, store: Store, contents: Contents, o
         tables = [table for table in every if any(record_of(cell, contents) for cell in table.cells)]
     sections = []
     for chosen in tables:
-        sections.append(_section(chosen, rows(chosen, contents), store, output))
+        sections.append(_section(chosen, rows(chosen, contents), contents, output))
     return sections
 
 
-def _section(table: Table, lines: list[Row], store: Store, output: Path) -> Section:
+def _section(table: Table, lines: list[Row], contents: Contents, output: Path) -> Section:
     folder = output / "figures" / table.stem
-    return Section(table, lines, {folder / plot.name: plot for plot in plots(table, lines, store.finished)})
+    return Section(table, lines, {folder / plot.name: plot for plot in plots(table, lines, contents.whole)})
 
 
-def _own(sections: list[Section], store: Store, contents: Contents, output: Path) -> list[Section]:
+def _own(sections: list[Section], contents: Contents, output: Path) -> list[Section]:
     """What was run beside the tables, as a section; none where nothing was."""
     shown = {record["run_id"] for section in sections for row in section.rows for record in row.records.values()}
     others = [r for run_id, r in contents.records.items() if r["status"] == "finished" and run_id not in shown]
-    return [_section(own.TABLE, own.own_rows(others, store.finished), store, output)] if others else []
+    return [_section(own.TABLE, own.own_rows(others, contents.whole), contents, output)] if others else []
 
 
 def _texts(section: Section, output: Path) -> dict[Path, str]:

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,8 @@ class Section:
         named = {cell.model for cell in load(self.table.name, "paper").cells}
         return sorted(named - self.models.keys())
 
-    def lines(self, records: str) -> list[Line]:
-        """Its lines; ``records``: the address of the records' folder."""
+    def lines(self, records: Callable[[dict[str, Any]], str]) -> list[Line]:
+        """Its lines; ``records``: summary to the address of the record."""
         return [_line(row, block, records) for block in blocks(self.rows) for row in block]
 
 
@@ -148,7 +149,7 @@ def headline(sections: list[Section]) -> tuple[Path, Plot] | None:
     return min(best.figures.items(), key=lambda figure: figure[1].kind != "radar")
 
 
-def _line(row: Row, block: list[Row], records: str) -> Line:
+def _line(row: Row, block: list[Row], records: Callable[[dict[str, Any]], str]) -> Line:
     values = [value for other in block for value in other.values]
     seeds = ",".join(map(str, row.records)) or "0"
     typed = shlex.join(["python", "train.py", "-m", *row.overrides, f"seed={seeds}"])
@@ -176,13 +177,13 @@ class Document:
         return re.sub(r"\W+", "-", self.title.lower())
 
 
-def page(sections: list[Section], documents: list[str], records: str) -> str:
+def page(sections: list[Section], documents: list[str], records: Callable[[dict[str, Any]], str]) -> str:
     """The page as HTML; what stands in a record, a config or a name is text there, whatever it holds.
 
     Args:
         sections: the tables.
         documents: further tables, as the Markdown that `make_tables.py` writes.
-        records: the address of the records' folder, relative to the page.
+        records: summary to the address of the record, relative to the page.
     """
     loader = PackageLoader("flora.results", "page")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -222,15 +223,15 @@ def document(text: str) -> Document:
     return Document(plain(title.lstrip("# ")), blocks)
 
 
-def address(folder: Path, page: Path) -> str:
-    """A folder's address, seen from a page."""
-    return quote(Path(os.path.relpath(folder.resolve(), page.resolve().parent)).as_posix())
+def address(place: Path, page: Path) -> str:
+    """The address of a file or folder, seen from a page."""
+    return quote(Path(os.path.relpath(place.resolve(), page.resolve().parent)).as_posix())
 
 
-def _run(seed: int, record: dict[str, Any], records: str) -> Run:
-    run_id = record["run_id"]
-    where = f"{records}/{quote(run_id)}.json"
-    return Run(seed, record["value"], record.get("lr"), record.get("train_seconds"), run_id, where)
+def _run(seed: int, record: dict[str, Any], records: Callable[[dict[str, Any]], str]) -> Run:
+    return Run(
+        *(seed, record["value"], record.get("lr"), record.get("train_seconds"), record["run_id"]), records(record)
+    )
 
 
 def _place(value: float, values: list[float]) -> str:

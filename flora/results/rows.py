@@ -140,7 +140,7 @@ def record_of(cell: Cell, contents: Contents) -> dict[str, Any] | None:
     dataset = cell.settings.get("task.dataset")
     if cell.not_runnable_yet or (dataset is not None and dataset not in contents.datasets):
         return None
-    return contents.finished(cell.run_id)
+    return contents.finished(cell.cell_id)
 
 
 def digest(records: Sequence[dict[str, Any]]) -> str:

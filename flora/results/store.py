@@ -1,4 +1,7 @@
-"""Where records live: one JSON file per run id, found again by that id, with a lock while the run is on."""
+"""Where records live: one JSON file per run id, found again by that id, with a lock while the run is on.
+
+Tables find records by the id of their cell, which does not depend on the data (``flora.config.cell_id``).
+"""
 
 import hashlib
 import json
@@ -15,12 +18,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flora.config import recorded_cell
 from flora.errors import AlreadyRunning, CheckpointError, DataError, FailedBefore
+from flora.files import ROOT
 from flora.launch import processes
 from flora.results.checks import contradiction
 from flora.results.lock import HEARTBEAT, STALE_AFTER, Claim, Lock, Owner, owners, shown
 from flora.results.record import SCHEMA_VERSION, STATUSES, Record, now
 
+SHIPPED = ROOT / "results" / "measured"  # the records that ship with flora
 _REQUIRED = ("schema_version", "run_id", "status", "task", "dataset", "model", "adapter", "seed")
 _HEAVY = ("history", "analysis", "ranks", "config", "data")  # left out of summaries: most of a record's bytes
 _WORDS = ("run_id", "task", "dataset", "model", "adapter")
@@ -29,19 +35,21 @@ _FINISHED = {  # what tables read of a finished record
     **dict.fromkeys(("metric", "protocol", "dtype", "device"), str),
     **{"skipped_layers": list, "versions": dict},
 }
+CONVERT = "python scripts/convert_records.py"
 _COUNTS = ("trainable_params", "head_params", "total_params")
 _TIMES = ("started", "finished")
 _COSTS = ("lr", "train_seconds", "peak_memory_bytes")  # numbers, or None where nothing was measured
-_CACHE_VERSION = b"4"  # bumped when summaries or the checks of `read` change
+_CACHE_VERSION = b"5"  # bumped when summaries or the checks of `read` change
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder holds.
+    """What a folder holds, or several.
 
     Attributes:
-        records: sound records by run id, without their longest fields, with ``sha256`` of their file.
-        problems: one line for each file that is not a sound record, or a sound lock.
+        records: sound records by run id, without their longest fields; with ``path`` and ``sha256`` of their file, and
+            ``cell_id`` and ``inputs`` of their config.
+        problems: one line for each file that is not a sound record, or a sound lock; more are added where a table asks.
         owners: who runs, or ran and died, by run id.
     """
 
@@ -49,26 +57,59 @@ class Contents:
     problems: list[str]
     owners: dict[str, Owner]
 
-    def state(self, run_id: str, older: Iterable[str] = ()) -> str:
-        """``running``, ``finished``, ``failed``, ``interrupted``, ``stale`` or ``missing``.
+    def state(self, cell_id: str, older: Iterable[str] = ()) -> str:
+        """``running``, ``ambiguous``, ``finished``, ``failed``, ``interrupted``, ``stale`` or ``missing``.
 
         Args:
-            run_id: the run.
+            cell_id: the cell.
             older: its ids under earlier method versions; a finished record of one of them is stale.
         """
-        owner, record = self.owners.get(run_id), self.records.get(run_id)
-        if owner is not None and owner.alive:
+        records = self.of_cell.get(cell_id, [])
+        runs = {cell_id, *(record["run_id"] for record in records)}
+        owners = [o for run_id, o in self.owners.items() if run_id in runs or o.facts.get("cell") == cell_id]
+        if any(owner.alive for owner in owners):
             return "running"
-        if record is not None and record["status"] != "running":
-            return record["status"]
-        if owner is not None or record is not None:
+        if finished := [record for record in records if record["status"] == "finished"]:
+            return "finished" if len(finished) == 1 else "ambiguous"
+        if ended := [record["status"] for record in records if record["status"] != "running"]:
+            return ended[-1]
+        if owners or records:
             return "interrupted"  # its process ended without a word
         return "stale" if any(self.finished(old) for old in older) else "missing"
 
-    def finished(self, run_id: str) -> dict[str, Any] | None:
-        """The summary of a finished record, or None."""
+    def finished(self, cell_id: str) -> dict[str, Any] | None:
+        """The summary of a cell's finished record, or None; also where there are several, which is a problem."""
+        records = [record for record in self.of_cell.get(cell_id, []) if record["status"] == "finished"]
+        if len(records) > 1:
+            runs = " and ".join(sorted(record["run_id"] for record in records))
+            which = f"{records[0]['dataset']} {records[0]['model']} {records[0]['adapter']}"
+            problem = f"runs {runs} ({which}) are of one cell, on other data or weights: keep one record here"
+            if problem not in self.problems:
+                self.problems.append(problem)
+        return records[0] if len(records) == 1 else None
+
+    def whole(self, run_id: str) -> dict[str, Any] | None:
+        """The whole record of a run, or None."""
         record = self.records.get(run_id)
-        return record if record is not None and record["status"] == "finished" else None
+        return None if record is None else read(Path(record["path"]))[0]
+
+    def with_own(self, own: "Contents") -> "Contents":
+        """These, and what another folder has of cells that are not finished here."""
+        further = {run: r for run, r in own.records.items() if r["cell_id"] not in self._finished_cells}
+        problems = [*self.problems, *own.problems]
+        return Contents(further | self.records, problems, own.owners | self.owners)
+
+    @cached_property
+    def of_cell(self) -> dict[str, list[dict[str, Any]]]:
+        """Records by cell id."""
+        cells: dict[str, list[dict[str, Any]]] = {}
+        for record in self.records.values():
+            cells.setdefault(record["cell_id"], []).append(record)
+        return cells
+
+    @cached_property
+    def _finished_cells(self) -> set[str]:
+        return {record["cell_id"] for record in self.records.values() if record["status"] == "finished"}
 
     @cached_property
     def datasets(self) -> set[str]:
@@ -121,9 +162,9 @@ class Store:
             raise FailedBefore(f"run {run_id} failed before ({record.get('error')}): retry=true tries again")
         return record if record is not None and record["status"] == "finished" else None
 
-    def lock(self, run_id: str) -> Lock:
+    def lock(self, run_id: str, cell_id: str | None = None) -> Lock:
         """The lock to hold while a run is on; entering it raises AlreadyRunning when another process does."""
-        return Lock(self.folder, run_id, self.heartbeat, self.stale_after)
+        return Lock(self.folder, run_id, self.heartbeat, self.stale_after, cell_id)
 
     def write(self, record: Record, claim: Claim | None = None) -> Path:
         """Write a record atomically; returns its path. A finished record gives way to another finished one only.
@@ -178,7 +219,7 @@ class Store:
                 problems.append(f"{self.folder}/{problem}")
             elif summary is not None:
                 record = json.loads(summary)
-                records[record["run_id"]] = record
+                records[record["run_id"]] = record | {"path": str(self.path(record["run_id"]))}
         found, odd = owners(self.folder, self.stale_after)
         return Contents(records, problems + odd, found)
 
@@ -226,7 +267,10 @@ def _checked(path: Path, content: bytes) -> tuple[dict[str, Any] | None, str | N
         if not isinstance(record.get(key, {}), dict):
             return None, f"{path}: {key} is {record[key]!r:.40}, it must be an object"
     if record["schema_version"] != SCHEMA_VERSION or isinstance(record["schema_version"], bool):
-        return None, f"{path}: schema version {record['schema_version']!r:.40}, this code reads {SCHEMA_VERSION}"
+        older = record["schema_version"] == 1 and not isinstance(record["schema_version"], bool)
+        remedy = f": {CONVERT} converts the folder" if older else ""
+        version = f"schema version {record['schema_version']!r:.40}, this code reads {SCHEMA_VERSION}"
+        return None, f"{path}: {version}{remedy}"
     if record["status"] not in STATUSES:
         return None, f"{path}: unknown status {record['status']!r}"
     if record["run_id"] != path.stem:
@@ -312,6 +356,7 @@ def _summary(path: Path) -> tuple[str | None, str | None]:
         return None, problem
     light = {key: value for key, value in record.items() if key not in _HEAVY}
     light["data_source"] = (record.get("data") or {}).get("source")
+    light |= {"cell_id": recorded_cell(record["config"]), "inputs": record["config"].get("inputs") or {}}
     return json.dumps(light | {"sha256": hashlib.sha256(content).hexdigest()}), None
 
 

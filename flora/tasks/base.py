@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flora import contents
 from flora.errors import ConfigError
 from flora.models.spec import ModelSpec
 
@@ -114,6 +115,27 @@ class Task(ABC, Generic[Spec]):
         """
         self.accepts(model)
         return self.read(cast(Spec, model), data_dir)
+
+    @abstractmethod
+    def files(self, data_dir: Path | None) -> tuple[Path, Sequence[Path]] | None:
+        """The folder of the data and the tables in it that ``read`` would read; None: no file decides what is read.
+
+        Args:
+            data_dir: as of ``load_for``.
+
+        Raises:
+            DataError: there are none.
+        """
+
+    def contents(self, data_dir: Path | None) -> dict[str, str]:
+        """What decides the data that ``read`` would read, cheap to ask for again: checksums by name, JSON-able.
+
+        By default of ``files``. A run is known by it: other data, another run.
+        """
+        if (found := self.files(data_dir)) is None:
+            return {}
+        folder, files = found
+        return contents.digests(files, folder)
 
     @abstractmethod
     def forward(self, model: Spec) -> Forward:

@@ -1,14 +1,12 @@
-"""What a run watches while it trains: its time and memory, divergence, progress on the terminal."""
+"""What a run watches while it trains: its time and memory, divergence."""
 
 import contextlib
 import math
-import sys
 import time
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
 
 from flora.errors import TrainingDiverged
 from flora.training.meters import BusyShare, PeakMemory
@@ -108,54 +106,3 @@ class StopOnDivergence(TrainerCallback):
             if not math.isfinite(value) or (key in self.LOSSES and value > self.LIMIT):
                 name = self.NAMES.get(key) or key.replace("eval_", "validation ")
                 raise TrainingDiverged(f"the {name} was {value} at step {state.global_step}: lower trainer.lr")
-
-
-class ProgressBar(ProgressCallback):
-    """A progress bar on stderr that shows the last loss and validation metric beside it, and leaves stdout alone."""
-
-    def __init__(self, label: str) -> None:
-        super().__init__()
-        self.label = label
-        self._shown: dict[str, str] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Open the bar."""
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.label)
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        """No second bar for evaluation."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show the newest loss and validation metric."""
-        if self.training_bar is None:
-            return
-        for name, value in (logs or {}).items():
-            if name == "loss" or name == f"eval_{args.metric_for_best_model}":
-                self._shown[name.removeprefix("eval_")] = f"{value:.4g}"
-        self.training_bar.set_postfix(self._shown)
-
-
-class EpochLines(TrainerCallback):
-    """One plain line an epoch on stderr, where no terminal could draw a bar."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """Print the line, unless an evaluation follows that has more to say."""
-        if args.eval_strategy == "no":
-            self._print(args, state, {})
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """Print the line of an epoch that was evaluated on validation."""
-        name = f"eval_{args.metric_for_best_model}"
-        if metrics and name in metrics:
-            self._print(args, state, {f"validation {args.metric_for_best_model}": metrics[name]})
-
-    def _print(self, args, state, figures: dict[str, float]) -> None:
-        losses = [logs["loss"] for logs in state.log_history if "loss" in logs]
-        figures = ({"loss": losses[-1]} if losses else {}) | figures
-        shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        print(f"{self.label} epoch {state.epoch:.3g}/{args.num_train_epochs:g} {shown}", file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from flora.methods.heads import trained
 from flora.models.spec import ModelSpec
 from flora.results.lock import Claim
 from flora.tasks.base import Split, Splits, Task
+from flora.training.display import Display
 from flora.training.finite import check_metrics, check_weights, masks
 from flora.training.internals import raise_for_killed_workers
 from flora.training.loggers import Log
@@ -86,6 +87,7 @@ class Run:
     analysis: dict[str, int] | None = None
     watching: list[TrainerCallback] = field(default_factory=list)
     progress: Progress = field(init=False)
+    _display: Display | None = field(init=False, default=None)
 
     def train(self) -> Outcome:
         """Choose the learning rate if the protocol has a grid, train, test once."""
@@ -93,15 +95,27 @@ class Run:
         folder = self.folder / CHECKPOINTS
         resume = settings.resume == "auto"
         self.progress = Progress(folder, settings.checkpoint_every, resume, self.claim, self._inputs())
-        lr, selection, chosen = self._select() if protocol.lr_grid else (settings.lr, {}, None)
-        if chosen is not None:
-            adapted, trainer = chosen
-        elif protocol.final_train == "train":
-            adapted, trainer = self._fit(lr, splits.train, splits.validation, "train")
-        else:
-            both = splits.train.concat(splits.validation)
-            adapted, trainer = self._fit(lr, both, None, "train")
+        with contextlib.ExitStack() as shown:
+            self._display = shown.enter_context(self._shown()) if processes.first() else None
+            lr, selection, chosen = self._select() if protocol.lr_grid else (settings.lr, {}, None)
+            if chosen is not None:
+                adapted, trainer = chosen
+            elif protocol.final_train == "train":
+                adapted, trainer = self._fit(lr, splits.train, splits.validation, "train")
+            else:
+                both = splits.train.concat(splits.validation)
+                adapted, trainer = self._fit(lr, both, None, "train")
         return Outcome(adapted, trainer, self._test(trainer), lr, selection)
+
+    def _shown(self) -> Display:
+        """What shows how far training is: the fits of all rates, and one more where the chosen one trains on both."""
+        protocol, train = self.protocol, len(self.splits.train)
+        fits = {_label(lr): train for lr in sorted(protocol.lr_grid or [])}
+        if not fits or protocol.final_train != "train":
+            fits["train"] = train if protocol.final_train == "train" else train + len(self.splits.validation)
+        limit = self.settings.max_eval_examples
+        seen = [min(len(part), limit or len(part)) for part in (self.splits.validation, self.splits.test)]
+        return Display(fits, self.settings.max_steps is not None, self.settings.batch_size, *seen)
 
     def _inputs(self) -> str:
         run_id = None if self.claim is None else self.claim.run_id
@@ -123,7 +137,7 @@ class Run:
         except (ValueError, KeyError, SafetensorError) as error:
             raise ConfigError(f"checkpoint: {error}") from error
         check_weights(adapted.model, known, f"checkpoint={adapter}: {{}} is not finite; train it again")
-        trainer = self._trainer(adapted, self.settings, None, None, "evaluate")
+        trainer = self._trainer(adapted, self.settings, None, None)
         return Outcome(adapted, trainer, self._test(trainer))
 
     def counts(self, adapted: Adapted) -> dict[str, int]:
@@ -237,7 +251,7 @@ class Run:
         settings: TrainerSettings,
         train: Split | None,
         validation: Split | None,
-        label: str,
+        label: str | None = None,
     ) -> Trainer:
         return Trainer(
             model=adapted.model,
@@ -251,7 +265,7 @@ class Run:
             validation=_limited(validation, settings.max_eval_examples),
             select=self.protocol.select,
             seed=self.seed,
-            progress=label,
+            progress=None if label is None or self._display is None else self._display.fit(label),
             extra_callbacks=[*adapted.callbacks, *self.watching],
             penalty=adapted.penalty,
             loss=self.task.loss,

@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+from flora.config import recorded_cell
 from flora.errors import ConfigError
 from flora.files import read_object, saved_weights, unlike, write_json
 from flora.results.record import Record
-
-_PLACES = ("weights", "path", "projector", "tokenizer")  # keys of a model's config that may name a user's files
 
 
 def adapter_folder(run: str | None) -> Path:
@@ -27,8 +26,8 @@ def adapter_folder(run: str | None) -> Path:
 def write_facts(record: Record, num_classes: int, folder: Path) -> None:
     """Write what ``facts`` reads, beside the weights in ``folder``."""
     keys = ("run_id", "task", "dataset", "model", "adapter", "metric", "value")
-    said = {key: getattr(record, key) for key in keys} | {"num_classes": num_classes, "tensors": _tensors(folder)}
-    write_json(folder / "run.json", said)
+    said = {key: getattr(record, key) for key in keys} | {"cell_id": recorded_cell(record.config)}
+    write_json(folder / "run.json", said | {"num_classes": num_classes, "tensors": _tensors(folder)})
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -47,36 +46,19 @@ def check_same_model(folder: Path, model: str) -> None:
         raise ConfigError(f"checkpoint={folder} was trained on model={trained}, not {model}: pass model={trained}")
 
 
-def digest(folder: Path, model: Mapping[str, Any] | None = None) -> str:
-    """Sha256 over what decides the result of a test: the identity of saved weights, wherever they lie.
+def digest(folder: Path) -> str:
+    """Sha256 over what identifies saved weights, wherever they lie.
 
-    Those are the weights, their config, the model and method that ``facts`` names, and the user's own files that the
-    model is built from.
-
-    Args:
-        folder: of the weights.
-        model: the group ``model`` of the config, resolved.
+    Those are the weights, their config, and the model and method that ``facts`` names.
     """
     said = facts(folder)
     whole = hashlib.sha256(json.dumps([said.get("model"), said.get("adapter")]).encode())
-    for path in [*sorted(folder.glob("*model.safetensors")), folder / "adapter_config.json", *_own_files(model or {})]:
+    for path in [*sorted(folder.glob("*model.safetensors")), folder / "adapter_config.json"]:
         if path.is_file():
             with path.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256")
             whole.update(path.name.encode() + b"\0" + content.digest())
     return whole.hexdigest()
-
-
-def _own_files(node: Any, key: str = "") -> list[Path]:
-    """Files under the settings of a model that take places, and those in folders there."""
-    if isinstance(node, Mapping):
-        return [path for name, value in sorted(node.items()) for path in _own_files(value, name)]
-    if not isinstance(node, str) or key not in _PLACES:
-        return []
-    place = Path(node).expanduser()
-    if (weights := saved_weights(place)) is not None:
-        place = weights.parent
-    return sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
 
 
 def check_whole(folder: Path, names: Collection[str]) -> None:

@@ -1,7 +1,6 @@
 """The shared trainer: transformers' loop with our forward pass, data, optimizer, meters and progress bar."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +19,7 @@ import flora
 from flora.launch import processes
 from flora.tasks.base import Forward, Split, cross_entropy
 from flora.training import internals, parts, sharding
-from flora.training.callbacks import EpochLines, ProgressBar, StepMeter, StopOnDivergence, TellEpoch
+from flora.training.callbacks import StepMeter, StopOnDivergence, TellEpoch
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once
 from flora.training.ema import Ema
 from flora.training.groups import layer_scales, parameter_groups
@@ -45,7 +44,7 @@ class Trainer(internals.Loop):
         folder: the run's; nothing is written there.
         select: ``best`` restores the epoch with the best metric on ``validation`` after training.
         seed: seeds data order and dropout.
-        progress: what the progress bar calls this run.
+        progress: shows the steps of this fit; None: nothing does.
         extra_callbacks: what the fine-tuning method does while it trains.
         penalty: ``model -> scalar`` that the fine-tuning method adds to the training loss.
         loss: ``(outputs, targets, label_smoothing) -> scalar``.
@@ -64,7 +63,7 @@ class Trainer(internals.Loop):
         validation: Split | None = None,
         select: str = "last",
         seed: int = 0,
-        progress: str = "",
+        progress: TrainerCallback | None = None,
         extra_callbacks: Sequence[TrainerCallback] = (),
         penalty: Callable[[nn.Module], torch.Tensor] | None = None,
         loss: Loss = cross_entropy,
@@ -117,6 +116,7 @@ class Trainer(internals.Loop):
                 self.meter,
                 StopOnDivergence(),
                 TellEpoch(),
+                *([progress] if progress else []),
                 *([self.ema] if self.ema else []),
                 *([KeepBest(model, metric_name)] if validates and select == "best" else []),
                 *extra_callbacks,
@@ -129,7 +129,6 @@ class Trainer(internals.Loop):
             self.gather_function = lambda tensors: tensors  # `prediction_step` has gathered them
         self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each of the accumulated batches
         self.remove_callback(PrinterCallback)
-        self.add_callback(ProgressBar(progress) if sys.stderr.isatty() else EpochLines(progress))
 
     @property
     def _module(self) -> nn.Module:

@@ -157,4 +157,4 @@ def edited(place):
 
 @fault("record of a newer version")
 def newer(place):
-    return edit_record(place, schema_version=2)
+    return edit_record(place, schema_version=3)

@@ -24,7 +24,7 @@ def write(store: Store, cell: Cell, value: float, **changes) -> None:
     settings = settings_of(cell)
     rates = settings["protocol"]["lr_grid"] or [settings["trainer"]["lr"]]
     made = Record(
-        run_id=cell.run_id,
+        run_id=cell.cell_id,
         method_version=1,
         task=settings["task"]["name"],
         dataset=settings["task"]["dataset"],

@@ -11,6 +11,7 @@ from flora.errors import ConfigError
 from flora.files import ROOT
 from flora.results import cells
 from flora.results.cells import Cell, load, names, scales
+from flora.results.store import SHIPPED, Store
 
 PAPER = {
     *("table1_convnext", "table2_internvit", "table3_glue", "table4_llava", "table5_cost", "figure1_radar"),
@@ -42,7 +43,7 @@ def test_every_cell_composes_once_or_says_why_it_cannot(name, scale):
     a_few = {
         (c.method, tuple(sorted(c.settings))): c for c in runnable
     }.values()  # one of each kind: seconds, not minutes
-    assert len({cell.run_id for cell in a_few}) == len(a_few)
+    assert len({cell.cell_id for cell in a_few}) == len(a_few)
     assert all(len(cell.not_runnable_yet) > 10 for cell in cells if cell.not_runnable_yet)
 
 
@@ -68,7 +69,7 @@ def test_composing_in_two_steps_gives_what_train_py_composes(overrides):
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
         expected = compose("train", overrides=overrides)
     assert composed(overrides) == expected
-    assert Cell(tuple(overrides)).run_id == config.run_id(expected)
+    assert Cell(tuple(overrides)).cell_id == config.cell_id(expected)
 
 
 def test_an_override_that_fits_no_config_is_named():
@@ -77,9 +78,9 @@ def test_an_override_that_fits_no_config_is_named():
 
 
 def test_the_measured_runs_of_eurosat_keep_their_ids():
-    ids = {cell.run_id for cell in load("eurosat").cells}
+    contents, ids = Store(SHIPPED).read_all(), {cell.cell_id for cell in load("eurosat").cells}
     assert len(ids) == 24
-    assert ids <= {path.stem for path in (ROOT / "results" / "measured").glob("*.json")}
+    assert all(contents.state(cell) == "finished" for cell in ids)
 
 
 def test_stage_2_of_llava_mini_starts_from_the_projector_of_stage_1():
@@ -91,7 +92,7 @@ def test_stage_2_of_llava_mini_starts_from_the_projector_of_stage_1():
         assert len(others) == count
         for cell in others:
             begun = first.get(cell.settings["task.dataset"], first["easy_vqa"])  # NLVR's may start from easy-VQA's, too
-            assert cell.settings["model.projector"] == f"outputs/{begun.run_id}"
+            assert cell.settings["model.projector"] == f"outputs/{begun.cell_id}"
 
 
 def test_no_table_names_a_run_by_its_id():
@@ -109,15 +110,15 @@ def test_a_part_that_starts_from_a_cell_sets_its_output_folder(tmp_path, monkeyp
     )
     second, _, first = load("t").cells
     assert second.starts_from == (("model.projector", first),)
-    assert second.overrides == ("task=digits", f"model.projector=outputs/{first.run_id}", "seed=1", "adapter=full")
+    assert second.overrides == ("task=digits", f"model.projector=outputs/{first.cell_id}", "seed=1", "adapter=full")
 
 
 def test_a_new_version_of_the_method_changes_ids_and_knows_the_old_ones(monkeypatch):
     overrides = ("task=digits", "adapter=lora")
-    before = Cell(overrides).run_id
+    before = Cell(overrides).cell_id
     monkeypatch.setattr(config, "METHOD_VERSION", config.METHOD_VERSION + 1)
     after = Cell(overrides)
-    assert after.run_id != before
+    assert after.cell_id != before
     assert after.older[-1] == before
 
 

@@ -5,15 +5,17 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
+from flora.config import recorded_id
 from flora.files import ROOT
 from flora.launch.entry import main
 from flora.results import Store, freshness
 from flora.results.cells import load
 from scripts.make_tables import make_tables
-from tests.results.records import write
+from tests.results.records import settings_of, write
 
 BEGIN, END = "<!-- table eurosat, rendered by scripts/make_tables.py -->\n", "<!-- end of table -->"
 
@@ -43,7 +45,7 @@ def render(tmp_path, script):
 @pytest.fixture
 def fresh(tmp_path):
     """Whether the files of a table, or all, are proved to be fresh."""
-    return lambda table=None: freshness.fresh(table, tmp_path / "records", tmp_path / "out")
+    return lambda table=None: freshness.fresh(table, [tmp_path / "records"], tmp_path / "out")
 
 
 def test_a_check_of_what_was_rendered_renders_nothing(store, render, fresh, monkeypatch):
@@ -121,7 +123,7 @@ def test_a_table_rendered_alone_proves_nothing_of_the_others(store, render, fres
     assert render("eurosat") == 0
     assert fresh("eurosat")
     assert not fresh("demo")
-    store.path(cell.run_id).unlink()  # all is as it was when everything was rendered, but eurosat's files
+    store.path(cell.cell_id).unlink()  # all is as it was when everything was rendered, but eurosat's files
     assert not fresh()
     assert render("--check") == 1
 
@@ -170,19 +172,19 @@ def test_code_configs_and_published_numbers_are_among_the_inputs(place, tmp_path
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
     monkeypatch.setattr(freshness, "ROOT", tmp_path)
     monkeypatch.setattr(freshness, "_RENDERER", tmp_path / "flora" / "results" / "render.py")
-    before = freshness.inputs(tmp_path / "records", tmp_path / "out")
-    assert freshness.inputs(tmp_path / "records", tmp_path / "out") == before
+    before = freshness.inputs([tmp_path / "records"], tmp_path / "out")
+    assert freshness.inputs([tmp_path / "records"], tmp_path / "out") == before
     edit(tmp_path / place)
-    assert freshness.inputs(tmp_path / "records", tmp_path / "out") != before
+    assert freshness.inputs([tmp_path / "records"], tmp_path / "out") != before
 
 
 @pytest.mark.parametrize("package", ["scipy", "numpy", "jinja2"])
 def test_versions_that_may_move_a_digit_are_among_the_inputs_and_matplotlibs_is_not(package, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(freshness, "version", lambda name: asked.append(name) or "1")
-    before = freshness.inputs(tmp_path, tmp_path)
+    before = freshness.inputs([tmp_path], tmp_path)
     monkeypatch.setattr(freshness, "version", lambda name: "2" if name == package else "1")
-    assert freshness.inputs(tmp_path, tmp_path) != before
+    assert freshness.inputs([tmp_path], tmp_path) != before
     assert "matplotlib" not in asked
 
 
@@ -196,3 +198,37 @@ def test_the_sources_are_all_that_a_rendering_imports(store, tmp_path):
     assert files <= {str(path) for path in freshness.sources(freshness._RENDERER)} | {
         str(ROOT / "flora" / name) for name in ("registration.py",)
     }
+
+
+def test_records_of_ones_own_fill_cells_that_do_not_ship_and_are_rendered_apart(tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in load("eurosat").cells if cell.method == "lora"]
+    write(Store("shipped"), cells[0], 0.5)
+    for cell in cells[:2]:
+        write(Store("own"), cell, 0.7)
+    entry = partial(main, make_tables, trace=lambda: False)
+    code, out, err = script(entry, "make_tables.py", "eurosat", "--results", "shipped", "--results", "own")
+    assert code == 0, err
+    assert "0.6000 ± 0.1414" in out, "of 0.5, which ships, and 0.7"
+    assert not Path("results").exists()
+    assert Path("outputs/rendered/tables/eurosat.md").is_file()
+    assert script(entry, "make_tables.py", "eurosat", "--results", "shipped", "--results", "own", "--check")[0] == 0
+    write(Store("own"), cells[2], 0.9)
+    assert script(entry, "make_tables.py", "eurosat", "--results", "shipped", "--results", "own", "--check")[0] == 1
+
+
+def test_two_records_of_one_cell_on_other_data_are_named_and_neither_is_shown(tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    first, other = [cell for cell in load("eurosat").cells if cell.method == "lora"][:2]
+    ids = []
+    for data in "ab":
+        settings = settings_of(first) | {"inputs": {"data": data * 64}}
+        ids.append(recorded_id(settings))
+        write(Store("own"), first, 0.25, run_id=ids[-1], config=settings)
+    write(Store("own"), other, 0.75)
+    entry = partial(main, make_tables, trace=lambda: False)
+    code, out, err = script(entry, "make_tables.py", "eurosat", "--results", "own")
+    assert code == 0, err
+    assert f"left out: runs {min(ids)} and {max(ids)} (eurosat" in err
+    assert "0.75" in out
+    assert "0.25" not in out

@@ -303,7 +303,7 @@ def test_a_metric_that_may_be_negative_is_believed(tmp_path, metric):
 def test_what_a_newer_version_wrote_is_neither_read_nor_overwritten(tmp_path, status):
     store = Store(tmp_path)
     path = store.write(record(status=status))
-    newer = path.read_text().replace('"schema_version": 1', '"schema_version": 2')
+    newer = path.read_text().replace('"schema_version": 2', '"schema_version": 3')
     path.write_text(newer)
     for attempt in (
         lambda claim: store.settled(path.stem),
@@ -313,7 +313,7 @@ def test_what_a_newer_version_wrote_is_neither_read_nor_overwritten(tmp_path, st
     ):
         with (
             store.lock(path.stem) as claim,
-            pytest.raises(DataError, match=r"newer flora \(schema version 2.*paths.results=DIR"),
+            pytest.raises(DataError, match=r"newer flora \(schema version 3.*paths.results=DIR"),
         ):
             attempt(claim)
     assert path.read_text() == newer

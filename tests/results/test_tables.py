@@ -64,7 +64,7 @@ def test_a_line_shows_mean_deviation_count_costs_and_mark(store):
 
 def test_what_was_not_measured_is_a_dash_and_a_missing_seed_is_said(store):
     cell = next(c for c in load("eurosat").cells if (c.method, c.model, c.seed) == ("flora", "convnext", 2))
-    store.path(cell.run_id).unlink()
+    store.path(cell.cell_id).unlink()
     text = markdown("T", rows(load("eurosat"), store.read_all()))
     assert set(line(text, "convnext", "linear_probe")[3:]) == {"-"}
     assert "0.9050 ± 0.0071 (n = 2 of 3)" in line(text, "convnext", "flora")[4]
@@ -207,7 +207,7 @@ def test_broken_records_are_reported_and_never_averaged(store, render, tmp_path)
     content = json.loads(sorted(store.folder.glob("*.json"))[0].read_text())
     missing = next(c for c in load("eurosat").cells if c.method == "linear_probe")
     for name, text in {
-        missing.run_id: json.dumps(content | {"run_id": missing.run_id, "value": float("nan")}),
+        missing.cell_id: json.dumps(content | {"run_id": missing.cell_id, "value": float("nan")}),
         "0" * 12: json.dumps(content | {"run_id": "0" * 12, "schema_version": 99}),
         "1" * 12: json.dumps(content)[:80],
     }.items():

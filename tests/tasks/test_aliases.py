@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from flora.config import composed, run_id
+from flora.config import cell_id, composed
 from flora.tasks.aliases import VTAB, canonical
 
 
@@ -22,6 +22,6 @@ def test_other_names_and_the_names_of_other_tasks_stay():
 
 def test_both_names_are_one_run():
     cfg, other = composed(["task.dataset=dsprites_loc"]), composed(["task.dataset=dsprites_location"])
-    assert run_id(cfg) != run_id(other)
+    assert cell_id(cfg) != cell_id(other)
     cfg.task.dataset = canonical(cfg.task)
-    assert run_id(cfg) == run_id(other)
+    assert cell_id(cfg) == cell_id(other)

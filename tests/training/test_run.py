@@ -57,6 +57,9 @@ class ToyTask(ImageTask):
     def __init__(self):
         super().__init__(name="toy", dataset="channels", epochs=1)
 
+    def files(self, data_dir):
+        return None
+
     def load(self, **options):
         return SPLITS
 

@@ -23,23 +23,33 @@ def read_folder(
     folder: Path, info: DatasetInfo, split: str, passage: bool = False
 ) -> tuple[list[Question], dict[str, Any]]:
     """A split, from parquet files, or from LLM-Adapters' JSON, where the reported split is called test."""
-    paths = sorted([*folder.glob(f"{split}*.parquet"), *folder.glob(f"{split}/*.parquet")])
-    ask = with_passage if passage else info.ask
-    if not paths:
-        paths = [folder / f"{'train' if split == 'train' else 'test'}.json"]
-        ask = adapters_row
-        if not paths[0].is_file():
-            raise DataError(f"{folder}: neither {split}*.parquet nor {paths[0].name}; fetch the dataset again")
+    paths = tables(folder, split)
+    ask = adapters_row if paths[0].suffix == ".json" else with_passage if passage else info.ask
     manifest.check(folder, paths)
     return ask_all(paths, ask)
 
 
+def tables(folder: Path, split: str) -> list[Path]:
+    """The files of a split; DataError where there are none."""
+    if paths := sorted([*folder.glob(f"{split}*.parquet"), *folder.glob(f"{split}/*.parquet")]):
+        return paths
+    path = folder / f"{'train' if split == 'train' else 'test'}.json"
+    if not path.is_file():
+        raise DataError(f"{folder}: neither {split}*.parquet nor {path.name}; fetch the dataset again")
+    return [path]
+
+
 def read_mix(data_dir: Path | None) -> tuple[list[Question], dict[str, Any]]:
     """LLM-Adapters' training mix, and facts of its file."""
+    return ask_all([mix(data_dir)], adapters_row)
+
+
+def mix(data_dir: Path | None) -> Path:
+    """The file of LLM-Adapters' training mix; DataError where there is none."""
     path = Path(data_dir or "") / MIX
     if not path.is_file():
         raise DataError(f"task.train=mix: there is no {path}; fetch it from the repository of LLM-Adapters")
-    return ask_all([path], adapters_row)
+    return path
 
 
 def from_hub(info: DatasetInfo) -> Path:

@@ -16,7 +16,7 @@ from flora.errors import ConfigError, DataError
 from flora.models.spec import ModelSpec, TextSpec
 from flora.tasks.base import Batch, Forward, Splits, check_dataset, check_split_seed, cross_entropy, draw
 from flora.tasks.commonsense.coder import Coder
-from flora.tasks.commonsense.files import from_hub, read_folder, read_mix
+from flora.tasks.commonsense.files import from_hub, mix, read_folder, read_mix, tables
 from flora.tasks.commonsense.questions import (
     DATASETS,
     DatasetInfo,
@@ -97,6 +97,14 @@ class Commonsense(TextTask):
         """See Task.accepts."""
         if model.kind != "causal_lm":
             raise ConfigError(f"model={model.name} writes no text: choose a language model, e.g. model=smollm2_135m")
+
+    def files(self, data_dir: Path | None) -> tuple[Path, list[Path]]:
+        """See Task.files; with LLM-Adapters' mix, the folder is ``data_dir``."""
+        folder = self._folder(data_dir)
+        test = tables(folder, self.info.test)
+        if self.train == "mix":
+            return Path(data_dir or ""), [mix(data_dir), *test]
+        return folder, [*tables(folder, "train"), *test]
 
     def load(self, *, tokenizer: Any, max_length: int, data_dir: Path | None) -> Splits:
         """See TextTask.load; from ``data_dir/DATASET`` (parquet, or LLM-Adapters' JSON), or the hub."""

@@ -19,25 +19,26 @@ HUB = "nyu-mll/glue"
 _SIMILARITY = (0.0, 5.0)
 
 
+def tables(folder: Path, info: DatasetInfo) -> dict[str, list[Path]]:
+    """The files of each split: parquet, or the official TSV."""
+    if any(folder.glob("*.parquet")):
+        return {split: sorted(folder.glob(f"{split}*.parquet")) for split in info.rows}
+    names = {"train": "train", "validation": "dev"}
+    return {split: [folder / f"{names.get(split, split.replace('validation', 'dev'))}.tsv"] for split in info.rows}
+
+
 def read_folder(folder: Path, info: DatasetInfo) -> dict[str, Rows]:
     """The rows of each split, from parquet or the official TSVs."""
-    if not any(folder.glob("*.parquet")):
-        return _from_tsv(folder, info)
     splits = {}
-    for split in info.rows:
-        paths = sorted(folder.glob(f"{split}*.parquet"))
+    for split, paths in tables(folder, info).items():
         if not paths:
             raise DataError(f"{folder}: no {split}*.parquet; fetch the dataset again")
         manifest.check(folder, paths)
-        splits[split] = read_parquet(paths, info.columns, len(info.classes), _SIMILARITY)
+        if paths[0].suffix == ".tsv":
+            splits[split] = _read_tsv(paths[0], info)
+        else:
+            splits[split] = read_parquet(paths, info.columns, len(info.classes), _SIMILARITY)
     return splits
-
-
-def _from_tsv(folder: Path, info: DatasetInfo) -> dict[str, Rows]:
-    names = {"train": "train", "validation": "dev"}
-    files = {split: f"{names.get(split, split.replace('validation', 'dev'))}.tsv" for split in info.rows}
-    manifest.check(folder, [folder / file for file in files.values()])
-    return {split: _read_tsv(folder / file, info) for split, file in files.items()}
 
 
 def from_hub(dataset: str) -> Path:

@@ -17,7 +17,7 @@ from flora.errors import ConfigError, DataError, WeightsError
 from flora.models.spec import ModelSpec
 from flora.tasks.base import Splits, check_dataset, check_split_seed, draw
 from flora.tasks.glue.datasets import DATASETS, DatasetInfo
-from flora.tasks.glue.files import HUB, from_hub, read_folder
+from flora.tasks.glue.files import HUB, from_hub, read_folder, tables
 from flora.tasks.metrics import Glue as GlueMetric
 from flora.tasks.text.dataset import TextDataset
 from flora.tasks.text.rows import Rows
@@ -97,7 +97,8 @@ class Glue(TextTask):
 
     def load(self, *, tokenizer: Any, max_length: int, data_dir: Path | None) -> Splits:
         """See TextTask.load; from ``data_dir/glue/DATASET/*.parquet``, the official TSVs there, or the hub."""
-        rows_of, source = self._read_splits(data_dir)
+        folder, source = self._folder(data_dir)
+        rows_of = read_folder(folder, self.info)
         longest = min(max_length, self.max_length or max_length)
         facts: dict[str, Any] = {
             "source": source,
@@ -136,17 +137,22 @@ class Glue(TextTask):
         tokens, starts, truncated = tokenise(rows.texts, tokenizer, max_length)
         return TextDataset(tokens, starts, {"labels": rows.label_tensor()}, padding_of(tokenizer, tokens)), truncated
 
-    def _read_splits(self, data_dir: Path | None) -> tuple[dict[str, Rows], str]:
-        """The rows of each split, the first development set second, and where they come from."""
+    def files(self, data_dir: Path | None) -> tuple[Path, list[Path]]:
+        """See Task.files."""
+        folder, _ = self._folder(data_dir)
+        return folder, [path for paths in tables(folder, self.info).values() for path in paths]
+
+    def _folder(self, data_dir: Path | None) -> tuple[Path, str]:
+        """The folder that holds the data, and what it is called in a record."""
         places = []
         if data_dir is not None:
             folder = Path(data_dir) / "glue" / self.dataset
             for place in (folder, Path(data_dir) / "glue" / self.info.folder):
                 if any(place.glob("*.parquet")) or (place / "train.tsv").is_file():
-                    return read_folder(place, self.info), "paths.data"
+                    return place, "paths.data"
             places.append(f"{folder} holds no train*.parquet and no train.tsv")
         try:
-            return read_folder(from_hub(self.dataset), self.info), f"hub {HUB}"
+            return from_hub(self.dataset), f"hub {HUB}"
         except WeightsError as error:
             places.append(f"hub {HUB}: {error}")
         raise DataError(f"no data for {self.dataset} ({'; '.join(places)}): set paths.data to a folder that has it")

@@ -17,7 +17,7 @@ from flora.models.spec import ImageSpec
 from flora.tasks.base import Batch, Forward, Splits, draw
 from flora.tasks.imagefolder.confusion import draw_confusion
 from flora.tasks.imagefolder.dataset import LazyImages
-from flora.tasks.imagefolder.files import open_folder
+from flora.tasks.imagefolder.files import contents, open_folder, tables
 from flora.tasks.imagefolder.mix import erase, mix
 from flora.tasks.images.task import ImageTask
 from flora.tasks.metrics import TopFive
@@ -92,9 +92,21 @@ class ImageFolder(ImageTask):
         """Accuracy among the first and the first five guesses, and mean per-class accuracy."""
         return TopFive()
 
+    def files(self, data_dir: Path | None) -> tuple[Path, list[Path]]:
+        """The parquet files, if there are any."""
+        folder = self._folder(data_dir)
+        return folder, [path for members in tables(folder).values() for path in members]
+
+    def contents(self, data_dir: Path | None) -> dict[str, str]:
+        """Also of folders of classes."""
+        return contents(self._folder(data_dir))
+
+    def _folder(self, data_dir: Path | None) -> Path:
+        return Path(data_dir or ".") / self.dataset
+
     def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
         """See ImageTask.load; nothing is decoded yet."""
-        folder = Path(data_dir or ".") / self.dataset
+        folder = self._folder(data_dir)
         catalogue, rows, names, facts = open_folder(folder, self.classes, self.orientation)
         draws, skip = self._augment != "none", self.unreadable == "skip"
         whole = self._transform(image_size, interpolation, False)

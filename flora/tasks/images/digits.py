@@ -31,6 +31,9 @@ class Digits(ImageTask):
         if dataset != "digits":
             raise ConfigError(f"task.dataset={dataset}: task=digits has only digits; task=vtab has the others")
 
+    def files(self, data_dir: Path | None) -> None:
+        """None: they come with the library."""
+
     def load(self, *, image_size: int, data_dir: Path | None = None, interpolation: str = "bicubic") -> Splits:
         """See ImageTask.load; no file is read."""
         data = load_digits()

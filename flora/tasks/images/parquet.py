@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from datasets import ClassLabel, Features
 from PIL import Image
 
 from flora.errors import DataError, first_line
+from flora.models.weights import sha256_of
 from flora.tasks.images.decode import Pool, open_image
 
 _BATCH = 64
@@ -50,9 +50,7 @@ def open_pool(
         if named is not None and named != class_names:
             raise DataError(f"{path}: class names or their order differ from the other files'; fetch them all again")
         labels.append(_labels(path, file, len(class_names), column, first))
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        facts[path.name] = {"rows": len(labels[-1]), "sha256": digest}
+        facts[path.name] = {"rows": len(labels[-1]), "sha256": sha256_of(path)}
     starts = np.cumsum([0, *map(len, labels)])
     if starts[-1] == 0:
         raise DataError(f"{paths[0]}: no rows; fetch the file again")

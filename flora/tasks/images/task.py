@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flora import contents
 from flora.errors import ConfigError
 from flora.models.spec import ImageSpec, ModelSpec
 from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed
@@ -95,6 +96,11 @@ class ImageTask(Task[ImageSpec]):
             raise ConfigError(
                 f"model={model.name} does not classify images: choose an image model for task={self.name}"
             )
+
+    def contents(self, data_dir: Path | None) -> dict[str, str]:
+        """See Task.contents; also of all images beside the files, which may name them."""
+        found = self.files(data_dir)
+        return {} if found is None else contents.of(*found)
 
     def read(self, model: ImageSpec, data_dir: Path | None) -> Splits:
         """See Task.read."""

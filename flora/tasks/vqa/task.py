@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora.contents import checksum
+from flora.contents import checksum, of
 from flora.errors import ConfigError, DataError
 from flora.models.spec import ImageTextSpec, ModelSpec
 from flora.tasks import manifest
@@ -112,6 +112,19 @@ class Instruct(Task[ImageTextSpec]):
                 f"model={model.name} does not both see and write: choose model=llava_mini or model=llava_1_5_7b"
             )
 
+    def files(self, data_dir: Path | None) -> tuple[Path, list[Path]]:
+        """See Task.files."""
+        folder = Path(data_dir or ".") / self.dataset
+        return folder, [path for paths in _tables(folder).values() for path in paths]
+
+    def contents(self, data_dir: Path | None) -> dict[str, str]:
+        """See Task.contents; of LLaVA's format also all that lies in ``images``, whatever it is called."""
+        folder, files = self.files(data_dir)
+        sums, images = of(folder, files), folder / "images"
+        if images.is_dir() and any(path.suffix == ".json" for path in files):
+            sums["images"] = checksum((path for path in images.rglob("*") if path.is_file()), folder)
+        return sums
+
     def read(self, model: ImageTextSpec, data_dir: Path | None) -> Splits:
         """See Task.read."""
         pictures = Pictures(orientation=self.orientation)
@@ -203,22 +216,15 @@ class Instruct(Task[ImageTextSpec]):
 
     def _read_folder(self, folder: Path, pictures: Pictures) -> tuple[dict[str, list[Dialogue]], dict[str, Any]]:
         """The splits that a folder has, train at least, and facts of the files."""
-        if not folder.is_dir():
-            raise DataError(
-                f"there is no folder {folder}: set paths.data, or prepare it (python scripts/prepare_data.py --list)"
-            )
         dialogues: dict[str, list[Dialogue]] = {}
         facts: dict[str, Any] = {}
-        for split, names in _NAMES.items():
-            tables = sorted({path for name in names for path in folder.glob(f"{name}*.parquet")})
-            lists = sorted({path for name in names for path in folder.glob(f"{name}*.json")})
-            manifest.check(folder, [*tables, *lists])
-            if tables:
-                dialogues[split] = read_parquet(tables, self._ask, pictures)
-            for path in lists if not tables else ():
-                dialogues.setdefault(split, []).extend(read_json(path, folder / "images", pictures))
-            if split in dialogues:
-                facts[split] = facts_of(tables or lists, len(dialogues[split]))
+        for split, paths in _tables(folder).items():
+            manifest.check(folder, paths)
+            if paths[0].suffix == ".parquet":
+                dialogues[split] = read_parquet(paths, self._ask, pictures)
+            else:
+                dialogues[split] = [d for path in paths for d in read_json(path, folder / "images", pictures)]
+            facts[split] = facts_of(paths, len(dialogues[split]))
         if files := [key for key in pictures.places if isinstance(key, Path)]:
             facts["images"] = {"sha256": checksum(files, folder)}
         if "train" not in dialogues or len(dialogues) == 1:
@@ -235,3 +241,17 @@ class Instruct(Task[ImageTextSpec]):
     def _ask(self, row: Row) -> Asked:
         asked = _ASK.get(self.dataset, plain)(row)
         return Asked(f"{asked.question}\n{self.suffix}", asked.answers, asked.kind) if self.suffix else asked
+
+
+def _tables(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split that there is: parquet, or LLaVA's JSON."""
+    if not folder.is_dir():
+        raise DataError(
+            f"there is no folder {folder}: set paths.data, or prepare it (python scripts/prepare_data.py --list)"
+        )
+    splits = {}
+    for split, names in _NAMES.items():
+        for ending in ("json", "parquet"):  # the last there is wins
+            if paths := sorted({path for name in names for path in folder.glob(f"{name}*.{ending}")}):
+                splits[split] = paths
+    return splits

@@ -24,10 +24,7 @@ def open_folder(
     """
     if lists.in_folder(folder):
         return lists.open_folder(folder, info.classes)
-    paths = {split: sorted(folder.rglob(f"{split}*.parquet")) for split in ("train", "validation", "test")}
-    for split in ("train", "test"):
-        if not paths[split]:
-            raise DataError(f"{folder}: no {split}*.parquet; add it, or remove the folder to have it downloaded")
+    paths = tables(folder)
     everything = [path for members in paths.values() for path in members]
     manifest.check(folder, everything)
     names = (
@@ -42,6 +39,15 @@ def open_folder(
             pools[split], facts = parquet.open_pool(members, names, info.column, info.first)
             files |= facts
     return pools, names, {"source": source, "files": files}
+
+
+def tables(folder: Path) -> dict[str, list[Path]]:
+    """The parquet files of each split; DataError where train or test has none."""
+    paths = {split: sorted(folder.rglob(f"{split}*.parquet")) for split in ("train", "validation", "test")}
+    for split in ("train", "test"):
+        if not paths[split]:
+            raise DataError(f"{folder}: no {split}*.parquet; add it, or remove the folder to have it downloaded")
+    return paths
 
 
 def available(data_dir: Path | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flora.contents import checksum
+from flora.contents import checksum, digests
 from flora.errors import DataError
 from flora.models.weights import sha256_of
 from flora.tasks import manifest
@@ -43,13 +43,26 @@ def open_folder(folder: Path, classes: int) -> tuple[dict[str, Pool], list[str],
     return pools, names, {"source": "paths.data, official lists", "files": files}
 
 
-def _pool(path: Path, classes: int) -> tuple[Pool, list[Path]]:
-    images, labels = [], []
+def contents(folder: Path) -> dict[str, str]:
+    """What decides the three splits, as ``Task.contents``: checksums of the lists, and of the images of each."""
+    sums = digests([folder / name for name in FILES.values()], folder)
+    for name in FILES.values():
+        if not (path := folder / name).is_file():
+            raise DataError(f"{folder}: no {name} beside the other official lists; fetch it again")
+        sums[f"{name} images"] = checksum([folder / line.rpartition(" ")[0] for line in _lines(path)], folder)
+    return sums
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
-    for number, line in enumerate(lines, 1):
+
+
+def _pool(path: Path, classes: int) -> tuple[Pool, list[Path]]:
+    images, labels = [], []
+    for number, line in enumerate(_lines(path), 1):
         name, _, label = line.rpartition(" ")
         if not name or not label.isdecimal() or int(label) >= classes:
             raise DataError(f"{path}, line {number}: {line!r} is not PATH LABEL with a label in 0..{classes - 1}")

@@ -17,9 +17,10 @@ from flora.models.weights import check_repository
 from flora.tasks.base import Splits, draw
 from flora.tasks.images.decode import Pool, decode
 from flora.tasks.images.task import ImageTask
+from flora.tasks.vtab import lists
 from flora.tasks.vtab.datasets import DATASETS, TRAIN_SIZE, VALIDATION_SIZE, DatasetInfo, canonical_name
 from flora.tasks.vtab.download import SOURCES, download, from_hub
-from flora.tasks.vtab.files import available, open_folder
+from flora.tasks.vtab.files import available, open_folder, tables
 from flora.tasks.vtab.rendered import RENDERED, load_rendered
 
 HELD_OUT = 0.2  # of train, where a source has no test set
@@ -98,20 +99,45 @@ class Vtab(ImageTask):
         }
         return Splits(**splits, num_classes=self.info.classes, class_names=class_names, facts=facts)
 
+    def files(self, data_dir: Path | None) -> tuple[Path, list[Path]] | None:
+        """The parquet files of a folder or of the hub; None where the data are rendered or torchvision's."""
+        folder = self._folder(data_dir)
+        if folder is None and (self.hub is None or self.dataset in RENDERED):
+            return None
+        place = folder or self._from_hub(data_dir)
+        return place, [path for paths in tables(place).values() for path in paths]
+
+    def contents(self, data_dir: Path | None) -> dict[str, str]:
+        """See Task.contents; what torchvision downloads has its own checksums, and counts by where it is from."""
+        folder = self._folder(data_dir)
+        if folder is not None and lists.in_folder(folder):
+            return lists.contents(folder)
+        if folder is None and self.hub is None and self.dataset not in RENDERED:
+            return {"source": self._open(data_dir)[2]["source"]}
+        return super().contents(data_dir)
+
     def _open(self, data_dir: Path | None) -> tuple[dict[str, Pool], list[str], dict[str, Any]]:
         """Pools train and, where the source has them, validation and test; class names; facts on the source."""
         folder = self._folder(data_dir)
         if folder is not None:
             return open_folder(folder, self.info)
-        reason = self._no_folder(data_dir)
+        if self.hub is not None:
+            return open_folder(self._from_hub(data_dir), self.info, f"hub {self.hub}")
         try:
-            if self.hub is not None:
-                return open_folder(from_hub(self.hub), self.info, f"hub {self.hub}")
             if self.dataset not in SOURCES:
                 raise DataError("no server offers it to a program: name a copy on the hub with task.hub=OWNER/NAME")
             return download(self.dataset, self.split_seed)
         except DataError as error:
-            raise DataError(f"{reason}, and {error}; {available(data_dir)}") from error
+            raise self._nowhere(data_dir, error) from error
+
+    def _from_hub(self, data_dir: Path | None) -> Path:
+        try:
+            return from_hub(str(self.hub))
+        except DataError as error:
+            raise self._nowhere(data_dir, error) from error
+
+    def _nowhere(self, data_dir: Path | None, error: DataError) -> DataError:
+        return DataError(f"{self._no_folder(data_dir)}, and {error}; {available(data_dir)}")
 
     def _folder(self, data_dir: Path | None) -> Path | None:
         """The dataset's folder, under its own name or the one that official lists come with."""
