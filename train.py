@@ -75,6 +75,7 @@ def execute(
 ) -> Record:
     """Train, or evaluate what was saved; returns the finished record, or writes one of the failure."""
     from flora.training import NoLogger, Run, demand
+    from flora.training.debugging import watching
     from flora.training.finish import begun_record, finished_record
     from flora.training.loggers import about, opened
     from flora.training.run import data_workers
@@ -88,6 +89,7 @@ def execute(
     analysis = dict(cfg.analysis) if cfg.analysis.every_n_steps is not None else None
     current = Run(task, model, method, settings, protocol, splits, cfg.seed, folder, None, claim, analysis)
     demand.check(current)
+    current.watching += watching(cfg.debug.watch, folder) if processes.first() else []
     record = begun_record(cfg, asked, current, tested)
     try:
         log = opened(logger, about(record, label, cfg.table, cfg.cell, cfg.force), folder)
@@ -120,11 +122,13 @@ def say(text: str) -> None:
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "configs"), config_name="train")
-def job(cfg: DictConfig) -> None:
-    """One run; prints the record's path as the last line of stdout."""
+def job(cfg: DictConfig) -> str | None:
+    """One run; prints the record's path as the last line of stdout, and hands it to a search."""
     with quietly():
         path = run(cfg, HydraConfig.get().overrides.task)
         print(f"{'predictions' if cfg.mode == 'predict' else 'record'}: {path}", flush=True)
+        return str(path)
+    return None  # bad input, which is kept for the end
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ SLOW = {
     "python scripts/analyze_delta.py outputs/RUN_ID",
     "python scripts/make_tables.py",
     "python scripts/make_tables.py --check",
+    "python scripts/runs.py --page",
     "python scripts/make_tables.py step_cost",
     "python scripts/make_tables.py first_table --results results/measured --results outputs/records",
     "python scripts/bench_train.py --model convnext --batch 256 --size 64",
@@ -101,6 +102,7 @@ ELSEWHERE = {
         "weights of packages"
     ),
     "python train.py task=digits logger.mode=online": "a W&B server",
+    "python train.py -m hydra/sweeper=search task=digits": "optuna",
     "python train.py trainer.cuda_graph=true": "a GPU",
     "python train.py trainer.compile=true": "a compiler, and minutes",
     "python train.py -m seed=0,1 hydra/launcher=submitit_slurm": "Slurm",

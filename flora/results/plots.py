@@ -6,7 +6,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from matplotlib.lines import Line2D
 
 from flora.errors import ConfigError
 from flora.results.cells import Table
@@ -26,6 +25,7 @@ from flora.results.escape import file_name
 from flora.results.escape import label as shown_as
 from flora.results.rows import Row, digest
 from flora.results.statistics import mean_std
+from flora.results.vector import noted, small
 
 STYLES = {
     "flora": ("#D55E00", "o"),
@@ -42,9 +42,14 @@ STYLES = {
     "flora_kernelfree": ("#7A5230", "p"),
 }
 OTHER = ("#CC79A7", "d")
-SIZE, DPI, HASH = (5.6, 3.6), 200, "flora data"
-PALETTE = 256  # colours of a written figure: half the bytes, and each method keeps its own
-_VERSION = 3  # bumped when figures of the same data look different
+SIZE = (5.6, 3.6)  # inches; the legend stands below
+LOOK: Any = {  # of matplotlib
+    **{"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False},
+    **{"svg.fonttype": "none", "svg.hashsalt": "flora"},
+}
+_VERSION = 4  # bumped when figures of the same data look different
+_LINES, _FILLS = ("-", "--", ":", "-."), ("full", "none", "left", "right", "top", "bottom")
+_NEAR, _APART = 0.03, 0.03  # of an axis: markers nearer than this are set so far apart
 
 
 @dataclass(frozen=True)
@@ -66,29 +71,24 @@ class Plot:
     @property
     def name(self) -> str:
         """Its file's name."""
-        return file_name(self.kind, self.task, self.model) + ".png"
+        return file_name(self.kind, self.task, self.model) + ".svg"
 
     def write(self, path: Path) -> None:
-        """Draw to a PNG that carries the hash."""
+        """Draw to an SVG that carries the hash."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        drawn = io.BytesIO()
-        with plt.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}):
+        drawn = io.StringIO()
+        with plt.rc_context(LOOK):
             figure = self.draw()
-        figure.savefig(drawn, format="png", dpi=DPI)
+            figure.savefig(drawn, format="svg", metadata={"Date": None})
         plt.close(figure)
-        facts = PngInfo()
-        facts.add_text(HASH, self.hash)
-        with Image.open(drawn) as image:
-            few = image.convert("RGB").quantize(PALETTE, dither=Image.Dither.NONE)
-        few.save(path, pnginfo=facts, optimize=True)
+        path.write_text(small(drawn.getvalue(), self.hash), encoding="utf-8")
 
 
 def written_hash(path: Path) -> str | None:
     """The hash that a written figure carries; None where there is no such figure."""
     try:
-        with Image.open(path) as image:
-            return image.info.get(HASH)
-    except OSError:
+        return noted(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 
@@ -110,9 +110,9 @@ def plots(table: Table, rows: list[Row], whole: Callable[[str], dict[str, Any] |
         per_model = kind == "radar"
         for key in dict.fromkeys(("", r.model) if per_model else (r.task, r.model) for r in measured):
             chosen = [row for row in measured if row.model == key[1] and key[0] in ("", row.task)]
-            if not _USABLE[kind](chosen):
+            if not _USABLE[kind](chosen, whole):
                 continue
-            title = ", ".join(part for part in key if part) + "\n" + textwrap.fill(table.title, 84)
+            title = ", ".join(part for part in key if part) + "\n" + textwrap.fill(table.title, 78)
             records = [record for row in chosen for record in row.records.values()]
             content = json.dumps([_VERSION, kind, title, digest(records)])
             draw = _drawing(kind, shown_as(title), chosen, whole)
@@ -124,21 +124,57 @@ def _drawing(kind: str, title: str, rows: list[Row], whole: Callable[[str], Any]
 
 
 def pareto(title: str, rows: list[Row], whole: Any) -> Figure:
-    """Metric against trained parameters (head included), bars for the deviation over seeds, a line along the front."""
+    """Metric against trained parameters (head included), bars for the deviation over seeds, a line along the front.
+
+    Budgets within a decade or so get an even axis. Markers of nearly equal budgets are set apart, and the axis says so.
+    """
     figure, axes = _axes(title, "trained parameters (adapter and head)", _metric(rows))
-    points = []
-    for row in rows:
+    trained = [row.first["trainable_params"] + row.first["head_params"] for row in rows]
+    wide = max(trained) > 20 * max(1, min(trained))
+    places = apart([math.log10(max(1, count)) if wide else float(count) for count in trained])
+    shown = [10**place if wide else place for place in places]
+    points, drawn = [], looks((row.method, row.name) for row in rows)
+    for x, row in zip(shown, rows, strict=True):
         mean, std = mean_std(row.values)
-        trained = row.first["trainable_params"] + row.first["head_params"]
-        points.append((trained, mean))
-        colour, marker = style(row.method)
-        axes.errorbar(
-            trained, mean, yerr=std, color=colour, fmt=marker, markersize=7, capsize=3, label=shown_as(row.name)
-        )
+        points.append((x, mean))
+        axes.errorbar(x, mean, yerr=std, markersize=7, capsize=3, **drawn[row.name] | {"linestyle": "none"})
     axes.plot(*zip(*front(points), strict=True), color="#666666", linewidth=0.8, linestyle=":", zorder=0)
-    axes.set_xscale("log")
-    _legend(axes)
+    if wide:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    else:
+        axes.locator_params(axis="x", nbins=6)
+    axes.margins(x=0.08)
+    axes.xaxis.set_major_formatter(lambda value, _: _count(value))
+    if not np.allclose(shown, trained, rtol=1e-9):
+        axes.set_xlabel(axes.get_xlabel() + ", equal ones set apart")
+    _legend(figure, drawn, linestyle="none")
     return figure
+
+
+def apart(places: Sequence[float]) -> list[float]:
+    """Places on an axis, those nearer to each other than a marker's width spread evenly about their mean."""
+    span = (max(places) - min(places)) or abs(places[0]) or 1.0
+    spread, order = list(places), sorted(range(len(places)), key=places.__getitem__)
+    groups = [[order[0]]]
+    for index in order[1:]:
+        if places[index] - places[groups[-1][-1]] < _NEAR * span:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    for group in groups:
+        middle, step = sum(places[i] for i in group) / len(group), min(_APART, 0.25 / len(group)) * span
+        for at, index in enumerate(sorted(group) if len(group) > 1 else []):
+            spread[index] = middle + (at - (len(group) - 1) / 2) * step
+    return spread
+
+
+def _count(value: float) -> str:
+    """A number of parameters for an axis: 850, 33.2k, 1.67M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.4g}"
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -151,16 +187,20 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def rank(title: str, rows: list[Row], whole: Any) -> Figure:
-    """Metric against rank, one line a method, bands for the deviation over seeds."""
+    """Metric against rank, one line a method, bars for the deviation over seeds; methods stand a little apart."""
     figure, axes = _axes(title, "rank r", _metric(rows))
-    for method in dict.fromkeys(row.method for row in rows):
+    methods = list(dict.fromkeys(row.method for row in rows if _rank(row)))
+    drawn = looks((method, method) for method in methods)
+    for at, method in enumerate(methods):
         points = sorted((r, *mean_std(row.values)) for row in rows if row.method == method if (r := _rank(row)))
-        if points:
-            x, mean = [p[0] for p in points], np.array([p[1] for p in points])
-            _line(axes, x, mean, np.array([p[2] or 0.0 for p in points]), method, method)
+        x = [p[0] * 2 ** (0.06 * (at - (len(methods) - 1) / 2)) for p in points]
+        bars = [p[2] or 0.0 for p in points]
+        axes.errorbar(x, [p[1] for p in points], yerr=bars, markersize=5, linewidth=1.4, capsize=3, **drawn[method])
     axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({r for row in rows if (r := _rank(row))}))
     axes.xaxis.set_major_formatter("{x:g}")
-    _legend(axes)
+    axes.minorticks_off()
+    _legend(figure, drawn)
     return figure
 
 
@@ -184,42 +224,45 @@ def radar(title: str, rows: list[Row], whole: Any) -> Figure:
     axes: Any = figure.add_subplot(projection="polar")
     lows = [min(v for (_, task), v in means.items() if task == t) for t in tasks]
     highs = [max(v for (_, task), v in means.items() if task == t) for t in tasks]
-    for row in {row.name: row for row in rows}.values():
-        values = [means.get((row.name, task), math.nan) for task in tasks]
+    drawn = looks((row.method, row.name) for row in rows)
+    for name, look in drawn.items():
+        values = [means.get((name, task), math.nan) for task in tasks]
         scaled = [
             0.3 + 0.7 * ((v - lo) / (hi - lo) if hi > lo else 1.0)
             for v, lo, hi in zip(values, lows, highs, strict=True)
         ]
-        colour, marker = style(row.method)
-        axes.plot(
-            [*angles, angles[0]],
-            [*scaled, scaled[0]],
-            color=colour,
-            marker=marker,
-            markersize=4,
-            label=shown_as(row.name),
-        )
-    labels = [f"{shown_as(t)}\n{lo:.3f} to {hi:.3f}" for t, lo, hi in zip(tasks, lows, highs, strict=True)]
-    axes.set_xticks(angles, labels, fontsize=8)
+        axes.plot([*angles, angles[0]], [*scaled, scaled[0]], markersize=4, **look)
     axes.set_ylim(0, 1.05)
     axes.set_yticks([0.3, 1.0], ["lowest", "highest"], fontsize=6)
+    axes.set_rlabel_position(180 / len(tasks))  # between two axes
+    axes.set_xticks(angles, [""] * len(tasks))
+    for angle, task, low, high in zip(angles, tasks, lows, highs, strict=True):
+        x, y = math.cos(angle), math.sin(angle)
+        side = "center" if abs(x) < 0.3 else "left" if x > 0 else "right"
+        height = "center" if abs(y) < 0.3 else "bottom" if y > 0 else "top"
+        text = f"{shown_as(task)}\n{low:.3f} to {high:.3f}"
+        axes.text(angle, 1.13, text, ha=side, va=height, fontsize=8)
     figure.suptitle(f"{_metric(rows)}, {title}", fontsize=8)
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.05, 1.0))
+    _legend(figure, drawn)
     return figure
 
 
 def cost(title: str, rows: list[Row], whole: Any) -> Figure:
-    """Training time and peak memory as multiples of LoRA's."""
-    figure, pair = plt.subplots(1, 2, figsize=(6.4, 0.8 + 0.35 * len(rows)), layout="constrained", sharey=True)
+    """Training time and peak memory as multiples of LoRA's; methods that never ran as LoRA did are named, not drawn."""
+    alike = [row for row in rows if row.relative("train_seconds") or row.relative("peak_memory_bytes")]
+    figure, pair = plt.subplots(1, 2, figsize=(6.4, 1.0 + 0.35 * len(alike)), layout="constrained", sharey=True)
     shown = [("train_seconds", "training time / LoRA's"), ("peak_memory_bytes", "peak memory / LoRA's")]
     for axes, (key, label) in zip(pair, shown, strict=True):
-        values = [row.relative(key) or math.nan for row in rows]
-        bars = axes.barh([shown_as(row.name) for row in rows], values, color=[style(row.method)[0] for row in rows])
-        axes.bar_label(bars, [f"{v:.2f}" for v in values], padding=2, fontsize=8)
-        axes.margins(x=0.15)
+        values = [row.relative(key) or math.nan for row in alike]
+        bars = axes.barh([shown_as(row.name) for row in alike], values, color=[style(row.method)[0] for row in alike])
+        axes.bar_label(bars, ["" if math.isnan(v) else f"{v:.2f}" for v in values], padding=2, fontsize=8)
+        axes.margins(x=0.2)
         axes.axvline(1, color="#666666", linewidth=0.8, linestyle=":")
         axes.set_xlabel(label)
     pair[0].invert_yaxis()
+    others = [row.name for row in rows if row not in alike]
+    if others:
+        title += shown_as("\n" + textwrap.fill(f"not run as LoRA was: {', '.join(others)}", 84))
     figure.suptitle(title, fontsize=8)
     return figure
 
@@ -229,32 +272,54 @@ def style(method: str) -> tuple[str, str]:
     return STYLES.get(method) or STYLES.get(method.removesuffix("_flat")) or OTHER
 
 
+def looks(named: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """Names of lines, each once, and how they are drawn: their method's colour and marker; settings of one differ.
+
+    Args:
+        named: methods, each with the name of a line.
+    """
+    chosen: dict[str, dict[str, Any]] = {}
+    before: dict[tuple[str, str], int] = {}
+    for method, name in named:
+        if name not in chosen:
+            colour, marker = style(method)
+            at = before[colour, marker] = before.get((colour, marker), -1) + 1
+            line, fill = _LINES[at % len(_LINES)], _FILLS[at % len(_FILLS)]
+            chosen[name] = {"color": colour, "marker": marker, "linestyle": line, "fillstyle": fill}
+    return chosen
+
+
 def _over_steps(title: str, rows: list[Row], whole: Callable[[str], Any], shown: list[tuple[str, str]]) -> Figure:
     figure, many = plt.subplots(
         1, len(shown), figsize=(SIZE[0] * (1 if len(shown) == 1 else 1.5), SIZE[1]), layout="constrained", squeeze=False
     )
+    ways, drawn = looks((row.method, row.name) for row in rows), {}
     for axes, (name, label) in zip(many[0], shown, strict=True):
         for row in rows:
-            histories = [whole(record["run_id"])["history"] for record in row.records.values()]
-            series = [{e["step"]: e[name] for e in history if name in e and "step" in e} for history in histories]
-            steps = sorted(set.intersection(*(set(s) for s in series)))
-            if steps:
-                values = np.array([[s[step] for step in steps] for s in series])
-                std = values.std(0, ddof=1) if len(series) > 1 else np.zeros(len(steps))
-                _line(axes, steps, values.mean(0), std, row.method, row.name, markers=False)
+            steps, values = _series(row, whole, name)
+            if len(steps) < 2:
+                continue
+            mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(steps))
+            drawn[row.name] = look = ways[row.name] | {"marker": None}
+            axes.plot(steps, mean, linewidth=1.4, **look)
+            axes.fill_between(steps, mean - std, mean + std, color=look["color"], alpha=0.18, linewidth=0)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(label)
     figure.suptitle(title, fontsize=8)
-    _legend(many[0][-1])
+    _legend(figure, drawn)
     return figure
 
 
-def _line(axes: Any, x: Any, mean: Any, std: Any, method: str, label: str, markers: bool = True) -> None:
-    colour, marker = style(method)
-    axes.plot(
-        x, mean, color=colour, marker=marker if markers else None, markersize=5, linewidth=1.4, label=shown_as(label)
-    )
-    axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
+def _series(row: Row, whole: Callable[[str], Any], name: str) -> tuple[list[int], np.ndarray]:
+    """Steps that every seed of a line logged, and what it logged there ``[seed, step]``."""
+    histories = [(whole(record["run_id"]) or {}).get("history", []) for record in row.records.values()]
+    series = [{e["step"]: e[name] for e in history if name in e and "step" in e} for history in histories]
+    steps = sorted(set.intersection(*map(set, series)))
+    return steps, np.array([[s[step] for step in steps] for s in series])
+
+
+def _goes_on(name: str) -> Callable[[list[Row], Any], bool]:
+    return lambda rows, whole: any(len(_series(row, whole, name)[0]) > 1 for row in rows)
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
@@ -265,9 +330,15 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _legend(axes: Any) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=7)
+def _legend(figure: Figure, drawn: dict[str, dict[str, Any]], **other: Any) -> None:
+    """What names look like, below a figure, which grows by it; ``other`` replaces what is the same for all."""
+    texts = [shown_as(textwrap.fill(name, 44)) for name in drawn]
+    columns = min(3 if max(map(len, texts)) < 30 else 2, len(texts))
+    handles = [Line2D([], [], markersize=5, **look | other) for look in drawn.values()]
+    lines = sum(text.count("\n") + 1 for text in texts) / columns
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.15 * math.ceil(lines) + 0.1)
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns, fontsize=7)
 
 
 def _metric(rows: list[Row]) -> str:
@@ -287,11 +358,13 @@ _KINDS: dict[str, Callable[[str, list[Row], Any], Figure]] = {
     "radar": radar,
     "cost": cost,
 }
-_USABLE: dict[str, Callable[[list[Row]], bool]] = {
-    "pareto": lambda rows: True,
-    "rank": lambda rows: any(_rank(row) for row in rows),
-    "curves": lambda rows: True,
-    "norms": lambda rows: True,
-    "radar": lambda rows: len({row.task for row in rows}) > 2,
-    "cost": lambda rows: any(row.relative("train_seconds") for row in rows),
+_USABLE: dict[str, Callable[[list[Row], Any], bool]] = {  # whether there is more than a point to show
+    "pareto": lambda rows, whole: len(rows) > 1,
+    "rank": lambda rows, whole: any(
+        len({_rank(row) for row in rows if row.method == method} - {None}) > 1 for method in {r.method for r in rows}
+    ),
+    "curves": _goes_on("loss"),
+    "norms": _goes_on("delta_norm"),
+    "radar": lambda rows, whole: len({row.task for row in rows}) > 2 and len({row.name for row in rows}) > 1,
+    "cost": lambda rows, whole: sum(bool(row.relative("train_seconds")) for row in rows) > 1,
 }

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora.errors import DataError
-from flora.results import benchmarks
-from flora.results.cells import load, names, scales
+from flora.results import benchmarks, own
+from flora.results.cells import Table, load, names, scales
 from flora.results.claims import claims, read_values
 from flora.results.freshness import PAGE, README, README_TABLE, tables_and_figures
 from flora.results.plots import plots, written_hash
 from flora.results.report import Section, address, page
-from flora.results.rows import record_of, rows
+from flora.results.rows import Row, record_of, rows
 from flora.results.store import Contents
 from flora.results.tables import as_csv, compact, latex, markdown
 
@@ -68,10 +68,12 @@ def rendering(
         raise DataError(f"no result in {output / 'benchmarks'}: run scripts/bench_step.py --json first")
     documents = [text for path, text in texts.items() if path.suffix == ".md"]
     sections = [] if table in OTHERS else _sections(table, scale, folder, contents, output)
-    if table is None and not sections and not benchmarks.rendered(output):
-        raise DataError(f"no finished record of any table in {folder}: run scripts/reproduce.py first")
     for section in sections:
         texts |= _texts(section, output)
+    if table is None:
+        sections += _own(sections, contents, output)
+    if table is None and not sections and not benchmarks.rendered(output):
+        raise DataError(f"no finished record in {folder}: run train.py or scripts/reproduce.py first")
     figures = {path: plot for section in sections for path, plot in section.figures.items()}
     outdated = [path for path, plot in figures.items() if written_hash(path) != plot.hash]
     for path in outdated if draw else []:
@@ -84,9 +86,7 @@ def rendering(
         if stale and whole.exists():
             stale.append(whole)
         elif draw or whole.exists():
-            texts[whole] = page(
-                sections, documents, contents.whole, lambda record: address(Path(record["path"]), whole)
-            )
+            texts[whole] = page(sections, documents, lambda record: address(Path(record["path"]), whole))
     stem = "*" if table is None else sections[0].table.stem if sections else table
     there = {path for path in tables_and_figures(output, stem) if not path.name.startswith("claims.")}
     return Rendering(texts, list(figures), stale, sorted(there - {*texts, *figures}))
@@ -116,10 +116,20 @@ def _sections(table: str | None, scale: str, folder: Path, contents: Contents, o
         tables = [table for table in every if any(record_of(cell, contents) for cell in table.cells)]
     sections = []
     for chosen in tables:
-        lines, place = rows(chosen, contents), output / "figures" / chosen.stem
-        figures = {place / plot.name: plot for plot in plots(chosen, lines, contents.whole)}
-        sections.append(Section(chosen, lines, figures))
+        sections.append(_section(chosen, rows(chosen, contents), contents, output))
     return sections
+
+
+def _section(table: Table, lines: list[Row], contents: Contents, output: Path) -> Section:
+    folder = output / "figures" / table.stem
+    return Section(table, lines, {folder / plot.name: plot for plot in plots(table, lines, contents.whole)})
+
+
+def _own(sections: list[Section], contents: Contents, output: Path) -> list[Section]:
+    """What was run beside the tables, as a section; none where nothing was."""
+    shown = {record["run_id"] for section in sections for row in section.rows for record in row.records.values()}
+    others = [r for run_id, r in contents.records.items() if r["status"] == "finished" and run_id not in shown]
+    return [_section(own.TABLE, own.own_rows(others, contents.whole), contents, output)] if others else []
 
 
 def _texts(section: Section, output: Path) -> dict[Path, str]:

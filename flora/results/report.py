@@ -1,8 +1,7 @@
-"""One page with every table and figure: results/report.html, which needs nothing but itself; it links the records."""
+"""One page with findings, tables and figures: results/report.html. It needs nothing else, and links the records."""
 
 import base64
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -15,7 +14,8 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flora.results.cells import Table
+from flora.results.cells import Table, load, scales
+from flora.results.conclusions import Conclusions, complete, conclusions
 from flora.results.escape import plain
 from flora.results.markdown import DASH
 from flora.results.plots import Plot, style
@@ -23,6 +23,12 @@ from flora.results.rows import Row, blocks
 from flora.results.statistics import mean_std
 from flora.results.tables import COLUMNS, cells_as_text, notes
 
+ORDER = (  # of tables: the paper's, then ours; those that are not named come last
+    *("table1_convnext", "table2_internvit", "table3_glue", "table4_llava", "table5_cost"),
+    *("figure1_radar", "figure4_norms", "vtab", "commonsense", "classification"),
+    *("first_table", "eurosat", "instruct", "glue_rates", "rank_sweep", "kernel_rank_ablation"),
+    *("structure_ablation", "init_and_scale_ablation", "demo", "own_runs"),
+)
 FILTERS = ("task", "model", "method")
 _ALWAYS = (*FILTERS, "ours")
 
@@ -49,7 +55,7 @@ class Line:
         colour: of its method, everywhere.
         dots, mean: where its seeds and their mean lie, in percent from the lowest to the highest of task and model.
         runs: its finished runs.
-        command, config: how to run it, and the config of its first run without the seed.
+        command: how to run it.
     """
 
     row: Row
@@ -59,7 +65,6 @@ class Line:
     mean: str
     runs: list[Run]
     command: str
-    config: str
 
 
 @dataclass(frozen=True)
@@ -86,24 +91,68 @@ class Section:
         """How many of its runs are finished."""
         return sum(len(row.records) for row in self.rows)
 
-    def lines(
-        self, whole: Callable[[str], dict[str, Any] | None], records: Callable[[dict[str, Any]], str]
-    ) -> list[Line]:
-        """Its lines.
+    @property
+    def complete(self) -> bool:
+        """Whether no run is missing that can be run."""
+        return complete(self.table, self.rows)
 
-        Args:
-            whole: run id to the whole record.
-            records: summary to the address of the record.
-        """
-        return [_line(row, block, whole, records) for block in blocks(self.rows) for row in block]
+    @property
+    def conclusions(self) -> Conclusions | None:
+        """What it says, as long as no run is missing."""
+        return conclusions(self.table, self.rows)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """What was run: each model, and the name of its weights where that is another."""
+        return {row.model: true_name(row.first) for row in self.rows if row.records}
+
+    @property
+    def published_models(self) -> list[str]:
+        """What the paper ran: the models of the table's other scale."""
+        if self.table.scale == "paper" or "paper" not in (scales(self.table.name) if self.table.cells else []):
+            return []
+        named = {cell.model for cell in load(self.table.name, "paper").cells}
+        return sorted(named - self.models.keys())
+
+    def lines(self, records: Callable[[dict[str, Any]], str]) -> list[Line]:
+        """Its lines; ``records``: summary to the address of the record."""
+        return [_line(row, block, records) for block in blocks(self.rows) for row in block]
 
 
-def _line(
-    row: Row, block: list[Row], whole: Callable[[str], dict[str, Any] | None], records: Callable[[dict[str, Any]], str]
-) -> Line:
+def true_name(record: dict[str, Any]) -> str:
+    """What a record's model is called where its weights come from; "untrained weights" are said."""
+
+    def named(facts: dict[str, Any]) -> str:
+        parts = [named(facts[part]) for part in ("vision", "language") if isinstance(facts.get(part), dict)]
+        file = Path(str(facts.get("file") or ""))
+        source = file.stem if file.suffix == ".gguf" else str(facts.get("package") or "").partition("==")[0]
+        name = " + ".join(parts) or str(facts.get("timm_name") or facts.get("hub") or source or "")
+        if not parts and facts.get("pretrained") is False:
+            name = f"{name or 'a model'}, weights drawn at random"
+        return name
+
+    return named(record.get("weights") or {}) or record["model"]
+
+
+def ordered(sections: list[Section]) -> list[Section]:
+    """Tables in the order of the paper, then ours."""
+    place = {name: number for number, name in enumerate(ORDER)}
+    return sorted(sections, key=lambda section: place.get(section.table.name, len(ORDER)))
+
+
+def headline(sections: list[Section]) -> tuple[Path, Plot] | None:
+    """The figure that the page opens with: of the complete table with most runs, else of the one with most runs."""
+    having = [section for section in sections if section.figures]
+    if not having:
+        return None
+    best = max(having, key=lambda section: (section.complete and bool(section.table.cells), section.finished))
+    return min(best.figures.items(), key=lambda figure: figure[1].kind != "radar")
+
+
+def _line(row: Row, block: list[Row], records: Callable[[dict[str, Any]], str]) -> Line:
     values = [value for other in block for value in other.values]
-    config = (whole(row.first["run_id"]) or {}).get("config", {}) if row.records else {}
     seeds = ",".join(map(str, row.records)) or "0"
+    typed = shlex.join(["python", "train.py", "-m", *row.overrides, f"seed={seeds}"])
     return Line(
         row,
         dict(zip(COLUMNS, cells_as_text(row), strict=True)),
@@ -111,8 +160,7 @@ def _line(
         [_place(value, values) for value in row.values],
         _place(mean_std(row.values)[0], values) if row.values else "",
         [_run(seed, record, records) for seed, record in row.records.items()],
-        shlex.join(["python", "train.py", "-m", *row.overrides, f"seed={seeds}"]),
-        json.dumps({key: value for key, value in config.items() if key != "seed"}, indent=1),
+        typed if row.overrides or not row.records else str(row.first.get("command")),
     )
 
 
@@ -129,18 +177,12 @@ class Document:
         return re.sub(r"\W+", "-", self.title.lower())
 
 
-def page(
-    sections: list[Section],
-    documents: list[str],
-    whole: Callable[[str], dict[str, Any] | None],
-    records: Callable[[dict[str, Any]], str],
-) -> str:
+def page(sections: list[Section], documents: list[str], records: Callable[[dict[str, Any]], str]) -> str:
     """The page as HTML; what stands in a record, a config or a name is text there, whatever it holds.
 
     Args:
         sections: the tables.
         documents: further tables, as the Markdown that `make_tables.py` writes.
-        whole: run id to the whole record.
         records: summary to the address of the record, relative to the page.
     """
     loader = PackageLoader("flora.results", "page")
@@ -148,8 +190,12 @@ def page(
     environment.filters["picture"] = _picture
     script, look = (loader.get_source(environment, name)[0] for name in ("page.js", "page.css"))
     rows = [row for section in sections for row in section.rows]
+    sections = ordered(sections)
     return environment.get_template("page.html").render(
-        sections=[(section, section.lines(whole, records)) for section in sections],
+        sections=[(section, section.lines(records)) for section in sections],
+        found=[(section, said) for section in sections if (said := section.conclusions)],
+        unfinished=[section for section in sections if not section.complete],
+        headline=headline(sections),
         choices={name: sorted({getattr(row, name) for row in rows}) for name in FILTERS},
         runs=len({record["run_id"] for row in rows for record in row.records.values()}),
         documents=[document(text) for text in documents],
@@ -194,4 +240,6 @@ def _place(value: float, values: list[float]) -> str:
 
 
 def _picture(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    """A figure's address that is the figure: one SVG, which a browser shows as a picture and runs nothing of."""
+    text = path.read_text(encoding="utf-8").strip().replace('"', "'")
+    return "data:image/svg+xml," + quote(text, safe=" /:=;,()!*+@?{}|.-'")

@@ -89,7 +89,12 @@ def _way(record: dict[str, Any]) -> tuple[Any, ...]:
 def rows(table: Table, contents: Contents) -> list[Row]:
     """The lines of a table, blocks of one task and model together, marks set."""
     reported = published(table)
-    every = blocks([_row(key, cells, contents, reported) for key, cells in table.rows.items()])
+    return set_marks([_row(key, cells, contents, reported) for key, cells in table.rows.items()])
+
+
+def set_marks(rows: Sequence[Row]) -> list[Row]:
+    """Rows, blocks of one task and model together, with their marks and the LoRA that costs are related to."""
+    every = blocks(rows)
     for block in every:
         best, tied = first_places({row.name: {s: r["value"] for s, r in row.records.items()} for row in block})
         references = [r for r in block if r.method in ("lora", "lora_flat")]

@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from transformers import TrainerCallback
 
 from flora.errors import ConfigError, TrainingDiverged, WorkerLost
 from flora.launch import preemption, processes
@@ -69,6 +70,7 @@ class Run:
         log: takes the numbers of the reported run, and of the fits that may become it; None: nobody does.
         claim: to the run, checked before a checkpoint or the adapter is written; None: no other process can have it.
         analysis: arguments of ``flora.training.norms.DeltaNorms``; None: no analysis.
+        watching: further callbacks of its trainers, which change nothing.
         progress: what training has done so far, here and in processes before this one.
     """
 
@@ -83,6 +85,7 @@ class Run:
     log: Log | None = None
     claim: Claim | None = None
     analysis: dict[str, int] | None = None
+    watching: list[TrainerCallback] = field(default_factory=list)
     progress: Progress = field(init=False)
     _display: Display | None = field(init=False, default=None)
 
@@ -255,12 +258,12 @@ class Run:
             metric=self.task.metrics(),
             metric_name=self.task.metric,
             folder=self.folder,
-            train=train,
+            train=_limited(train, settings.max_train_examples),
             validation=_limited(validation, settings.max_eval_examples),
             select=self.protocol.select,
             seed=self.seed,
             progress=None if label is None or self._display is None else self._display.fit(label),
-            extra_callbacks=adapted.callbacks,
+            extra_callbacks=[*adapted.callbacks, *self.watching],
             penalty=adapted.penalty,
             loss=self.task.loss,
         )

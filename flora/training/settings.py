@@ -36,6 +36,7 @@ class TrainerSettings:
             gradients do not vanish, which needs a GPU. A step whose gradients overflow is left out.
         frozen_dtype: ``bf16`` keeps frozen weights in bf16, with ``dtype=bf16``; what is trained stays in fp32.
         device: ``auto`` (a GPU when there is one), ``cuda`` (an error where there is none) or ``cpu``.
+        max_train_examples: train on so many examples alone, a fixed draw; images in memory are then not augmented.
         max_eval_examples: at most so many validation and test examples, a fixed draw; null for all.
         deterministic: bit-equal repeats on the same machine, where torch has deterministic kernels.
         log_every: steps between training-loss logs.
@@ -68,6 +69,7 @@ class TrainerSettings:
     frozen_dtype: str | None = None
     device: str = "auto"
     max_eval_examples: int | None = None
+    max_train_examples: int | None = None
     deterministic: bool = False
     num_workers: int = 0
     log_every: int = 10
@@ -84,7 +86,8 @@ class TrainerSettings:
     checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
-        optional = ("head_lr", "max_steps", "max_eval_examples", "warmup_steps", "eval_steps", "checkpoint_every")
+        counted = ("max_steps", "max_eval_examples", "max_train_examples", "warmup_steps", "eval_steps")
+        optional = ("head_lr", *counted, "checkpoint_every")
         counts = ("batch_size", "eval_batch_size", "gradient_accumulation", "log_every", *optional[1:])
         for name in ("epochs", "lr", "head_lr", *counts):
             value = getattr(self, name)

@@ -166,7 +166,11 @@ def test_questions_about_pictures(predict):
         ("texts", ["input=data/pets/test.parquet"], "no column sentence (it has image, question, answer)"),
         ("texts", ["input=gap.jsonl"], "gap.jsonl, line 1: column sentence holds None instead of a text"),
         ("pairs", ["input=the cat"], "this run takes a table"),
-        ("questions", ["input=ask/b.png"], "a table (.csv, .tsv, .jsonl, .ndjson, .json, .parquet) with image and question"),
+        (
+            "questions",
+            ["input=ask/b.png"],
+            "a table (.csv, .tsv, .jsonl, .ndjson, .json, .parquet) with image and question",
+        ),
         ("questions", ["input=one.csv"], "task.question: none of the columns has a usual name"),
         ("words", ["input=data"], "no adapter_model.safetensors"),
     ],

@@ -75,7 +75,7 @@ CHANGES = {
     "a record is touched": lambda folder: edit(min((folder / "records").glob("*.json"))),
     "a table is edited": lambda folder: edit(folder / "out/tables/eurosat.tex"),
     "a table is gone": lambda folder: (folder / "out/tables/demo.csv").unlink(),
-    "a figure is edited": lambda folder: edit(next((folder / "out/figures/eurosat").iterdir())),
+    "a figure is edited": lambda folder: edit(next((folder / "out/figures/demo").iterdir())),
     "a figure is gone": lambda folder: next((folder / "out/figures/demo").iterdir()).unlink(),
     "a file is left over": lambda folder: (folder / "out/tables/vtab.md").touch(),
     "claims were counted": lambda folder: (folder / "out/tables/claims.csv").touch(),

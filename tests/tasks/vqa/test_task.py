@@ -87,7 +87,7 @@ def test_answers_are_scored_and_shown(pets, tmp_path):
     assert (scores["exact_match_other"], scores["exact_match_yes_no"]) == (0.5, 0.0)
     mine.report(metric, splits, tmp_path)
     with Image.open(tmp_path / "predictions.png") as sheet:
-        assert min(sheet.size) > 500
+        assert sheet.width > 1.5 * sheet.height  # two frames
     assert splits.facts["unreadable"] == {"policy": "error", "skipped": 0, "first": []}
 
 
