@@ -18,7 +18,7 @@ from flora.launch.entry import main
 from flora.methods.heads import in_head
 from flora.results.delta import Kept, energy_kept
 from flora.results.escape import file_name, label, spreadsheet
-from flora.results.plots import DPI, style
+from flora.results.plots import style
 from flora.results.store import read
 from flora.training import saved
 
@@ -137,7 +137,7 @@ def draw(layers: list[Kept], title: str, path: Path) -> None:
     axes.set_title(label(title), fontsize=8)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
 
 

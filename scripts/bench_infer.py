@@ -9,6 +9,7 @@ import argparse
 import copy
 import random
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def taken_in_turn(
     medians: dict[str, list[float]] = {name: [] for name in models}
     for number in range(rounds + 1):
         for name in order.sample(list(models), len(models)):
-            spent = timed(lambda name=name: net.outputs(models[name], inputs), steps, device)
+            spent = timed(partial(net.outputs, models[name], inputs), steps, device)
             if number > 0:
                 medians[name].append(statistics.median(spent))
     return medians
