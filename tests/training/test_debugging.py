@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
-from flora.config import composed, run_id
+from flora.config import cell_id, composed
 from flora.errors import ConfigError
 from flora.launch.entry import main
 from flora.training.debugging import watching
@@ -59,9 +59,9 @@ def test_presets_win_over_an_experiment_and_have_ids_of_their_own():
         shortened = composed(["experiment=vtab_convnext", f"debug={preset}"])
         assert shortened.trainer.max_steps <= 100
         assert (shortened.force, shortened.debug.trace) == (True, False)
-        assert run_id(shortened) != run_id(composed(["experiment=vtab_convnext"]))
+        assert cell_id(shortened) != cell_id(composed(["experiment=vtab_convnext"]))
     assert composed(["debug=trace"]).debug == {"trace": True, "watch": None}
-    assert run_id(composed(["debug=trace"])) == run_id(composed([]))
+    assert cell_id(composed(["debug=trace"])) == cell_id(composed([]))
 
 
 def test_nothing_else_can_be_watched(tmp_path):
