@@ -111,7 +111,7 @@ def test_one_json_line_and_nothing_else_on_stdout(count):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=nothing"], "model/nothing"),
+        (["model=nothing"], "model=nothing: there is no such model"),
         (["model=bert_large", "adapter=lora", "adapter.target_modules=[nothing_is_called_this]"], "nothing_is_called"),
         (["adapter.r=0"], "r: must be a positive integer"),
         (["model=roberta_base", "model.kind=poem"], "model.kind"),

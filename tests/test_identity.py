@@ -114,6 +114,8 @@ def test_conversations_as_parquet_are_others_than_as_json_and_pictures_count(tmp
     ids = [identify(cfg).run_id]
     Image.new("RGB", (9, 9)).save(folder / "images" / "1.x", "png")
     ids.append(identify(cfg).run_id)
+    for split in ("train", "test"):
+        (folder / f"{split}.json").unlink()
     questions(folder, "it")
     ids.append(identify(cfg).run_id)
     questions(folder, "that")

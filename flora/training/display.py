@@ -37,7 +37,7 @@ class Display:
             *columns, console=self.console, disable=not self.console.is_terminal, transient=True, redirect_stdout=False
         )
         self.task = self.bar.add_task("", total=None, said="")
-        self._clock = _Clock()
+        self.clock = _Clock()
         self._told, self._line = False, time.monotonic()
 
     def __enter__(self) -> "Display":
@@ -61,14 +61,14 @@ class Display:
         self.label, self.steps, self.before = label, state.max_steps, round(before * state.max_steps)
         self.total = round(sum(share.values()) * state.max_steps)
         self.each = self.batch + EVALUATED * self.validation * evaluations / max(state.max_steps, 1)
-        self._clock.restart()
+        self.clock.restart()
         self.bar.update(self.task, description=label, total=self.total, completed=self.before + state.global_step)
 
     def step(self, done: int, figures: dict[str, float]) -> None:
         """A step of the fit has been done."""
-        self._clock.tick()
+        self.clock.tick()
         self.bar.update(self.task, completed=self.before + done, said=self._said(done, figures))
-        clock = self._clock
+        clock = self.clock
         if not self._told and clock.steps >= FIRST_STEPS and clock.seconds >= FIRST_SECONDS:
             self._told = True
             self.console.print(f"about {duration(self.left(self.first))} on this machine")
@@ -84,12 +84,12 @@ class Display:
     def left(self, done: int) -> float:
         """Seconds that all will take after so many steps of the fit, as its steps have taken."""
         examples = (self.total - self.before - done) * self.each + EVALUATED * self.test
-        return examples / self.batch * self._clock.seconds_a_step
+        return examples / self.batch * self.clock.seconds_a_step
 
     def _said(self, done: int, figures: dict[str, float]) -> str:
         said = [f"{name} {value:.4g}" for name, value in figures.items()]
-        if self._clock.steps:
-            said += [f"{self.batch / self._clock.seconds_a_step:.0f} examples/s", f"{duration(self.left(done))} left"]
+        if self.clock.steps:
+            said += [f"{self.batch / self.clock.seconds_a_step:.0f} examples/s", f"{duration(self.left(done))} left"]
         return " ".join(said)
 
 
@@ -139,7 +139,7 @@ class _Fit(TrainerCallback):
         if metrics and name in metrics:
             self.figures[f"validation {args.metric_for_best_model}"] = metrics[name]
             self.display.line(state.global_step, self.figures)
-        self.display._clock.restart()
+        self.display.clock.restart()
 
 
 def _steps_between(args: Any, state: Any) -> float:

@@ -76,10 +76,14 @@ def contents(folder: Path) -> dict[str, str]:
     files = tables(folder)
     if files["train"]:
         return of(folder, [path for members in files.values() for path in members])
-    return {
+    places = _places(folder)
+    sums = {
         split: checksum([file for name in _classes(place) for file in _images(place / name)], place)
-        for split, place in _places(folder).items()
+        for split, place in places.items()
     }
+    train = places.get("train", folder)
+    empty = [name for name in sorted(_classes(train)) if not _images(train / name)]
+    return sums | ({"classes without images": "/".join(empty)} if empty else {})
 
 
 def _places(folder: Path) -> dict[str, Path]:
