@@ -17,7 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from flora.config import check_shape, instantiate, instantiate_method
+from flora.config import check_shape, instantiate, instantiate_method, unread
 from flora.errors import MENDABLE, AlreadyRunning, ConfigError, WeightsError, enough_memory
 from flora.launch import processes
 from flora.launch.entry import main, quietly
@@ -125,7 +125,10 @@ def say(text: str) -> None:
 def job(cfg: DictConfig) -> str | None:
     """One run; prints the record's path as the last line of stdout, and hands it to a search."""
     with quietly():
-        path = run(cfg, HydraConfig.get().overrides.task)
+        typed = HydraConfig.get().overrides.task
+        for key in unread(typed):
+            say(f"warning: +{key}: nothing reads such a key")
+        path = run(cfg, typed)
         print(f"{'predictions' if cfg.mode == 'predict' else 'record'}: {path}", flush=True)
         return str(path)
     return None  # bad input, which is kept for the end

@@ -1,7 +1,6 @@
 """Configs: what train.py composes, safe instantiation, and the run's identity."""
 
 import contextlib
-import difflib
 import hashlib
 import json
 import math
@@ -95,11 +94,10 @@ def check_shape(cfg: DictConfig) -> None:
     """Refuse what no setting of a run may be, before anything reads it.
 
     Raises:
-        ConfigError: a key that nothing reads, a group that is no mapping or is missing, a number that is not finite, a
+        ConfigError: a group that is no mapping or is missing, a number that is not finite, a
             text with a null byte, an unknown mode, a checkpoint that it would not read, a seed that is none, a switch
             that is neither on nor off.
     """
-    _check_added(cfg)
     for group in _GROUPS:
         if not isinstance(cfg.get(group), DictConfig):
             raise ConfigError(f"{group} must be a group of settings, got {cfg.get(group)!r}")
@@ -120,16 +118,17 @@ def check_shape(cfg: DictConfig) -> None:
             raise ConfigError(f"{key} must be true or false, got {cfg[key]!r}")
 
 
-def _check_added(cfg: DictConfig) -> None:
-    """Refuse a key that the command line adds to those there are (``+epochs=3``): nothing would read it."""
+def unread(words: Sequence[str]) -> list[str]:
+    """Keys that overrides add to those there are (``+epochs=3``), and nothing reads unless an interpolation does."""
     configs = ROOT / "configs"
-    for word in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
-        key = word.lstrip("+").partition("=")[0]
-        if word.startswith("+") and key in cfg and not (configs / key.partition("@")[0]).is_dir():
-            own = [*yaml.safe_load((configs / "train.yaml").read_text(encoding="utf-8"))]
-            if key not in own:
-                near = difflib.get_close_matches(key, own)
-                raise ConfigError(f"{key}: nothing reads such a key{f'; did you mean {near[0]}?' if near else ''}")
+    known = yaml.safe_load((configs / "train.yaml").read_text(encoding="utf-8"))
+    added = [word.lstrip("+").partition("=")[0].partition("@")[0] for word in words if word.startswith("+")]
+    mentioned = " ".join(words)
+    return [
+        key
+        for key in added
+        if "." not in key and key not in known and not (configs / key).is_dir() and f"${{{key}}}" not in mentioned
+    ]
 
 
 def _check_allowed(cfg: DictConfig) -> None:

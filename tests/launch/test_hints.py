@@ -30,8 +30,6 @@ def refused(word, monkeypatch, capsys):
         ("trainer.epoch=3", "trainer.epoch: there is no such key; did you mean trainer.epochs"),
         ("adapter.rnk=3", "adapter.rnk: there is no such key; did you mean adapter.r"),
         ("image_size=64", "image_size: there is no such key; did you mean model.image_size"),
-        ("+epohcs=3", "epohcs: nothing reads such a key"),
-        ("+seeds=3", "seeds: nothing reads such a key; did you mean seed?"),
     ],
 )
 def test_the_nearest_name_is_offered(word, near, monkeypatch, capsys):
@@ -70,3 +68,13 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"trainer\.device=cuda, but torch finds no GPU here: leave it auto"):
         TrainerSettings(epochs=1, lr=1e-3, device="cuda")
+
+
+def test_a_key_that_nothing_reads_is_said(monkeypatch, capsys):
+    """It may be there for other settings to refer to."""
+    words = ["+epohcs=3", "+far=away", "task.dataset=${far}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "task=imagefolder", "logger=none", *words])
+    with pytest.raises(SystemExit):
+        main(train.job, trace=lambda: False)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert warnings == ["warning: +epohcs: nothing reads such a key"]
