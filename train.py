@@ -95,7 +95,7 @@ def execute(
         log = opened(logger, about(record, label, cfg.table, cfg.cell, cfg.force), folder)
         with enough_memory(), processes.together(), log as current.log, data_workers():
             if tested:
-                tested.check(model, method)
+                tested.check(model, method, splits, asked.inputs)
                 record.execution = {"set_anew": tested.anew} if tested.anew else {}
                 outcome = current.evaluate(tested.folder, method.name)
             else:
@@ -126,7 +126,7 @@ def job(cfg: DictConfig) -> str | None:
     """One run; prints the record's path as the last line of stdout, and hands it to a search."""
     with quietly():
         typed = HydraConfig.get().overrides.task
-        for key in unread(typed):
+        for key in unread(sys.argv[1:]):  # as they were written, with what refers to others
             say(f"warning: +{key}: nothing reads such a key")
         path = run(cfg, typed)
         print(f"{'predictions' if cfg.mode == 'predict' else 'record'}: {path}", flush=True)

@@ -19,6 +19,7 @@ SETTLED_NS = 2_000_000_000  # a file changed more recently may change again with
 _notes: ContextVar[dict[Path, bool] | None] = ContextVar("notes", default=None)
 UNREADABLE = "unreadable"
 IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")  # names of images end so
+_NO_IMAGES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".md", ".yaml", ".yml")
 _SAID_FROM = 1 << 30  # bytes that are read without a word
 
 
@@ -27,13 +28,25 @@ def of(folder: Path, files: Collection[Path]) -> dict[str, str]:
 
     Args:
         folder: of the data set.
-        files: the tables, within it.
+        files: the tables, within it, which may name images by any name.
 
     Returns:
         64 hex digits by name; ``images`` where there are any.
     """
-    beside = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+    beside = [path for path in everything(folder) if path.suffix.lower() not in _NO_IMAGES]
     return digests(files, folder) | ({"images": checksum(beside, folder)} if beside else {})
+
+
+def everything(folder: Path) -> list[Path]:
+    """All files below a folder but hidden ones, also behind links, sorted."""
+    found, seen = list[Path](), set[str]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [name for name in folders if not name.startswith(".")] if real not in seen else []
+        if real not in seen:
+            found += [Path(place, name) for name in names if not name.startswith(".")]
+        seen.add(real)
+    return sorted(path for path in found if path.is_file())
 
 
 def checksum(files: Iterable[Path], root: Path, deep: bool = True) -> str:
@@ -82,7 +95,7 @@ def state(folder: Path, deep: bool) -> tuple[str, int]:
         place = ahead.pop()
         stat = _stat(place)
         entries.append([str(place), *stat])
-        newest = max(newest, *stat[1:], 0)
+        newest = max(newest, *stat[1:3], 0)
         if not stat or os.path.realpath(place) in seen:
             continue
         seen.add(os.path.realpath(place))
@@ -91,7 +104,7 @@ def state(folder: Path, deep: bool) -> tuple[str, int]:
                 ahead += [Path(entry.path)] if deep else []
             else:
                 entries.append([entry.path, *_stat(Path(entry.path))])
-                newest = max(newest, *entries[-1][2:], 0)
+                newest = max(newest, *entries[-1][2:4], 0)
     return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest(), newest
 
 
@@ -104,7 +117,7 @@ def _looked(files: Iterable[Path], root: Path, deep: bool) -> dict[str, list[Any
     known = _known(root)
     named = sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in files)
     stats = {name: _stat(path) for name, path in named}
-    unread = [(name, path) for name, path in named if stats[name] and known.get(name, [])[:3] != stats[name]]
+    unread = [(name, path) for name, path in named if stats[name] and known.get(name, [])[:4] != stats[name]]
     if (size := sum(stats[name][0] for name, _ in unread)) > _SAID_FROM:
         print(f"{root}: reading {len(unread)} files, {size / 1e9:.1f} GB, once for their checksum", file=sys.stderr)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -121,7 +134,7 @@ def _stat(path: Path) -> list[int]:
         stat = path.stat()
     except OSError:
         return []
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _content(path: Path) -> str:

@@ -80,7 +80,7 @@ def _checksums(facts: Mapping[str, Any], place: str = "") -> Iterator[tuple[str,
     for key, value in facts.items():
         if isinstance(value, Mapping):
             yield from _checksums(value, f"{place}/{key}")
-        elif key == "sha256" or (key == "hub" and "sha256" not in facts):
+        elif value is not None and (key in ("sha256", "code_sha256") or (key == "hub" and "sha256" not in facts)):
             yield f"{place}/{key}", value
 
 

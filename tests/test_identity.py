@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 import train
 from flora import contents
 from flora.config import composed
-from flora.errors import DataError
+from flora.errors import ConfigError, DataError
 from flora.files import ROOT
 from flora.launch.entry import main
 from flora.results import Store
+from flora.results.cells import _parts
 from flora.results.store import SHIPPED
 from flora.training.identity import finished, identify, notes
 from tests.tasks.conftest import png
@@ -242,3 +243,72 @@ def test_of_what_a_run_starts_from_its_cell_counts_and_what_it_holds(tmp_path):
     assert made[0].config["model"]["projector"] == f"outputs/{'c' * 12}"
     assert made[0].cell_id == made[1].cell_id != made[2].cell_id
     assert len({made[0].run_id, made[1].run_id, made[2].run_id}) == 3
+
+
+def test_what_is_tested_are_the_classes_and_the_data_that_the_run_was_trained_on(run, tmp_path):
+    pictures(tmp_path / "data" / "mine", 10)
+    code, out, err = run("task=imagefolder", "task.dataset=mine", *TINY)
+    assert code == 0, err
+    record = json.loads(Path(out.split()[-1]).read_text())
+    again = ("mode=eval", f"checkpoint={Path(record['adapter_path']).parent}")
+    code, out, err = run(*again)
+    assert (code, "other data" in err) == (0, False), err
+    (tmp_path / "data" / "mine" / "test" / "cats" / "0.png").write_bytes(png(7))
+    code, out, err = run(*again)
+    assert code == 0, err
+    assert "tested on other data than the run was trained on" in err
+    assert "data" in json.loads(Path(out.split()[-1]).read_text())["execution"]["set_anew"]
+    for split in ("train", "test"):
+        (tmp_path / "data" / "mine" / split / "cats").rename(tmp_path / "data" / "mine" / split / "elks")
+    code, _, err = run(*again)
+    assert code == 2
+    assert "tells cats, dogs apart, in this order, but the data has dogs, elks" in err
+    (tmp_path / "data").rename(tmp_path / "gone")
+    code, _, err = run(*again)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: there is no folder data/mine")
+
+
+@pytest.mark.parametrize("ending", ["", ".jfif"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_images_that_a_table_names_count_whatever_they_are_called_and_behind_links(tmp_path, ending, linked):
+    folder, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
+    for place in (folder, elsewhere):
+        place.mkdir()
+    if linked:
+        (folder / "pics").symlink_to(elsewhere)
+    else:
+        (folder / "pics").mkdir()
+    for split in ("train", "test"):
+        rows = [{"image": {"bytes": None, "path": f"pics/i{n}{ending}"}, "label": n % 2} for n in range(4)]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+    ids = set()
+    for shade in range(2):
+        for number in range(4):
+            (folder / "pics" / f"i{number}{ending}").write_bytes(png(10 * shade + number))
+        ids.add(name("task=imagefolder", "task.dataset=mine", "task.classes=2", f"paths.data={tmp_path}", *TINY))
+    assert len(ids) == 2
+
+
+def test_code_and_arguments_of_an_own_network_count(tmp_path, monkeypatch):
+    package = tmp_path / "ownnets"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "nets.py").write_text("def build(num_classes, **more): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ("task=digits", "model=module", "model.target=ownnets.nets.build", "model.allow=[ownnets]")
+    ids = [name(*own), name(*own, "model.arguments={act: 1}"), name(*own, "model.arguments={act: false}")]
+    (package / "nets.py").write_text("def build(num_classes, **others): ...\n")
+    ids.append(name(*own))
+    assert len(set(ids)) == 4
+
+
+def test_a_setting_that_no_config_has_counts_also_where_it_is_off():
+    asked = ("task=digits", "model=timm", "model.timm_name=resnet10t", "model.pretrained=false", "adapter=ia3")
+    assert name(*asked) != name(*asked, "+adapter.init_ia3_weights=false")
+
+
+def test_a_table_may_allow_no_code(monkeypatch, tmp_path):
+    cells = {"common": ["task=digits", "model=module", "model.allow=[evil]"], "grid": {"seed": [0]}}
+    with pytest.raises(ConfigError, match=r"model\.allow=\[evil\]: a table may allow no code to run"):
+        _parts("evil", cells)

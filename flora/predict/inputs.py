@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flora.contents import IMAGES as SUFFIXES
+from flora.contents import everything
 from flora.errors import ConfigError, DataError, first_line
 from flora.tasks import tables
 from flora.tasks.images.decode import Picture, open_image
@@ -16,7 +18,6 @@ from flora.tasks.images.parquet import opener
 from flora.tasks.text.rows import row_of
 from flora.tasks.vqa.rows import Columns
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")  # of pictures in folders
 TABLES = tables.FORMATS
 _FILES = (*TABLES, ".txt", *SUFFIXES)
 
@@ -73,7 +74,7 @@ def _is_path(given: str) -> bool:
 
 def _pictures(place: Path) -> Inputs:
     if place.is_dir():
-        found = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        found = [path for path in everything(place) if path.suffix.lower() in SUFFIXES]
         if not found:
             raise DataError(f"input={place}: no pictures in there ({', '.join(SUFFIXES)})")
         return Inputs(found, {"path": _shown(found)})
@@ -116,8 +117,6 @@ def _texts(place: Path | None, given: str, names: Sequence[str]) -> Inputs:
             raise DataError(f"{place}: no lines")
         return Inputs(lines, {"row": list(range(len(lines)))})
     table = read_rows(place)
-    if len(names) == 1 and names[0] not in table.columns and len(table.columns) == 1:
-        names = table.columns
     values = list(zip(*(_column(place, table, name) for name in names), strict=True))
     return Inputs(values, {"row": list(range(len(values)))})
 

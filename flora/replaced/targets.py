@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 ALL = "all"
 _HEADS = ("classifier", "fc", "head", "heads", "score")  # of torchvision, and of many a network of one's own
+_BESIDE = ("aux_head", "aux1", "aux2", "AuxLogits", "projector")  # what else gives outputs, of some networks
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -31,7 +32,14 @@ def choose(config: Any, model: nn.Module, adapts: Callable[[nn.Module], bool]) -
         _warn_of_convolutions(model)
     if config.target_modules != ALL:
         return
-    outputs = heads(model)
+    outputs = heads(model) if _says(model) or not config.modules_to_save else []
+    if not config.modules_to_save and not _says(model):
+        taken = f"{', '.join(outputs)} for the head" if outputs else "no layer for a head"
+        warnings.warn(
+            f"target_modules: '{ALL}' takes {taken} of {type(model).__name__}, by its name: name the head in "
+            "modules_to_save, or in exclude_modules",
+            stacklevel=4,
+        )
     ends = [*(config.modules_to_save or []), *_replaced_tokens(config, model)]
     names: list[str] = []
     for name, module in model.named_modules():
@@ -64,9 +72,15 @@ def heads(model: nn.Module) -> list[str]:
             found += modules if isinstance(modules, tuple) else [modules]
     if not any(isinstance(module, nn.Module) for module in found):
         found += [_last(child) for name, child in model.named_children() if name in _HEADS]
+    found += [child for name, child in model.named_children() if name in _BESIDE and base is model]
     weights = [w for head in found for w in (getattr(head, "weight", None),) if w is not None]
     tied = [m for m in model.modules() if isinstance(m, nn.Embedding) and any(m.weight is w for w in weights)]
     return [name for name, module in model.named_modules() if name and any(module is m for m in [*found, *tied])]
+
+
+def _says(model: nn.Module) -> bool:
+    """Whether a network says itself what its head is, as those of transformers and timm do."""
+    return isinstance(model, PreTrainedModel) or callable(getattr(model, "get_classifier", None))
 
 
 def exactly(names: Collection[str], model: nn.Module) -> str | list[str]:

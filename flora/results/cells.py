@@ -8,6 +8,7 @@ them; `reproduce.py` puts the folder of that cell's run in its place.
 """
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -174,6 +175,11 @@ def _parts(table: str, scale: Any) -> list[dict[str, Any]]:
         common = part.get("common", [])
         if not isinstance(common, list) or not all(isinstance(o, str) and "=" in o for o in common):
             raise ConfigError(f"experiments/{table}.yaml: common must be a list of KEY=VALUE, got {common!r:.100}")
+        settings = [*common, *(part.get("grid") or {})]
+        if trusts := [word for word in settings if re.match(r"\+*model\.(allow|trust_remote_code)\b", str(word))]:
+            raise ConfigError(
+                f"experiments/{table}.yaml: {trusts[0]}: a table may not allow code to run; type it yourself"
+            )
         for key in ("not_runnable_yet", "published"):
             if not isinstance(part.get(key), str | None):
                 raise ConfigError(f"experiments/{table}.yaml: {key} must be a text, got {part[key]!r:.100}")

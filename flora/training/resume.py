@@ -91,26 +91,31 @@ class KeepBest(TrainerCallback):
     def __init__(self, model: nn.Module, metric: str) -> None:
         self.model, self.metric = model, f"eval_{metric}"
         self.value, self.best = -float("inf"), dict[str, Tensor]()
+        self.step = 0
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Take the weights of a new best."""
         value = (metrics or {}).get(self.metric, -float("inf"))
         if value > self.value:
-            self.value, self.best = value, weights(self.model)
+            self.value, self.best, self.step = value, weights(self.model), state.global_step
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Put the best weights back."""
+        """Put the best weights back, and say so."""
         if self.best:
             load_weights(self.model, self.best)
+            if self.step < state.global_step and processes.first():
+                name = self.metric.removeprefix("eval_")
+                what = f"where validation {name} was first best, {self.value:.4g}; protocol.select=last keeps the last"
+                print(f"kept the weights of step {self.step} of {state.global_step}, {what}", file=sys.stderr)
         self.best = {}
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"value": float(self.value), "best": self.best}
+        return {"value": float(self.value), "best": self.best, "step": self.step}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """From a checkpoint."""
-        self.value, self.best = saved["value"], saved["best"]
+        self.value, self.best, self.step = saved["value"], saved["best"], saved.get("step", 0)
 
 
 class Keeper(TrainerCallback):

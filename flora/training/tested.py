@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from flora import inputs
 from flora.config import not_semantic, parsed, semantic_config
 from flora.errors import ConfigError, WeightsError
 from flora.training import saved
@@ -44,19 +45,36 @@ class Tested:
         """The settings of its model, resolved."""
         return dict(OmegaConf.to_container(self.cfg.model, resolve=True))  # type: ignore[arg-type]
 
-    def check(self, model: Any, method: Any) -> None:
-        """Refuse a model or a method that is not the trained one, and other base weights than its own.
+    def check(self, model: Any, method: Any, splits: Any, found: inputs.Inputs) -> None:
+        """Refuse a model or a method that is not the trained one, other classes, and other base weights than its own.
 
         Args:
             model: see ``flora.models.spec``.
             method: see ``flora.methods.base``.
+            splits: what it is tested on, see ``flora.tasks.base``.
+            found: what identifies that; other data than the run's are said, and ``anew``.
 
         Raises:
-            ConfigError: a model of another name, or a method that nothing names.
+            ConfigError: a model of another name, a method that nothing names, or classes by other names or in another
+                order than the outputs of the network.
             WeightsError: other weights that nobody has named on the command line; those that were are ``anew``.
         """
         saved.check_method(self.folder, method)
         saved.check_same_model(self.folder, model.name)
+        facts = saved.facts(self.folder)
+        names, there = facts.get("class_names"), list(splits.class_names)
+        if isinstance(names, list) and splits.num_classes > 1 and names != there:
+            raise ConfigError(
+                f"checkpoint={self.folder} tells {_some(names)} apart, in this order, but the data has {_some(there)}: "
+                "test it on data of its classes"
+            )
+        own = (facts.get("config") or {}).get("inputs") or {}
+        if own and own.get("data") != found.get("data"):
+            self.anew["data"] = {"now": found.get("data"), "trained": own.get("data")}
+            print(
+                "tested on other data than the run was trained on; of what it was trained on, some may be in the test",
+                file=sys.stderr,
+            )
         try:
             check_weights(self.folder, model)
         except WeightsError as error:
@@ -121,8 +139,8 @@ def as_trained(cfg: DictConfig, typed: Sequence[str] | None) -> Tested:
         new["trainer"] = asked["trainer"] | new["trainer"]
     if not keys & {"seed", "experiment"}:
         new["seed"] = own["seed"]
-    place = facts.get("data_folder")
-    if "paths.data" not in keys and "paths" not in keys and isinstance(place, str) and Path(place).is_dir():
+    place = facts.get("data_folder")  # where it is gone, no other takes its place without a word
+    if "paths.data" not in keys and "paths" not in keys and isinstance(place, str):
         new["paths"] = asked["paths"] | {"data": place}
     tested = OmegaConf.create(asked | new)
     for word in words:
@@ -178,6 +196,10 @@ def _differences(own: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, An
     return found
 
 
+def _some(names: Sequence[Any]) -> str:
+    return ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")
+
+
 def _name(group: Mapping[str, Any]) -> Any:
     return group.get("name") or group.get("timm_name") or str(group.get("_target_")).rpartition(".")[2]
 
@@ -195,7 +217,7 @@ def check_weights(folder: Path, model: Any) -> None:
     trained, now = saved.facts(folder).get("weights"), _flat(pinned(model.facts), "")
     for key, value in _flat(trained, "").items() if isinstance(trained, Mapping) else ():
         place, _, what = key.rpartition(".")
-        if what in ("sha256", "pretrained") and now.get(key, value) != value:
+        if what in ("sha256", "code_sha256", "pretrained") and now.get(key, value) != value:
             name = next((now[f"{place}.{kind}"] for kind in _PLACES if f"{place}.{kind}" in now), model.name)
             raise WeightsError(
                 f"{name} has {what} {now[key]}, but {folder} was trained on weights with {what} {value}: name those "

@@ -92,7 +92,7 @@ def test_what_is_typed_wins_and_is_said_and_recorded(run, capsys):
 
 
 def test_a_group_that_is_typed_takes_the_place_of_the_runs(run, capsys):
-    with pytest.raises(ConfigError, match="does not fit this model"):  # ten classes, not sixteen
+    with pytest.raises(ConfigError, match="but the data has 0, 1, 2"):  # ten classes, not sixteen
         evaluated("task=digits")
     assert "tested with: task=digits (trained with vtab)" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from flora.tasks.images import parquet
 from flora.tasks.images.decode import open_image
 from flora.tasks.portions import by_value
 
-_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
+_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid", "validate", "dev"), "test": ("test",)}
 # Of a split: what opens each image, their labels, and their names for messages.
 Part = tuple[list[Callable[[], Image.Image]], np.ndarray, list[str]]
 

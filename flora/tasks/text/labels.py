@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,21 +15,7 @@ from flora.tasks.portions import by_value
 KINDS = ("auto", "classification", "regression")
 _HIDDEN = "; a label of -1 marks the hidden ones of a published test split"
 _SHOWN = 4
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Labels of one data set.
-
-    Attributes:
-        values: per split class indices int64 ``[N]``, or numbers float32 ``[N]``.
-        classes: their names in the order of the indices; none for numbers.
-        why: in words how that was told.
-    """
-
-    values: dict[str, np.ndarray]
-    classes: list[str]
-    why: str
+_CODE = re.compile(r"\s*[+-]?0\d")
 
 
 def kind_of(cells: Sequence[Any], named: bool, kind: str) -> tuple[str, str]:
@@ -41,7 +27,7 @@ def kind_of(cells: Sequence[Any], named: bool, kind: str) -> tuple[str, str]:
         return kind, f"task.kind={kind}"
     if named:
         return "classification", "its classes have names"
-    numbers = [_number(cell) for cell in cells]
+    numbers = _numbers(cells)
     if any(number is None for number in numbers):
         return "classification", "its labels are words"
     if _whole(numbers):
@@ -49,10 +35,21 @@ def kind_of(cells: Sequence[Any], named: bool, kind: str) -> tuple[str, str]:
     return "regression", "its labels are numbers with fractions"
 
 
-def as_classes(cells: Sequence[Any], names: Sequence[str] | None) -> list[str]:
-    """The name of each cell's class; ``names``: by index, where the file knows them."""
-    if names is None and _whole(numbers := [_number(cell) for cell in cells]):
-        return [str(int(number)) for number in numbers if number is not None]
+def are_whole(cells: Sequence[Any]) -> bool:
+    """Whether all labels are whole numbers, however they are written."""
+    return _whole(_numbers(cells))
+
+
+def as_classes(cells: Sequence[Any], names: Sequence[str] | None, whole: bool) -> list[str]:
+    """The name of each cell's class.
+
+    Args:
+        cells: labels of a split.
+        names: of the classes by index, where the file knows them.
+        whole: the labels of all splits are whole numbers, so that 1 and 1.0 are one class.
+    """
+    if names is None and whole:
+        return [str(int(float(cell))) for cell in cells]
     return [
         names[cell] if names is not None and isinstance(cell, int) and 0 <= cell < len(names) else str(cell).strip()
         for cell in cells
@@ -91,6 +88,11 @@ def indices(named: Mapping[str, Sequence[str]], names: Sequence[str] | None) -> 
                 + (_HIDDEN if "-1" in new else "")
             )
     return {split: np.array([place[name] for name in own], np.int64) for split, own in named.items()}, classes
+
+
+def _numbers(cells: Sequence[Any]) -> list[float | None]:
+    """Cells as numbers; None for what is none, and for codes: 01 is another one than 1."""
+    return [None if isinstance(cell, str) and _CODE.match(cell) else _number(cell) for cell in cells]
 
 
 def _number(cell: Any) -> float | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flora import contents
 from flora.errors import ConfigError, DataError, first_line
 from flora.models.spec import ModelSpec, TextSpec
 from flora.models.weights import reach_hub, sha256_of
@@ -159,6 +160,7 @@ class Text(TextTask):
         place = self._place(data_dir)
         if place is not None:
             return super().contents(data_dir)
+        contents.note(Path(datasets.config.HF_DATASETS_CACHE), deep=True)  # so that it is asked for each time
         return {split: _digest(table)["sha256"] for split, table in self._from_hub(Path(self.dataset)).items()}
 
     def load(self, *, tokenizer: Any, max_length: int, data_dir: Path | None) -> Splits:
@@ -171,6 +173,8 @@ class Text(TextTask):
                 tables.column(table, f"{split}: task.{'label' if name == target else 'text'}", name, ())
         left_out = {split: self._drop_missing(table, columns, target) for split, table in data.items()}
         names = data["train"].names.get(target)
+        if odd := [split for split, table in data.items() if table.names.get(target) != names]:
+            raise DataError(f"{odd[0]} gives the classes of {target} other names than train, or another order: mend it")
         cells = {split: [row[target] for row in table.rows] for split, table in data.items()}
         every = [cell for part in cells.values() for cell in part]
         self.kind, why = labels.kind_of(every, names is not None, self.asked_kind)
@@ -184,7 +188,8 @@ class Text(TextTask):
             values = {split: labels.as_numbers(part, data[split].where) for split, part in cells.items()}
             strata = np.zeros(len(values["train"]), np.int64)
         else:
-            values = {split: np.array(labels.as_classes(part, names), object) for split, part in cells.items()}
+            whole = labels.are_whole(every)
+            values = {split: np.array(labels.as_classes(part, names, whole), object) for split, part in cells.items()}
             strata = np.unique(values["train"], return_inverse=True)[1]
             if not strata.any():
                 raise DataError(f"train has one class, {values['train'][0]}: there is nothing to tell apart")
@@ -387,7 +392,7 @@ def _repeated(texts: dict[str, list[tuple[str, ...]]]) -> list[str]:
 
 
 def _digest(table: Table) -> dict[str, Any]:
-    whole = hashlib.sha256()
+    whole = hashlib.sha256(json.dumps(table.names, sort_keys=True).encode())
     for row in table.rows:
         whole.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return {"rows": len(table.rows), "sha256": whole.hexdigest()}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flora.contents import checksum, of
+from flora.contents import checksum, everything, of
 from flora.errors import ConfigError, DataError
 from flora.models.spec import ImageTextSpec, ModelSpec
 from flora.tasks import manifest, tables
@@ -141,7 +141,7 @@ class Instruct(Task[ImageTextSpec]):
         sums = of(folder, files)
         if self.images is not None or any(path.suffix.lower() != ".parquet" for path in files):
             images = self._images(folder, data_dir)
-            sums["images"] = checksum((path for path in images.rglob("*") if path.is_file()), images)
+            sums["images"] = checksum(everything(images), images)
         return sums
 
     def read(self, model: ImageTextSpec, data_dir: Path | None) -> Splits:
