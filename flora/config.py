@@ -52,8 +52,10 @@ _NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
 }
 
 # Options where zero, false or an empty list says something else than null.
-_ZERO_COUNTS = ("scale", "alpha", "init_weights", "init_lora_weights", "stack_modes", "color_jitter", "head_dropout")
-_WHOLE = ("arguments", "architecture")  # what is handed on to others, where a zero may say anything
+_ZERO_COUNTS = (
+    *("scale", "alpha", "stack_modes", "color_jitter", "head_dropout"),
+    *("init_weights", "init_lora_weights", "init_ia3_weights"),
+)
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
@@ -341,27 +343,17 @@ def _without_places(model: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pruned(node: Any, group: str | None = None) -> Any:
+def _pruned(node: Any) -> Any:
     """Without null, false, zero and empty values, so that a new option that defaults to off keeps old run ids.
 
-    Zeros that say something else than null stay (``_ZERO_COUNTS``), as do those of settings that no config of the group
-    has, of which nobody here knows what they are without them, and all that goes to single layers or to other code.
+    Zeros that say something else than null stay (``_ZERO_COUNTS``), as does all that patterns give to single layers and
+    what is handed on to other code.
     """
     if isinstance(node, dict):
-        counts = (*_ZERO_COUNTS, *(node.keys() - _declared(group) if group in _GROUPS else ()))
-        kept = {key: value for key, value in node.items() if value or (key in counts and value is not None)}
-        return {
-            key: value if key.endswith("_pattern") or key in _WHOLE else _pruned(value, key if group is None else "")
-            for key, value in kept.items()
-        }
+        kept = {key: value for key, value in node.items() if value or (key in _ZERO_COUNTS and value is not None)}
+        whole = {key for key in kept if key.endswith("_pattern") or key == "arguments"}
+        return {key: value if key in whole else _pruned(value) for key, value in kept.items()}
     return [_pruned(value) for value in node] if isinstance(node, list) else node
-
-
-@cache
-def _declared(group: str) -> frozenset[str]:
-    """The settings that configs of a group have."""
-    files = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "configs" / group).glob("*.yaml"))
-    return frozenset(key for content in files if isinstance(content, dict) for key in content)
 
 
 def one_line(error: BaseException) -> str:

@@ -310,5 +310,5 @@ def test_a_setting_that_no_config_has_counts_also_where_it_is_off():
 
 def test_a_table_may_allow_no_code(monkeypatch, tmp_path):
     cells = {"common": ["task=digits", "model=module", "model.allow=[evil]"], "grid": {"seed": [0]}}
-    with pytest.raises(ConfigError, match=r"model\.allow=\[evil\]: a table may allow no code to run"):
+    with pytest.raises(ConfigError, match=r"model\.allow=\[evil\]: a table may not allow code to run"):
         _parts("evil", cells)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -117,6 +118,12 @@ def _texts(place: Path | None, given: str, names: Sequence[str]) -> Inputs:
             raise DataError(f"{place}: no lines")
         return Inputs(lines, {"row": list(range(len(lines)))})
     table = read_rows(place)
+    if len(names) == 1 and names[0] not in table.columns and len(table.columns) == 1:
+        print(
+            f"{place}: the column {table.columns[0]!r}, as its first line names it, is taken for {names[0]}",
+            file=sys.stderr,
+        )
+        names = table.columns
     values = list(zip(*(_column(place, table, name) for name in names), strict=True))
     return Inputs(values, {"row": list(range(len(values)))})
 

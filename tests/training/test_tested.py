@@ -81,14 +81,18 @@ def test_a_run_is_tested_on_its_own_data_with_its_own_model_method_seed_and_limi
 
 
 def test_what_is_typed_wins_and_is_said_and_recorded(run, capsys):
-    again = evaluated("task.dataset=dsprites_location", "trainer.max_eval_examples=20", "seed=3")
-    assert (again["dataset"], again["config"]["trainer"]["max_eval_examples"]) == ("dsprites_location", 20)
+    again = evaluated("trainer.max_eval_examples=20", "seed=3")
+    assert again["config"]["trainer"]["max_eval_examples"] == 20
     assert again["config"]["task"]["test_size"] == 48
-    assert again["execution"]["set_anew"]["task.dataset"] == {"now": "dsprites_location", "trained": run["dataset"]}
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tested with: ")]
-    (line,) = said
-    assert "task.dataset=dsprites_location (trained with dsprites_orientation)" in line
-    assert "trainer.max_eval_examples=20 (trained with 40)" in line
+    assert again["execution"]["set_anew"] == {"trainer.max_eval_examples": {"now": 20, "trained": 40}}
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tested with: ")]
+    assert line == "tested with: trainer.max_eval_examples=20 (trained with 40)"
+
+
+def test_other_classes_than_those_of_the_run_are_refused(run):
+    """Both data sets have sixteen classes."""
+    with pytest.raises(ConfigError, match=r"orientation 0-2, .* but the data has location 0-1, "):
+        evaluated("task.dataset=dsprites_location")
 
 
 def test_a_group_that_is_typed_takes_the_place_of_the_runs(run, capsys):
@@ -171,7 +175,7 @@ def test_code_of_a_tokenizer_is_not_run_on_a_folders_word(run):
 def test_data_are_read_where_the_run_read_them(run, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     say(data_folder=str(tmp_path / "elsewhere"))
-    with pytest.raises(ConfigError, match="does not fit this model"):
+    with pytest.raises(ConfigError, match="but the data has 0, 1, 2"):
         evaluated("task=digits")
     config = json.loads(Path("run/adapter/run.json").read_text())["config"]
     say(config=config | {"task": config["task"] | {"dataset": "eurosat"}})
