@@ -172,4 +172,5 @@ def _transformers(name: str) -> TransformersModel:
     fields = yaml.safe_load(path.read_text())
     sizes = fields["architecture"] | smaller
     targets = fields["adapter_targets"]
-    return TransformersModel(name, fields["kind"], sizes, fields["classifier"], False, adapter_targets=targets)
+    kind = fields["kind"].removeprefix("${oc.select:task.network,").removesuffix("}")  # what it is without a task
+    return TransformersModel(name, kind, sizes, fields["classifier"], False, adapter_targets=targets)
