@@ -116,7 +116,7 @@ def _looked(files: Iterable[Path], root: Path, deep: bool) -> dict[str, list[Any
     note(root, deep)
     known = _known(root)
     named = sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in files)
-    stats = {name: _stat(path) for name, path in named}
+    stats = {name: _stat(path) if path.is_file() else [] for name, path in named}  # a pipe would be waited for
     unread = [(name, path) for name, path in named if stats[name] and known.get(name, [])[:4] != stats[name]]
     if (size := sum(stats[name][0] for name, _ in unread)) > _SAID_FROM:
         print(f"{root}: reading {len(unread)} files, {size / 1e9:.1f} GB, once for their checksum", file=sys.stderr)

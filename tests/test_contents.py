@@ -100,3 +100,8 @@ def test_a_file_that_cannot_be_read_counts_as_such(files):
     before = of(files)
     paths = [*(path for path in files.rglob("*") if path.is_file()), files / "gone"]
     assert checksum(paths, files) not in (before, checksum(paths[:-1], files))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert module.digests([tmp_path / "pipe"], tmp_path) == {"pipe": module.UNREADABLE}

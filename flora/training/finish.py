@@ -13,7 +13,7 @@ from flora.results.record import Record, command, device_name, now
 from flora.training.identity import Identity
 from flora.training.model_card import write_card
 from flora.training.run import Outcome, Run
-from flora.training.saved import write_facts
+from flora.training.saved import write_facts, written
 from flora.training.sharding import gathered
 from flora.training.tested import Tested
 
@@ -80,7 +80,7 @@ def _finished(record: Record, run: Run, outcome: Outcome, cfg: DictConfig) -> Re
             run.method.save(outcome.adapted.model, place)
             facts = {
                 "num_classes": run.splits.num_classes,
-                "class_names": run.splits.class_names,
+                "class_names": written(run.splits.class_names),
                 "weights": pinned(record.weights),
                 "inputs": run.task.preprocessing(run.model),
                 "data": run.splits.facts,

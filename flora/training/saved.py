@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ def write_facts(record: Record, folder: Path, **more: Any) -> None:
     keys = ("run_id", "task", "dataset", "model", "adapter", "metric", "value")
     said = {key: getattr(record, key) for key in keys} | more | {"cell_id": recorded_cell(record.config)}
     write_json(folder / "run.json", said | {"tensors": _tensors(folder)})
+
+
+def written(names: Sequence[str]) -> list[str]:
+    """Names of classes as a file can hold them: what is no character becomes a question mark."""
+    return [str(name).encode(errors="replace").decode() for name in names]
 
 
 def facts(folder: Path) -> dict[str, Any]:

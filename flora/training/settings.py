@@ -303,7 +303,7 @@ class Paths:
             (adapter, adapter.is_dir() and not adapter.is_symlink(), "a folder"),  # which is replaced, no link to one
             (checkpoints, checkpoints.is_dir(), "a folder"),
             *(
-                (file, file.is_file(), "a file")
+                (file, file.is_file() or file.is_char_device(), "a file")  # /dev/null is one too
                 for file in (Path(self.results) / f"{run}.json", folder / "metrics.csv")
             ),
         ):

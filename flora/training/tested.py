@@ -62,7 +62,7 @@ class Tested:
         saved.check_method(self.folder, method)
         saved.check_same_model(self.folder, model.name)
         facts = saved.facts(self.folder)
-        names, there = facts.get("class_names"), list(splits.class_names)
+        names, there = facts.get("class_names"), saved.written(splits.class_names)
         if isinstance(names, list) and splits.num_classes > 1 and names != there:
             raise ConfigError(
                 f"checkpoint={self.folder} tells {_some(names)} apart, in this order, but the data has {_some(there)}: "
