@@ -70,7 +70,7 @@ def search(
             study.tell(trial, value)
             done.append((value, words, record))
             _say(f"search: trial {len(returns)} of {trials}: {' '.join(words)}: validation {value:.4f}")
-        if any(isinstance(answer._return_value, Interrupted) for answer in answers):
+        if any(isinstance(error_of(answer), Interrupted) for answer in answers):
             break  # the same command goes on
     if done:
         value, words, record = max(done, key=lambda trial: trial[0])

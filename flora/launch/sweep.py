@@ -47,12 +47,17 @@ class Outcomes(Callback):
             return
         outcome, message = "finished", ""
         if job_return.status != JobStatus.COMPLETED:
-            error = job_return._return_value
+            error = error_of(job_return)
             outcome = next((name for name, kind in _OUTCOMES.items() if kind and isinstance(error, kind)), "failed")
             message = " ".join(str(error).split()) or type(error).__name__
         overrides = list(job_return.overrides or [])
         cell = {"overrides": overrides, "outcome": outcome, "message": message}
         write_json(_cells(config) / f"{config.hydra.job.num}.json", cell)
+
+
+def error_of(job_return: JobReturn) -> Any:
+    """What a job of a sweep raised; of a job that did not, what it returned."""
+    return job_return._return_value  # its property raises
 
 
 class Refused(BaseException):
