@@ -13,6 +13,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from flora.errors import ConfigError, Interrupted
+from flora.launch.sweep import error_of
 
 DIGITS = 3  # significant ones of a number that is tried, so that it can be typed
 INSTALL = 'a search needs optuna: pip install -e ".[search]"'
