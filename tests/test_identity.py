@@ -17,14 +17,15 @@ from safetensors.torch import save_file
 
 import train
 from flora import contents
-from flora.config import composed
-from flora.errors import ConfigError, DataError
+from flora.config import composed, instantiate
+from flora.errors import ConfigError, DataError, WeightsError
 from flora.files import ROOT
 from flora.launch.entry import main
 from flora.results import Store
 from flora.results.cells import _parts
 from flora.results.store import SHIPPED
 from flora.training.identity import finished, identify, notes
+from flora.training.tested import check_weights
 from tests.tasks.conftest import png
 
 TINY = ("model=timm", "model.timm_name=test_resnet", "model.pretrained=false", "model.image_size=16", "adapter=lora")
@@ -168,6 +169,18 @@ def test_shards_and_a_tokenizer_beside_them_count(tmp_path):
     shutil.copytree(tmp_path / "bert", tmp_path / "copy")
     assert name(*asked, f"model.weights={tmp_path}/copy") == ids[-1]
     assert name(*asked, f"model.tokenizer={tmp_path}/copy") != ids[0]
+
+
+def test_a_saved_run_refuses_a_shard_that_has_changed(tmp_path):
+    sharded(tmp_path / "bert", 1.0)
+    (tmp_path / "bert" / "tokenizer.json").write_text("{}")
+    model = instantiate(composed(["model=minilm_l6", f"model.weights={tmp_path}/bert"]).model)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"weights": model.facts}))
+    check_weights(tmp_path / "run", model)
+    sharded(tmp_path / "bert", 2.0)
+    with pytest.raises(WeightsError, match=r"but .*run was trained on weights with sha256"):
+        check_weights(tmp_path / "run", model)
 
 
 @pytest.mark.data

@@ -1,6 +1,5 @@
 """Where pretrained weights come from: a path, what ships with flora, the hub's cache, a package, the hub."""
 
-import contextlib
 import errno
 import importlib.metadata
 import re
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from flora.contents import UNREADABLE, digests, note
 from flora.errors import ConfigError, WeightsError, first_line
-from flora.files import cache_dir, read_object
+from flora.files import cache_dir
 
 BUNDLED = Path(__file__).parent / "bundled"
 PROBE_SECONDS = 3
@@ -107,21 +106,6 @@ def facts_of(source: Source) -> dict[str, Any]:
     if not source.sha256:
         places["sha256"] = sha256_of(resolve(source))
     return {key: value for key, value in places.items() if value}
-
-
-def pinned(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a model's weights with the checksum of each file, shards too; one that is not there has none."""
-    known = {key: pinned(value) if isinstance(value, Mapping) else value for key, value in facts.items()}
-    places: dict[str, Any] = {key: known[key] for key in ("path", "bundled", "package", "hub", "file") if key in known}
-    if places and "sha256" not in known:
-        with contextlib.suppress(WeightsError, ConfigError, OSError):
-            known["sha256"] = sha256_of(resolve(Source(**places)))
-    if "sha256" in known and str(places.get("file") or places.get("path")).endswith(".index.json"):
-        with contextlib.suppress(WeightsError, ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError):
-            index = resolve(Source(**places))
-            shards = sorted(set(read_object(index)["weight_map"].values()))
-            known["shards"] = {name: {"sha256": sha256_of(index.parent / name)} for name in shards}
-    return known
 
 
 def name_of(facts: Mapping[str, Any]) -> str | None:

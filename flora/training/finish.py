@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from flora.config import METHOD_VERSION, semantic_config
 from flora.files import whole_folder, write_json
 from flora.launch import preemption, processes
-from flora.models.weights import name_of, pinned
+from flora.models.weights import name_of
 from flora.results.record import Record, command, device_name, now
 from flora.training.identity import Identity
 from flora.training.model_card import write_card
@@ -81,7 +81,7 @@ def _finished(record: Record, run: Run, outcome: Outcome, cfg: DictConfig) -> Re
             facts = {
                 "num_classes": run.splits.num_classes,
                 "class_names": written(run.splits.class_names),
-                "weights": pinned(record.weights),
+                "weights": record.weights,
                 "inputs": run.task.preprocessing(run.model),
                 "data": run.splits.facts,
                 "data_folder": cfg.paths.data,

@@ -212,9 +212,7 @@ def _flat(node: Any, key: str) -> dict[str, Any]:
 
 def check_weights(folder: Path, model: Any) -> None:
     """WeightsError where the base weights of a model differ from those that a saved run was trained on."""
-    from flora.models.weights import pinned  # here, as it imports torch
-
-    trained, now = saved.facts(folder).get("weights"), _flat(pinned(model.facts), "")
+    trained, now = saved.facts(folder).get("weights"), _flat(model.facts, "")
     for key, value in _flat(trained, "").items() if isinstance(trained, Mapping) else ():
         place, _, what = key.rpartition(".")
         if what in ("sha256", "code_sha256", "pretrained") and now.get(key, value) != value:

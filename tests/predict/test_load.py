@@ -18,7 +18,7 @@ import flora.models
 import train
 from flora.errors import ConfigError, DataError, WeightsError
 from flora.launch.entry import main
-from flora.models.weights import name_of, pinned
+from flora.models.weights import name_of
 from flora.training import saved
 from tests.tasks.conftest import png
 
@@ -174,20 +174,8 @@ def test_other_base_weights_than_the_runs_are_refused(runs, predict, script):
     assert f"trained on weights with sha256 {sha}" in err.splitlines()[-1]
 
 
-def test_an_adapter_of_peft_names_its_base_weights(tmp_path):
+def test_an_adapter_of_peft_names_its_base_weights():
     assert name_of(flora.models.get("convnext").facts) == "convnextv2_atto_tiny_imagenet.safetensors"
-    (tmp_path / "w").write_bytes(b"weights")
-    nested = pinned({"vision": {"path": str(tmp_path / "w")}, "projector": {"path": "x", "sha256": "y"}})
-    assert len(nested["vision"]["sha256"]) == 64
-    assert nested["projector"]["sha256"] == "y"
-    index = {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "one.safetensors").write_bytes(b"a shard")
-    sharded = pinned({"path": str(tmp_path / "model.safetensors.index.json")})
-    assert set(sharded["shards"]) == {"one.safetensors"}
-    (tmp_path / "one.safetensors").write_bytes(b"another")
-    assert pinned(sharded)["shards"] != sharded["shards"]
-    assert pinned({"hub": "nobody/nothing", "file": "x"}) == {"hub": "nobody/nothing", "file": "x"}
 
 
 @pytest.mark.parametrize(
