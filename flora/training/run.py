@@ -194,6 +194,8 @@ class Run:
         trainer = self._trainer(adapted, replace(self.settings, lr=lr), train, validation, label)
         log = self.log.fit(label) if reported and self.log is not None else None
         if (done := self.progress.done.get(label)) is not None:
+            newest = self.progress.newest
+            print(f"{label}: going on from checkpoint {newest}, where its training is done", file=sys.stderr)
             trainer.stand_for(done)
             if adapted.ranks:
                 adapted.ranks.update(effective_ranks(cast(Any, adapted.model)))

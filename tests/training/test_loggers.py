@@ -177,7 +177,9 @@ def whole(path):
 
 def wandb_files(folder):
     """What W&B wrote, per offline run: its facts, config, numbers by name and raw bytes."""
-    runs = []
+    runs, end = [], time.monotonic() + 60
+    while not [*folder.glob("wandb/offline-run-*/*.wandb")] and time.monotonic() < end:
+        time.sleep(0.1)  # another process of W&B's makes it
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):  # the names begin with the time
         facts, config, numbers = None, {}, {}
         for record in whole(path):
