@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from flora import names, registration
 
 if TYPE_CHECKING:
-    from flora.adapters import FloraConfig, FloraLayer, FloraModel, batched
+    from flora.adapters import FloraConfig, FloraLayer, FloraModel, batched, init_from_gradients
     from flora.predict import load
 
 __version__ = "0.1.0"
-__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "__version__", "batched", "load"]
-_HOMES = dict.fromkeys(("FloraConfig", "FloraLayer", "FloraModel", "batched"), "adapters") | {"load": "predict"}
+__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "__version__", "batched", "init_from_gradients", "load"]
+_HOMES = dict.fromkeys(("FloraConfig", "FloraLayer", "FloraModel", "batched", "init_from_gradients"), "adapters") | {
+    "load": "predict"
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ import peft  # noqa: F401  before our modules: its import has flora.registration
 
 from flora.adapters import hotswap
 from flora.adapters.config import FloraConfig
+from flora.adapters.gradients import init_from_gradients
 from flora.adapters.layer import FloraLayer
 from flora.adapters.model import FloraModel
 from flora.adapters.passes import batched
@@ -14,4 +15,4 @@ register(FloraConfig, FloraModel)
 hotswap.install()
 lora_only.install()
 
-__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "batched"]
+__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "batched", "init_from_gradients"]

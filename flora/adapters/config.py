@@ -15,7 +15,7 @@ from flora.replaced.config import (
     is_number,
 )
 
-INITS = ("orthogonal", "paper", "nlu", "llm", "hosvd")
+INITS = ("orthogonal", "zero_output", "paper", "nlu", "llm", "hosvd")
 FLORA = PeftMethod("FLORA")
 
 
@@ -66,18 +66,21 @@ class FloraConfig(ReplacedConfig):
             "only (mode), or not at all (none). The last two exist to count layers as published."
         },
     )
-    init: Literal["orthogonal", "paper", "nlu", "llm", "hosvd"] = field(
+    init: Literal["orthogonal", "zero_output", "paper", "nlu", "llm", "hosvd"] = field(
         default="orthogonal",
         metadata={
-            "help": "How factors start; the core starts at zero, so the update is zero. orthogonal: orthonormal "
-            "columns. paper: normal, std sqrt(0.5 / r) (FLoRA repository). nlu: normal, std 0.02 (Subspace-Tuning, "
-            "loralib). llm: uniform in +-1/sqrt(fan-in) (Subspace-Tuning, commonsense). hosvd: leading subspaces of "
-            "the pretrained weight. nlu and llm are published for matrices; beyond two modes they are our extension."
+            "help": "How the adapter starts; its update is zero. orthogonal: zero core, factors with orthonormal "
+            "columns. zero_output: zero output factor, core with orthonormal rows along it, other factors as before; "
+            "weights without an output mode (bare parameters, folds across it, a single output) keep the zero core. "
+            "The others have a zero core too. paper: normal, std sqrt(0.5 / r) (FLoRA repository). nlu: normal, std "
+            "0.02 (Subspace-Tuning, loralib). llm: uniform in +-1/sqrt(fan-in) (Subspace-Tuning, commonsense). hosvd: "
+            "leading subspaces of the pretrained weight. nlu and llm are published for matrices; beyond two modes they "
+            "are our extension."
         },
     )
     init_weights: bool = field(
         default=True,
-        metadata={"help": "False also draws the core at random, so the update is not zero: for tests only."},
+        metadata={"help": "False also draws what is zero at random, so the update is not zero: for tests only."},
     )
     flora_dropout: float = field(
         default=0.0,

@@ -1,4 +1,8 @@
-"""How cores and factors start: three published conventions and two of ours. The core is zero, so the update is too."""
+"""How cores and factors start: three published conventions and three of ours. The update is zero in all of them.
+
+The published ones, ``orthogonal`` and ``hosvd`` have a zero core, so that the core alone gets a gradient in the first
+step. ``zero_output`` has a zero output factor instead, as LoRA has a zero B: the update moves the outputs at once.
+"""
 
 import math
 from collections.abc import Sequence
@@ -28,25 +32,40 @@ def init_factor(factor: Tensor, how: str, fan_in: int) -> None:
         nn.init.orthogonal_(factor)
 
 
+def orthonormal_rows(core: Tensor, mode: int) -> Tensor:
+    """A random core of this shape whose unfolding along ``mode`` has orthonormal rows (columns where it is tall)."""
+    shape = core.movedim(mode, 0).shape
+    rows = nn.init.orthogonal_(core.new_empty(shape[0], core.numel() // shape[0], dtype=torch.float32))
+    return rows.to(core.dtype).reshape(shape).movedim(0, mode)
+
+
 @torch.no_grad()
 def init_tucker(
     core: Tensor, factors: Sequence[Tensor | None], how: str, output_mode: int | None, weight: Tensor | None
 ) -> None:
-    """Fill a core (with zeros) and its factors in place.
+    """Fill a core and its factors in place, so that the update is zero.
 
     Args:
         core: r_1 x ... x r_N.
         factors: d_n x r_n each, ``None`` for modes without one.
         how: a preset of ``FloraConfig.init``.
-        output_mode: the mode that counts outputs; ``llm`` takes its rank as fan-in, as a linear layer B (d_out x r)
-            does, and the mode size d_n for all other modes, as a linear layer A (r x d_in) does.
+        output_mode: the mode that counts outputs, ``None`` where there is none. ``llm`` takes its rank as fan-in, as a
+            linear layer B (d_out x r) does, and the mode size d_n for all other modes, as a linear layer A (r x d_in)
+            does. ``zero_output`` sets its factor to zero and gives the core orthonormal rows along it; where there is
+            no such factor, the core is zero and all factors are orthonormal.
         weight: the pretrained weight with the modes of the update, for ``hosvd``; ``None`` otherwise.
     """
     core.zero_()
+    zero = output_mode if how == "zero_output" and output_mode is not None else None
+    zero = None if zero is None or factors[zero] is None else zero
+    if zero is not None and not core.is_meta:
+        core.copy_(orthonormal_rows(core, zero))
     for mode, factor in enumerate(factors):
         if factor is None or factor.is_meta:
             continue
-        if how == "hosvd" and weight is not None and factor.shape[1] <= factor.shape[0]:
+        if mode == zero:
+            factor.zero_()
+        elif how == "hosvd" and weight is not None and factor.shape[1] <= factor.shape[0]:
             factor.copy_(leading_subspace(weight, mode, factor.shape[1]))
         else:
             init_factor(factor, how, fan_in=factor.shape[1] if mode == output_mode else factor.shape[0])

@@ -75,10 +75,12 @@ class FloraLayer(ReplacedLayer):
                 if not base.is_meta:
                     base = base.detach().reshape(weight.shape).to(torch.promote_types(base.dtype, torch.float32))
             core = self.core(adapter_name, weight.name)
-            output_mode = None if weight.folded else weight.output_dim
-            init_tucker(core.data, self.factors(adapter_name, weight.name), config.init, output_mode, base)
-            if not config.init_weights and not core.is_meta:
-                core.data.normal_(std=0.1)
+            factors = self.factors(adapter_name, weight.name)
+            init_tucker(core.data, factors, config.init, weight.output_mode, base)
+            if not config.init_weights:
+                for zero in (part for part in (core, *factors) if part is not None and not part.is_meta):
+                    if not zero.any():
+                        zero.data.normal_(std=0.1)
 
     def core(self, adapter_name: str, weight_name: str = "weight") -> Tensor:
         """Core of one adapted weight, r_1 x ... x r_N."""

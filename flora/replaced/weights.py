@@ -36,6 +36,21 @@ class AdaptedWeight:
         return self.name.replace(".", "_")
 
     @property
+    def output_mode(self) -> int | None:
+        """The mode that counts outputs, of several in a fold the largest; ``None`` where no mode counts them alone."""
+        if self.output_dim is None or not self.folded:
+            return self.output_dim
+        before = math.prod(self.weight_shape[: self.output_dim])
+        within = before * self.weight_shape[self.output_dim]
+        ends = [
+            math.prod(self.shape[: mode + 1]) for mode in range(len(self.shape))
+        ]  # entries up to and with each mode
+        if within not in ends or (before > 1 and before not in ends):
+            return None
+        modes = [mode for mode, end in enumerate(ends) if before < end <= within]
+        return max(modes, key=self.shape.__getitem__, default=None)
+
+    @property
     def folded(self) -> bool:
         """Whether the modes differ from the stored dimensions."""
         return self.shape != self.weight_shape

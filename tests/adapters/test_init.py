@@ -1,4 +1,4 @@
-"""How adapters start: nothing changes, factors have the published spread, only the core gets a gradient."""
+"""How adapters start: nothing changes, factors have the published spread, what is zero gets the first gradient."""
 
 import copy
 import math
@@ -11,13 +11,15 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import flora
 from flora.adapters import FloraLayer
 
 from .layer_cases import LAYERS, Holder
 
-PRESETS = ("orthogonal", "paper", "nlu", "llm", "hosvd")
+ZERO_CORE = ("orthogonal", "paper", "nlu", "llm", "hosvd")
+PRESETS = (*ZERO_CORE, "zero_output")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -114,10 +116,61 @@ def test_published_presets_are_for_any_number_of_modes():
             peft.get_peft_model(model, flora.FloraConfig(target_modules=["0"], init=preset))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ZERO_CORE)
 def test_the_first_gradient_reaches_only_the_core(preset):
     model = peft.get_peft_model(nn.Sequential(nn.Conv2d(6, 8, 3)), flora.FloraConfig(target_modules=["0"], init=preset))
     model(torch.randn(2, 6, 7, 7)).square().sum().backward()
     layer = model.base_model.model[0]
     assert layer.core("default").grad.abs().max() > 0
     assert all(not factor.grad.any() for factor in layer.factors("default"))
+
+
+# A layer of each kind, the weight that is adapted, and the mode that counts its outputs.
+OUTPUT_MODES = {
+    "linear": (nn.Linear(6, 8), {}, "weight", 0),
+    "one output": (nn.Linear(6, 1), {}, "weight", None),
+    "convolution": (nn.Conv2d(6, 8, 3), {}, "weight", 0),
+    "grouped": (nn.Conv2d(6, 8, 3, groups=2), {}, "weight", 0),
+    "depthwise": (nn.Conv2d(6, 6, 3, groups=6), {}, "weight", 0),
+    "three dimensions": (nn.Conv3d(6, 8, 2), {}, "weight", 0),
+    "transposed": (nn.ConvTranspose2d(6, 8, 3), {}, "weight", 1),
+    "transposed, depthwise": (nn.ConvTranspose2d(6, 6, 3, groups=6), {}, "weight", None),
+    "GPT-2's matrix [in, out]": (Conv1D(8, 6), {}, "weight", 1),
+    "embedding": (nn.Embedding(9, 6), {}, "weight", 1),
+    "attention [3, out, in]": (nn.MultiheadAttention(8, 2), {}, "in_proj_weight", 1),
+    "recurrent [gates, out, in]": (nn.LSTM(5, 8), {}, "weight_ih_l0", 1),
+    "fold of the outputs": (nn.Linear(6, 12), {"layer": [3, 4, 6]}, "weight", 1),
+    "fold of the inputs": (nn.Linear(6, 8), {"layer": [8, 2, 3]}, "weight", 0),
+    "fold across both": (nn.Linear(6, 4), {"layer": [3, 8]}, "weight", None),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUT_MODES)
+def test_zero_output_is_zero_along_the_outputs_and_orthonormal_elsewhere(kind):
+    layer, fold, name, mode = OUTPUT_MODES[kind]
+    config = flora.FloraConfig(target_modules=["layer"], r=4, init="zero_output", fold_pattern=fold)
+    adapted = peft.get_peft_model(Holder(copy.deepcopy(layer)), config).base_model.model.layer
+    core, factors = adapted.core("default", name).detach(), adapted.factors("default", name)
+    for n, factor in enumerate(factors):
+        if n == mode:
+            assert not factor.any()
+        elif factor is not None:
+            torch.testing.assert_close(factor.T @ factor, torch.eye(factor.shape[1]), atol=1e-5, rtol=0)
+    if mode is None:
+        assert not core.any()
+    else:
+        rows = core.movedim(mode, 0).flatten(1)
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-5, rtol=0)
+
+
+def test_the_first_gradient_of_zero_output_reaches_only_the_output_factor_and_is_that_of_w():
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(6, 8, 3).double(), torch.randn(2, 6, 7, 7, dtype=torch.double)
+    conv(x).square().sum().backward()
+    config = flora.FloraConfig(target_modules=["0"], r=4, scale=3.0, init="zero_output")
+    layer = peft.get_peft_model(nn.Sequential(copy.deepcopy(conv)), config).double().base_model.model[0]
+    layer(x).square().sum().backward()
+    core, (out, inward, rows, columns) = layer.core("default"), layer.factors("default")
+    assert not any(part.grad.any() for part in (core, inward, rows, columns))
+    expected = 3 * torch.einsum("oixy,abcd,ib,xc,yd->oa", conv.weight.grad, core, inward, rows, columns)
+    torch.testing.assert_close(out.grad, expected)

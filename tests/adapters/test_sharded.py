@@ -138,6 +138,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "factored": {"forward": "factored"},
     "merged": {"forward": "merged"},
     "hosvd": {"init": "hosvd", "init_weights": True},
+    "zero output": {"init": "zero_output", "init_weights": True},
     "folded": {"fold_pattern": {"up": [2, 4, 6]}},
 }
 
