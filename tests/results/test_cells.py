@@ -113,6 +113,24 @@ def test_a_part_that_starts_from_a_cell_sets_its_output_folder(tmp_path, monkeyp
     assert second.overrides == ("task=digits", f"model.projector=outputs/{first.cell_id}", "seed=1", "adapter=full")
 
 
+DRAWN = [path.stem for path in (ROOT / "configs" / "task").glob("*.yaml") if "\nsplit_seed:" in path.read_text()]
+
+
+@pytest.mark.parametrize("task", sorted(DRAWN))
+def test_every_task_that_draws_its_data_can_draw_it_by_the_seed(task):
+    assert composed([f"task={task}", "seed=3"]).task.split_seed == 0, "one draw for all seeds, unless asked"
+    assert composed([f"task={task}", "task.split_seed=${seed}", "seed=3"]).task.split_seed == 3
+
+
+def test_digits_are_drawn_anew_for_each_seed():
+    rules = set()
+    for seed in (0, 1, 1):
+        cfg = composed(["task=digits", "task.split_seed=${seed}", f"seed={seed}"])
+        rules.add(config.instantiate(cfg.task).load(image_size=8, data_dir=None).facts["split_rule"])
+    assert len(rules) == 2
+    assert all("seed" in rule for rule in rules)
+
+
 def test_a_new_version_of_the_method_changes_ids_and_knows_the_old_ones(monkeypatch):
     overrides = ("task=digits", "adapter=lora")
     before = Cell(overrides).cell_id
@@ -183,10 +201,10 @@ def test_the_draw_of_the_data_follows_the_seed_where_a_table_says_so(tmp_path, m
     table = load("t")
     assert len(table.rows) == 1
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        for cell in table.cells:
-            cfg = compose("train", overrides=list(cell.overrides))
-            assert cfg.task.split_seed == cfg.seed == cell.seed
-            assert cell.cell_id == config.cell_id(cfg)
+        typed = {cell: compose("train", overrides=list(cell.overrides)) for cell in table.cells}
+    for cell, cfg in typed.items():
+        assert cfg.task.split_seed == cfg.seed == cell.seed
+        assert cell.cell_id == config.cell_id(cfg)
     assert table.cells[0].cell_id == Cell(("task=digits", "seed=0")).cell_id, "seed 0 draws as it did"
     assert table.cells[1].cell_id != Cell(("task=digits", "seed=1")).cell_id
 
