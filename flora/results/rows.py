@@ -77,18 +77,23 @@ class Row:
 
     @property
     def tuned(self) -> bool:
-        """Whether each of its runs chose its learning rate on validation."""
-        return bool(self.records) and all(record.get("selection") for record in self.records.values())
+        """Whether each of its runs chose its learning rate on validation, among rates that made a difference."""
+        return bool(self.records) and all(_rates_told_apart(record) for record in self.records.values())
 
     @property
     def footnotes(self) -> list[str]:
-        """What must be known to read it: its note, and how it was run where a published number stands beside it."""
+        """Its note, how it was run where a published number stands beside it, and where its grid chose nothing."""
         said = [self.note] if self.note else []
         beside = self.published is not None and self.published.value is not None and self.records
         if beside and not self.note and self.protocol != AS_PUBLISHED:
             rate = "chosen on validation" if self.tuned else "not chosen"
             here = f"{self.model}, protocol {self.first['protocol']}, learning rate {rate}"
             said.append(f"not known to follow the protocol of the published number beside it: {here}")
+        vain = [r for r in self.records.values() if r.get("selection") and not _rates_told_apart(r)]
+        if vain:
+            said.append(
+                f"of {len(vain)} of {len(self.records)} runs, all rates of the grid score the same on validation"
+            )
         return said
 
     def relative(self, key: str) -> float | None:
@@ -101,6 +106,10 @@ class Row:
         pairs = [(self.records[s].get(key), self.lora[s].get(key)) for s in common]
         both = [(ours, lora) for ours, lora in pairs if ours and lora]
         return sum(ours for ours, _ in both) / sum(lora for _, lora in both) if both else None
+
+
+def _rates_told_apart(record: dict[str, Any]) -> bool:
+    return len(set(((record.get("selection") or {}).get("values") or {}).values())) > 1
 
 
 def _way(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -45,7 +45,7 @@ def write(store: Store, cell: Cell, value: float, **changes) -> None:
     made.metrics = {"accuracy": value}
     made.lr = 1e-3 if 1e-3 in rates else rates[0]
     if settings["protocol"]["lr_grid"]:
-        made.selection = {"values": {f"{rate:g}": 0.5 for rate in rates}, "chosen": made.lr, "seconds": 8.0}
+        made.selection = {"values": {f"{rate:g}": 0.5 + rate for rate in rates}, "chosen": made.lr, "seconds": 8.0}
     made.trainable_params, made.head_params, made.total_params = 50, 10, 1000
     made.train_seconds, made.examples_per_second, made.peak_memory_bytes = 2.0, 100.0, 10**6
     made.history = [{"loss": 1.0 / (step + 1), "step": step} for step in (0, 10, 20)]

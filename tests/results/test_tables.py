@@ -317,7 +317,8 @@ def test_methods_have_colours_of_their_own():
 
 def test_a_groups_mean_needs_all_runs_of_its_sets_with_rates_chosen_on_validation():
     def row(task, *values, chosen=True):
-        records = {seed: {"value": v, "selection": {"chosen": 1e-3} if chosen else {}} for seed, v in enumerate(values)}
+        selection = {"values": {"0.001": 0.5, "0.003": 0.4}} if chosen else {}
+        records = {seed: {"value": v, "selection": selection} for seed, v in enumerate(values)}
         return Row(task, "convnext", "flora", "", records, cells=2)
 
     groups = {"g": ["a", "b"], "h": ["c"]}
