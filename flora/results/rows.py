@@ -92,7 +92,7 @@ class Row:
         vain = [r for r in self.records.values() if r.get("selection") and not _rates_told_apart(r)]
         if vain:
             said.append(
-                f"of {len(vain)} of {len(self.records)} runs, all rates of the grid score the same on validation"
+                f"in {len(vain)} of {len(self.records)} runs, all rates of the grid score the same on validation"
             )
         return said
 

@@ -181,7 +181,7 @@ def test_a_grid_whose_rates_all_score_the_same_chose_nothing():
     vain = {"selection": {"values": {"0.001": 0.7, "0.003": 0.7}, "chosen": 1e-3, "seconds": 9.0}}
     line = row("linear_probe", 0.8, 0.8, changes=[vain, {"selection": CHOSEN}])
     assert not line.tuned
-    assert footnotes(line) == ["¹ of 1 of 2 runs, all rates of the grid score the same on validation"]
+    assert footnotes(line) == ["¹ in 1 of 2 runs, all rates of the grid score the same on validation"]
     assert row("lora", 0.8, changes={"selection": CHOSEN}).tuned
     assert not row("lora", 0.8).tuned
 
