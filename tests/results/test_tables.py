@@ -339,6 +339,6 @@ def test_vtabs_group_means_and_their_mean_stand_below_the_table(tmp_path):
         if cell.method == "flora" or (cell.method == "lora" and cell.task != "eurosat"):
             write(store, cell, values[cell.task])
     below = markdown(table, rows(table, store.read_all())).split("mean of group means")[1]
-    assert line(below, "convnext", "flora") == ["convnext", "flora", "0.8000", "0.7000", "0.3000", "0.6000"]
+    assert line(below, "convnext", "flora")[2:] == ["0.8000", "0.7000", "0.3000", "0.6000"]
     assert line(below, "convnext", "lora")[2:] == ["0.8000", "-", "0.3000", "-"]
     assert "chose its learning rate on validation" in below
