@@ -61,6 +61,7 @@ def predict(tested: Tested) -> Path:
         print(f"{left_out} of {whole} inputs cannot be decoded and were left out", file=sys.stderr)
     with whole_file(place) as path:
         (_write_parquet if place.suffix.lower() == ".parquet" else _write_csv)(table, path)
+    print(f"predicted {whole - left_out} of {whole} inputs", file=sys.stderr)
     return place
 
 

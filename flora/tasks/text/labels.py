@@ -40,6 +40,16 @@ def are_whole(cells: Sequence[Any]) -> bool:
     return _whole(_numbers(cells))
 
 
+def amounts(cells: Sequence[Any], classes: Sequence[str]) -> list[str]:
+    """A warning where whole numbers are hardly classes: over twenty of them, on average under ten rows of each."""
+    if not are_whole(cells) or len(classes) <= max(20, len(cells) // 10):
+        return []
+    return [
+        f"each of {len(classes)} whole numbers is a class of its own; where they are amounts to predict, set "
+        "task.kind=regression"
+    ]
+
+
 def as_classes(cells: Sequence[Any], names: Sequence[str] | None, whole: bool) -> list[str]:
     """The name of each cell's class.
 
