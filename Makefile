@@ -1,4 +1,4 @@
-# make demo: the main job on two CPU cores in minutes. make test: the tests. Each sets up .venv by itself.
+# make demo: the main job on a CPU. make test: the tests. Each sets up .venv by itself.
 PYTHON ?= python3
 BIN := .venv/bin
 

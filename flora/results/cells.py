@@ -1,7 +1,10 @@
 """The cells of a table: experiments/TABLE.yaml expanded to runs, each with its overrides and cell id.
 
 A file gives a ``title`` and, per scale, one or several ``parts``: overrides in ``common`` times the product of
-``grid``. A part whose task or model the code lacks says so in ``not_runnable_yet``: its cells are listed, and not run.
+``grid``. A scale may have a ``title`` of its own. ``notes``, of the file and of a scale, stand below the table, and a
+part's ``note`` as a footnote of its rows. ``protocol_name`` says how a part's runs are made: rows are compared within
+one, and ``as published`` is that of the published numbers beside them.
+A part whose task or model the code lacks says so in ``not_runnable_yet``: its cells are listed, and not run.
 A part that goes on from what another cell trained names that cell by its settings: ``starts_from: {model.projector:
 {task.dataset: easy_vqa, adapter: linear_probe}}`` sets ``model.projector=outputs/CELL_ID`` of the one cell that has
 them; `reproduce.py` puts the folder of that cell's run in its place.
@@ -36,12 +39,16 @@ class Cell:
         not_runnable_yet: why the cell cannot run, or None.
         published: which published rows the cell stands beside: a group of results/reported, or None.
         starts_from: the cells whose output folders overrides name, by key.
+        protocol: how the run is made, in the table's words; empty where the table has one protocol.
+        note: what is to be known of it, or None.
     """
 
     overrides: tuple[str, ...]
     not_runnable_yet: str | None = None
     published: str | None = None
     starts_from: tuple[tuple[str, "Cell"], ...] = ()
+    protocol: str = ""
+    note: str | None = None
 
     @cached_property
     def cell_id(self) -> str:
@@ -56,7 +63,8 @@ class Cell:
 
     def _semantic(self, method_version: int | None) -> dict[str, Any]:
         """What the id is a hash of; cells that differ in the seed alone, of which nothing depends, compose once."""
-        others = tuple(override for override in self.overrides if not override.startswith("seed="))
+        followed = any("${seed}" in override for override in self.overrides)
+        others = tuple(o for o in self.overrides if followed or not o.startswith("seed="))
         return _semantic(others, method_version or config.METHOD_VERSION) | {"seed": self.seed}
 
     @cached_property
@@ -97,7 +105,21 @@ class Table:
     @property
     def title(self) -> str:
         """What the table shows."""
-        return self.definition["title"]
+        return self._of_scale.get("title", self.definition["title"])
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of the whole table."""
+        return [*self.definition.get("notes", []), *self._of_scale.get("notes", [])]
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Data sets by the group over which their mean is shown; empty where the table has no groups."""
+        return self.definition.get("groups", {}).get(self.scale, {})
+
+    @property
+    def _of_scale(self) -> dict[str, Any]:
+        return self.definition.get("scales", {}).get(self.scale, {})
 
     @property
     def stem(self) -> str:
@@ -105,14 +127,15 @@ class Table:
         return file_name(self.name, "" if self.scale == "mini" else self.scale)
 
     @cached_property
-    def rows(self) -> dict[tuple[str, str, str, str], list[Cell]]:
-        """Cells that differ in the seed alone, by (task, model, method, other settings that vary in the table)."""
+    def rows(self) -> dict[tuple[str, str, str, str, str], list[Cell]]:
+        """Cells that differ in the seed alone, by (task, model, method, other settings that vary here, protocol)."""
         keys = dict.fromkeys(key for cell in self.cells for key in cell.settings if key not in _NOT_LABELS)
         varying = [k for k in keys if len({cell.settings.get(k) for cell in self.cells}) > 1]
-        rows: dict[tuple[str, str, str, str], list[Cell]] = {}
+        rows: dict[tuple[str, str, str, str, str], list[Cell]] = {}
         for cell in self.cells:
             settings = [f"{k.rpartition('.')[2]}={cell.settings[k]}" for k in varying if k in cell.settings]
-            rows.setdefault((cell.task, cell.model, cell.method, ", ".join(settings)), []).append(cell)
+            key = (cell.task, cell.model, cell.method, ", ".join(settings), cell.protocol)
+            rows.setdefault(key, []).append(cell)
         return rows
 
     @cached_property
@@ -163,6 +186,12 @@ def read_definition(table: str) -> dict[str, Any]:
     scales = definition.get("scales", {})
     if not isinstance(scales, dict) or not all(isinstance(name, str) for name in scales):
         raise ConfigError(f"experiments/{path.name}: scales must be named, got {scales!r:.100}")
+    for part in (definition, *(scale for scale in scales.values() if isinstance(scale, dict))):
+        notes, title = part.get("notes", []), part.get("title", "")
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+            raise ConfigError(f"experiments/{path.name}: notes must be a list of texts, got {notes!r:.100}")
+        if not isinstance(title, str):
+            raise ConfigError(f"experiments/{path.name}: title must be a text, got {title!r:.100}")
     return definition
 
 
@@ -180,7 +209,7 @@ def _parts(table: str, scale: Any) -> list[dict[str, Any]]:
             raise ConfigError(
                 f"experiments/{table}.yaml: {trusts[0]}: a table may not allow code to run; type it yourself"
             )
-        for key in ("not_runnable_yet", "published"):
+        for key in ("not_runnable_yet", "published", "protocol_name", "note"):
             if not isinstance(part.get(key), str | None):
                 raise ConfigError(f"experiments/{table}.yaml: {key} must be a text, got {part[key]!r:.100}")
     return parts
@@ -213,9 +242,8 @@ def _part(table: str, scale: dict[str, Any], part: dict[str, Any], starts: tuple
         raise ConfigError(f"experiments/{table}.yaml: grid must give each key a list of values, got {grid}")
     axes = [[f"{key}={value}" for value in values] for key, values in grid.items()]
     reason = part.get("not_runnable_yet", scale.get("not_runnable_yet"))
-    return [
-        Cell((*common, *combination), reason, part.get("published"), starts) for combination in itertools.product(*axes)
-    ]
+    said = (part.get("published"), starts, part.get("protocol_name") or "", part.get("note"))
+    return [Cell((*common, *combination), reason, *said) for combination in itertools.product(*axes)]
 
 
 def _only(table: str, key: str, cells: list[Cell], settings: dict[str, Any]) -> Cell:

@@ -18,7 +18,8 @@ _COLUMNS = ("claim", "assumes", "claimed", "computed", "verdict", "source")
 
 def compute(claim: dict[str, Any]) -> float:
     """The value that a claim of experiments/claims.yaml is about, in its unit: percent or parameters."""
-    counted = _count(claim["counted"])
+    counted = claim["counted"]
+    counted = {"trainable_params": counted} if isinstance(counted, int) else _count(counted)
     adapter = counted["trainable_params"]
     if claim["value"] == "count":
         return float(adapter)
@@ -75,7 +76,8 @@ def claims(kept: dict[str, float], count_missing: bool = True) -> Claims | None:
 
 def key(claim: dict[str, Any]) -> str:
     """Names what a claim counts: another one when its configs or the method's version change."""
-    counted = {name: cell_id(composed(claim[name])) for name in ("counted", "against") if name in claim}
+    sides = {name: claim[name] for name in ("counted", "against") if name in claim}
+    counted = {name: side if isinstance(side, int) else cell_id(composed(side)) for name, side in sides.items()}
     return hashlib.sha256(json.dumps([claim["value"], counted]).encode()).hexdigest()[:12]
 
 

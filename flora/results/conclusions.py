@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flora.results.cells import Table
-from flora.results.rows import Row, blocks
+from flora.results.rows import Row, blocks, not_compared
 from flora.results.statistics import mean_std
 
 
@@ -31,9 +31,10 @@ def complete(table: Table, rows: Sequence[Row]) -> bool:
 
 def conclusions(table: Table, rows: Sequence[Row]) -> Conclusions | None:
     """What a table says; None while runs are missing, or where nothing stands beside another."""
-    compared = [block for block in blocks([row for row in rows if row.records]) if len(block) > 1]
-    if not complete(table, rows) or not compared:
+    several = [block for block in blocks([row for row in rows if row.records]) if len(block) > 1]
+    if not complete(table, rows) or not several:
         return None
+    compared = [block for block in several if not_compared(block) is None]
     summary = ""
     if len(compared) > 1:
         first = Counter(row.method for block in compared for row in block if row.mark == "best")
@@ -42,7 +43,7 @@ def conclusions(table: Table, rows: Sequence[Row]) -> Conclusions | None:
         if tied != first:
             summary += f". First, or not told from the first: {_counted(tied)}"
         summary += "."
-    return Conclusions(summary, [_sentence(block) for block in compared])
+    return Conclusions(summary, [_sentence(block) for block in several])
 
 
 def _counted(methods: Counter[str]) -> str:
@@ -57,15 +58,18 @@ def _seeds(blocks: list[list[Row]]) -> str:
 def _sentence(block: list[Row]) -> str:
     """Who is first in a block, who is not told from it, and who is below, with means and the number of seeds."""
     ranked = sorted(block, key=lambda row: -mean_std(row.values)[0])
+    protocol = f", {block[0].protocol}" if block[0].protocol else ""
+    text = f"{block[0].task}, {block[0].model}{protocol} ({block[0].first['metric']}, {_seeds([block])}): "
+    if reason := not_compared(block):
+        return f"{text}not compared ({reason}): {', '.join(_named(row, block) for row in block)}."
     (best,) = [row for row in block if row.mark == "best"]
-    text = f"{best.task}, {best.model} ({best.first['metric']}, {_seeds([block])}): first is {_named(best, block)}"
+    text += f"first is {_named(best, block)}"
     tied = [_named(row, block) for row in ranked if row.mark == "tied"]
     below = [_named(row, block) for row in ranked if not row.mark]
     if tied:
         text += f"; a paired t-test does not tell from it {', '.join(tied)}"
     if below:
-        tested = all(len(row.records.keys() & best.records.keys()) > 1 for row in block)
-        text += f"; {'below' if tested else 'lower, untested where there is one seed'}: {', '.join(below)}"
+        text += f"; below: {', '.join(below)}"
     return text + "."
 
 

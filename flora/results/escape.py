@@ -7,6 +7,7 @@ _MARKDOWN = re.compile(r"[\\`*\[\]<|$]|~(?=~)|(?<=~)~|(?<!\w)_|_(?!\w)|&(?=#?\w+
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{raised: f"$^{{{digit}}}$" for digit, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
     **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$"},
 }
 _LONGEST_NAME = 150  # characters; a file system takes 255 bytes

@@ -58,6 +58,7 @@ class Plot:
 
     Attributes:
         kind, task, model: what it shows; no task where it shows several.
+        protocol: of the runs in it; empty where the table has one.
         hash: of the data in it.
         draw: how to draw it.
     """
@@ -65,13 +66,14 @@ class Plot:
     kind: str
     task: str
     model: str
+    protocol: str
     hash: str
     draw: Callable[[], Figure]
 
     @property
     def name(self) -> str:
         """Its file's name."""
-        return file_name(self.kind, self.task, self.model) + ".svg"
+        return file_name(self.kind, self.task, self.model, self.protocol) + ".svg"
 
     def write(self, path: Path) -> None:
         """Draw to an SVG that carries the hash."""
@@ -108,8 +110,8 @@ def plots(table: Table, rows: list[Row], whole: Callable[[str], dict[str, Any] |
         if kind not in _KINDS:
             raise ConfigError(f"experiments/{table.name}.yaml: no figure {kind!r}: choose among {', '.join(_KINDS)}")
         per_model = kind == "radar"
-        for key in dict.fromkeys(("", r.model) if per_model else (r.task, r.model) for r in measured):
-            chosen = [row for row in measured if row.model == key[1] and key[0] in ("", row.task)]
+        for key in dict.fromkeys(("" if per_model else r.task, r.model, r.protocol) for r in measured):
+            chosen = [row for row in measured if (row.model, row.protocol) == key[1:] and key[0] in ("", row.task)]
             if not _USABLE[kind](chosen, whole):
                 continue
             title = ", ".join(part for part in key if part) + "\n" + textwrap.fill(table.title, 78)

@@ -134,10 +134,10 @@ def _own(sections: list[Section], contents: Contents, output: Path) -> list[Sect
 
 def _texts(section: Section, output: Path) -> dict[Path, str]:
     """A table's files, Markdown first."""
-    table, title, stem = section.table, section.table.title, output / "tables" / section.table.stem
+    stem = output / "tables" / section.table.stem
     return {
-        stem.with_suffix(".md"): markdown(title, section.rows, table.definition.get("groups", {}).get(table.scale)),
-        stem.with_suffix(".tex"): latex(title, section.rows),
+        stem.with_suffix(".md"): markdown(section.table, section.rows),
+        stem.with_suffix(".tex"): latex(section.table, section.rows),
         stem.with_suffix(".csv"): as_csv(section.rows),
     }
 

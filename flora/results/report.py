@@ -18,10 +18,11 @@ from flora.results.cells import Table, load, scales
 from flora.results.conclusions import Conclusions, complete, conclusions
 from flora.results.escape import plain
 from flora.results.markdown import DASH
+from flora.results.notes import markers, notes
 from flora.results.plots import Plot, style
 from flora.results.rows import Row, blocks
 from flora.results.statistics import mean_std
-from flora.results.tables import COLUMNS, cells_as_text, notes
+from flora.results.tables import COLUMNS, cells_as_text
 
 ORDER = (  # of tables: the paper's, then ours; those that are not named come last
     *("table1_convnext", "table2_internvit", "table3_glue", "table4_llava", "table5_cost"),
@@ -51,14 +52,16 @@ class Line:
 
     Attributes:
         row: the line.
+        marker: of its footnotes.
         cells: its texts by column.
         colour: of its method, everywhere.
-        dots, mean: where its seeds and their mean lie, in percent from the lowest to the highest of task and model.
+        dots, mean: where its seeds and their mean lie, in percent from the lowest to the highest of its block.
         runs: its finished runs.
         command: how to run it.
     """
 
     row: Row
+    marker: str
     cells: dict[str, str]
     colour: str
     dots: list[str]
@@ -84,7 +87,7 @@ class Section:
     @property
     def notes(self) -> list[str]:
         """The table's footer."""
-        return notes(self.rows)
+        return notes(self.table, self.rows)
 
     @property
     def finished(self) -> int:
@@ -116,7 +119,8 @@ class Section:
 
     def lines(self, records: Callable[[dict[str, Any]], str]) -> list[Line]:
         """Its lines; ``records``: summary to the address of the record."""
-        return [_line(row, block, records) for block in blocks(self.rows) for row in block]
+        marks = dict(zip(map(id, self.rows), markers(self.rows), strict=True))
+        return [_line(row, block, marks[id(row)], records) for block in blocks(self.rows) for row in block]
 
 
 def true_name(record: dict[str, Any]) -> str:
@@ -149,12 +153,13 @@ def headline(sections: list[Section]) -> tuple[Path, Plot] | None:
     return min(best.figures.items(), key=lambda figure: figure[1].kind != "radar")
 
 
-def _line(row: Row, block: list[Row], records: Callable[[dict[str, Any]], str]) -> Line:
+def _line(row: Row, block: list[Row], marker: str, records: Callable[[dict[str, Any]], str]) -> Line:
     values = [value for other in block for value in other.values]
     seeds = ",".join(map(str, row.records)) or "0"
     typed = shlex.join(["python", "train.py", "-m", *row.overrides, f"seed={seeds}"])
     return Line(
         row,
+        marker,
         dict(zip(COLUMNS, cells_as_text(row), strict=True)),
         style(row.method)[0],
         [_place(value, values) for value in row.values],

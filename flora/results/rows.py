@@ -27,6 +27,8 @@ METHODS = {
     "adalora": "AdaLoRA",
 }
 """What published tables call our methods."""
+AS_PUBLISHED = "as published"
+"""The ``protocol_name`` of a part that follows the protocol of the published numbers beside it."""
 
 
 @dataclass
@@ -35,9 +37,11 @@ class Row:
 
     Attributes:
         task, model, method, settings: what was run; ``settings`` is what else varies in the table.
+        protocol: what the table calls the way in which the runs were made; marks are set within one.
         records: finished records by seed.
         cells: how many runs there should be.
         overrides: what to type after ``python train.py``, the seed left out.
+        note: what the table's file says of these runs, or None.
         published: the published number of the same cell, or None.
         mark: ``best``, ``tied`` or nothing.
         lora: the record of LoRA that time and memory are related to, by seed.
@@ -50,6 +54,8 @@ class Row:
     records: dict[int, dict[str, Any]]
     cells: int
     overrides: tuple[str, ...] = ()
+    protocol: str = ""
+    note: str | None = None
     published: Published | None = None
     mark: str = ""
     lora: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -69,6 +75,27 @@ class Row:
         """The record of the lowest seed."""
         return self.records[min(self.records)]
 
+    @property
+    def tuned(self) -> bool:
+        """Whether each of its runs chose its learning rate on validation, among rates that made a difference."""
+        return bool(self.records) and all(_rates_told_apart(record) for record in self.records.values())
+
+    @property
+    def footnotes(self) -> list[str]:
+        """Its note, how it was run where a published number stands beside it, and where its grid chose nothing."""
+        said = [self.note] if self.note else []
+        beside = self.published is not None and self.published.value is not None and self.records
+        if beside and not self.note and self.protocol != AS_PUBLISHED:
+            rate = "chosen on validation" if self.tuned else "not chosen"
+            here = f"{self.model}, protocol {self.first['protocol']}, learning rate {rate}"
+            said.append(f"not known to follow the protocol of the published number beside it: {here}")
+        vain = [r for r in self.records.values() if r.get("selection") and not _rates_told_apart(r)]
+        if vain:
+            said.append(
+                f"in {len(vain)} of {len(self.records)} runs, all rates of the grid score the same on validation"
+            )
+        return said
+
     def relative(self, key: str) -> float | None:
         """The mean of a cost divided by LoRA's, over the seeds of which both ran in the same way; None without any.
 
@@ -79,6 +106,10 @@ class Row:
         pairs = [(self.records[s].get(key), self.lora[s].get(key)) for s in common]
         both = [(ours, lora) for ours, lora in pairs if ours and lora]
         return sum(ours for ours, _ in both) / sum(lora for _, lora in both) if both else None
+
+
+def _rates_told_apart(record: dict[str, Any]) -> bool:
+    return len(set(((record.get("selection") or {}).get("values") or {}).values())) > 1
 
 
 def _way(record: dict[str, Any]) -> tuple[Any, ...]:
@@ -93,10 +124,11 @@ def rows(table: Table, contents: Contents) -> list[Row]:
 
 
 def set_marks(rows: Sequence[Row]) -> list[Row]:
-    """Rows, blocks of one task and model together, with their marks and the LoRA that costs are related to."""
+    """Rows, blocks together, with their marks and the LoRA that costs are related to."""
     every = blocks(rows)
     for block in every:
-        best, tied = first_places({row.name: {s: r["value"] for s, r in row.records.items()} for row in block})
+        scores = {row.name: {seed: r["value"] for seed, r in row.records.items()} for row in block}
+        best, tied = first_places(scores) if not_compared(block) is None else (None, set())
         references = [r for r in block if r.method in ("lora", "lora_flat")]
         for row in block:
             row.mark = "best" if row.name == best else "tied" if row.name in tied else ""
@@ -105,34 +137,45 @@ def set_marks(rows: Sequence[Row]) -> list[Row]:
     return [row for block in every for row in block]
 
 
+def not_compared(block: Sequence[Row]) -> str | None:
+    """Why nothing in a block is marked; None where all that was run has the same seeds, at least two."""
+    seeds = {frozenset(row.records) for row in block if row.records}
+    if len([row for row in block if row.records]) < 2:
+        return "one row"
+    if len(seeds) > 1:
+        return "not the same seeds"
+    return "one seed" if len(min(seeds)) < 2 else None
+
+
 def blocks(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows by task and model, in the order in which these come first."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    """Rows that are compared: of one task, model and protocol; those of one task and model side by side."""
+    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
-        groups.setdefault((row.task, row.model), []).append(row)
-    return list(groups.values())
+        groups.setdefault((row.task, row.model), {}).setdefault(row.protocol, []).append(row)
+    return [block for protocols in groups.values() for block in protocols.values()]
 
 
-def by_task(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
-    """Rows by model and name, then by task: what a table with a column per task needs."""
-    lines: dict[tuple[str, str], dict[str, Row]] = {}
+def by_task(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
+    """Rows by model, protocol and name, then by task: what a table with a column per task needs."""
+    lines: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
-        lines.setdefault((row.model, row.name), {})[row.task] = row
+        lines.setdefault((row.model, row.protocol, row.name), {})[row.task] = row
     return lines
 
 
 def _row(
-    key: tuple[str, str, str, str],
+    key: tuple[str, str, str, str, str],
     cells: list[Cell],
     contents: Contents,
     reported: dict[tuple[str, str, str], Published],
 ) -> Row:
-    task, model, method, settings = key
+    task, model, method, settings, protocol = key
     records = {c.seed: record_of(c, contents) for c in cells}
     printed = reported.get((cells[0].published or "", METHODS.get(method, method), task))
     overrides = tuple(o for o in cells[0].overrides if not o.startswith("seed="))
     finished = {s: r for s, r in sorted(records.items()) if r}
-    return Row(task, model, method, settings, finished, len(cells), overrides, printed)
+    note = cells[0].note
+    return Row(task, model, method, settings, finished, len(cells), overrides, protocol, note, printed)
 
 
 def record_of(cell: Cell, contents: Contents) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ from flora.results.record import SCHEMA_VERSION, Record, now
 
 SHIPPED = ROOT / "results" / "measured"  # the records that ship with flora
 _HEAVY = ("history", "analysis", "ranks", "config", "data")  # left out of summaries: most of a record's bytes
-_CACHE_VERSION = b"5"  # bumped when summaries or the checks of `read` change
+_CACHE_VERSION = b"6"  # bumped when summaries or the checks of `read` change
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,8 @@ def _summary(path: Path) -> tuple[str | None, str | None]:
     if record is None:
         return None, problem
     light = {key: value for key, value in record.items() if key not in _HEAVY}
-    light["data_source"] = (record.get("data") or {}).get("source")
+    data = record.get("data") or {}
+    light |= {"data_source": data.get("source"), "split_rule": data.get("split_rule")}
     light |= {"cell_id": recorded_cell(record["config"]), "inputs": record["config"].get("inputs") or {}}
     return json.dumps(light | {"sha256": hashlib.sha256(content).hexdigest()}), None
 

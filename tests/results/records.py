@@ -11,7 +11,9 @@ from flora.results.cells import Cell
 
 def settings_of(cell: Cell) -> dict[str, Any]:
     """The config that the record of a cell holds."""
-    return json.loads(_settings(tuple(o for o in cell.overrides if not o.startswith("seed=")))) | {"seed": cell.seed}
+    followed = any("${seed}" in override for override in cell.overrides)
+    words = tuple(o for o in cell.overrides if followed or not o.startswith("seed="))
+    return json.loads(_settings(words)) | {"seed": cell.seed}
 
 
 @cache
@@ -42,6 +44,8 @@ def write(store: Store, cell: Cell, value: float, **changes) -> None:
     made.status, made.metric, made.value, made.finished = "finished", "accuracy", value, "2026-01-01T00:01:40+00:00"
     made.metrics = {"accuracy": value}
     made.lr = 1e-3 if 1e-3 in rates else rates[0]
+    if settings["protocol"]["lr_grid"]:
+        made.selection = {"values": {f"{rate:g}": 0.5 + rate for rate in rates}, "chosen": made.lr, "seconds": 8.0}
     made.trainable_params, made.head_params, made.total_params = 50, 10, 1000
     made.train_seconds, made.examples_per_second, made.peak_memory_bytes = 2.0, 100.0, 10**6
     made.history = [{"loss": 1.0 / (step + 1), "step": step} for step in (0, 10, 20)]

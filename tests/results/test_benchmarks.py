@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 
 from flora.errors import DataError
+from flora.files import ROOT
 from flora.launch.entry import main
 from flora.results import benchmarks
 from scripts import make_tables
@@ -139,3 +140,32 @@ def test_a_file_of_another_kind_is_named(text, results):
     (results / "benchmarks" / "x.json").write_text(text)
     with pytest.raises(DataError, match=r"x\.json: not the result of a benchmark"):
         benchmarks.rendered(results)
+
+
+STEPS = [  # the rows of docs/speed.md, by file
+    *("convnextv2_large", "convnextv2_large_captured", "resnet50", "resnet50_match", "resnet50_captured"),
+    *("llama", "llava_mini", "deberta"),
+]
+
+
+def test_the_page_on_speed_says_what_the_benchmarks_measured():
+    lines = [line for line in (ROOT / "docs" / "speed.md").read_text().splitlines() if line.startswith("| ")]
+    start = lines.index("| | steps | LoRA | FLoRA | full |") + 2
+    for name, line in zip(STEPS, lines[start : start + len(STEPS)], strict=True):
+        result = json.loads((ROOT / "results" / "benchmarks" / f"{name}.json").read_text())
+        by_method = {row["method"]: row for row in result["rows"]}
+        _, how, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert how == ("one CUDA graph" if result["captured"] else "eager")
+        assert result["match"] == ("equal parameters" in line)
+        for method, cell in zip(("lora", "flora", "full"), cells, strict=True):
+            if method not in by_method:
+                assert cell == "-", f"{name} {method} was not measured"
+                continue
+            ratio, params = cell.removesuffix("M").split(", ")
+            assert float(ratio) == pytest.approx(by_method[method]["ratio"], abs=0.0051)
+            assert float(params) == pytest.approx(by_method[method]["trainable_params"] / 1e6, rel=0.005)
+    noisy = {"resnet50", "resnet50_match", "llava_mini", "deberta"}
+    for name in STEPS:
+        result = json.loads((ROOT / "results" / "benchmarks" / f"{name}.json").read_text())
+        spreads = [row["ms_spread"] / row["ms"] for row in result["rows"]]
+        assert (0.11 < min(spreads) < max(spreads) < 0.34) if name in noisy else max(spreads) < 0.05

@@ -113,6 +113,24 @@ def test_a_part_that_starts_from_a_cell_sets_its_output_folder(tmp_path, monkeyp
     assert second.overrides == ("task=digits", f"model.projector=outputs/{first.cell_id}", "seed=1", "adapter=full")
 
 
+DRAWN = [path.stem for path in (ROOT / "configs" / "task").glob("*.yaml") if "\nsplit_seed:" in path.read_text()]
+
+
+@pytest.mark.parametrize("task", sorted(DRAWN))
+def test_every_task_that_draws_its_data_can_draw_it_by_the_seed(task):
+    assert composed([f"task={task}", "seed=3"]).task.split_seed == 0, "one draw for all seeds, unless asked"
+    assert composed([f"task={task}", "task.split_seed=${seed}", "seed=3"]).task.split_seed == 3
+
+
+def test_digits_are_drawn_anew_for_each_seed():
+    rules = set()
+    for seed in (0, 1, 1):
+        cfg = composed(["task=digits", "task.split_seed=${seed}", f"seed={seed}"])
+        rules.add(config.instantiate(cfg.task).load(image_size=8, data_dir=None).facts["split_rule"])
+    assert len(rules) == 2
+    assert all("seed" in rule for rule in rules)
+
+
 def test_a_new_version_of_the_method_changes_ids_and_knows_the_old_ones(monkeypatch):
     overrides = ("task=digits", "adapter=lora")
     before = Cell(overrides).cell_id
@@ -132,14 +150,63 @@ def test_rows_gather_seeds_and_name_what_else_varies(tmp_path, monkeypatch):
     )
     table = load("t")
     assert {key: [cell.seed for cell in cells] for key, cells in table.rows.items()} == {
-        ("digits", "convnext", "full", ""): [0, 1],
-        ("digits", "convnext", "lora", "r=2"): [0, 1],
-        ("digits", "convnext", "lora", "r=4"): [0, 1],
-        ("digits", "big", "lora", ""): [0],
+        ("digits", "convnext", "full", "", ""): [0, 1],
+        ("digits", "convnext", "lora", "r=2", ""): [0, 1],
+        ("digits", "convnext", "lora", "r=4", ""): [0, 1],
+        ("digits", "big", "lora", "", ""): [0],
     }
     assert [cell.not_runnable_yet for cell in table.cells] == [None] * 6 + ["no such model"]
     with pytest.raises(ConfigError, match="no scale 'paper': choose one of mini"):
         load("t", "paper")
+
+
+def test_a_scale_has_a_title_and_notes_of_its_own_and_parts_have_protocols_and_notes(tmp_path, monkeypatch):
+    table_of(
+        tmp_path,
+        monkeypatch,
+        "title: T\nnotes: [of both]\n"
+        "scales: {mini: {title: Stand-ins, notes: [of mini], common: [task=digits], parts: ["
+        "{protocol_name: published rates, note: N, grid: {adapter: [lora, dora]}},"
+        "{protocol_name: rates chosen, common: ['protocol.lr_grid=[1e-3]'], grid: {adapter: [lora]}}]},"
+        "paper: {grid: {task: [digits]}}}",
+    )
+    mini, paper = load("t"), load("t", "paper")
+    assert (mini.title, mini.notes) == ("Stand-ins", ["of both", "of mini"])
+    assert (paper.title, paper.notes) == ("T", ["of both"])
+    assert [(c.method, c.protocol, c.note) for c in mini.cells] == [
+        ("lora", "published rates", "N"),
+        ("dora", "published rates", "N"),
+        ("lora", "rates chosen", None),
+    ]
+    assert [(c.protocol, c.note) for c in paper.cells] == [("", None)]
+    assert [key[-1] for key in mini.rows] == ["published rates", "published rates", "rates chosen"]
+
+
+def test_figure_4_trains_everything_at_the_rate_of_full_fine_tuning():
+    for scale, others in (("mini", {"flora": 3e-3, "lora": 2e-3, "full": 5e-4}), ("paper", {"full": 2e-5})):
+        rates = {cell.method: composed(cell.overrides).trainer.lr for cell in load("figure4_norms", scale).cells}
+        assert rates.keys() == {"flora", "lora", "dora", "full"}
+        assert others.items() <= rates.items()
+        assert all(rate > 4 * rates["full"] or name == "full" for name, rate in rates.items() if scale == "paper")
+    table3 = [cell for cell in load("table3_glue", "paper").cells if (cell.method, cell.task) == ("full", "cola")]
+    assert {composed(cell.overrides).trainer.lr for cell in table3} == {2e-5}
+
+
+def test_the_draw_of_the_data_follows_the_seed_where_a_table_says_so(tmp_path, monkeypatch):
+    table_of(
+        tmp_path,
+        monkeypatch,
+        "title: T\nscales: {mini: {common: [task=digits, 'task.split_seed=${seed}'], grid: {seed: [0, 1, 2]}}}",
+    )
+    table = load("t")
+    assert len(table.rows) == 1
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        typed = {cell: compose("train", overrides=list(cell.overrides)) for cell in table.cells}
+    for cell, cfg in typed.items():
+        assert cfg.task.split_seed == cfg.seed == cell.seed
+        assert cell.cell_id == config.cell_id(cfg)
+    assert table.cells[0].cell_id == Cell(("task=digits", "seed=0")).cell_id, "seed 0 draws as it did"
+    assert table.cells[1].cell_id != Cell(("task=digits", "seed=1")).cell_id
 
 
 @pytest.mark.parametrize(
@@ -157,6 +224,11 @@ def test_rows_gather_seeds_and_name_what_else_varies(tmp_path, monkeypatch):
         ("{title: T, scales: {mini: {common: seed=1, grid: {seed: [0]}}}}", "common must be a list of KEY=VALUE"),
         ("{title: T, scales: {mini: {common: [7], grid: {seed: [0]}}}}", "common must be a list of KEY=VALUE"),
         ("{title: T, scales: {mini: {published: [x], grid: {seed: [0]}}}}", "published must be a text"),
+        ("{title: T, scales: {mini: {protocol_name: 1, grid: {seed: [0]}}}}", "protocol_name must be a text"),
+        ("{title: T, scales: {mini: {parts: [{note: [x], grid: {seed: [0]}}]}}}", "note must be a text"),
+        ("{title: T, notes: x, scales: {mini: {grid: {seed: [0]}}}}", "notes must be a list of texts"),
+        ("{title: T, scales: {mini: {notes: [1], grid: {seed: [0]}}}}", "notes must be a list of texts"),
+        ("{title: T, scales: {mini: {title: [x], grid: {seed: [0]}}}}", "title must be a text"),
         ("scales: {mini: {grid: {seed: [0]}}}", "needs a title"),
         ("{title: T, scales: {mini: {gird: {seed: [0]}}}}", "grid must give each key a list"),
         ("{title: T, scales: {mini: {grid: {adapter: lora}}}}", "grid must give each key a list"),

@@ -71,3 +71,19 @@ def test_every_claim_names_its_source_and_what_it_assumes():
         assert claim["assumes"]
         assert claim["value"] in ("fewer", "share", "extra", "count", "of_model")
         assert ("against" in claim) == (claim["value"] in ("fewer", "share", "extra"))
+
+
+def test_a_printed_number_is_set_beside_what_is_counted():
+    (claim,) = [claim for claim in CLAIMS if isinstance(claim["counted"], int)]
+    # ConvNeXt-V2-L without its classifier of 1000 classes: 197,956,840 (timm's 198.0M) less 1536 x 1000 + 1000.
+    assert claims.compute(claim) == pytest.approx(100 * (1 - 40_490_000 / (197_956_840 - 1_537_000)), rel=1e-12)
+
+
+def test_no_claim_is_counted_from_a_budget_that_is_set_to_it():
+    words = [word for claim in CLAIMS for side in ("counted", "against") for word in listed(claim.get(side))]
+    assert words
+    assert not [word for word in words if word.startswith(("adapter.budget", "adapter.allocation"))]
+
+
+def listed(side):
+    return side if isinstance(side, list) else []

@@ -10,7 +10,7 @@ import yaml
 
 from flora.results import Store, escape
 from flora.results.benchmarks import as_csv as benchmarks_csv
-from flora.results.cells import load
+from flora.results.cells import Table, load
 from flora.results.markdown import markdown_table
 from flora.results.plots import plots
 from flora.results.report import document
@@ -33,7 +33,11 @@ def evil(tmp_path):
     contents = store.read_all()
     assert len(contents.records) == len(table.cells)
     every = rows(table, contents)
-    return [dataclasses.replace(row, task=EVIL, model=f"={row.model}", method=f"{EVIL} {row.method}") for row in every]
+    words = {"task": EVIL, "protocol": EVIL, "note": EVIL}
+    return [dataclasses.replace(row, model=f"={row.model}", method=f"{EVIL} {row.method}", **words) for row in every]
+
+
+TABLE = Table("t", "mini", {"title": EVIL, "notes": [EVIL]}, [])
 
 
 def test_markdown_shows_a_text_as_it_is():
@@ -47,26 +51,28 @@ def test_markdown_shows_a_text_as_it_is():
 
 
 def test_a_markdown_table_keeps_its_cells(evil):
-    lines = markdown(EVIL, evil).splitlines()
+    lines = markdown(TABLE, evil).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + len(evil)
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {14}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {15}
     read = document("\n".join(lines))
     assert read.title == SHOWN
     ((_, cells),) = [block for block in read.blocks if block[0] == "table"]
     assert cells[2][0] == SHOWN
-    assert all(len(row) == 13 for row in cells)
+    assert all(len(row) == 14 for row in cells)
+    notes = [line for kind, lines in read.blocks if kind == "list" for line in lines]
+    assert notes[:2] == [SHOWN, f"¹ {SHOWN}"]
     assert markdown_table(["a"], [["x | y"]])[-1] == r"| x \| y |"
 
 
 def test_latex_has_no_command_of_a_text(evil):
-    text = latex(EVIL, evil)
+    text = latex(TABLE, evil)
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(body) == 1 + len(evil)
-    assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {12}
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {13}
     known = r"\\(?:textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar)\{\}|\\[&%$#_{}]"
     for line in body:
-        left = re.sub(rf"{known}|\\textbf\{{|\$\\pm\$|\\\\$", "", line)
+        left = re.sub(rf"{known}|\\textbf\{{|\$\\pm\$|\$\^\{{1\}}\$|\\\\$", "", line)
         assert not re.search(r"[\\%$#_~^<>|]", left), left
     comments = [line for line in text.splitlines() if line.startswith("% ")]
     assert not any("\n" in line or line.startswith("#") for line in comments)

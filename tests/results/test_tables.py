@@ -1,6 +1,7 @@
 """Tables and figures: only what was measured, the same bytes each time, and stale when a record changes."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -53,7 +54,7 @@ def line(text, *words):
 
 
 def test_a_line_shows_mean_deviation_count_costs_and_mark(store):
-    text = markdown("T", rows(load("eurosat"), store.read_all()))
+    text = markdown(load("eurosat"), rows(load("eurosat"), store.read_all()))
     # 0.90, 0.91, 0.92: mean 0.91, deviation 0.01; 50 of 1000 parameters; 3 s against LoRA's 2 s
     flora = line(text, "convnext", "flora")
     assert flora[3:] == ["-", "0.9100 ± 0.0100 (n = 3)*", "-", "accuracy", "50", "5.00", "1.50", "1.00", "0.001", "0"]
@@ -65,7 +66,7 @@ def test_a_line_shows_mean_deviation_count_costs_and_mark(store):
 def test_what_was_not_measured_is_a_dash_and_a_missing_seed_is_said(store):
     cell = next(c for c in load("eurosat").cells if (c.method, c.model, c.seed) == ("flora", "convnext", 2))
     store.path(cell.cell_id).unlink()
-    text = markdown("T", rows(load("eurosat"), store.read_all()))
+    text = markdown(load("eurosat"), rows(load("eurosat"), store.read_all()))
     assert set(line(text, "convnext", "linear_probe")[3:]) == {"-"}
     assert "0.9050 ± 0.0071 (n = 2 of 3)" in line(text, "convnext", "flora")[4]
 
@@ -81,8 +82,15 @@ def test_costs_are_related_to_lora_only_where_both_ran_in_the_same_way(store):
 
 
 def test_the_footer_says_where_the_numbers_come_from(store):
-    text = markdown("T", rows(load("eurosat"), store.read_all()))
-    for words in ("commit: c0ffee", "protocol: vtab1k; dtype: fp32; device: cpu", "versions: ", "Holm", "sha256 "):
+    text = markdown(load("eurosat"), rows(load("eurosat"), store.read_all()))
+    for words in (
+        "commit: c0ffee",
+        "protocol: vtab1k; dtype: fp32",
+        "device: cpu; steps: ",
+        "versions: ",
+        "Holm",
+        "sha256 ",
+    ):
         assert words in text
 
 
@@ -125,7 +133,9 @@ def test_the_readme_shows_a_table_between_its_markers_and_nothing_else_changes(s
 
 
 def test_latex_is_a_booktabs_table_with_nothing_left_to_escape(store):
-    text = latex("100 % of a_b", rows(load("eurosat"), store.read_all()))
+    table = load("eurosat")
+    named = dataclasses.replace(table, definition=table.definition | {"title": "100 % of a_b"})
+    text = latex(named, rows(table, store.read_all()))
     assert text.count(r"\toprule") == text.count(r"\bottomrule") == 1
     assert r"\caption{100 \% of a\_b}" in text
     body = [row for row in text.splitlines() if row.endswith(r"\\")]
@@ -147,9 +157,9 @@ def test_published_numbers_stand_beside_ours_with_their_difference(tmp_path, mon
     table, store = load("t"), Store(tmp_path / "records")
     write(store, table.cells[0], 0.9)
     flora, lora = (cells_as_text(row) for row in rows(table, store.read_all()))
-    assert flora[3:6] == ["0.8881", "0.9000 (n = 1)", "+0.0119"]
-    assert lora[3:6] == ["0.8556", "-", "-"]
-    text = markdown("T", rows(table, store.read_all()))
+    assert flora[4:7] == ["0.8881", "0.9000 (n = 1)", "+0.0119"]
+    assert lora[4:7] == ["0.8556", "-", "-"]
+    text = markdown(table, rows(table, store.read_all()))
     assert "published: arXiv 2407.05417v2, Table III (secondary)" in text
     assert "rte flora: the LoRA-Dash project page prints 88.09" in text
 
@@ -231,7 +241,7 @@ def test_without_a_table_all_that_have_records_are_rendered(store, render):
     _, out, _ = render()
     names = [path.rpartition("/")[2] for path in out.split()]
     assert {"eurosat.md", "eurosat.tex", "eurosat.csv"} <= set(names)
-    assert not any(name.startswith("vtab.") for name in names)
+    assert not any(name.startswith("rank_sweep.") for name in names)
     assert render("--check")[0] == 0
 
 
@@ -305,18 +315,20 @@ def test_methods_have_colours_of_their_own():
     assert len(set(colours)) == len(colours)
 
 
-def test_a_groups_mean_needs_all_of_its_sets_and_says_which_runs_are_missing():
-    def row(task, *values):
-        return Row(task, "convnext", "flora", "", {seed: {"value": v} for seed, v in enumerate(values)}, cells=2)
+def test_a_groups_mean_needs_all_runs_of_its_sets_with_rates_chosen_on_validation():
+    def row(task, *values, chosen=True):
+        selection = {"values": {"0.001": 0.5, "0.003": 0.4}} if chosen else {}
+        records = {seed: {"value": v, "selection": selection} for seed, v in enumerate(values)}
+        return Row(task, "convnext", "flora", "", records, cells=2)
 
     groups = {"g": ["a", "b"], "h": ["c"]}
     whole = [row("a", 0.2, 0.4), row("b", 0.5, 0.7), row("c", 0.8, 1.0)]
     label = ["convnext", "flora"]
     assert group_means(whole, groups) == [[*label, "0.4500", "0.9000", "0.6750"]]
-    less = [whole[0], row("b", 0.5), whole[2]]
-    assert group_means(less, groups) == [[*label, "0.4000 (3 of 4 runs)", "0.9000", "0.6500 (5 of 6 runs)"]]
-    assert group_means([whole[0], row("b"), whole[2]], groups) == [[*label, "-", "0.9000", "-"]]
+    for less in (row("b"), row("b", 0.5), row("b", 0.5, 0.7, chosen=False)):
+        assert group_means([whole[0], less, whole[2]], groups) == [[*label, "-", "0.9000", "-"]]
     assert group_means([row("a"), row("b"), row("c")], groups) == []
+    assert group_means([row(task, 0.5, 0.5, chosen=False) for task in "abc"], groups) == []
 
 
 def test_vtabs_group_means_and_their_mean_stand_below_the_table(tmp_path):
@@ -326,7 +338,7 @@ def test_vtabs_group_means_and_their_mean_stand_below_the_table(tmp_path):
     for cell in table.cells:
         if cell.method == "flora" or (cell.method == "lora" and cell.task != "eurosat"):
             write(store, cell, values[cell.task])
-    text = markdown("T", rows(table, store.read_all()), table.definition["groups"]["mini"])
-    below = text.split("mean of group means")[1]
-    assert line(below, "convnext", "flora") == ["convnext", "flora", "0.8000", "0.7000", "0.3000", "0.6000"]
+    below = markdown(table, rows(table, store.read_all())).split("mean of group means")[1]
+    assert line(below, "convnext", "flora")[2:] == ["0.8000", "0.7000", "0.3000", "0.6000"]
     assert line(below, "convnext", "lora")[2:] == ["0.8000", "-", "0.3000", "-"]
+    assert "chose its learning rate on validation" in below
