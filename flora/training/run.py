@@ -191,7 +191,10 @@ class Run:
         known = masks(adapted.model)
         if self.settings.gradient_checkpointing and not hasattr(adapted.model, "gradient_checkpointing_enable"):
             raise ConfigError("trainer.gradient_checkpointing is for networks of transformers: leave it false")
-        trainer = self._trainer(adapted, replace(self.settings, lr=lr), train, validation, label)
+        settings = replace(self.settings, lr=lr)
+        if self.protocol.lr_grid and not trained(adapted.model, self.model.classifier)[0]:
+            settings = replace(settings, head_lr=None)  # a grid is over the rate of what trains, here the head alone
+        trainer = self._trainer(adapted, settings, train, validation, label)
         log = self.log.fit(label) if reported and self.log is not None else None
         if (done := self.progress.done.get(label)) is not None:
             newest = self.progress.newest

@@ -230,8 +230,8 @@ class Protocol:
         select: ``best`` keeps the epoch with the best validation metric, ``last`` the last one.
         final_train: the reported run's data: ``train``, or ``train+validation`` (then nothing is left to pick the epoch
             on, so ``select`` must be ``last``).
-        lr_grid: learning rates to choose from on the validation split before the reported run; null takes
-            ``trainer.lr``.
+        lr_grid: learning rates to choose from on the validation split before the reported run, in place of
+            ``trainer.lr``; where the head alone is trained, of its own (``trainer.head_lr``). Null takes those.
         held_out: share of train that becomes validation where the data has no labelled test split and its development
             set is the test; 0: the development set is both.
     """
