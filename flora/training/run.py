@@ -92,6 +92,11 @@ class Run:
     def train(self) -> Outcome:
         """Choose the learning rate if the protocol has a grid, train, test once."""
         splits, protocol, settings = self.splits, self.protocol, self.settings
+        if not len(splits.train):
+            raise ConfigError(
+                f"task.dataset={self.task.dataset} is a test alone: train on another, then test that run with "
+                f"mode=eval checkpoint=RUN task.dataset={self.task.dataset}"
+            )
         folder = self.folder / CHECKPOINTS
         resume = settings.resume == "auto"
         self.progress = Progress(folder, settings.checkpoint_every, resume, self.claim, self._inputs())

@@ -48,6 +48,8 @@ class TrainerSettings:
         resume: ``auto`` goes on from a checkpoint of an interrupted run; false starts over.
         checkpoint_every: optimiser steps between two checkpoints; null: by the clock, at most one a minute and 2 % of
             the time.
+        group_by_modality: batches either show images or show none, in a random order; else those of like length share
+            one. For tasks of images and texts.
         cache_on_device: keep a dataset's examples on the GPU: true, false, or ``auto`` where they take at most a tenth
             of its free memory.
     """
@@ -84,6 +86,7 @@ class TrainerSettings:
     ema_decay: float = 0.0
     resume: str | bool = "auto"
     checkpoint_every: int | None = None
+    group_by_modality: bool = False
 
     def __post_init__(self) -> None:
         counted = ("max_steps", "max_eval_examples", "max_train_examples", "warmup_steps", "eval_steps")
@@ -117,7 +120,7 @@ class TrainerSettings:
 
         if self.schedule not in (schedules := [kind.value for kind in SchedulerType]):
             raise ConfigError(f"trainer.schedule must be one of {', '.join(schedules)}, got {self.schedule!r}")
-        for name in ("cuda_graph", "compile", "gradient_checkpointing", "deterministic"):
+        for name in ("cuda_graph", "compile", "gradient_checkpointing", "deterministic", "group_by_modality"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"trainer.{name} must be true or false, got {getattr(self, name)!r}")
         if self.resume not in ("auto", False):

@@ -24,6 +24,7 @@ from flora.training.callbacks import StepMeter, StopOnDivergence, TellEpoch
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once
 from flora.training.ema import Ema
 from flora.training.groups import layer_scales, parameter_groups
+from flora.training.order import ModalityOrder
 from flora.training.progress import Fit
 from flora.training.resume import KeepBest, load_optimizer, load_weights, set_rng_state
 from flora.training.settings import TrainerSettings
@@ -327,6 +328,8 @@ class Trainer(internals.Loop):
         if self._order is None:
             self._order = torch.Generator().manual_seed(self.args.seed)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        if self.settings.group_by_modality and (shows := getattr(dataset, "shows", None)) is not None:
+            return ModalityOrder(lengths, shows, batch, self._order)
         return LengthGroupedSampler(batch, lengths=list(lengths), generator=self._order)
 
     def evaluation_order(self, dataset):
