@@ -186,7 +186,7 @@ def test_what_others_start_from_has_ended_before_they_start(store, monkeypatch):
     cells = load("instruct").cells[:6]
     first = reproduce.started_from(load("instruct"), cells)
     assert first == cells[:1]
-    reproduce.run_all({cell: [] for cell in reversed(cells)}, first, 3, [store])
+    reproduce.run_all({cell: [] for cell in reversed(cells)}, 3, [store])
     assert told[:2] == [("start", cells[0]), ("end", cells[0])]
     assert len(told) == 12
 
