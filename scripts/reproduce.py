@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import reduce
@@ -86,7 +87,7 @@ def reproduce() -> None:
         for cell, further in todo.items():
             print(shlex.join(["python", "train.py", *placed(cell, stores), *further]))
         return
-    failed = run_all(todo, arguments.jobs, stores)
+    failed = run_all(todo, first, arguments.jobs, stores)
     failed += [] if arguments.retry else [cell for cell, word in states.items() if word == "failed"]
     for cell in failed:
         print("failed:", *cell.overrides, file=sys.stderr)
@@ -201,20 +202,19 @@ def named(table: Table, cell: Cell) -> list[str]:
     return [f"table={table.name}", f'cell="{label}"']
 
 
-def run_all(todo: dict[Cell, list[str]], jobs: int, stores: list[Store]) -> list[Cell]:
+def run_all(todo: dict[Cell, list[str]], first: Collection[Cell], jobs: int, stores: list[Store]) -> list[Cell]:
     """Run cells in worker processes, ``jobs`` at a time, GPUs in turn; returns those that failed.
-
-    What a cell starts from has ended before.
 
     Args:
         todo: the cells, each with further overrides.
+        first: those of them that end before others start, and among them what they start from before them.
         jobs: how many run side by side.
         stores: of records, the last one of theirs.
     """
     report, codes = Report(len(todo)), dict[Cell, int]()
     with report.bar, ThreadPoolExecutor(jobs) as threads, pool(jobs) as workers:
-        for depth in sorted({cell.depth for cell in todo}):
-            cells = [cell for cell in todo if cell.depth == depth]
+        stages = [[c for c in todo if c in first and c.depth == depth] for depth in sorted({c.depth for c in first})]
+        for cells in (*stages, [c for c in todo if c not in first]):
             ended = threads.map(lambda c: run(c, todo[c], stores, report, workers), cells)
             codes |= dict(zip(cells, ended, strict=True))
     return [cell for cell, code in codes.items() if code]

@@ -125,7 +125,7 @@ def test_an_experiment_runs_two_steps_and_leaves_its_record(name, tmp_path, monk
     if cfg.task.name == "commonsense":
         small += ["task.validation_size=4"]
     if cfg.task.name == "instruct":
-        small += ["task.validation_size=4", "trainer.gradient_accumulation=2"]
+        small += ["task.validation_size=4", "task.max_new_tokens=4", "trainer.gradient_accumulation=2"]
     if cfg.task.name == "imagefolder":
         small += ["task.classes=null", "trainer.gradient_accumulation=1", "task.held_out=0.2"]
     places = ["paths.data=data", "paths.output=outputs", "paths.results=results", "logger=none"]

@@ -140,7 +140,9 @@ class Trainer(internals.Loop):
         """The task's loss and the method's penalty; of several processes, their mean is that of the whole batch."""
         training = self._module.training
         share = parts.share(inputs) if training and processes.count() > 1 else None
-        with self._together:
+        # What is written is not computed by the network's forward pass alone, around which the autocast is.
+        cast_too = self.settings.frozen_dtype is not None and not training
+        with self._together, self.accelerator.autocast() if cast_too else contextlib.nullcontext():
             outputs, targets = self.forward(model, inputs, training)
         loss = self.loss(outputs, targets, self.settings.label_smoothing if training else 0.0)
         if share is not None:
