@@ -148,3 +148,28 @@ def test_llava_goes_from_stage_1_to_a_number_of_pope_as_the_cells_of_its_table_s
     with pytest.raises(SystemExit) as ended:
         ran(*stage_1.overrides, *small, *PLACES, "task.dataset=pope")
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "rate", "projector", "batch", "adapter"),
+    [
+        (["experiment=llava_1_5_7b_stage1"], 1e-3, 1e-3, 256, {"name": "linear_probe"}),
+        (["experiment=llava_1_5_7b_lora"], 2e-4, 2e-5, 128, {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05}),
+        (["experiment=llava_1_5_7b_lora", "adapter=dora"], 2e-4, 2e-5, 128, {"lora_alpha": 256, "use_dora": True}),
+        (["experiment=llava_1_5_7b"], 2e-4, 2e-5, 128, {"r": 128, "flora_dropout": 0.05}),
+    ],
+)
+def test_llavas_recipes_are_those_of_its_scripts(asked, rate, projector, batch, adapter):
+    """scripts/v1_5/pretrain.sh and finetune_lora.sh of haotian-liu/LLaVA @c121f04, and its defaults in train.py."""
+    cfg = composed(asked)
+    trainer = {"lr": rate, "head_lr": projector, "batch_size": batch, "epochs": 1, "dtype": "bf16"}
+    trainer |= {"schedule": "cosine", "warmup_ratio": 0.03, "weight_decay": 0.0, "gradient_checkpointing": True}
+    assert {key: cfg.trainer[key] for key in trainer} == trainer
+    assert {key: cfg.adapter[key] for key in adapter} == adapter
+    stage_1 = "stage1" in asked[0]
+    assert cfg.trainer.group_by_modality == (not stage_1)
+    assert (cfg.model.chat, cfg.model.aspect) == (("plain", "middle") if stage_1 else ("vicuna", "pad"))
+    assert cfg.model.architecture.vision_feature_layer == -2
+    assert cfg.model.language_weights.hub == "lmsys/vicuna-7b-v1.5"
+    assert cfg.model.vision_weights.hub == "openai/clip-vit-large-patch14-336"
+    assert (cfg.task.max_length, cfg.protocol.select) == (2048, "last")
