@@ -24,7 +24,7 @@ from flora.launch.entry import main, quietly
 from flora.results import Record, Store
 from flora.results.lock import Claim
 from flora.tasks import aliases
-from flora.training import identity, saved
+from flora.training import identity
 from flora.training.settings import CHECKPOINTS
 from flora.training.tested import Tested, as_trained
 
@@ -42,7 +42,7 @@ def run(cfg: DictConfig, typed: Sequence[str] | None = None) -> Path:
         from flora.predict.command import predict
 
         return predict(tested)
-    cfg.checkpoint = saved.digest(tested.folder) if tested else None  # what is tested counts by what it holds
+    cfg.checkpoint = str(tested.folder) if tested else None
     if (dataset := aliases.canonical(cfg.task)) is not None:
         cfg.task.dataset = dataset  # an alias and the name it stands for are one run
     processes.start(cfg.trainer.get("device") == "cpu")

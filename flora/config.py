@@ -51,6 +51,9 @@ _NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
     "model": ("allow",),  # so that no saved config allows code to run
 }
 
+# Methods that train nothing but the head: a grid is over its rate, whatever the trainer gives heads beside an adapter.
+HEAD_ALONE = ("linear_probe",)
+
 # Options where zero, false or an empty list says something else than null.
 _ZERO_COUNTS = (
     *("scale", "alpha", "stack_modes", "color_jitter"),
@@ -279,8 +282,10 @@ def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[
 
     A record's config has ``inputs`` as well, which identify the data and weights (``flora.inputs``).
     """
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    return _decisive(cast(dict[str, Any], resolved)) | {"method_version": method_version or METHOD_VERSION}
+    resolved = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    if resolved["protocol"].get("lr_grid") and resolved["adapter"].get("name") in HEAD_ALONE:
+        resolved["trainer"]["head_lr"] = None  # as flora.training.run trains
+    return _decisive(resolved) | {"method_version": method_version or METHOD_VERSION}
 
 
 def not_semantic(group: str) -> tuple[str, ...]:

@@ -78,7 +78,9 @@ def reproduce() -> None:
             print(f"{word:12}", cell.not_runnable_yet or name(cell, contents), *cell.overrides)
         return
     extra = [f"paths.results={arguments.results}", *arguments.overrides, *(["retry=true"] if arguments.retry else [])]
-    todo = {cell: [*named(table, cell), *extra] for cell in sorted([*again, *left], key=lambda c: c not in first)}
+    todo = {
+        cell: [*named(table, cell), *extra] for cell in sorted([*again, *left], key=lambda c: (c.depth, c not in first))
+    }
     for cell in again:
         todo[cell].append("force=true")
     if arguments.dry_run:
@@ -136,11 +138,14 @@ def read(stores: list[Store]) -> Contents:
 
 
 def started_from(table: Table, cells: list[Cell]) -> list[Cell]:
-    """The runnable cells that some of ``cells`` start from, in the table's order.
+    """The runnable cells that some of ``cells`` start from, and those that these start from, in the table's order.
 
     A finished one is run again where its outputs are gone: records travel with the repository, outputs do not.
     """
-    firsts = {first for cell in cells for _, first in cell.starts_from}
+    firsts, ahead = set[Cell](), list(cells)
+    while ahead:
+        ahead = [first for cell in ahead for _, first in cell.starts_from if first not in firsts]
+        firsts.update(ahead)
     return [cell for cell in table.cells if cell in firsts and not cell.not_runnable_yet]
 
 
@@ -202,13 +207,14 @@ def run_all(todo: dict[Cell, list[str]], first: Collection[Cell], jobs: int, sto
 
     Args:
         todo: the cells, each with further overrides.
-        first: those of them that end before the others start.
+        first: those of them that end before others start, and among them what they start from before them.
         jobs: how many run side by side.
         stores: of records, the last one of theirs.
     """
     report, codes = Report(len(todo)), dict[Cell, int]()
     with report.bar, ThreadPoolExecutor(jobs) as threads, pool(jobs) as workers:
-        for cells in ([c for c in todo if c in first], [c for c in todo if c not in first]):
+        stages = [[c for c in todo if c in first and c.depth == depth] for depth in sorted({c.depth for c in first})]
+        for cells in (*stages, [c for c in todo if c not in first]):
             ended = threads.map(lambda c: run(c, todo[c], stores, report, workers), cells)
             codes |= dict(zip(cells, ended, strict=True))
     return [cell for cell, code in codes.items() if code]

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from flora.config import _check_target, cell_id, composed, instantiate, instantiate_method, one_line
+from flora.config import HEAD_ALONE, _check_target, cell_id, composed, instantiate, instantiate_method, one_line
 from flora.errors import ConfigError
+from flora.files import ROOT
 
 
 def config(**changes):
@@ -75,6 +76,17 @@ def test_the_rate_counts_unless_the_grid_chooses_it():
     grid = {"protocol": {"lr_grid": [1e-3, 1e-2]}}
     assert cell_id(config(**grid, trainer={"lr": 2e-3})) == cell_id(config(**grid))
     assert cell_id(config(**grid, trainer={"head_lr": 2e-3})) != cell_id(config(**grid))
+
+
+def test_a_grid_of_a_probe_is_over_the_heads_rate_which_counts_no_more():
+    asked = ["task=instruct", "adapter=linear_probe"]
+    grid = "protocol.lr_grid=[5e-4,1e-3,2e-3]"
+    assert cell_id(composed([*asked, grid])) == cell_id(composed([*asked, grid, "trainer.head_lr=5e-3"]))
+    assert cell_id(composed(asked)) != cell_id(composed([*asked, "trainer.head_lr=5e-3"]))
+    probes = [
+        p.stem for p in (ROOT / "configs" / "adapter").glob("*.yaml") if "flora.methods.LinearProbe" in p.read_text()
+    ]
+    assert sorted(probes) == sorted(HEAD_ALONE)
 
 
 def test_a_checkpoint_counts_by_content_not_by_path():

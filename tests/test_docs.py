@@ -88,6 +88,13 @@ ELSEWHERE = {
     " trainer.max_eval_examples=400": "weights of packages",
     "python train.py task=instruct task.dataset=easy_vqa adapter=flora trainer.lr=1e-3 model.projector=outputs/RUN_ID"
     " trainer.max_steps=300 trainer.max_eval_examples=400": "weights of packages",
+    "python train.py experiment=llava_1_5_7b_stage1": "LLaVA's data and 7B weights",
+    "python train.py experiment=llava_1_5_7b_lora model.projector=outputs/STAGE_1": "LLaVA's data and 7B weights",
+    "python train.py experiment=llava_1_5_7b_lora adapter=dora model.projector=outputs/STAGE_1": (
+        "LLaVA's data and 7B weights"
+    ),
+    "python train.py experiment=llava_1_5_7b model.projector=outputs/STAGE_1": "LLaVA's data and 7B weights",
+    "python train.py mode=eval checkpoint=outputs/RUN_ID task.dataset=pope": "a run of a model that sees",
     "python train.py task=text task.dataset=reviews.csv": "weights of a package",
     "python train.py task=text task.dataset=reviews.csv task.text=comment task.label=stars task.kind=regression": (
         "weights of a package"

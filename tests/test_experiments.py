@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 import train
+from flora.config import instantiate
 from flora.launch.entry import main
-from tests.tasks.chats import architecture, vicuna_tokenizer
+from flora.methods import LinearProbe
+from tests.tasks.chats import architecture, vicuna_and_clip, vicuna_tokenizer
 from tests.tasks.conftest import png
 from tests.tasks.texts import SPECIAL, WORDS, word_tokenizer, write_rows
 
@@ -29,6 +32,11 @@ def composed(name):
 
 def tiny(model, folder):
     """Overrides that make a model small and random."""
+    if "language_weights" in model and "architecture" in model:
+        parts = vicuna_and_clip(folder / "parts")
+        sizes = {key: value for key, value in parts.pop("architecture").items() if key.endswith("_config")}
+        changed = [f"++model.architecture.{p}.{k}={v}" for p, inner in sizes.items() for k, v in inner.items()]
+        return [*changed, *(f"model.{key}={place}" for key, place in parts.items())]
     if "llava" in model.get("name", model._target_):
         vicuna_tokenizer().save_pretrained(folder / "tokenizer")
         parts = {key: sizes for key, sizes in architecture(grid=False).items() if key.endswith("_config")}
@@ -72,7 +80,9 @@ def write_data(task, folder):
         mix = [{"instruction": instruction, "answer": ("true", "false")[i % 2]} for i in range(140)]
         (folder / "commonsense_170k.json").write_text(json.dumps(mix))
 
-    if task.name == "instruct":
+    if task.name == "instruct" and task.dataset.startswith("llava"):
+        write_conversations(folder / task.dataset)
+    elif task.name == "instruct":
         cells = [{"bytes": png(i % 10), "path": None} for i in range(40)]
         asked = {"image": cells, "question": ["what color is it?"] * 40, "answer": ["red", "yes"] * 20}
         stated = {"image": cells, "sentence": ["it is red"] * 40, "label": labels}
@@ -80,8 +90,29 @@ def write_data(task, folder):
             write_rows(folder / task.dataset / f"{split}.parquet", stated if task.dataset == "nlvr" else asked)
 
 
+def write_conversations(folder):
+    """LLaVA's JSON of 40 conversations about ten images, some about none."""
+    (folder / "images").mkdir(parents=True)
+    for number in range(10):
+        (folder / "images" / f"{number}.png").write_bytes(png(number))
+    rows = []
+    for number in range(40):
+        shown = {"image": f"{number % 10}.png"} if number % 5 or folder.name == "llava_pretrain" else {}
+        question = ("<image>\n" if shown else "") + "what color is it?"
+        said = [{"from": "human", "value": question}, {"from": "gpt", "value": ("red", "yes")[number % 2]}]
+        rows.append({"id": str(number), "conversations": said} | shown)
+    (folder / "train.json").write_text(json.dumps(rows))
+
+
 def record_of(out):
     return json.loads(Path(out.strip().splitlines()[-1].removeprefix("record: ")).read_text())
+
+
+def save_projector(overrides, folder):
+    """What stage 1 leaves, untrained."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        spec = instantiate(compose("train", [*overrides, "model.projector=null"]).model)
+    LinearProbe("linear_probe").save(LinearProbe("linear_probe").apply(spec.build(0), spec.classifier).model, folder)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -94,18 +125,22 @@ def test_an_experiment_runs_two_steps_and_leaves_its_record(name, tmp_path, monk
     if cfg.task.name == "commonsense":
         small += ["task.validation_size=4"]
     if cfg.task.name == "instruct":
-        small += ["task.validation_size=4", "task.max_length=null", "trainer.gradient_accumulation=2"]
+        small += ["task.validation_size=4", "task.max_new_tokens=4", "trainer.gradient_accumulation=2"]
     if cfg.task.name == "imagefolder":
         small += ["task.classes=null", "trainer.gradient_accumulation=1", "task.held_out=0.2"]
     places = ["paths.data=data", "paths.output=outputs", "paths.results=results", "logger=none"]
-    overrides = [f"experiment={name}", *tiny(cfg.model, tmp_path), "adapter.r=2", *small, *places]
+    ranks = ["adapter.r=2"] if "r" in cfg.adapter else []
+    overrides = [f"experiment={name}", *tiny(cfg.model, tmp_path), *ranks, *small, *places]
+    if OmegaConf.is_missing(cfg.model, "projector"):
+        save_projector(overrides, tmp_path / "stage_1")
+        overrides.append(f"model.projector={tmp_path / 'stage_1'}")
     monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
     main(train.job, trace=lambda: True)
     record = record_of(capsys.readouterr().out)
     assert record["status"] == "finished"
     assert (record["task"], record["dataset"], record["adapter"]) == (cfg.task.name, cfg.task.dataset, cfg.adapter.name)
     assert record["protocol"] == cfg.protocol.name
-    assert record["trainable_params"] > 0
+    assert (record["trainable_params"] > 0) == (cfg.adapter.name != "linear_probe")
     assert record["split"] == ("validation" if cfg.protocol.name == "glue_paper" else "test")
     assert record["config"]["trainer"]["lr"] == cfg.trainer.lr
     assert len(record["history"]) >= 1

@@ -189,6 +189,13 @@ def test_what_others_start_from_has_ended_before_they_start(store, monkeypatch):
     reproduce.run_all({cell: [] for cell in reversed(cells)}, first, 3, [store])
     assert told[:2] == [("start", cells[0]), ("end", cells[0])]
     assert len(told) == 12
+    llava = [cell for cell in load("table4_llava", "paper").cells if not cell.not_runnable_yet]
+    first = reproduce.started_from(load("table4_llava", "paper"), llava[-4:])  # tests of FLoRA's model
+    assert [cell.task for cell in first] == ["llava_pretrain", "llava_instruct"]
+    told.clear()
+    reproduce.run_all({cell: [] for cell in (*llava[-4:], *reversed(first))}, first, 3, [store])
+    assert told[:4] == [(when, cell) for cell in first for when in ("start", "end")]
+    assert {cell for _, cell in told[4:]} == {*llava[-4:]}
 
 
 def test_what_another_process_runs_again_is_not_forced_once_more(store):

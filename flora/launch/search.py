@@ -12,6 +12,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
+from flora.config import HEAD_ALONE
 from flora.errors import ConfigError, Interrupted
 from flora.launch.sweep import error_of
 
@@ -98,6 +99,8 @@ def validation_value(record: dict[str, Any]) -> float:
 def _space(config: DictConfig, space: dict[str, dict[str, Any]], typed: list[Override]) -> dict[str, dict[str, Any]]:
     """What is searched: the space without what is fixed or does not exist here, and what was typed as swept."""
     searched = {str(key): dict(of) for key, of in space.items()}
+    if "trainer.lr" in searched and config.adapter.get("name") in HEAD_ALONE and config.trainer.get("head_lr"):
+        searched = {key.replace("trainer.lr", "trainer.head_lr"): of for key, of in searched.items()}  # which trains it
     for override in typed:
         key, value = override.get_key_element(), override.value()
         searched.pop(key, None)

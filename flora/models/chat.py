@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Place(NamedTuple):
@@ -31,8 +31,9 @@ class Chat:
         question: what comes before a question.
         answer: what comes between a question and its answer.
         space: what separates the answer from that, and belongs to the answer.
-        end: the token that ends an answer.
+        end: the token that ends an answer, as text.
         after: what comes between an answer and the next question.
+        asks: whether the words of a question are written; else its images alone are.
     """
 
     opening: str
@@ -42,10 +43,21 @@ class Chat:
     space: str
     end: str
     after: str
+    asks: bool = True
 
     def saying(self, system: str | None) -> Chat:
         """The same with another system message; None or empty: unchanged."""
         return replace(self, system=system) if system else self
+
+    def end_token(self, tokenizer: Any) -> int:
+        """The token of ``end``, which a tokenizer may know under another name, as of a byte; ValueError for none."""
+        if self.end in tokenizer.get_vocab():
+            return tokenizer.convert_tokens_to_ids(self.end)
+        if self.end.isspace():
+            alone, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a{self.end}"))
+            if after[:-1] == alone and after[-1] != tokenizer.unk_token_id:
+                return after[-1]
+        raise ValueError(f"it has no token {self.end!r}")
 
     def write(self, turns: Sequence[tuple[str, str | None]]) -> tuple[str, list[Place]]:
         """A conversation as text, and where each turn lies in it; an answer of None is left to be written."""
@@ -83,4 +95,6 @@ CHATS = {
         end="</s>",
         after="",
     ),
+    # conv_llava_plain and preprocess_plain there: the image and its caption, in which LLaVA's stage 1 trains.
+    "plain": Chat(opening="", system="", question="", answer="", space="", end="\n", after="", asks=False),
 }

@@ -19,6 +19,7 @@ from flora.models.vision import TimmModel
 from flora.models.weights import Weights, sha256_of
 
 PROJECTOR = "model.multi_modal_projector"
+_FIRST = "embeddings.class_embedding"  # of CLIP's vision tower; how deep it lies depends on transformers' version
 
 
 class GridLlavaConfig(transformers.LlavaConfig):
@@ -76,6 +77,22 @@ transformers.AutoConfig.register("llava_grid", GridLlavaConfig, exist_ok=True)
 transformers.AutoModelForImageTextToText.register(GridLlavaConfig, GridLlava, exist_ok=True)
 
 
+class Tower(TransformersModel):
+    """CLIP's vision transformer, from files of the whole of CLIP or of it alone."""
+
+    def state(self) -> tuple[dict[str, Tensor], str]:
+        """Its tensors, under the names that it has alone, and what to call their file; WeightsError for none of it."""
+        tensors, source = self._state()
+        whole = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
+        own = {name.removeprefix("vision_model."): tensor for name, tensor in (whole or tensors).items()}
+        if _FIRST not in own:
+            raise WeightsError(f"{source} holds no vision tower of CLIP: correct model.vision_weights")
+        return own, source
+
+    def _tokenizer_facts(self) -> dict[str, Any]:
+        return {}
+
+
 class Llava(TransformersModel):
     """A vision-language model; adapters go to its language model, and its projector, the head, is trained in full.
 
@@ -90,10 +107,12 @@ class Llava(TransformersModel):
         patch_size: pixels, along a side, of what becomes one token; None: that of the vision tower's config.
         mean, std: per-channel statistics of images in [0, 1].
         interpolation: how images are resized.
-        aspect: how they become squares: ``pad`` with their mean colour, or ``squash``.
+        aspect: how they become squares: ``pad`` with their mean colour, ``middle`` as CLIP cuts it out, or ``squash``.
         pretrained: load weights; otherwise the network starts random.
         weights: of the whole network, see ``TransformersModel``.
         parts: a vision model and a language model to put together instead of ``weights``; the projector is then fresh.
+        vision_weights, language_weights: of the same two for sizes of type ``llava``, in place of ``parts``: each a
+            folder or file, or a ``Source``. Of CLIP the vision tower is taken.
         projector: folder of a finished run, whose trained projector this one starts as.
         adapter_targets, tokenizer, trust_remote_code: see ``TransformersModel``.
 
@@ -115,18 +134,27 @@ class Llava(TransformersModel):
         aspect: str = "pad",
         pretrained: bool = True,
         weights: Weights | None = None,
-        parts: tuple[TimmModel, TransformersModel] | None = None,
+        parts: tuple[TimmModel | Tower, TransformersModel] | None = None,
+        vision_weights: Weights | None = None,
+        language_weights: Weights | None = None,
         projector: str | None = None,
         adapter_targets: str | Sequence[str] = "all",
         tokenizer: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        if (vision_weights is None) != (language_weights is None):
+            raise ConfigError("model.vision_weights and model.language_weights go together: name both, or neither")
+        if vision_weights is not None and language_weights is not None and pretrained:
+            sizes, target = (architecture[key] for key in ("vision_config", "text_config")), adapter_targets
+            vision, text = (dict(part) for part in sizes)
+            language = TransformersModel("language model", "causal_lm", text, (), True, language_weights, target)
+            parts = (Tower("vision tower", "image_text", vision, (), True, vision_weights), language)
         self.parts = parts
         super().__init__(
             *(name, "image_text", architecture, [PROJECTOR], pretrained, weights, adapter_targets, tokenizer),
             trust_remote_code=trust_remote_code,
         )
-        for key, value, allowed in (("chat", chat, tuple(CHATS)), ("aspect", aspect, ("pad", "squash"))):
+        for key, value, allowed in (("chat", chat, tuple(CHATS)), ("aspect", aspect, ("pad", "middle", "squash"))):
             if value not in allowed:
                 raise ConfigError(f"model.{key}={value} is unknown; choose one of {', '.join(allowed)}")
         tower: Any = self.config().vision_config
@@ -170,10 +198,10 @@ class Llava(TransformersModel):
     def tokenizer(self) -> Any:
         """See TransformersModel; ConfigError where it lacks the token that ends answers."""
         tokenizer = super().tokenizer()
-        if self.chat.end not in tokenizer.get_vocab():
-            raise ConfigError(
-                f"model.tokenizer: it has no token {self.chat.end}, which ends the answers of {self.name}"
-            )
+        try:
+            self.chat.end_token(tokenizer)
+        except ValueError as error:
+            raise ConfigError(f"model.tokenizer: {error}, which ends the answers of {self.name}") from error
         return tokenizer
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -191,15 +219,22 @@ class Llava(TransformersModel):
         if self.parts is None:
             return super()._state()
         vision, language = self.parts
-        tower = vision.build(1).state_dict()
-        state = {
-            f"model.vision_tower.timm_model.{name}": tensor
-            for name, tensor in tower.items()
-            if not in_head(name, vision.classifier)
-        }
+        if isinstance(vision, Tower):
+            own, seen = vision.state()
+            prefix = next(n for n in self.skeleton().state_dict() if n.endswith(_FIRST)).removesuffix(_FIRST)
+            state = {prefix + name: tensor for name, tensor in own.items()}
+        else:
+            seen, tower = vision.name, vision.build(1).state_dict()
+            state = {
+                f"model.vision_tower.timm_model.{name}": tensor
+                for name, tensor in tower.items()
+                if not in_head(name, vision.classifier)
+            }
         text, source = language._state()
-        state |= {f"model.language_model.{name.removeprefix('model.')}": tensor for name, tensor in text.items()}
-        return state, source
+        for name, tensor in text.items():
+            inner = name.removeprefix("model.")
+            state[name if name.startswith("lm_head.") else f"model.language_model.{inner}"] = tensor
+        return state, f"{source} with {seen}"
 
     def _projector_file(self) -> Path:
         if path := saved_weights(Path(str(self.projector)).expanduser()):

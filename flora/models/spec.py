@@ -104,7 +104,7 @@ class ImageTextSpec(ModelSpec, TakesImages, TakesText, Protocol):
     Attributes:
         chat: how its conversations are written.
         image_tokens: how many tokens an image becomes.
-        aspect: how images become squares: ``pad`` or ``squash``.
+        aspect: how images become squares: ``pad``, ``middle`` or ``squash``.
     """
 
     chat: Chat

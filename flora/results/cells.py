@@ -72,6 +72,11 @@ class Cell:
         """The overrides as a dict."""
         return dict(override.lstrip("+").split("=", 1) for override in self.overrides)
 
+    @cached_property
+    def depth(self) -> int:
+        """How many cells run before it, one after the other."""
+        return max((1 + cell.depth for _, cell in self.starts_from), default=0)
+
     @property
     def task(self) -> str:
         """Its data set, or its task where that has one data set."""
@@ -217,20 +222,20 @@ def _parts(table: str, scale: Any) -> list[dict[str, Any]]:
 
 def _cells(table: str, scale: Any) -> Iterator[Cell]:
     parts = _parts(table, scale)
-    first = {id(part): _part(table, scale, part, ()) for part in parts if "starts_from" not in part}
+    made = {id(part): _part(table, scale, part, ()) for part in parts if "starts_from" not in part}
+    first = [cell for cells in made.values() for cell in cells]
+    after: list[Cell] = []  # those above that start from others themselves
     for part in parts:
-        if "starts_from" not in part:
-            yield from first[id(part)]
-            continue
-        candidates = [cell for cells in first.values() for cell in cells]
-        starts = part["starts_from"]
-        if not isinstance(starts, dict) or not all(isinstance(settings, dict) for settings in starts.values()):
-            raise ConfigError(
-                f"experiments/{table}.yaml: starts_from must give each key a cell's settings, got {starts}"
-            )
-        yield from _part(
-            table, scale, part, tuple((key, _only(table, key, candidates, of)) for key, of in starts.items())
-        )
+        if "starts_from" in part:
+            starts = part["starts_from"]
+            if not isinstance(starts, dict) or not all(isinstance(settings, dict) for settings in starts.values()):
+                raise ConfigError(
+                    f"experiments/{table}.yaml: starts_from must give each key a cell's settings, got {starts}"
+                )
+            named = tuple((key, _only(table, key, first, after, of)) for key, of in starts.items())
+            made[id(part)] = _part(table, scale, part, named)
+            after += made[id(part)]
+        yield from made[id(part)]
 
 
 def _part(table: str, scale: dict[str, Any], part: dict[str, Any], starts: tuple[tuple[str, Cell], ...]) -> list[Cell]:
@@ -246,10 +251,10 @@ def _part(table: str, scale: dict[str, Any], part: dict[str, Any], starts: tuple
     return [Cell((*common, *combination), reason, *said) for combination in itertools.product(*axes)]
 
 
-def _only(table: str, key: str, cells: list[Cell], settings: dict[str, Any]) -> Cell:
-    """The one cell with these settings."""
+def _only(table: str, key: str, first: list[Cell], after: list[Cell], settings: dict[str, Any]) -> Cell:
+    """The one cell with these settings, among the first where any of those has them."""
     wanted = {name: str(value) for name, value in settings.items()}.items()
-    having = [cell for cell in cells if wanted <= cell.settings.items()]
+    having = [c for c in first if wanted <= c.settings.items()] or [c for c in after if wanted <= c.settings.items()]
     if len(having) != 1:
         words = " ".join(f"{name}={value}" for name, value in wanted)
         raise ConfigError(f"experiments/{table}.yaml: starts_from.{key} must name one cell, {len(having)} have {words}")

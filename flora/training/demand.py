@@ -29,7 +29,7 @@ def check(run: Run) -> None:
         ConfigError: parameters, batches or processes take more than the machine has.
     """
     settings, splits = run.settings, run.splits
-    if settings.batch_size > (count := len(splits.train)):
+    if settings.batch_size > (count := len(splits.train)) > 0:
         _warn(f"trainer.batch_size={settings.batch_size} is more than the {count} examples that there are")
     workers = settings.num_workers * _PROCESS
     memory.check(workers, f"trainer.num_workers={settings.num_workers}", "lower it")

@@ -56,8 +56,12 @@ def identify(cfg: DictConfig) -> Identity:
 
     found = inputs.kept(cell_id(cfg), data, places, find)
     cfg.task.dataset = found["dataset"]  # a class may know further aliases
-    semantic = semantic_config(cfg)
-    config = semantic | {"model": _by_cell(semantic["model"]), "inputs": found["inputs"]}
+    semantic, given = semantic_config(cfg), dict(found["inputs"])
+    config = semantic | {"model": _by_cell(semantic["model"]), "inputs": given}
+    if cfg.checkpoint is not None:  # what is tested counts by the cell that made it, and by what it holds
+        given["checkpoint"] = saved.digest(Path(cfg.checkpoint))
+        place = _cell_of(cfg.checkpoint)
+        config["checkpoint"] = given["checkpoint"] if place == cfg.checkpoint else place
     return Identity(recorded_id(config), recorded_cell(config), config)
 
 

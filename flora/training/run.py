@@ -92,6 +92,11 @@ class Run:
     def train(self) -> Outcome:
         """Choose the learning rate if the protocol has a grid, train, test once."""
         splits, protocol, settings = self.splits, self.protocol, self.settings
+        if not len(splits.train):
+            raise ConfigError(
+                f"task.dataset={self.task.dataset} is a test alone: train on another, then test that run with "
+                f"mode=eval checkpoint=RUN task.dataset={self.task.dataset}"
+            )
         folder = self.folder / CHECKPOINTS
         resume = settings.resume == "auto"
         self.progress = Progress(folder, settings.checkpoint_every, resume, self.claim, self._inputs())
@@ -191,7 +196,10 @@ class Run:
         known = masks(adapted.model)
         if self.settings.gradient_checkpointing and not hasattr(adapted.model, "gradient_checkpointing_enable"):
             raise ConfigError("trainer.gradient_checkpointing is for networks of transformers: leave it false")
-        trainer = self._trainer(adapted, replace(self.settings, lr=lr), train, validation, label)
+        settings = replace(self.settings, lr=lr)
+        if self.protocol.lr_grid and not trained(adapted.model, self.model.classifier)[0]:
+            settings = replace(settings, head_lr=None)  # a grid is over the rate of what trains, here the head alone
+        trainer = self._trainer(adapted, settings, train, validation, label)
         log = self.log.fit(label) if reported and self.log is not None else None
         if (done := self.progress.done.get(label)) is not None:
             newest = self.progress.newest

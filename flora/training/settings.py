@@ -48,6 +48,8 @@ class TrainerSettings:
         resume: ``auto`` goes on from a checkpoint of an interrupted run; false starts over.
         checkpoint_every: optimiser steps between two checkpoints; null: by the clock, at most one a minute and 2 % of
             the time.
+        group_by_modality: batches either show images or show none, in a random order; else those of like length share
+            one. For tasks of images and texts.
         cache_on_device: keep a dataset's examples on the GPU: true, false, or ``auto`` where they take at most a tenth
             of its free memory.
     """
@@ -84,6 +86,7 @@ class TrainerSettings:
     ema_decay: float = 0.0
     resume: str | bool = "auto"
     checkpoint_every: int | None = None
+    group_by_modality: bool = False
 
     def __post_init__(self) -> None:
         counted = ("max_steps", "max_eval_examples", "max_train_examples", "warmup_steps", "eval_steps")
@@ -117,7 +120,7 @@ class TrainerSettings:
 
         if self.schedule not in (schedules := [kind.value for kind in SchedulerType]):
             raise ConfigError(f"trainer.schedule must be one of {', '.join(schedules)}, got {self.schedule!r}")
-        for name in ("cuda_graph", "compile", "gradient_checkpointing", "deterministic"):
+        for name in ("cuda_graph", "compile", "gradient_checkpointing", "deterministic", "group_by_modality"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"trainer.{name} must be true or false, got {getattr(self, name)!r}")
         if self.resume not in ("auto", False):
@@ -230,8 +233,8 @@ class Protocol:
         select: ``best`` keeps the epoch with the best validation metric, ``last`` the last one.
         final_train: the reported run's data: ``train``, or ``train+validation`` (then nothing is left to pick the epoch
             on, so ``select`` must be ``last``).
-        lr_grid: learning rates to choose from on the validation split before the reported run; null takes
-            ``trainer.lr``.
+        lr_grid: learning rates to choose from on the validation split before the reported run, in place of
+            ``trainer.lr``; where the head alone is trained, of its own (``trainer.head_lr``). Null takes those.
         held_out: share of train that becomes validation where the data has no labelled test split and its development
             set is the test; 0: the development set is both.
     """

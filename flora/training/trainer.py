@@ -24,6 +24,7 @@ from flora.training.callbacks import StepMeter, StopOnDivergence, TellEpoch
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once
 from flora.training.ema import Ema
 from flora.training.groups import layer_scales, parameter_groups
+from flora.training.order import ModalityOrder
 from flora.training.progress import Fit
 from flora.training.resume import KeepBest, load_optimizer, load_weights, set_rng_state
 from flora.training.settings import TrainerSettings
@@ -139,7 +140,9 @@ class Trainer(internals.Loop):
         """The task's loss and the method's penalty; of several processes, their mean is that of the whole batch."""
         training = self._module.training
         share = parts.share(inputs) if training and processes.count() > 1 else None
-        with self._together:
+        # What is written is not computed by the network's forward pass alone, around which the autocast is.
+        cast_too = self.settings.frozen_dtype is not None and not training
+        with self._together, self.accelerator.autocast() if cast_too else contextlib.nullcontext():
             outputs, targets = self.forward(model, inputs, training)
         loss = self.loss(outputs, targets, self.settings.label_smoothing if training else 0.0)
         if share is not None:
@@ -327,6 +330,8 @@ class Trainer(internals.Loop):
         if self._order is None:
             self._order = torch.Generator().manual_seed(self.args.seed)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        if self.settings.group_by_modality and (shows := getattr(dataset, "shows", None)) is not None:
+            return ModalityOrder(lengths, shows, batch, self._order)
         return LengthGroupedSampler(batch, lengths=list(lengths), generator=self._order)
 
     def evaluation_order(self, dataset):

@@ -12,7 +12,7 @@ from flora.methods.base import load
 from flora.methods.heads import trained
 from flora.models import Llava, TimmModel, TransformersModel
 from flora.models.chat import CHATS
-from tests.tasks.chats import architecture, chatml_tokenizer, tiny_llava
+from tests.tasks.chats import architecture, chatml_tokenizer, tiny_llava, vicuna_and_clip
 
 PROJECTOR = "model.multi_modal_projector"
 TURNS = [("what is it?", "a dog"), ("what color?", "red")]
@@ -78,6 +78,49 @@ def test_parts_are_put_together_with_a_fresh_projector(tmp_path):
     assert torch.equal(ours, same)
     assert not torch.equal(ours, fresh)
     assert 0.01 < float(ours.detach().std()) < 0.03
+
+
+def test_vicuna_and_clip_of_local_folders_become_a_llava_with_a_fresh_projector(tmp_path):
+    options = vicuna_and_clip(tmp_path)
+    spec = Llava("v", chat="vicuna", **options)
+    torch.manual_seed(1)
+    model = spec.build(0).eval()
+    language = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options["architecture"]["text_config"]))
+    state = {}
+    for shard in (tmp_path / "vicuna").glob("*.bin"):
+        state |= torch.load(shard)
+    language.load_state_dict(state)
+    clip = transformers.CLIPModel.from_pretrained(tmp_path / "clip").vision_model.eval()
+    images, texts = torch.randn(2, 3, 16, 16), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(model(texts).logits, language.eval()(texts).logits)
+        before_last = clip(images, output_hidden_states=True).hidden_states[-2][:, 1:]  # without the class token
+        seen = torch.stack(list(model.model.get_image_features(images).pooler_output))
+        assert torch.allclose(seen, model.model.multi_modal_projector(before_last), atol=1e-6)
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"]), "it is not tied to the embeddings"
+    assert spec.facts.keys() == {"model_type", "pretrained", "vision", "language"}
+    assert len(spec.facts["language"]["shards"]) == 2
+    assert "sha256" in spec.facts["vision"]
+    assert spec.tokenizer().pad_token_id == spec.image_id == 0
+    transformers.CLIPVisionModel.from_pretrained(tmp_path / "clip").save_pretrained(tmp_path / "tower")
+    torch.manual_seed(1)
+    alone = Llava("v", chat="vicuna", **options | {"vision_weights": str(tmp_path / "tower")}).build(0)
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), model.parameters(), strict=True))
+
+
+def test_parts_of_something_else_are_refused(tmp_path):
+    options = vicuna_and_clip(tmp_path)
+    with pytest.raises(ConfigError, match="go together"):
+        Llava("v", chat="vicuna", **options | {"vision_weights": None})
+    with pytest.raises(WeightsError, match=r"vicuna.* holds no vision tower of CLIP"):
+        Llava("v", chat="vicuna", **options | {"vision_weights": str(tmp_path / "vicuna")}).build(0)
+    larger = options["architecture"] | {
+        "text_config": options["architecture"]["text_config"] | {"num_hidden_layers": 3}
+    }
+    with pytest.raises(
+        WeightsError, match=r"is not of v: 9 tensors are missing, first model\.language_model\.layers\.2"
+    ):
+        Llava("v", chat="vicuna", **options | {"architecture": larger}).build(0)
 
 
 def test_a_map_of_features_is_read_row_by_row(tmp_path):
@@ -151,7 +194,7 @@ def test_weights_of_the_hub_are_read_under_their_old_names(tmp_path):
     ("options", "message"),
     [
         ({"chat": "poem"}, r"model\.chat=poem is unknown"),
-        ({"aspect": "stretch"}, "choose one of pad, squash"),
+        ({"aspect": "stretch"}, "choose one of pad, middle, squash"),
         ({"image_size": 65}, "multiple of the patch size 32"),
         ({"pretrained": True}, r"model\.weights: name a place"),
     ],
@@ -171,7 +214,7 @@ def test_projectors_and_tokenizers_that_do_not_fit_are_refused(tmp_path):
     chatml_tokenizer().save_pretrained(tmp_path / "other")
     spec = tiny_llava(tmp_path, "vicuna", grid=False)
     spec.tokenizer_place = str(tmp_path / "other")
-    with pytest.raises(ConfigError, match="no token </s>"):
+    with pytest.raises(ConfigError, match="no token '</s>'"):
         spec.tokenizer()
 
 

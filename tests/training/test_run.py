@@ -158,6 +158,16 @@ def test_the_grid_chooses_on_validation_and_its_cost_is_recorded(tmp_path):
     assert outcome.selection["split"] == "validation"
 
 
+def test_a_grid_is_over_the_rate_of_the_head_where_that_alone_is_trained(tmp_path):
+    protocol = dataclasses.replace(HOLDOUT, lr_grid=[1e-2])
+    outcome = toy_run(tmp_path, LinearProbe("linear_probe"), protocol, epochs=1, head_lr=1e-3).train()
+    same = toy_run(tmp_path, LinearProbe("linear_probe"), epochs=1, lr=1e-2, head_lr=None).train()
+    assert torch.equal(outcome.adapted.model[7].fc.weight, same.adapted.model[7].fc.weight)
+    assert {group["initial_lr"] for group in outcome.trainer.optimizer.param_groups} == {outcome.lr} == {1e-2}
+    beside = toy_run(tmp_path, lora(), dataclasses.replace(protocol, lr_grid=[2e-3]), epochs=1, head_lr=3e-3).train()
+    assert {group["initial_lr"] for group in beside.trainer.optimizer.param_groups} == {2e-3, 3e-3}
+
+
 def test_vtab_protocol_chooses_on_800_200_then_trains_on_all(tmp_path):
     outcome = toy_run(tmp_path, protocol=dataclasses.replace(VTAB, lr_grid=[1e-3, 1e-2]), epochs=1).train()
     assert len(outcome.trainer.train_dataset) == 96 + 32

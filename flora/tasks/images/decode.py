@@ -132,15 +132,16 @@ def as_square(
     """An image as a square: uint8 ``[size, size, bands]``.
 
     ``squash`` gives the aspect ratio up, as VTAB does; ``crop`` keeps it and cuts the middle out of 8/7 of the size, as
-    ImageNet's evaluation does; ``pad`` keeps the whole image in the middle of the colour ``fill``, as LLaVA does.
+    ImageNet's evaluation does; ``middle`` cuts it out of the size itself, as CLIP does; ``pad`` keeps the whole image
+    in the middle of the colour ``fill``, as LLaVA does.
     """
     if how == "pad":
         side = max(image.size)
         square = Image.new(image.mode, (side, side), fill)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square
-    if how == "crop":
-        scale = size * 8 / 7 / min(image.size)
+    if how in ("crop", "middle"):
+        scale = size * (8 / 7 if how == "crop" else 1) / min(image.size)
         image = image.resize(
             (max(size, round(image.width * scale)), max(size, round(image.height * scale))),
             interpolation_mode(interpolation),

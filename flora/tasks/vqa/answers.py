@@ -69,6 +69,19 @@ def vqa_accuracy(written: str, answers: Sequence[str]) -> float:
     return float(np.mean([min(1.0, (sum(same) - mine) / 3) for mine in same]))
 
 
+def textvqa_accuracy(written: str, answers: Sequence[str]) -> float:
+    """TextVQA's accuracy: as ``vqa_accuracy``, but people's answers are brought to one form as the written one is.
+
+    Singh et al. 2019, arXiv 1904.08920; the form is that of EvalAI's processor (pythia/tasks/processors.py of
+    github.com/facebookresearch/mmf), which also drops commas and question marks, and sets a possessive apart.
+    """
+    one, *given = (
+        normalised(text.lower().replace(",", "").replace("?", "").replace("'s", " 's")) for text in (written, *answers)
+    )
+    same = [answer == one for answer in given]
+    return float(np.mean([min(1.0, (sum(same) - mine) / 3) for mine in same]))
+
+
 def says_yes(text: str) -> bool:
     """Whether an answer says yes, as POPE reads it: unless its first sentence has a word that says no.
 
@@ -99,10 +112,11 @@ def scores(written: Sequence[str], asked: Sequence[Dialogue]) -> dict[str, float
         accepted = [{normalised(answer) for answer in dialogue.answers} for dialogue in asked]
         hits = [normalised(text) in answers for text, answers in zip(written, accepted, strict=True)]
         values["any_match"] = float(np.mean(hits))
-    return values | _yes_no(written, [dialogue.answers[0].lower() for dialogue in asked])
+    return values | yes_no(written, [dialogue.answers[0].lower() for dialogue in asked])
 
 
-def _yes_no(written: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+def yes_no(written: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    """The scores of yes or no among ``scores``, of the answers that are one of these; nothing where none is."""
     asked = [(text, answer) for text, answer in zip(written, answers, strict=True) if answer in ("no", "false", *_YES)]
     pairs = [(says_yes(text), answer in _YES) for text, answer in asked]
     if not pairs:
@@ -120,11 +134,12 @@ def _yes_no(written: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
 
 
 class Written(evaluate.Metric):
-    """``scores`` of generated tokens.
+    """``scores`` of generated tokens, or others.
 
     Args:
         asked: every question of a task.
         decode: from tokens, negative ones being padding, to a text.
+        score: all metrics of texts and the questions that they answer.
 
     Attributes:
         texts: what the last ``compute`` read, by index of the question.
@@ -132,8 +147,13 @@ class Written(evaluate.Metric):
 
     greater_is_better = True
 
-    def __init__(self, asked: Sequence[Dialogue], decode: Callable[[np.ndarray], str]) -> None:
-        self.asked, self.decode = asked, decode
+    def __init__(
+        self,
+        asked: Sequence[Dialogue],
+        decode: Callable[[np.ndarray], str],
+        score: Callable[[Sequence[str], Sequence[Dialogue]], dict[str, float]] = scores,
+    ) -> None:
+        self.asked, self.decode, self.score = asked, decode, score
         self.texts: Mapping[int, str] = {}
         super().__init__(keep_in_memory=True)
 
@@ -146,4 +166,4 @@ class Written(evaluate.Metric):
         indices = [int(index) for index in references]
         texts = [self.decode(np.asarray(row)) for row in predictions]
         self.texts = dict(zip(indices, texts, strict=True))
-        return scores(list(self.texts.values()), [self.asked[index] for index in self.texts])
+        return self.score(list(self.texts.values()), [self.asked[index] for index in self.texts])

@@ -57,8 +57,9 @@ class Coder:
         if max_new_tokens >= self.max_length:
             raise ConfigError(f"task.max_new_tokens={max_new_tokens} must be below {self.max_length}, the longest text")
         self.max_new_tokens = max_new_tokens
-        self.end = self.tokenizer.convert_tokens_to_ids(self.chat.end)
-        self.pad = self.end if self.tokenizer.pad_token_id is None else pad_or_end(self.tokenizer)
+        self.end = self.chat.end_token(self.tokenizer)
+        pad = pad_or_end(self.tokenizer)  # that of Vicuna is <unk>, which stands for images
+        self.pad = self.end if self.tokenizer.pad_token_id is None or pad == self.image_id else pad
         self.truncated: dict[str, int] = {}
         self.warnings = ["no pad token: the end token pads"] if self.tokenizer.pad_token_id is None else []
         self._image = self.tokenizer.convert_ids_to_tokens(self.image_id)
@@ -103,7 +104,7 @@ class Coder:
         options = {"return_offsets_mapping": True, "verbose": False}
         for start in range(0, len(turns), _CHUNK):
             written = [
-                self.chat.write([(question.replace(IMAGE, self._image), answer) for question, answer in some])
+                self.chat.write([(self._question(question), answer) for question, answer in some])
                 for some in turns[start : start + _CHUNK]
             ]
             tokens = self.tokenizer([text for text, _ in written], **options)
@@ -115,6 +116,9 @@ class Coder:
                         "an image; take it out"
                     )
                 yield self._expanded(row, [end for _, end in offsets], written[number][1])
+
+    def _question(self, text: str) -> str:
+        return text.replace(IMAGE, self._image) if self.chat.asks else self._image * text.count(IMAGE)
 
     def _expanded(self, row: Sequence[int], ends: Sequence[int], places: Sequence[Place]) -> _Encoded:
         """Tokens that end at these characters, each image as many as it takes; what ends in an answer is a target."""

@@ -43,6 +43,11 @@ class Shown(Dataset[Batch]):
         self.pixels, self.unreadable, self.once = pixels, unreadable, once
         self.lengths = rows.lengths
 
+    @property
+    def shows(self) -> list[bool]:
+        """Whether each example shows an image."""
+        return [bool(images) for images in self.images]
+
     def __len__(self) -> int:
         return len(self.rows)
 

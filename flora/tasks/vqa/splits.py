@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
 
 from flora.errors import DataError
 from flora.tasks.base import draw
@@ -43,18 +41,26 @@ def hold_out(dialogues: Sequence[Dialogue], size: int, seed: int) -> tuple[list[
     return rest, [dialogue for dialogue, group in zip(dialogues, groups, strict=True) if group in chosen]
 
 
-def majority(train: Sequence[Dialogue], test: Sequence[Dialogue]) -> dict[str, Any]:
+def majority(
+    train: Sequence[Dialogue], test: Sequence[Dialogue], score: Callable[[Sequence[str], Sequence[Dialogue]], float]
+) -> dict[str, Any]:
     """What is right without looking: the most frequent answer of train, and that to the same words.
 
+    Args:
+        train: what is learnt from; empty: the most frequent answer is that of ``test`` itself.
+        test: the questions that are asked.
+        score: of answers to them, that by which models are compared.
+
     Returns:
-        the ``answer``, the share of ``test`` questions that it answers, and the share that is answered ``by_question``:
-        with the most frequent answer to each question's words in train, or that of all where they are new.
+        the ``answer``, its score on ``test``, of how many ``questions`` that is, and what answering ``by_question``
+        gives: with the most frequent answer to each question's words in train, or that of all where they are new.
     """
     words: dict[str, Counter[str]] = defaultdict(Counter)
-    for dialogue in train:
+    for dialogue in train or test:
         words[dialogue.turns[-1][0]][dialogue.answers[0]] += 1
     ((answer, _),) = sum(words.values(), Counter[str]()).most_common(1)
+    facts = {"answer": answer, "test": score([answer] * len(test), test), "questions": len(test)}
+    if not train:
+        return facts | {"of": "test"}
     guessed = [words[q].most_common(1)[0][0] if q in words else answer for q in (d.turns[-1][0] for d in test)]
-    right = np.array([dialogue.answers[0] for dialogue in test])
-    shares = {"test": float(np.mean(right == answer)), "by_question": float(np.mean(right == np.array(guessed)))}
-    return {"answer": answer} | shares
+    return facts | {"by_question": score(guessed, test)}

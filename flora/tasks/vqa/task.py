@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flora.contents import checksum, everything, of
+from flora.contents import checksum, digests, everything, of
 from flora.errors import ConfigError, DataError
 from flora.models.spec import ImageTextSpec, ModelSpec
 from flora.tasks import manifest, tables
@@ -27,7 +27,8 @@ from flora.tasks.portions import SPLITS, WHOLE, rule_of, say, shares
 from flora.tasks.text.causal import answer_logits, answer_loss, write_greedily
 from flora.tasks.text.tokenise import fingerprint
 from flora.tasks.vqa import sheet
-from flora.tasks.vqa.answers import Written
+from flora.tasks.vqa.answers import Written, scores
+from flora.tasks.vqa.benchmarks import BENCHMARKS
 from flora.tasks.vqa.coder import Coder
 from flora.tasks.vqa.dataset import Shown
 from flora.tasks.vqa.dialogues import (
@@ -57,7 +58,8 @@ class Instruct(Task[ImageTextSpec]):
         dataset: a folder of ``paths.data``: ``easy_vqa``, ``nlvr``, ``llava_instruct``, or any other, with
             ``train*``, perhaps ``validation*`` and ``test*`` as parquet (image, question, answer or answers, perhaps
             type), as LLaVA's JSON beside the folder ``images``, or as tables that name a file for each image; or one
-            such file.
+            such file; or a benchmark (``flora.tasks.vqa.benchmarks``): ``pope``, ``scienceqa``, ``gqa``, ``textvqa``,
+            which are tests alone and have a metric and prompts of their own.
         epochs: default length of training.
         metric: ``exact_match``, or of sets with several answers a question ``vqa_accuracy`` (of ten people, by how many
             agree) or ``any_match`` (a list of accepted answers).
@@ -120,6 +122,10 @@ class Instruct(Task[ImageTextSpec]):
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
         self.validation_size, self.split_seed = validation_size, split_seed
         self.unreadable, self.orientation = unreadable, orientation or "exif"
+        self.benchmark = BENCHMARKS.get(dataset)
+        if self.benchmark is not None:
+            self.metric = self.benchmark.metric
+        self._train: list[Dialogue] = []
         self._asked: list[Dialogue] = []  # questions of validation and test, which batches name by index
         self._coder: Coder | None = None
 
@@ -132,12 +138,18 @@ class Instruct(Task[ImageTextSpec]):
 
     def files(self, data_dir: Path | None) -> tuple[Path, list[Path]]:
         """See Task.files."""
+        if self.benchmark is not None:
+            return self._folder(data_dir), self.benchmark.paths(self._existing(data_dir))
         found = self._tables(data_dir)
         return self._folder(data_dir), [path for paths in found.values() for path in paths]
 
     def contents(self, data_dir: Path | None) -> dict[str, str]:
         """See Task.contents; of tables that name images also all that lies where these are, whatever it is called."""
         folder, files = self.files(data_dir)
+        if self.benchmark is not None:  # of folders with more images than it asks about
+            pictures = Pictures()
+            self.benchmark.dialogues(folder, self._images(folder, data_dir), pictures)
+            return digests(files, folder) | {"images": checksum(pictures.places, folder)}
         sums = of(folder, files)
         if self.images is not None or any(path.suffix.lower() != ".parquet" for path in files):
             images = self._images(folder, data_dir)
@@ -150,7 +162,9 @@ class Instruct(Task[ImageTextSpec]):
         dialogues, files = self._read_files(data_dir, pictures)
         answers_first = {split: sum(dialogue.answer_first for dialogue in part) for split, part in dialogues.items()}
         rule = "as in the files"
-        if self.split is not None and len(dialogues) > 1:
+        if self.benchmark is not None:
+            rule = "a test alone"
+        elif self.split is not None and len(dialogues) > 1:
             raise ConfigError(f"task.split={self.split}: there is {' and '.join(dialogues)} already; leave it out")
         if len(dialogues) == 1 and self.whole_test:
             dialogues, rule = dict.fromkeys(SPLITS, dialogues["train"]), WHOLE
@@ -165,10 +179,12 @@ class Instruct(Task[ImageTextSpec]):
             rule = f"validation {len(held_out)} drawn by image from train, seed {self.split_seed}"
             test = dialogues["test" if "test" in dialogues else "validation"]
             dialogues = {"train": train, "validation": held_out, "test": test}
-        self._check_metric(dialogues["validation"] + dialogues["test"])
+        if self.benchmark is None:
+            self._check_metric(dialogues["validation"] + dialogues["test"])
         coder, pixels = self._prepare(model)
         noted = torch.zeros(len(pictures.openers), dtype=torch.bool).share_memory_()
         skips = noted if self.unreadable == "skip" else None
+        self._train = dialogues["train"] if rule != WHOLE else []  # then it is the test itself
         self._asked = dialogues["validation"] + dialogues["test"]
         rows = {
             "train": coder.answered("train", dialogues["train"]),
@@ -185,7 +201,6 @@ class Instruct(Task[ImageTextSpec]):
             "counts": {split: len(part) for split, part in sets.items()},
             "split_rule": rule,
             "orientation": self.orientation,
-            "majority": majority(dialogues["train"], dialogues["test"]),
             "image_tokens": model.image_tokens,
             "max_length": coder.max_length,
             "tokenizer_sha256": fingerprint(coder.tokenizer),
@@ -249,10 +264,13 @@ class Instruct(Task[ImageTextSpec]):
     def metrics(self) -> Written:
         """Exact match, by kind of question as well, VQA accuracy, and yes or no as in POPE."""
         assert self._coder is not None, "load_for comes first"
-        return Written(self._asked, self._coder.decode)
+        return Written(self._asked, self._coder.decode, self._scores)
 
     def report(self, metric: Any, splits: Splits, folder: Path) -> None:
-        """Write ``predictions.png``, a sheet of test images with questions and answers; count what was skipped."""
+        """Write ``predictions.png``, a sheet of test images with questions and answers; count what was skipped.
+
+        The baselines that see no image get a score on the questions that the model was asked.
+        """
         test = splits.test
         assert isinstance(test, Shown)
         noted = () if test.unreadable is None else test.unreadable.nonzero().flatten().tolist()
@@ -260,18 +278,29 @@ class Instruct(Task[ImageTextSpec]):
         splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10]}
         if skipped:
             say(f"{self.dataset}: {len(skipped)} images cannot be decoded and were left out ({', '.join(skipped[:3])})")
+        tested = [self._asked[index] for index in metric.texts]
+        splits.facts["majority"] = majority(
+            self._train, tested, lambda texts, asked: self._scores(texts, asked)[self.metric]
+        )
         chosen = [list(metric.texts)[i] for i in draw(len(metric.texts), 0)[: sheet.ROWS * sheet.COLUMNS]]
         shown = [(self._asked[index], metric.texts[index]) for index in chosen]
         sheet.draw_sheet(shown, test.pictures, folder / "predictions.png")
 
+    @property
+    def _scores(self) -> Any:
+        return scores if self.benchmark is None else self.benchmark.score
+
     def _tables(self, data_dir: Path | None) -> dict[str, list[Path]]:
         """The files of each split, without the images that they name; DataError where there are none."""
+        return tables.find(self._existing(data_dir))
+
+    def _existing(self, data_dir: Path | None) -> Path:
         place = self._place(data_dir)
         if not place.exists():
             raise DataError(
                 f"there is no folder {place}: set paths.data, or prepare it (python scripts/prepare_data.py --list)"
             )
-        return tables.find(place)
+        return place
 
     def _place(self, data_dir: Path | None) -> Path:
         return Path(data_dir or ".") / self.dataset
@@ -283,14 +312,17 @@ class Instruct(Task[ImageTextSpec]):
     def _read_files(
         self, data_dir: Path | None, pictures: Pictures
     ) -> tuple[dict[str, list[Dialogue]], dict[str, Any]]:
-        """The splits that there are, train at least, and facts of the files."""
-        found, folder = self._tables(data_dir), self._folder(data_dir)
+        """The splits that there are, and facts of the files."""
+        folder = self._folder(data_dir)
         images = self._images(folder, data_dir)
-        manifest.check(folder, [path for paths in found.values() for path in paths])
         dialogues: dict[str, list[Dialogue]] = {}
         facts: dict[str, Any] = {}
+        found = {"test": self.benchmark.paths(self._existing(data_dir))} if self.benchmark else self._tables(data_dir)
+        manifest.check(folder, [path for paths in found.values() for path in paths])
         for split, paths in found.items():
-            if self.dataset not in _ASK and are_rows(paths[0], self.columns):
+            if self.benchmark is not None:
+                dialogues = {"train": [], "validation": [], "test": self.benchmark.dialogues(folder, images, pictures)}
+            elif self.dataset not in _ASK and are_rows(paths[0], self.columns):
                 suffix = f"\n{self.suffix}" if self.suffix else ""
                 dialogues[split] = read_rows(paths, self.columns, images, suffix, pictures)
             elif paths[0].suffix.lower() == ".parquet":
@@ -305,6 +337,9 @@ class Instruct(Task[ImageTextSpec]):
 
     def _images(self, folder: Path, data_dir: Path | None) -> Path:
         """The folder where names of images start."""
+        if self.images is None and self.benchmark is not None:
+            there = [folder / name for name in self.benchmark.images]
+            return next((place for place in there if place.is_dir()), there[0])
         if self.images is None:
             return folder / "images" if (folder / "images").is_dir() else folder
         places = (folder / self.images, Path(data_dir or ".") / self.images, Path(self.images))

@@ -3,9 +3,10 @@
 import pytest
 
 from flora.errors import DataError
+from flora.models import Llava
 from flora.tasks.vqa.coder import Coder
 from flora.tasks.vqa.dialogues import Dialogue
-from tests.tasks.chats import tiny_llava
+from tests.tasks.chats import tiny_llava, vicuna_and_clip
 from tests.tasks.vqa.questions import conversation, task, write_conversations, write_questions
 
 IMAGE, NOT = 4, -100
@@ -54,6 +55,21 @@ def test_the_loss_is_on_answers_and_their_end_token_by_token_in_vicuna(tmp_path)
     order = [word for word, _ in words]
     assert order.index("▁red") == order.index("▁ASSISTANT:") + 1
     assert order[-3:] == ["▁ASSISTANT:", "▁no", "</s>"]
+
+
+def test_a_caption_follows_its_image_and_the_loss_is_on_it_and_the_line_break(tmp_path):
+    """As preprocess_plain of LLaVA's train.py has it: no words around, the question left out."""
+    spec = Llava("v", chat="plain", **vicuna_and_clip(tmp_path))
+    words = words_and_targets(spec, [("<image>\nDescribe the image.", "red dog")])
+    caption = [*"▁red▁dog", "<0x0A>"]
+    assert words == [("<s>", False), *[("<unk>", False)] * 4, *((word, True) for word in caption)]
+    coder = Coder(spec, None, 4)
+    assert spec.tokenizer().convert_ids_to_tokens(coder.end) == "<0x0A>"
+    assert coder.pad != spec.image_id, "else padding would stand for images"
+    asked = coder.asked("test", [Dialogue((("<image>\nGive a caption.", "red"),), (0,), ("red",), "other", "here")], 0)
+    assert asked[0]["input_ids"].tolist() == [1, 0, 0, 0, 0]
+    small = tiny_llava(tmp_path / "other", "plain")
+    assert words_and_targets(small, [("<image>\nwhat is it?", "red")])[4:] == [("red", True), ("\n", True)]
 
 
 def test_long_texts_lose_words_never_images_or_the_answer(pets, tmp_path):
