@@ -1,4 +1,4 @@
-"""SSB: a linear layer's weight scaled at both of its sides (arXiv 2407.05417); SSL is its inputs alone, PEFT's (IA)^3."""
+"""SSB: a linear layer's weight scaled on both sides (arXiv 2407.05417); SSL, on inputs alone, is PEFT's (IA)^3."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -35,7 +35,7 @@ class SsbConfig(PeftConfig):
 
 
 class Ssb(Inserted):
-    """A linear layer with factors on its inputs and on its outputs; the bias keeps its size, as in the authors' code."""
+    """A linear layer with factors on inputs and outputs; the bias keeps its size, as in the authors' code."""
 
     adapter_layer_names = ("ssb_inputs", "ssb_outputs")
 

@@ -27,7 +27,7 @@ def test_the_weight_is_scaled_on_both_sides(bias):
 
 
 def test_ssb_scales_linear_layers_alone():
-    with pytest.raises(ValueError, match="target_modules: 0 .* is no linear layer"):
+    with pytest.raises(ValueError, match=r"target_modules: 0 .* is no linear layer"):
         peft.get_peft_model(nn.Sequential(nn.Conv2d(1, 1, 1)), SsbConfig(target_modules=["0"]))
 
 
