@@ -20,8 +20,8 @@ class AdaLora(Peft):
         initial_r: rank of every layer at the start; 1.5 r, rounded up, by default.
         warmup, final: shares of the steps before the first and after the last reallocation.
         orth_reg_weight: weight of the penalty that keeps the factors orthonormal.
-        options: as for ``Peft``; the rest goes to ``peft.AdaLoraConfig``. In ``lora_alpha=2r``, r is the average rank at
-            the end; PEFT divides alpha by the rank at the start.
+        options: as for ``Peft``; the rest goes to ``peft.AdaLoraConfig``. In ``lora_alpha=2r``, r is the average rank
+            at the end; PEFT divides alpha by the rank at the start.
     """
 
     def __init__(
