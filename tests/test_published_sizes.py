@@ -12,7 +12,7 @@ from flora.results.counts import count
 from flora.results.rows import METHODS
 
 TABLE = cells.load("table3_glue", "paper")
-NOTES = " ".join(TABLE.definition["notes"])
+NOTES = " ".join(TABLE.definition["scales"]["paper"]["notes"])
 MODEL = 184_000_000
 # Per mille with two digits, of millions with two (0.31M / 184M = 1.68 per mille): half of the last digit of both.
 ROUNDING = 0.005e6 + 0.005e-3 * MODEL
