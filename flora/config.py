@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flora import names, values
 from flora.errors import ConfigError, FloraError, first_line
 from flora.files import ROOT
+from flora.methods import alpha
 from flora.secrets import without_secrets
 
 # A ``_target_`` runs code, so a config may only name classes of ours, and the functions that make our models.
@@ -303,6 +304,7 @@ def _decisive(resolved: dict[str, Any]) -> dict[str, Any]:
         unused["trainer"] = (*unused["trainer"], "lr")
     for group, keys in unused.items():
         semantic[group] = {k: v for k, v in semantic[group].items() if k not in keys}
+    semantic["adapter"] = alpha.resolved(semantic["adapter"])  # 2r where that is 16 is the same run as 16
     return semantic
 
 

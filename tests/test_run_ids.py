@@ -7,6 +7,7 @@ from flora.config import cell_id, composed, identity
 VTAB = ["task=vtab"]
 GRID = [*VTAB, "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]"]  # tables eurosat and first_table
 MATCHED = [*GRID, "adapter.budget=match:lora:8"]
+ALPHA_16 = [*MATCHED, "adapter.lora_alpha=16"]
 GLUE = ["task=glue", "model=minilm_l6"]
 GLUE_RATES = [*GLUE, "adapter.r=8", "protocol.lr_grid=[2e-4,5e-4,1e-3]"]
 BOOLQ = ["task=commonsense", "model=smollm2_135m", "task.passage=true", "trainer.max_steps=500", "task.dataset=boolq"]
@@ -24,7 +25,8 @@ MEASURED = {
     "195050655ee6": [*GRID, "task.dataset=eurosat", "adapter=lora", "model=efficientnet_lite0", "seed=2"],
     "26a26d25a9c8": [*GRID, "task.dataset=eurosat", "adapter=flora", "model=convnext", "seed=1"],
     "5565bea3a100": [*GRID, "task.dataset=eurosat", "adapter=linear_probe", "model=convnext", "seed=1"],
-    "14fd4897e270": [*MATCHED, "task.dataset=dsprites_location", "model=convnext", "adapter=dora", "seed=2"],
+    # one alpha for layers of ranks 7 to 9, which is no longer the default
+    "14fd4897e270": [*ALPHA_16, "task.dataset=dsprites_location", "model=convnext", "adapter=dora", "seed=2"],
     "1d12f83d5730": [*MATCHED, "task.dataset=dsprites_location", "model=convnext", "adapter=flora", "seed=2"],
     "242a650324d5": [*GLUE, "task.dataset=cola", "adapter=flora", "adapter.r=8", "seed=0"],
     "37df4b079a48": [*GLUE, "trainer.lr=2e-5", "task.dataset=mrpc", "adapter=full", "seed=0"],
@@ -67,11 +69,11 @@ METHODS = {
     "lotr": "2ba2f854ab37",
     "moslora": "15f31405ede0",
     "norm_tuning": "9cd5893eb8b2",
-    "oft": "229cf0e82389",
+    "oft": "f9386221ba34",  # revised: PEFT's block size, 32; it was 8
     "parallel_adapter": "771d2f23475a",
     "pfeiffer": "bfe2f41c9a49",
     "pissa": "4ba2ac1049c9",
-    "rslora": "819e490ff856",
+    "rslora": "e8942ff4e726",  # revised: a rate of its own
     "trilora": "b514e58c425f",
     "vpt": "1400d5550e09",
 }

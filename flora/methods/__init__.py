@@ -24,6 +24,7 @@ _HOMES = {
     "MosloraConfig": "rivals.moslora",
     "OftConfig": "rivals.oft",
     "Peft": "peft",
+    "SsbConfig": "rivals.ssb",
     "TriloraConfig": "rivals.trilora",
     "VptConfig": "rivals.vpt",
     "load": "base",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from flora.methods import alpha
 from flora.methods.base import Adapted, effective_ranks
 from flora.methods.peft import Peft
 
@@ -19,7 +20,8 @@ class AdaLora(Peft):
         initial_r: rank of every layer at the start; 1.5 r, rounded up, by default.
         warmup, final: shares of the steps before the first and after the last reallocation.
         orth_reg_weight: weight of the penalty that keeps the factors orthonormal.
-        options: as for ``Peft``; the rest goes to ``peft.AdaLoraConfig``.
+        options: as for ``Peft``; the rest goes to ``peft.AdaLoraConfig``. In ``lora_alpha=2r``, r is the average rank
+            at the end; PEFT divides alpha by the rank at the start.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class AdaLora(Peft):
         if initial < r:
             raise ValueError(f"adapter.initial_r must be at least adapter.r, got {initial_r} and {r}")
         # PEFT wants a length before the run has one; the callback sets the real schedule.
-        options = {"target_r": r, "init_r": initial, "orth_reg_weight": orth_reg_weight, "total_step": 1} | options
+        schedule = {"target_r": r, "init_r": initial, "orth_reg_weight": orth_reg_weight, "total_step": 1}
+        options = schedule | alpha.resolved({"r": r, **options})
+        del options["r"]
         super().__init__(name, "peft.AdaLoraConfig", **options)
         self.warmup, self.final = warmup, final
 

@@ -1,11 +1,11 @@
-"""BitFit: train the biases of convolutions and linear layers and nothing else (arXiv 2106.10199)."""
+"""BitFit: train the biases of convolutions and linear layers, or all biases, and nothing else (arXiv 2106.10199)."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
-from flora.methods.base import Adapted, adaptable, save_trained
+from flora.methods.base import Adapted, adaptable, normalisations, save_trained
 from flora.methods.heads import in_head
 
 
@@ -14,10 +14,11 @@ class BitFit:
 
     Args:
         name: the method's name in records.
+        norms: train the biases of normalisation layers too, as the paper does.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, norms: bool = False) -> None:
+        self.name, self.norms = name, norms
 
     def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
         """Unfreeze the biases and the head; layers without a bias are listed as skipped.
@@ -29,8 +30,9 @@ class BitFit:
         biased = {f"{name}.bias" for name in layers if getattr(model.get_submodule(name), "bias", None) is not None}
         if not biased:
             raise ValueError("bitfit: no convolution or linear layer of this model has a bias to train")
+        trained = biased | {f"{name}.bias" for name in normalisations(model, head) if self.norms}
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in biased or in_head(name, head))
+            parameter.requires_grad_(name in trained or in_head(name, head))
         return Adapted(model, skipped=[name for name in layers if f"{name}.bias" not in biased])
 
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -15,10 +15,12 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import TrainerCallback
 
+from flora.methods import alpha
 from flora.methods.allocation import check_allocation
 from flora.methods.base import CONVS, LAYERS, Adapted, adaptable, effective_ranks, normalisations
 from flora.methods.budget import Budget, Matched
 from flora.methods.ladders import has_ranks
+from flora.replaced.config import ReplacedConfig
 from flora.replaced.targets import exactly
 from flora.values import with_floats
 
@@ -39,7 +41,8 @@ class Peft:
         layer_types: the kinds of layers that the method can adapt, e.g. ``[Linear]``; others are left out. None: all.
         explain: say on stderr, when training starts, in which form every layer runs (methods that have several).
         options: everything else goes to the PEFT config; a ``*_pattern`` may be a list of ``{pattern, rank}`` (or
-            ``{pattern, shape}``), since Hydra's command line cannot carry a regex as a key.
+            ``{pattern, shape}``), since Hydra's command line cannot carry a regex as a key; an alpha may be a multiple
+            of the rank, ``2r``, that of each layer where a budget or patterns set ranks layer by layer.
 
     Attributes:
         budget: how many parameters to train outside the head, which sets all ranks; None: the options do.
@@ -80,6 +83,7 @@ class Peft:
         self.layer_types = LAYERS if layer_types is None else tuple(_KINDS[kind] for kind in layer_types)
         options = with_floats(self.config_class, options)
         self.options = {key: _pattern(key, value) for key, value in options.items()}
+        self.alpha = alpha.multiple(options)
 
     @property
     def has_ranks(self) -> bool:
@@ -102,10 +106,12 @@ class Peft:
         layers = ", ".join(adaptable(model, head)[:3])
         if missed := self._missed(model):
             raise ValueError(f"target_modules: {', '.join(missed)} match no layer; layers are called {layers}, ...")
-        config = self.config_class(target_modules=targets, modules_to_save=list(head), **self.options)
+        config = self._config(targets, head)
         try:
             if self.budget is not None:
                 self.budget.solve(config, model, head, self.target_modules)
+            if self.alpha is not None and not isinstance(config, ReplacedConfig):
+                alpha.follow_ranks(config, *self.alpha)
             with warnings.catch_warnings():
                 # PEFT asks transformers 5 by the old name; a user can do nothing about it.
                 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -124,6 +130,18 @@ class Peft:
             # PEFT asks the hub whether the vocabulary grew; ours never does.
             warnings.filterwarnings("ignore", message="Could not find a config file")
             model.save_pretrained(str(folder))
+
+    def _config(self, targets: str | list[str], head: Sequence[str]) -> Any:
+        """The PEFT config; of our own methods an alpha that follows the ranks is a constant scale."""
+        options = dict(self.options)
+        if self.alpha is not None:
+            key, factor = self.alpha
+            del options[key]
+            if issubclass(self.config_class, ReplacedConfig):
+                if options.get("scale") is not None or options.get("rank_stabilized"):
+                    raise ValueError(f"{key}: a multiple of the rank excludes scale and rank_stabilized; give a number")
+                options["scale"] = factor
+        return self.config_class(target_modules=targets, modules_to_save=list(head), **options)
 
     def _missed(self, model: nn.Module) -> list[str]:
         """Listed names that are no module's, nor the end of one's: PEFT passes over them as long as others match."""

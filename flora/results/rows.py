@@ -12,6 +12,7 @@ from flora.results.store import Contents
 
 METHODS = {
     "flora": "FLoRA",
+    **dict.fromkeys(("flora_published", "flora_published_nlu", "flora_published_llm"), "FLoRA"),
     "lora": "LoRA",
     "lora_flat": "LoRA",
     "dora": "DoRA",
@@ -20,6 +21,9 @@ METHODS = {
     "linear_probe": "Base (no backbone adaptation)",
     "bitfit": "BitFit",
     "ia3": "(IA)3",
+    "ia3_paper": "(IA)3",
+    "ssl": "SSL",
+    "ssb": "SSB",
     "houlsby": "HAdapter",
     "pfeiffer": "PAdapter",
     "parallel_adapter": "PA",

@@ -157,7 +157,7 @@ def test_a_budget_between_two_sizes_is_refused():
 
 
 FIXED = {"full", "bitfit", "linear_probe", "ia3", "norm_tuning", "oft", "vpt", "adalora", "lotr"}
-FIXED |= {"houlsby", "pfeiffer", "parallel_adapter"}
+FIXED |= {"houlsby", "pfeiffer", "parallel_adapter", "ia3_paper", "ssl", "ssb"}
 
 
 @pytest.mark.parametrize("name", sorted(FIXED))

@@ -14,6 +14,7 @@ from flora.methods.rivals.lora_flat import LoraFlatConfig, LoraFlatModel
 from flora.methods.rivals.lotr import LotrConfig, LotrModel
 from flora.methods.rivals.moslora import MosloraConfig, MosloraModel
 from flora.methods.rivals.oft import OftConfig, OftModel
+from flora.methods.rivals.ssb import SsbConfig, SsbModel
 from flora.methods.rivals.trilora import TriloraConfig, TriloraModel
 from flora.methods.rivals.vpt import VptConfig, VptModel
 
@@ -26,6 +27,7 @@ register(LoraFlatConfig, LoraFlatModel)
 register(LotrConfig, LotrModel)
 register(MosloraConfig, MosloraModel)
 register(OftConfig, OftModel)
+register(SsbConfig, SsbModel)
 register(TriloraConfig, TriloraModel)
 register(VptConfig, VptModel)
 
@@ -39,6 +41,7 @@ __all__ = [
     "LotrConfig",
     "MosloraConfig",
     "OftConfig",
+    "SsbConfig",
     "TriloraConfig",
     "VptConfig",
 ]

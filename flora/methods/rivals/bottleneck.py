@@ -38,6 +38,7 @@ class BottleneckConfig(PeftConfig):
         },
     )
     scale: float = field(default=1.0, metadata={"help": "Constant that multiplies the adapter's output."})
+    bias_free: bool = field(default=False, metadata={"help": "Leave both biases of the adapter out."})
     activation: str = field(default="relu", metadata={"help": f"One of {', '.join(ACTIVATIONS)}."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to put adapters around: names, endings, or a regular expression."}
@@ -52,6 +53,8 @@ class BottleneckConfig(PeftConfig):
         self.peft_type = self.method
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r: must be a positive integer, got {self.r!r}")
+        if not isinstance(self.bias_free, bool):
+            raise ValueError(f"bias_free: must be True or False, got {self.bias_free!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation: must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         if isinstance(self.target_modules, list):
@@ -76,11 +79,12 @@ class Bottleneck(Inserted):
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
-        """Create the parameters of an adapter: r (2 features + 1) + features."""
+        """Create the parameters of an adapter: 2 r features, and r + features more with biases."""
         self.settings[adapter_name] = config
-        down, up = nn.Linear(self.features, config.r), nn.Linear(config.r, self.features)
-        nn.init.zeros_(up.weight)
-        nn.init.zeros_(up.bias)
+        biased = not config.bias_free
+        down, up = nn.Linear(self.features, config.r, bias=biased), nn.Linear(config.r, self.features, bias=biased)
+        for parameter in up.parameters():
+            nn.init.zeros_(parameter)
         self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
         self._move_adapter_to_device_of_base_layer(adapter_name, device=next(self.base_layer.parameters()).device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
