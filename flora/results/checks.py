@@ -15,7 +15,7 @@ _MASK = re.compile(r"<(?:secret|\w+)>")  # what flora.secrets puts in a secret's
 
 # Where the metrics of the suite's tasks lie, by the end of their names: further test sets and kinds of questions go
 # before or after. Of a metric that is not among them nothing is known.
-_SIGNED = ("matthews_correlation", "pearson", "spearmanr")
+_SIGNED = ("matthews_correlation", "pearson", "spearmanr", "mean_correlation")
 _SHARES = ("accuracy", "exact_match", "precision", "recall", "f1", "share")
 _ROUNDING = 1e-9
 _SAID_TWICE = {  # fields of a record, and where its config says the same

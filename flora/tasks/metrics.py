@@ -92,6 +92,7 @@ class TopFive(Classification):
 class Glue(evaluate.Metric):
     """What GLUE reports of a task: Matthews' correlation (cola), Pearson's and Spearman's (stsb), accuracy (others).
 
+    STS-B has the mean of its two as well, which is its score on GLUE's board; ``pearson`` is what selects and is shown.
     MRPC and QQP have the F1 of their positive class as well. A correlation with a constant is 0. All but the
     correlations lie in [0, 1].
 
@@ -123,10 +124,8 @@ class Glue(evaluate.Metric):
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         predictions, references = np.asarray(predictions), np.asarray(references)
         if self.task == "stsb":
-            return {
-                "pearson": _correlation(pearsonr, predictions, references),
-                "spearmanr": _correlation(spearmanr, predictions, references),
-            }
+            pearson, spearman = (_correlation(of, predictions, references) for of in (pearsonr, spearmanr))
+            return {"pearson": pearson, "spearmanr": spearman, "mean_correlation": (pearson + spearman) / 2}
         if self.task == "cola":
             return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
         scores = {"accuracy": float(accuracy_score(references, predictions))}

@@ -45,11 +45,11 @@ def architecture():
     return dict(configured("deberta_v3_base").architecture) | SIZES | {"vocab_size": ROWS}
 
 
-def spec(place, **sizes):
+def spec(place):
     return TransformersModel(
         "deberta_v3_base",
         "sequence_classification",
-        architecture() | sizes,
+        architecture(),
         ["pooler", "classifier"],
         weights=str(place),
     )
