@@ -53,7 +53,7 @@ _NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
 
 # Options where zero, false or an empty list says something else than null.
 _ZERO_COUNTS = (
-    *("scale", "alpha", "stack_modes", "color_jitter"),
+    *("scale", "alpha", "stack_modes", "color_jitter", "max_steps"),
     *("init_weights", "init_lora_weights", "init_ia3_weights"),
 )
 

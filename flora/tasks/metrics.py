@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -43,6 +44,28 @@ class Classification(evaluate.Metric):
         present = np.unique(references)
         recall = recall_score(references, predictions, labels=present, average="macro", zero_division=0)
         return {"accuracy": float(accuracy_score(references, predictions)), "mean_per_class_accuracy": float(recall)}
+
+
+class SetsOfQuestions(Classification):
+    """``NAME_accuracy`` of each set that occurs, and ``accuracy``, the mean of theirs.
+
+    References are ``[N, 2]``, the right answers and the numbers of their sets. Where the numbers are negative, no set
+    is known, and ``accuracy`` is over all questions.
+
+    Args:
+        names: of the sets.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        super().__init__()
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        right, sets = predictions == references[:, 0], references[:, 1]
+        if sets.min() < 0:
+            return {"accuracy": float(right.mean())}
+        each = {f"{name}_accuracy": float(right[sets == i].mean()) for i, name in enumerate(self.names) if i in sets}
+        return {"accuracy": float(np.mean(list(each.values()))), **each}
 
 
 class TextClasses(Classification):

@@ -74,7 +74,7 @@ class Item:
 
 def catalogue() -> dict[str, Item]:
     """Every dataset, by name; those that are rendered need no file and are left out."""
-    items = [*map(_glue, glue_datasets.DATASETS), *map(_commonsense, questions.DATASETS)]
+    items = [*map(_glue, glue_datasets.DATASETS), *map(_commonsense, questions.EIGHT)]
     items += [_vtab(name) for name in vtab_datasets.DATASETS if name not in RENDERED]
     items += [
         Item("easy_vqa", (), {"train": 38575, "test": 9673}, 13, _questions(dialogues.easy_vqa), easy_vqa.fetch),
