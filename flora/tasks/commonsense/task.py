@@ -133,7 +133,9 @@ class Commonsense(TextTask):
 
     def load(self, *, tokenizer: Any, max_length: int, data_dir: Path | None) -> Splits:
         """See TextTask.load; from ``data_dir/DATASET`` (parquet, or LLM-Adapters' JSON), or the hub."""
-        tests, files, warnings = [], {}, []
+        tests: list[list[Question]] = []
+        files: dict[str, Any] = {}
+        warnings: list[str] = []
         for name in self.sets:
             info, folder = DATASETS[name], self._folder(data_dir, name)
             test, facts_of_test = read_folder(folder, info, info.test, passage=self.passage)

@@ -41,7 +41,7 @@ def sequence_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def write_out(
-    module: nn.Module, ids: Tensor, mask: Tensor, longest: int, pad: int, end: int, beams: int = 1, **images: Tensor
+    module: nn.Module, ids: Tensor, mask: Tensor, longest: int, pad: int, end: int, beams: int, **images: Tensor
 ) -> Tensor:
     """What a network writes after each prompt up to ``end``, then ``pad``: ``[B, T]``; nothing is drawn.
 

@@ -230,7 +230,7 @@ class Instruct(Task[ImageTextSpec]):
             if training:
                 return answer_logits(module, batch, batch["labels"], **images)
             ids, mask = batch["input_ids"], batch["attention_mask"]
-            written = write_out(module, ids, mask, self.max_new_tokens, coder.pad, coder.end, **images)
+            written = write_out(module, ids, mask, self.max_new_tokens, coder.pad, coder.end, 1, **images)
             return written, batch["labels"]
 
         return forward
