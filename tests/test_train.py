@@ -52,26 +52,6 @@ def record_of(out):
     return json.loads(Path(last.removeprefix("record: ")).read_text())
 
 
-def test_what_is_tested_before_its_first_step_is_a_run_of_its_own(run):
-    untrained = record_of(run("trainer.max_steps=0")[1])
-    trained = record_of(run()[1])
-    assert untrained["status"] == "finished"
-    assert (untrained["lr"], untrained["history"], untrained["train_seconds"]) == (None, [], None)
-    assert untrained["run_id"] != trained["run_id"]
-    assert untrained["metrics"]["loss"] > 0
-    code, out, err = run("trainer.max_steps=0")
-    assert (code, record_of(out)["run_id"]) == (0, untrained["run_id"])
-    assert "finished before" in err
-
-
-def test_the_rate_of_the_least_validation_loss_is_chosen(run):
-    code, out, err = run("protocol=llm_adapters", "protocol.lr_grid=[1e-4,1e-2]", "trainer.max_steps=20")
-    assert code == 0, err
-    selection = record_of(out)["selection"]
-    assert selection["metric"] == "loss"
-    assert selection["chosen"] == float(min(selection["values"], key=selection["values"].get))
-
-
 @pytest.mark.parametrize("adapter", ["flora", "lora", "linear_probe", "full"])
 def test_a_run_leaves_a_whole_record_and_is_found_again(run, adapter):
     code, out, err = run(f"adapter={adapter}")
