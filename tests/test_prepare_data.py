@@ -64,9 +64,9 @@ def test_texts_that_stand_in_train_and_in_dev_are_counted(call, tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "exact", "other"), [("cola", 16, 2), ("stsb", 6, 1), ("rte", 0, 0), ("mrpc", 0, 0)]
 )
-def test_the_real_glue_shares_few_texts(data_folder, dataset, exact, other):
+def test_the_real_glue_shares_few_texts(dataset, exact, other):
     item = find(f"glue/{dataset}")
-    assert item.shared_texts(data_folder / "glue" / dataset) == {
+    assert item.shared_texts(Path(os.environ["FLORA_DATA"]) / "glue" / dataset) == {
         "train, validation": {"exact": exact, "other_label": other}
     }
 
