@@ -75,6 +75,8 @@ def _run(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
         preemption.install()
         processes.hush()
         _check_names()
+        if hasattr(entry, "__wrapped__") and (problem := hints.flags(sys.argv[1:])):  # Hydra's, which reads the words
+            raise ConfigError(problem)
         if processes.launched() and {"-m", "--multirun"} & set(sys.argv):
             raise ConfigError("a sweep cannot be shared out by torchrun: start it once for each run")
         try:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf import OmegaConf
@@ -34,6 +35,19 @@ def explained(error: BaseException) -> str:
     elif isinstance(error, HydraException) and (match := _NO_KEY.search(str(error))):
         said = _no_key(match[1])
     return said or config.one_line(error)
+
+
+def flags(words: Sequence[str]) -> str | None:
+    """What to type instead of ``--max-steps 3``, which Hydra's own parser would answer with its usage."""
+    _, unknown = get_args_parser().parse_known_args(list(words))
+    for word in unknown:
+        if word.startswith("-"):
+            name = word.lstrip("-").partition("=")[0].replace("-", "_")
+            keys = _keys() if name else []
+            same = [key for key in keys if key == name or key.endswith(f".{name}")]
+            said = f"{word}: there is no such flag; settings are KEY=VALUE, without dashes"
+            return f"{said}; {_did_you_mean(name, keys, same)}see --help"
+    return None
 
 
 def _no_option(group: str, option: str) -> str | None:

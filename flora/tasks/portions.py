@@ -13,6 +13,7 @@ from flora.launch import processes
 from flora.tasks.base import draw
 
 SPLITS = ("train", "validation", "test")
+WHOLE = "all of it is the test"  # of data that has no splits, on which a run of other data is tested
 _USUAL = (70.0, 15.0, 15.0)
 
 

@@ -29,6 +29,11 @@ def refused(word, monkeypatch, capsys):
         ("tsk=vtab", "tsk: there is no such key; did you mean task? --cfg job lists all"),
         ("trainer.epoch=3", "trainer.epoch: there is no such key; did you mean trainer.epochs"),
         ("adapter.rnk=3", "adapter.rnk: there is no such key; did you mean adapter.r"),
+        (
+            "--max-steps=3",
+            "--max-steps=3: there is no such flag; settings are KEY=VALUE, without dashes; did you mean trainer.max",
+        ),
+        ("--frobnicate", "--frobnicate: there is no such flag; settings are KEY=VALUE, without dashes; see --help"),
         ("image_size=64", "image_size: there is no such key; did you mean model.image_size"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flora.errors import ConfigError, DataError, first_line
 from flora.models.spec import ImageSpec
+from flora.tasks import baselines
 from flora.tasks.base import Batch, Forward, Splits, draw
 from flora.tasks.imagefolder.confusion import draw_confusion
 from flora.tasks.imagefolder.dataset import LazyImages
@@ -21,7 +22,7 @@ from flora.tasks.imagefolder.files import contents, open_folder, tables
 from flora.tasks.imagefolder.mix import erase, mix
 from flora.tasks.images.task import ImageTask
 from flora.tasks.metrics import TopFive
-from flora.tasks.portions import SPLITS, absent, portions, rule_of, say, shares
+from flora.tasks.portions import SPLITS, WHOLE, absent, portions, rule_of, say, shares
 
 
 class ImageFolder(ImageTask):
@@ -151,6 +152,8 @@ class ImageFolder(ImageTask):
             raise ConfigError(f"task.split={self.split}: {folder} has {' and '.join(rows)} already; leave it out")
         if len(rows) == len(SPLITS):
             return rows, "as in the files"
+        if len(rows) == 1 and self.whole_test:
+            return {split: np.sort(rows["train"]) for split in SPLITS}, WHOLE
         if len(rows) == 1:
             rule = rule_of(self.parts, self.split_seed, "class")
             drawn = portions(labels, self.parts, self.split_seed)
@@ -194,6 +197,13 @@ class ImageFolder(ImageTask):
         assert isinstance(splits.test, LazyImages)
         skipped = splits.test.catalogue.skipped()
         splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10]}
+        if skipped:
+            say(f"{self.dataset}: {len(skipped)} images cannot be decoded and were left out ({', '.join(skipped[:3])})")
+        assert isinstance(splits.train, LazyImages)
+        labels = splits.train.catalogue.labels[splits.train.rows]
+        splits.facts["baseline"], lines = baselines.of_classes(labels, metric.confusion, splits.class_names)
+        for line in lines:
+            say(f"{self.dataset}: {line}")
         draw_confusion(metric.confusion, splits.class_names, folder / "confusion.png")
 
     def _transform(self, size: int, interpolation: str, training: bool) -> Callable[[Image.Image], np.ndarray]:

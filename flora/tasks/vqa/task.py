@@ -23,7 +23,7 @@ from flora.models.spec import ImageTextSpec, ModelSpec
 from flora.tasks import manifest, tables
 from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed, draw
 from flora.tasks.images.decode import ORIENTATIONS, as_picture, as_square
-from flora.tasks.portions import rule_of, say, shares
+from flora.tasks.portions import SPLITS, WHOLE, rule_of, say, shares
 from flora.tasks.text.causal import answer_logits, answer_loss, write_out
 from flora.tasks.text.tokenise import fingerprint
 from flora.tasks.vqa import sheet
@@ -152,7 +152,9 @@ class Instruct(Task[ImageTextSpec]):
         rule = "as in the files"
         if self.split is not None and len(dialogues) > 1:
             raise ConfigError(f"task.split={self.split}: there is {' and '.join(dialogues)} already; leave it out")
-        if len(dialogues) == 1:
+        if len(dialogues) == 1 and self.whole_test:
+            dialogues, rule = dict.fromkeys(SPLITS, dialogues["train"]), WHOLE
+        elif len(dialogues) == 1:
             whole, rule = dialogues["train"], f"{rule_of(self.parts, self.split_seed, None)}, by image"
             rest, test = hold_out(whole, round(self.parts[2] * len(whole)) or 1, self.split_seed)
             train, held_out = hold_out(rest, round(self.parts[1] * len(whole)) or 1, self.split_seed)
@@ -256,6 +258,8 @@ class Instruct(Task[ImageTextSpec]):
         noted = () if test.unreadable is None else test.unreadable.nonzero().flatten().tolist()
         skipped = sorted(test.pictures.names[index] for index in noted)
         splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10]}
+        if skipped:
+            say(f"{self.dataset}: {len(skipped)} images cannot be decoded and were left out ({', '.join(skipped[:3])})")
         chosen = [list(metric.texts)[i] for i in draw(len(metric.texts), 0)[: sheet.ROWS * sheet.COLUMNS]]
         shown = [(self._asked[index], metric.texts[index]) for index in chosen]
         sheet.draw_sheet(shown, test.pictures, folder / "predictions.png")
