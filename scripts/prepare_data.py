@@ -43,6 +43,9 @@ def prepare_data() -> None:
             continue
         rows = ", ".join(f"{split} {count}" for split, count in facts["rows"].items())
         print(f"{item.name}: {rows} ({facts['source']}) in {arguments.data / item.name}")
+        for splits, shared in facts.get("shared_texts", {}).items():
+            if shared["exact"]:
+                print(f"{item.name}: {shared['exact']} rows stand in both of {splits}; they stay, and are counted")
         for warning in facts["warnings"]:
             print(f"{item.name}: warning: {warning}", file=sys.stderr)
     if failed:

@@ -13,6 +13,7 @@ import train
 from flora.config import instantiate
 from flora.launch.entry import main
 from flora.methods import LinearProbe
+from flora.tasks.commonsense.questions import EIGHT
 from tests.tasks.chats import architecture, vicuna_and_clip, vicuna_tokenizer
 from tests.tasks.conftest import png
 from tests.tasks.texts import SPECIAL, WORDS, word_tokenizer, write_rows
@@ -73,12 +74,14 @@ def write_data(task, folder):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(png(name))
     if task.name == "commonsense":
-        asked = {"question": sentences, "passage": sentences, "label": labels}
         for split in ("train", "validation"):
-            write_rows(folder / task.dataset / f"{split}.parquet", asked)
+            write_rows(folder / "sst2" / f"{split}.parquet", {"sentence": sentences, "label": labels})
         instruction = "true or false?\n\nAnswer format: true/false"
         mix = [{"instruction": instruction, "answer": ("true", "false")[i % 2]} for i in range(140)]
         (folder / "commonsense_170k.json").write_text(json.dumps(mix))
+        for name in EIGHT:
+            (folder / name).mkdir()
+            (folder / name / "test.json").write_text(json.dumps(mix[:1]))
 
     if task.name == "instruct" and task.dataset.startswith("llava"):
         write_conversations(folder / task.dataset)
@@ -141,6 +144,8 @@ def test_an_experiment_runs_two_steps_and_leaves_its_record(name, tmp_path, monk
     assert (record["task"], record["dataset"], record["adapter"]) == (cfg.task.name, cfg.task.dataset, cfg.adapter.name)
     assert record["protocol"] == cfg.protocol.name
     assert (record["trainable_params"] > 0) == (cfg.adapter.name != "linear_probe")
+    if cfg.task.dataset == "all":
+        assert record["metrics"].keys() >= {f"{name}_accuracy" for name in EIGHT}
     assert record["split"] == ("validation" if cfg.protocol.name == "glue_paper" else "test")
     assert record["config"]["trainer"]["lr"] == cfg.trainer.lr
     assert len(record["history"]) >= 1

@@ -44,6 +44,33 @@ def source(tmp_path):
     return tmp_path / "source"
 
 
+def test_texts_that_stand_in_train_and_in_dev_are_counted(call, tmp_path):
+    rows = {
+        "train": ([("the cat", "a"), ("the cat", "a"), ("a dog", "b"), ("b", "a dog")], [0, 1, 0, 0]),
+        # twice a pair of train, once with a label that it has not there, once in the other order, once in capitals
+        "validation": ([("the cat", "a"), ("a dog", "b"), ("a", "the cat"), ("A dog", "b")], [0, 1, 0, 0]),
+    }
+    for split, (pairs, labels) in rows.items():
+        columns = {"sentence1": [one for one, _ in pairs], "sentence2": [two for _, two in pairs], "label": labels}
+        write_rows(tmp_path / "source" / "glue" / "rte" / f"{split}.parquet", columns)
+    code, out, err = call("glue/rte", "--from", str(tmp_path / "source"))
+    assert code == 0, err
+    described = manifest.read(tmp_path / "data" / "glue" / "rte")
+    assert described["shared_texts"] == {"train, validation": {"exact": 2, "other_label": 1}}
+    assert "glue/rte: 2 rows stand in both of train, validation; they stay, and are counted" in out
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("dataset", "exact", "other"), [("cola", 16, 2), ("stsb", 6, 1), ("rte", 0, 0), ("mrpc", 0, 0)]
+)
+def test_the_real_glue_shares_few_texts(dataset, exact, other):
+    item = find(f"glue/{dataset}")
+    assert item.shared_texts(Path(os.environ["FLORA_DATA"]) / "glue" / dataset) == {
+        "train, validation": {"exact": exact, "other_label": other}
+    }
+
+
 def test_a_copied_dataset_is_checked_described_and_then_left_alone(call, source, tmp_path):
     code, out, err = call("glue/rte", "--from", str(source))
     assert code == 0, err

@@ -8,9 +8,12 @@ VTAB = ["task=vtab"]
 GRID = [*VTAB, "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]"]  # tables eurosat and first_table
 MATCHED = [*GRID, "adapter.budget=match:lora:8"]
 ALPHA_16 = [*MATCHED, "adapter.lora_alpha=16"]
-GLUE = ["task=glue", "model=minilm_l6"]
+GLUE = ["task=glue", "model=minilm_l6", "task.stratify=false"]  # as they were before it was a setting
 GLUE_RATES = [*GLUE, "adapter.r=8", "protocol.lr_grid=[2e-4,5e-4,1e-3]"]
-BOOLQ = ["task=commonsense", "model=smollm2_135m", "task.passage=true", "trainer.max_steps=500", "task.dataset=boolq"]
+BOOLQ = [
+    *("task=commonsense", "model=smollm2_135m", "task.passage=true", "trainer.max_steps=500", "task.dataset=boolq"),
+    *("protocol=holdout", "trainer.eval_steps=null", "~task.loss_on", "~task.beams"),  # before LLM-Adapters' recipe
+]
 VQA = ["task=instruct", "model=llava_mini"]
 LLAVA = [*VQA, "trainer.max_eval_examples=400"]  # table4_llava
 STARTED = [*LLAVA, "model.projector=outputs/d60ac3e0cc8d", "trainer.max_steps=300", "trainer.dtype=bf16"]

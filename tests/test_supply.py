@@ -25,6 +25,8 @@ EVERY = REQUIRED + [Requirement(text) for extra in PROJECT["optional-dependencie
 INDIRECT = {
     "accelerate": (r"import .*\bTrainer\b|transformers\.Trainer\b", "transformers' Trainer runs on it"),
     "hydra-joblib-launcher": (r"hydra/launcher: joblib", "a plugin that Hydra finds"),
+    "sentencepiece": (r"transformers\.AutoTokenizer\b", "transformers reads spm.model and tokenizer.model with it"),
+    "protobuf": (r"transformers\.AutoTokenizer\b", "transformers reads spm.model only where it is there as well"),
     "nvidia-ml-py": (r"torch\.cuda\.utilization\(", "torch asks it how busy a GPU is"),
 }
 

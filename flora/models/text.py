@@ -133,7 +133,7 @@ class TransformersModel:
 
         Raises:
             ConfigError: no place is named, its vocabulary is not the network's, or it needs code that is not trusted.
-            WeightsError: it is missing or unreadable.
+            WeightsError: it is missing or unreadable, or without its vocabulary.
         """
         place = self.tokenizer_place or self._tokenizer_beside()
         try:
@@ -152,9 +152,7 @@ class TransformersModel:
         config = self.config()
         if self.kind == "sequence_classification" and tokenizer.pad_token_id != config.pad_token_id:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)  # which the network looks for
-        size = config.get_text_config().vocab_size
-        if len(tokenizer) > size:
-            raise ConfigError(f"model.tokenizer: {place} has {len(tokenizer)} tokens, but {self.name} knows {size}")
+        _check_vocabulary(tokenizer, config.get_text_config().vocab_size, self.name, place)
         return tokenizer
 
     def _tokenizer_beside(self) -> str:
@@ -253,6 +251,29 @@ class TransformersModel:
         if file is None:
             raise WeightsError(f"{folder} holds none of {', '.join(_FILES)}: correct model.weights")
         return replace(self.weights, path=str(file))
+
+
+def _check_vocabulary(tokenizer: Any, rows: int, name: str, place: str) -> None:
+    """Hold a tokenizer against the embedding of its network, of so many rows.
+
+    transformers makes a tokenizer of special tokens alone where a folder has no vocabulary (DeBERTa's has 7, T5's 104).
+    Embeddings are padded, to multiples of 128 or less: DeBERTa-v3's 128,001 tokens have 128,100 rows, Phi-2's 50,295
+    have 51,200. So a tokenizer has at most as many tokens as there are rows, and at least half as many or all but 128.
+    """
+    tokens, special = len(tokenizer), set(tokenizer.all_special_ids)
+    if sum(number not in special for number in tokenizer.get_vocab().values()) < 2:
+        files = " or ".join(dict.fromkeys(tokenizer.vocab_files_names.values()))
+        raise WeightsError(
+            f"no vocabulary of {name} at {place}: its {tokens} tokens are special ones; put {files} there, or set "
+            "model.tokenizer"
+        )
+    if tokens > rows:
+        raise ConfigError(f"model.tokenizer: {place} has {tokens} tokens, but {name} knows {rows}")
+    if tokens < min(rows / 2, rows - 128):
+        raise ConfigError(
+            f"model.tokenizer: {place} has {tokens} tokens, far fewer than the {rows} of {name}: name the tokenizer "
+            "of these weights"
+        )
 
 
 def _shards(index: Path) -> list[str]:

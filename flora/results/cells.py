@@ -8,6 +8,8 @@ A part whose task or model the code lacks says so in ``not_runnable_yet``: its c
 A part that goes on from what another cell trained names that cell by its settings: ``starts_from: {model.projector:
 {task.dataset: easy_vqa, adapter: linear_probe}}`` sets ``model.projector=outputs/CELL_ID`` of the one cell that has
 them; `reproduce.py` puts the folder of that cell's run in its place.
+A scale or part whose runs are tested on several sets names these: ``tests: [boolq, piqa]`` gives each run a row for
+each, of its metrics ``boolq_accuracy`` and ``piqa_accuracy``.
 """
 
 import itertools
@@ -41,6 +43,7 @@ class Cell:
         starts_from: the cells whose output folders overrides name, by key.
         protocol: how the run is made, in the table's words; empty where the table has one protocol.
         note: what is to be known of it, or None.
+        tests: the sets that its run is tested on, each with a row of its own; none: it has one row.
     """
 
     overrides: tuple[str, ...]
@@ -49,6 +52,7 @@ class Cell:
     starts_from: tuple[tuple[str, "Cell"], ...] = ()
     protocol: str = ""
     note: str | None = None
+    tests: tuple[str, ...] = ()
 
     @cached_property
     def cell_id(self) -> str:
@@ -139,14 +143,16 @@ class Table:
         rows: dict[tuple[str, str, str, str, str], list[Cell]] = {}
         for cell in self.cells:
             settings = [f"{k.rpartition('.')[2]}={cell.settings[k]}" for k in varying if k in cell.settings]
-            key = (cell.task, cell.model, cell.method, ", ".join(settings), cell.protocol)
-            rows.setdefault(key, []).append(cell)
+            for task in cell.tests or (cell.task,):
+                key = (task, cell.model, cell.method, ", ".join(settings), cell.protocol)
+                rows.setdefault(key, []).append(cell)
         return rows
 
     @cached_property
     def labels(self) -> dict[Cell, str]:
         """What each cell is called apart from its seed."""
-        return {cell: " ".join(word for word in row if word) for row, cells in self.rows.items() for cell in cells}
+        rows = [(row, cell) for row, cells in self.rows.items() for cell in cells]
+        return {cell: " ".join(word for word in (cell.task, *row[1:]) if word) for row, cell in rows}
 
 
 def names() -> list[str]:
@@ -206,6 +212,9 @@ def _parts(table: str, scale: Any) -> list[dict[str, Any]]:
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise ConfigError(f"experiments/{table}.yaml: a scale must be settings or a list of parts, got {scale!r:.100}")
     for part in (scale, *parts):
+        tests = part.get("tests", [])
+        if not isinstance(tests, list) or not all(isinstance(name, str) for name in tests):
+            raise ConfigError(f"experiments/{table}.yaml: tests must be a list of data sets, got {tests!r:.100}")
         common = part.get("common", [])
         if not isinstance(common, list) or not all(isinstance(o, str) and "=" in o for o in common):
             raise ConfigError(f"experiments/{table}.yaml: common must be a list of KEY=VALUE, got {common!r:.100}")
@@ -247,7 +256,8 @@ def _part(table: str, scale: dict[str, Any], part: dict[str, Any], starts: tuple
         raise ConfigError(f"experiments/{table}.yaml: grid must give each key a list of values, got {grid}")
     axes = [[f"{key}={value}" for value in values] for key, values in grid.items()]
     reason = part.get("not_runnable_yet", scale.get("not_runnable_yet"))
-    said = (part.get("published"), starts, part.get("protocol_name") or "", part.get("note"))
+    tests = tuple(part.get("tests", scale.get("tests", [])))
+    said = (part.get("published"), starts, part.get("protocol_name") or "", part.get("note"), tests)
     return [Cell((*common, *combination), reason, *said) for combination in itertools.product(*axes)]
 
 

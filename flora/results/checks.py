@@ -15,7 +15,7 @@ _MASK = re.compile(r"<(?:secret|\w+)>")  # what flora.secrets puts in a secret's
 
 # Where the metrics of the suite's tasks lie, by the end of their names: further test sets and kinds of questions go
 # before or after. Of a metric that is not among them nothing is known.
-_SIGNED = ("matthews_correlation", "pearson", "spearmanr")
+_SIGNED = ("matthews_correlation", "pearson", "spearmanr", "mean_correlation")
 _SHARES = ("accuracy", "exact_match", "precision", "recall", "f1", "share")
 _ROUNDING = 1e-9
 _SAID_TWICE = {  # fields of a record, and where its config says the same
@@ -226,7 +226,8 @@ def _of_result(record: dict[str, Any]) -> str | None:
             return f"{name} is {number!r:.40}, outside [{low:g}, {high:g}]"
     settings, lr, selection = record["config"], record.get("lr"), record.get("selection")
     rates = settings["protocol"].get("lr_grid") or [settings["trainer"].get("lr")]
-    if record["mode"] == "train" and lr not in rates:
+    trained = record["mode"] == "train" and settings["trainer"].get("max_steps") != 0
+    if trained and lr not in rates:
         return f"lr is {lr!r:.40}, its config says {rates!r:.80}"
     if selection and (selection["chosen"] != lr or f"{lr:g}" not in selection["values"]):
         return f"lr is {lr!r:.40}, its selection chose {selection['chosen']!r:.40} of {[*selection['values']]!r:.80}"

@@ -174,7 +174,7 @@ def _row(
     reported: dict[tuple[str, str, str], Published],
 ) -> Row:
     task, model, method, settings, protocol = key
-    records = {c.seed: record_of(c, contents) for c in cells}
+    records = {c.seed: on_set(record_of(c, contents), task if c.tests else None) for c in cells}
     printed = reported.get((cells[0].published or "", METHODS.get(method, method), task))
     overrides = tuple(o for o in cells[0].overrides if not o.startswith("seed="))
     finished = {s: r for s, r in sorted(records.items()) if r}
@@ -188,6 +188,14 @@ def record_of(cell: Cell, contents: Contents) -> dict[str, Any] | None:
     if cell.not_runnable_yet or (dataset is not None and dataset not in contents.datasets):
         return None
     return contents.finished(cell.cell_id)
+
+
+def on_set(record: dict[str, Any] | None, name: str | None) -> dict[str, Any] | None:
+    """A summary whose value is that of one of the sets that the run was tested on; None where it was not."""
+    if record is None or name is None:
+        return record
+    value = record["metrics"].get(f"{name}_{record['metric']}")
+    return None if value is None else record | {"value": value}
 
 
 def digest(records: Sequence[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -43,6 +44,28 @@ class Classification(evaluate.Metric):
         present = np.unique(references)
         recall = recall_score(references, predictions, labels=present, average="macro", zero_division=0)
         return {"accuracy": float(accuracy_score(references, predictions)), "mean_per_class_accuracy": float(recall)}
+
+
+class SetsOfQuestions(Classification):
+    """``NAME_accuracy`` of each set that occurs, and ``accuracy``, the mean of theirs.
+
+    References are ``[N, 2]``, the right answers and the numbers of their sets. Where the numbers are negative, no set
+    is known, and ``accuracy`` is over all questions.
+
+    Args:
+        names: of the sets.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        super().__init__()
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        right, sets = predictions == references[:, 0], references[:, 1]
+        if sets.min() < 0:
+            return {"accuracy": float(right.mean())}
+        each = {f"{name}_accuracy": float(right[sets == i].mean()) for i, name in enumerate(self.names) if i in sets}
+        return {"accuracy": float(np.mean(list(each.values()))), **each}
 
 
 class TextClasses(Classification):
@@ -133,6 +156,7 @@ class Numbers(evaluate.Metric):
 class Glue(evaluate.Metric):
     """What GLUE reports of a task: Matthews' correlation (cola), Pearson's and Spearman's (stsb), accuracy (others).
 
+    STS-B has the mean of its two as well, which is its score on GLUE's board; ``pearson`` is what selects and is shown.
     MRPC and QQP have the F1 of their positive class as well. A correlation with a constant is 0. All but the
     correlations lie in [0, 1].
 
@@ -164,10 +188,8 @@ class Glue(evaluate.Metric):
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         predictions, references = np.asarray(predictions), np.asarray(references)
         if self.task == "stsb":
-            return {
-                "pearson": _correlation(pearsonr, predictions, references),
-                "spearmanr": _correlation(spearmanr, predictions, references),
-            }
+            pearson, spearman = (_correlation(of, predictions, references) for of in (pearsonr, spearmanr))
+            return {"pearson": pearson, "spearmanr": spearman, "mean_correlation": (pearson + spearman) / 2}
         if self.task == "cola":
             return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
         scores = {"accuracy": float(accuracy_score(references, predictions))}

@@ -68,11 +68,12 @@ def _finished(record: Record, run: Run, outcome: Outcome, cfg: DictConfig) -> Re
     record.metrics, record.value = outcome.metrics, outcome.metrics[run.task.metric]
     if record.mode == "train":
         meter, folder = outcome.trainer.meter, run.folder / "adapter"
-        record.train_seconds = round(meter.train_seconds, 3)
-        record.examples_per_second = round(meter.steps * run.settings.batch_size / meter.train_seconds, 1)
-        record.gpu_busy_share, record.execution = meter.gpu_busy_share, outcome.trainer.execution
-        record.peak_memory_bytes = meter.peak_memory_bytes
-        record.history = outcome.trainer.state.log_history
+        if outcome.lr is not None:  # something was trained
+            record.train_seconds = round(meter.train_seconds, 3)
+            record.examples_per_second = round(meter.steps * run.settings.batch_size / meter.train_seconds, 1)
+            record.gpu_busy_share, record.execution = meter.gpu_busy_share, outcome.trainer.execution
+            record.peak_memory_bytes = meter.peak_memory_bytes
+            record.history = outcome.trainer.state.log_history
         record.adapter_path = str(folder)
         if run.claim is not None:
             run.claim.check()

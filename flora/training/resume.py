@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from flora.errors import CheckpointError, ConfigError, TrainingDiverged
 from flora.launch import preemption, processes
 from flora.training.progress import Fit, Progress
+from flora.training.settings import LOSS
 from flora.training.sharding import like, local, reshard, whole
 
 
@@ -80,12 +81,19 @@ def set_rng_state(saved: dict[str, Any], cuda: bool) -> None:
         torch.cuda.set_rng_state(saved["cuda"])
 
 
+def worth(metric: str, value: float | None) -> float:
+    """What to choose the greatest of: a metric's value, or the loss with its sign turned; None is worth least."""
+    if value is None:
+        return -float("inf")
+    return -value if metric == LOSS else value
+
+
 class KeepBest(TrainerCallback):
     """Keeps the weights of the best evaluation on validation in memory, and puts them back when training ends.
 
     Args:
         model: whose weights; while it is evaluated it may hold averages of them.
-        metric: the higher the better.
+        metric: the higher the better, or the loss.
     """
 
     def __init__(self, model: nn.Module, metric: str) -> None:
@@ -95,7 +103,7 @@ class KeepBest(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Take the weights of a new best."""
-        value = (metrics or {}).get(self.metric, -float("inf"))
+        value = worth(self.metric.removeprefix("eval_"), (metrics or {}).get(self.metric))
         if value > self.value:
             self.value, self.best, self.step = value, weights(self.model), state.global_step
 
@@ -105,7 +113,8 @@ class KeepBest(TrainerCallback):
             load_weights(self.model, self.best)
             if self.step < state.global_step and processes.first():
                 name = self.metric.removeprefix("eval_")
-                what = f"where validation {name} was first best, {self.value:.4g}; protocol.select=last keeps the last"
+                best = abs(self.value) if name == LOSS else self.value
+                what = f"where validation {name} was first best, {best:.4g}; protocol.select=last keeps the last"
                 print(f"kept the weights of step {self.step} of {state.global_step}, {what}", file=sys.stderr)
         self.best = {}
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,9 +33,9 @@ from flora.training.internals import raise_for_killed_workers
 from flora.training.loggers import Log
 from flora.training.norms import DeltaNorms
 from flora.training.progress import Progress
-from flora.training.resume import Keeper, facts, finished
+from flora.training.resume import Keeper, facts, finished, worth
 from flora.training.saved import check_whole
-from flora.training.settings import CHECKPOINTS, Protocol, TrainerSettings
+from flora.training.settings import CHECKPOINTS, LOSS, Protocol, TrainerSettings
 from flora.training.trainer import Trainer
 
 
@@ -46,7 +47,7 @@ class Outcome:
         adapted: the trained model.
         trainer: the trainer that trained or evaluated it.
         metrics: all metrics on the test split.
-        lr: learning rate of the reported run, None for an evaluation.
+        lr: learning rate of the reported run, None where nothing was trained.
         selection: the learning-rate choice.
     """
 
@@ -92,6 +93,10 @@ class Run:
     def train(self) -> Outcome:
         """Choose the learning rate if the protocol has a grid, train, test once."""
         splits, protocol, settings = self.splits, self.protocol, self.settings
+        if settings.max_steps == 0:
+            adapted = self._adapt()
+            trainer = self._trainer(adapted, settings, None, None)
+            return Outcome(adapted, trainer, self._test(trainer))
         if not len(splits.train):
             raise ConfigError(
                 f"task.dataset={self.task.dataset} is a test alone: train on another, then test that run with "
@@ -151,9 +156,14 @@ class Run:
             "total_params": sum(p.numel() for p in self._base().parameters()),
         }
 
+    @property
+    def _chosen_by(self) -> str:
+        """The value of an evaluation that chooses."""
+        return LOSS if self.protocol.select_by == "loss" else self.task.metric
+
     def _select(self) -> tuple[float, dict[str, Any], tuple[Adapted, Trainer] | None]:
-        """Train once per learning rate of the grid; the best validation metric wins, the smaller rate on a tie."""
-        name = f"eval_{self.task.metric}"
+        """Train once per learning rate of the grid; the best value on validation wins, the smaller rate on a tie."""
+        name = f"eval_{self._chosen_by}"
         best, kept = (-float("inf"), 0.0), None
         values: dict[str, float] = {}
         reuse, done = self.protocol.final_train == "train", self.progress.done
@@ -164,10 +174,11 @@ class Run:
             elif reuse and self.log is not None:
                 self.log.fit(label).repeat(done[label].state["log_history"])
             history = [row[name] for row in done[label].state["log_history"] if name in row]
-            value = max(history) if self.protocol.select == "best" else history[-1]
+            best_first = sorted(history, key=partial(worth, self._chosen_by), reverse=True)
+            value = best_first[0] if self.protocol.select == "best" else history[-1]
             values[f"{lr:g}"] = value
-            if value > best[0]:
-                loser, best, kept = best[1], (value, lr), fitted
+            if worth(self._chosen_by, value) > best[0]:
+                loser, best, kept = best[1], (worth(self._chosen_by, value), lr), fitted
             else:
                 loser = lr
             if _label(loser) in done:
@@ -180,7 +191,7 @@ class Run:
             kept = self._fit(best[1], self.splits.train, self.splits.validation, _label(best[1]), False)
         selection = {
             "split": "validation",
-            "metric": self.task.metric,
+            "metric": self._chosen_by,
             "values": values,
             "chosen": best[1],
             "seconds": round(self.progress.notes.setdefault("selection_seconds", self.progress.seconds), 3),
@@ -266,7 +277,7 @@ class Run:
             forward=self.task.forward(self.model),
             head=self.model.classifier,
             metric=self.task.metrics(),
-            metric_name=self.task.metric,
+            metric_name=self._chosen_by,
             folder=self.folder,
             train=_limited(train, settings.max_train_examples),
             validation=_limited(validation, settings.max_eval_examples),

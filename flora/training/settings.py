@@ -11,6 +11,7 @@ from flora.launch import processes
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+LOSS = "loss"  # the one value of an evaluation that is better the lower it is
 CHECKPOINTS = "checkpoints"  # their folder in a run's folder
 _DTYPES = ("fp32", "bf16", "fp16")
 _DEVICES = ("auto", "cuda", "cpu")
@@ -21,7 +22,8 @@ class TrainerSettings:
     """Optimisation and hardware.
 
     Attributes:
-        epochs: passes over the training split; ``max_steps`` (optimiser steps) wins when given.
+        epochs: passes over the training split; ``max_steps`` (optimiser steps) wins when given. 0: nothing is trained,
+            and the model is tested as it is before its first step.
         batch_size: examples per optimiser step, split over ``gradient_accumulation`` forward passes and all processes.
         eval_batch_size: examples per forward pass of an evaluation, in each process.
         lr, head_lr: peak learning rates of the adapter (or backbone) and of the head; null: the head takes ``lr``.
@@ -96,6 +98,8 @@ class TrainerSettings:
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
+            if name == "max_steps" and value == 0 and not isinstance(value, bool):
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ConfigError(f"trainer.{name} must be a positive number, got {value!r}")
         for name in ("weight_decay", "max_grad_norm", "num_workers"):
@@ -168,7 +172,7 @@ class TrainerSettings:
         Args:
             folder: the run's; nothing is written there.
             seed: seeds data order and dropout.
-            metric: which metric of an evaluation counts, the higher the better.
+            metric: which metric of an evaluation counts, the higher the better; of the ``loss``, the lower.
             validates: look at validation while training.
             skips_parameters: some steps use only some of the trained parameters.
 
@@ -210,7 +214,7 @@ class TrainerSettings:
             eval_steps=self.eval_steps,
             save_strategy="no",  # see flora.training.resume
             metric_for_best_model=metric,
-            greater_is_better=True,
+            greater_is_better=metric != LOSS,
             logging_steps=self.log_every,
             logging_nan_inf_filter=False,
             dataloader_num_workers=self.num_workers,
@@ -230,7 +234,8 @@ class Protocol:
 
     Attributes:
         name: the protocol's name in records.
-        select: ``best`` keeps the epoch with the best validation metric, ``last`` the last one.
+        select: ``best`` keeps the look at validation with the best value, ``last`` the last one.
+        select_by: that value, also of a learning rate: the task's ``metric``, or the ``loss``, the lower the better.
         final_train: the reported run's data: ``train``, or ``train+validation`` (then nothing is left to pick the epoch
             on, so ``select`` must be ``last``).
         lr_grid: learning rates to choose from on the validation split before the reported run, in place of
@@ -244,10 +249,13 @@ class Protocol:
     final_train: str
     lr_grid: list[float] | None = None
     held_out: float = 0.0
+    select_by: str = "metric"
 
     def __post_init__(self) -> None:
         if self.select not in ("best", "last"):
             raise ConfigError(f"protocol.select must be best or last, got {self.select!r}")
+        if self.select_by not in ("metric", "loss"):
+            raise ConfigError(f"protocol.select_by must be metric or loss, got {self.select_by!r}")
         if self.final_train not in ("train", "train+validation"):
             raise ConfigError(f"protocol.final_train must be train or train+validation, got {self.final_train!r}")
         if self.final_train == "train+validation" and self.select == "best":

@@ -47,6 +47,21 @@ def test_every_cell_composes_once_or_says_why_it_cannot(name, scale):
     assert all(len(cell.not_runnable_yet) > 10 for cell in cells if cell.not_runnable_yet)
 
 
+def test_glue_has_runs_at_published_rates_and_at_rates_chosen_on_validation():
+    five = {"cola", "mrpc", "rte", "stsb", "sst2"}
+    table = load("table3_glue")
+    for method in ("lora", "flora", "dora", "adalora", "bitfit", "full"):
+        mine = [cell for cell in table.cells if cell.method == method]
+        chosen = [cell for cell in mine if "protocol.lr_grid" in cell.settings]
+        assert {cell.task for cell in chosen} == five
+        assert {cell.seed for cell in chosen} == {0, 1, 2}
+        assert {cell.task for cell in mine if cell not in chosen} == five
+    rates = load("glue_rates")
+    assert {(cell.task, cell.method) for cell in rates.cells} == {(t, m) for t in five for m in ("lora", "flora")}
+    assert all("protocol.lr_grid" in cell.settings for cell in rates.cells)
+    assert {cell.cell_id for cell in rates.cells} <= {cell.cell_id for cell in table.cells}
+
+
 def test_the_first_table_has_ninety_cells_at_matched_budgets():
     table = load("first_table")
     assert len(table.cells) == 3 * 2 * 5 * 3

@@ -1,4 +1,4 @@
-"""Questions with listed answers: the eight sets of LLM-Adapters in its words.
+"""Questions with listed answers: the eight sets of LLM-Adapters in its words, and SST-2 for small models, in ours.
 
 Hu et al. 2023, "LLM-Adapters", arXiv 2304.01933. Its training mix of the eight sets is commonsense_170k.json.
 """
@@ -6,6 +6,7 @@ Hu et al. 2023, "LLM-Adapters", arXiv 2304.01933. Its training mix of the eight 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,10 @@ from typing import Any
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
     "                ### Instruction:\n                {instruction}\n\n                ### Response:\n                "
+)
+# LLM-Adapters' finetune.py has another space here and fills an empty line; its commonsense_evaluate.py has not.
+TRAINING_PROMPT = PROMPT.replace("request. ", "request.  ").replace(
+    "{instruction}\n\n", "{instruction}\n                \n"
 )
 RESPONSE = "the correct answer is {answer}"
 _LISTED = re.compile(r"Answer format: (\S+)\s*$")
@@ -100,6 +105,12 @@ def _winogrande(row: Row) -> Question:
     return _question(text, "option", (row["option1"], row["option2"]), int(row["answer"]) - 1, end=" ")
 
 
+def _sst2(row: Row) -> Question:
+    positive = _index(row["label"], 2)
+    text = f"Please say whether the sentence is positive or negative, sentence: {row['sentence'].strip()}"
+    return Question(f"{text}\n\nAnswer format: positive/negative", ("positive", "negative"), 1 - positive)
+
+
 def _choices(stem: str, row: Row) -> Question:
     """ARC and OpenBookQA: options with letters or numbers."""
     keys, text = list(row["choices"]["label"]), f"Please choose the correct answer to the question: {row[stem]}"
@@ -125,7 +136,19 @@ DATASETS = {
     "obqa": DatasetInfo(
         partial(_choices, "question_stem"), ("allenai/openbookqa", "main"), "openbookqa", "test", (4957, 500)
     ),
+    "sst2": DatasetInfo(_sst2, ("nyu-mll/glue", "sst2"), "glue/sst2", "validation", (67349, 872)),
 }
+EIGHT = tuple(name for name in DATASETS if name != "sst2")
+"""The sets of LLM-Adapters, which one model answers: ``task.dataset=all``."""
+
+
+def usual_answers(train: Sequence[Question], asked: Sequence[Question]) -> list[int]:
+    """For each question the answer that is most often right in training among those that list the same; else 0."""
+    counted: dict[tuple[str, ...], Counter[int]] = {}
+    for question in train:
+        counted.setdefault(question.answers, Counter())[question.right] += 1
+    most = {answers: min(rights, key=lambda i: (-rights[i], i)) for answers, rights in counted.items()}
+    return [most.get(question.answers, 0) for question in asked]
 
 
 def adapters_row(row: Row) -> Question:

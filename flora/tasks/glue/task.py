@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +20,7 @@ from flora.tasks.base import Splits, check_dataset, check_split_seed, draw
 from flora.tasks.glue.datasets import DATASETS, DatasetInfo
 from flora.tasks.glue.files import HUB, from_hub, read_folder, tables
 from flora.tasks.metrics import Glue as GlueMetric
+from flora.tasks.portions import hold_out
 from flora.tasks.text.dataset import TextDataset
 from flora.tasks.text.rows import Rows
 from flora.tasks.text.task import TextTask
@@ -36,6 +38,8 @@ class Glue(TextTask):
         held_out: share of train that is validation, the development set then being the test; 0: the development set is
             both, as in published tables.
         split_seed: of that draw.
+        stratify: hold out the same share of every class, and of every unit of a regression's score; false: of all
+            rows together, as records without this setting did.
         rates, recipe: of the published recipe, which the trainer's config reads.
 
     Raises:
@@ -51,6 +55,7 @@ class Glue(TextTask):
         max_length: int | None,
         held_out: float,
         split_seed: int = 0,
+        stratify: bool = False,
         rates: str = "scripts",
         recipe: Mapping[str, Any] | None = None,
     ):
@@ -68,6 +73,7 @@ class Glue(TextTask):
         self.max_length = max_length
         self.held_out = held_out
         self.split_seed = split_seed
+        self.stratify = stratify
 
     @property
     def info(self) -> DatasetInfo:
@@ -122,13 +128,14 @@ class Glue(TextTask):
             sets[split], facts["truncated"][split] = self._encode(rows, tokenizer, longest)
         train, development = sets.pop("train"), sets.pop(next(iter(sets)))
         if self.held_out:
-            order = draw(len(train), self.split_seed)
-            kept = len(order) - max(1, round(self.held_out * len(order)))
-            if not kept:
-                raise DataError(f"{self.dataset}: train has {len(order)} rows, none is left to hold out")
-            train, validation = train.take(order[:kept]), train.take(order[kept:])
+            kept, held = self._held_out(rows_of["train"].labels)
+            train, validation = train.take(kept), train.take(held)
+            stratum = (
+                ("of each class of" if self.info.classes else "of each unit of the score of") if self.stratify else "of"
+            )
             facts["split_rule"] = (
-                f"validation a drawn {self.held_out:.0%} of train, seed {self.split_seed}; test the development set"
+                f"validation a drawn {self.held_out:.0%} {stratum} train, seed {self.split_seed}; "
+                "test the development set"
             )
         else:
             validation = development
@@ -137,6 +144,19 @@ class Glue(TextTask):
         names = list(self.info.classes) or ["score"]
         further = {name.removeprefix("validation_"): rows for name, rows in sets.items()}
         return Splits(train, validation, development, self.info.outputs, names, facts, further)
+
+    def _held_out(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of train that stay and rows that are held out."""
+        if self.stratify:
+            # A score of 5 goes with those above 4.
+            strata = labels if self.info.classes else np.minimum(np.floor(labels), 4)
+            kept, held = hold_out(strata, self.held_out, self.split_seed)
+        else:
+            order = draw(len(labels), self.split_seed)
+            kept, held = np.split(order, [len(order) - max(1, round(self.held_out * len(order)))])
+        if not len(kept) or not len(held):
+            raise DataError(f"{self.dataset}: train has {len(labels)} rows, none is left to hold out")
+        return kept, held
 
     def _encode(self, rows: Rows, tokenizer: Any, max_length: int) -> tuple[TextDataset, int]:
         tokens, starts, truncated = tokenise(rows.texts, tokenizer, max_length)

@@ -104,5 +104,7 @@ def _describe(item: Item, folder: Path, source: str) -> dict[str, Any]:
             if p.name != manifest.NAME
         },
     }
+    if item.shared_texts is not None:
+        content["shared_texts"] = item.shared_texts(folder)
     manifest.write(folder, content)
     return content

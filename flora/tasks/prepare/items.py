@@ -21,7 +21,7 @@ from flora.tasks.commonsense import questions
 from flora.tasks.glue import datasets as glue_datasets
 from flora.tasks.glue import files as glue_files
 from flora.tasks.images.decode import Pool
-from flora.tasks.prepare import easy_vqa
+from flora.tasks.prepare import easy_vqa, texts
 from flora.tasks.vqa import dialogues
 from flora.tasks.vtab import datasets as vtab_datasets
 from flora.tasks.vtab import download
@@ -62,6 +62,7 @@ class Item:
         classes: official number; 0 for regressions and questions.
         read: folder -> number of rows and of classes that occur, of each split; raises DataError on bad files.
         fetch: makes the files of a folder from what can be reached, and says where they come from.
+        shared_texts: folder -> what two splits share, as ``flora.tasks.prepare.texts`` counts it; None: not counted.
     """
 
     name: str
@@ -70,11 +71,12 @@ class Item:
     classes: int
     read: Callable[[Path], dict[str, tuple[int, int]]]
     fetch: Callable[[Path], str]
+    shared_texts: Callable[[Path], dict[str, dict[str, int]]] | None = None
 
 
 def catalogue() -> dict[str, Item]:
     """Every dataset, by name; those that are rendered need no file and are left out."""
-    items = [*map(_glue, glue_datasets.DATASETS), *map(_commonsense, questions.DATASETS)]
+    items = [*map(_glue, glue_datasets.DATASETS), *map(_commonsense, questions.EIGHT)]
     items += [_vtab(name) for name in vtab_datasets.DATASETS if name not in RENDERED]
     items += [
         Item("easy_vqa", (), {"train": 38575, "test": 9673}, 13, _questions(dialogues.easy_vqa), easy_vqa.fetch),
@@ -108,7 +110,11 @@ def _glue(dataset: str) -> Item:
             raise DataError(f"glue/{dataset}: {error}; give a folder that has it with --from") from error
         return f"hub {glue_files.HUB}"
 
-    return Item(f"glue/{dataset}", (f"glue/{info.folder}", info.folder), info.rows, len(info.classes), read, fetch)
+    def shared(folder: Path) -> dict[str, dict[str, int]]:
+        return texts.count(glue_files.read_folder(folder, info))
+
+    others = (f"glue/{info.folder}", info.folder)
+    return Item(f"glue/{dataset}", others, info.rows, len(info.classes), read, fetch, shared_texts=shared)
 
 
 def _commonsense(dataset: str) -> Item:

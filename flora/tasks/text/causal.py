@@ -1,8 +1,10 @@
-"""What tasks of language models share: the logits of the tokens to be learnt, their loss, and greedy decoding."""
+"""What tasks of language models share: the logits of the tokens to be learnt, their loss, and decoding."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flora.tasks.base import Batch, cross_entropy
 
@@ -11,9 +13,10 @@ def answer_logits(module: nn.Module, batch: Batch, targets: Tensor, **images: Te
     """Logits ``[B, K, V]`` for the last K tokens, which hold every target, and those targets ``[B, K]``.
 
     Sequences end where the answers end (they are padded on the left), so that the rest needs no logits. ``targets``
-    ``[B, L]`` are -100 except on answers; ``images`` is what the network takes beside the text.
+    ``[B, L]`` are -100 except on what is to be learnt, which the first token never is; ``images`` is what the network
+    takes beside the text.
     """
-    kept = targets.shape[1] - int((targets != -100).any(0).nonzero()[0])
+    kept = min(targets.shape[1] - int((targets != -100).any(0).nonzero()[0]), targets.shape[1] - 1)
     mask = batch["attention_mask"]
     logits = module(
         input_ids=batch["input_ids"],
@@ -31,16 +34,23 @@ def answer_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tens
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing)
 
 
-def write_greedily(
-    module: nn.Module, ids: Tensor, mask: Tensor, longest: int, pad: int, end: int, **images: Tensor
+def sequence_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of logits ``[B, K, V]`` for targets ``[B, K]``: cross-entropy summed over those not -100, and their number."""
+    lost = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return torch.stack([lost.view(targets.shape).sum(1), (targets != -100).sum(1).float()], 1)
+
+
+def write_out(
+    module: nn.Module, ids: Tensor, mask: Tensor, longest: int, pad: int, end: int, beams: int, **images: Tensor
 ) -> Tensor:
-    """The likeliest tokens after each prompt, one after the other up to ``end``, then ``pad``: ``[B, T]``.
+    """What a network writes after each prompt up to ``end``, then ``pad``: ``[B, T]``; nothing is drawn.
 
     Args:
         module: the network, perhaps in a wrapper for several processes.
         ids, mask: prompts ``[B, L]``, padded on the left.
         longest: T is at most that.
         pad, end: tokens.
+        beams: of the search for the likeliest text; 1: the likeliest token, one after the other.
         images: what the network takes beside the text.
     """
     written = getattr(module, "module", module).generate(  # type: ignore[operator]
@@ -49,6 +59,7 @@ def write_greedily(
         **images,
         max_new_tokens=longest,
         do_sample=False,
+        num_beams=beams,
         pad_token_id=pad,
         eos_token_id=end,
     )

@@ -24,7 +24,7 @@ from flora.tasks import manifest, tables
 from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed, draw
 from flora.tasks.images.decode import ORIENTATIONS, as_picture, as_square
 from flora.tasks.portions import SPLITS, WHOLE, rule_of, say, shares
-from flora.tasks.text.causal import answer_logits, answer_loss, write_greedily
+from flora.tasks.text.causal import answer_logits, answer_loss, write_out
 from flora.tasks.text.tokenise import fingerprint
 from flora.tasks.vqa import sheet
 from flora.tasks.vqa.answers import Written, scores
@@ -247,7 +247,7 @@ class Instruct(Task[ImageTextSpec]):
             if training:
                 return answer_logits(module, batch, batch["labels"], **images)
             ids, mask = batch["input_ids"], batch["attention_mask"]
-            written = write_greedily(module, ids, mask, self.max_new_tokens, coder.pad, coder.end, **images)
+            written = write_out(module, ids, mask, self.max_new_tokens, coder.pad, coder.end, 1, **images)
             return written, batch["labels"]
 
         return forward

@@ -65,6 +65,11 @@ ROWS = {
     ),
 }
 ROWS["arc_c"] = ROWS["arc_e"]
+ROWS["sst2"] = (
+    {"sentence": "the cat ", "label": 0},
+    "Please say whether the sentence is positive or negative, sentence: the cat\n\nAnswer format: positive/negative",
+    "negative",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -264,7 +269,10 @@ def test_no_pad_token_is_a_warning_since_masks_hide_it(boolq):
     ("options", "message"),
     [
         ({"dataset": "bolq"}, "did you mean boolq"),
-        ({"answers": "guessed"}, "likelihood or generated"),
+        ({"answers": "guessed"}, "likelihood or generated or majority"),
+        ({"loss_on": "prompt"}, "sequence or answer"),
+        ({"beams": 0}, "beams"),
+        ({"dataset": "all"}, "set task.train=mix"),
         ({"train": "all"}, "own or mix"),
         ({"dataset": "piqa", "passage": True}, "only boolq"),
         ({"max_length": 8}, "at least 32"),

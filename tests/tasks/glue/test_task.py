@@ -1,10 +1,12 @@
 """GLUE: every place the data can lie, what is held out, the metrics against formulas, and bad files."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 import flora.models
 from flora.errors import ConfigError, DataError
@@ -14,12 +16,18 @@ from flora.tasks.metrics import Glue as GlueMetric
 from tests.tasks.texts import word_tokenizer, write_rows
 
 # GLUE's own numbers of rows: the paper's table 1, and gluebenchmark.com for MNLI's two sets.
+CONFIGS = Path(__file__).parents[3] / "configs"
 SENTENCES = ["the cat sat", "a dog ran", "the dog slept", "a cat ran on the mat"]
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FLORA_CACHE", str(tmp_path / "cache"))
+
+
+def configured(name, *overrides):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", [f"task={name}", *overrides]).task
 
 
 def task(dataset, **options):
@@ -71,6 +79,40 @@ def test_the_strict_protocol_holds_out_train_and_the_published_one_nothing(tmp_p
     assert published.validation is published.test
     assert strict.validation is not strict.test
     assert load("rte", tmp_path, split_seed=3).validation.lengths != strict.validation.lengths
+
+
+def labels_of(split):
+    return split.values["labels"].tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_tenth_of_every_class_is_held_out(tmp_path, write, seed):
+    write("rte", "train", 60, label=[0] * 40 + [1] * 20)
+    write("rte", "validation", 4)
+    splits = load("rte", tmp_path, held_out=0.1, stratify=True, split_seed=seed)
+    assert sorted(labels_of(splits.validation)) == [0] * 4 + [1] * 2
+    assert sorted(labels_of(splits.train)) == [0] * 36 + [1] * 18
+    assert splits.facts["split_rule"] == (
+        f"validation a drawn 10% of each class of train, seed {seed}; test the development set"
+    )
+
+
+def test_a_tenth_of_every_unit_of_the_score_of_stsb_is_held_out(tmp_path, write):
+    scores = [unit + k / 20 for unit in range(5) for k in range(20)]  # twenty from 0, 1, 2, 3 and 4 on
+    scores[-10:] = [5.0] * 10
+    write("stsb", "train", 100, label=scores)
+    write("stsb", "validation", 4)
+    splits = load("stsb", tmp_path, held_out=0.1, stratify=True)
+    held = [min(int(score), 4) for score in labels_of(splits.validation)]
+    assert sorted(held) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert "10% of each unit of the score of train" in splits.facts["split_rule"]
+    other = load("stsb", tmp_path, held_out=0.1, stratify=True, split_seed=1)
+    assert labels_of(other.validation) != labels_of(splits.validation)
+
+
+def test_runs_hold_out_by_class_and_records_from_before_say_that_they_did_not():
+    assert configured("glue").stratify is True
+    assert task("rte").stratify is False  # what a config that says nothing means
 
 
 OFFICIAL = {
@@ -207,6 +249,7 @@ def test_metrics_are_those_of_glue():
     scores = GlueMetric("stsb").compute(predictions=x[:, None], references=y)
     assert scores["pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-6)
     assert scores["spearmanr"] == pytest.approx(0.8)
+    assert scores["mean_correlation"] == pytest.approx((np.corrcoef(x, y)[0, 1] + 0.8) / 2, abs=1e-6)
 
 
 def test_outputs_that_are_not_finite_score_nothing():
@@ -217,6 +260,7 @@ def test_outputs_that_are_not_finite_score_nothing():
     assert GlueMetric("stsb").compute(predictions=nan[:, :1], references=[0.0, 1, 2, 3]) == {
         "pearson": 0.0,
         "spearmanr": 0.0,
+        "mean_correlation": 0.0,
     }
 
 
@@ -244,5 +288,11 @@ def test_models_of_another_kind_are_refused(model, message):
 
 @pytest.mark.data
 @pytest.mark.parametrize("dataset", ["cola", "sst2", "mrpc", "stsb", "rte", "wnli"])
-def test_the_real_files_have_the_official_rows(data_folder, dataset):
-    assert load(dataset, data_folder).facts["warnings"] == []
+def test_the_real_files_have_the_official_rows_and_shares(data_folder, dataset):
+    splits = load(dataset, data_folder, held_out=0.1, stratify=True)
+    assert splits.facts["warnings"] == []
+    shares = [
+        np.bincount(np.floor(labels_of(part)).astype(int), minlength=6) for part in (splits.train, splits.validation)
+    ]
+    whole = (shares[0] + shares[1]) / (len(splits.train) + len(splits.validation))
+    assert np.abs(shares[1] / len(splits.validation) - whole).max() < 0.02
