@@ -25,6 +25,7 @@ from flora import names, values
 from flora.errors import ConfigError, FloraError, first_line
 from flora.files import ROOT
 from flora.secrets import without_secrets
+from flora.tasks import aliases
 
 # A ``_target_`` runs code, so a config may only name classes of ours, and the functions that make our models.
 ALLOWED_TARGETS = ("flora.",)
@@ -280,7 +281,9 @@ def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[
     A record's config has ``inputs`` as well, which identify the data and weights (``flora.inputs``).
     """
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    return _decisive(cast(dict[str, Any], resolved)) | {"method_version": method_version or METHOD_VERSION}
+    semantic = _decisive(cast(dict[str, Any], resolved)) | {"method_version": method_version or METHOD_VERSION}
+    version = aliases.data_version(semantic["task"])
+    return semantic | ({"data_version": version} if version else {})
 
 
 def not_semantic(group: str) -> tuple[str, ...]:
@@ -316,7 +319,8 @@ def recorded_id(config: dict[str, Any]) -> str:
     Raises:
         KeyError, TypeError, AttributeError: it is no config of a run.
     """
-    return identity(_decisive(config) | {key: config.get(key) for key in ("method_version", "inputs")})
+    kept = ("method_version", "data_version", "inputs")
+    return identity(_decisive(config) | {key: config.get(key) for key in kept})
 
 
 def recorded_cell(config: dict[str, Any]) -> str:

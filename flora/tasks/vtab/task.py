@@ -23,7 +23,7 @@ from flora.tasks.vtab.download import SOURCES, download, from_hub
 from flora.tasks.vtab.files import available, open_folder, tables
 from flora.tasks.vtab.rendered import RENDERED, load_rendered
 
-HELD_OUT = 0.2  # of train, where a source has no test set
+HELD_OUT = 20  # percent of train, rounded down as VTAB does, where a source has no test set
 
 
 class Vtab(ImageTask):
@@ -161,9 +161,9 @@ class Vtab(ImageTask):
         if "test" in pools:
             test = np.arange(len(pools["test"]))
         else:
-            kept = len(order) - round(HELD_OUT * len(order))
+            kept = len(order) - HELD_OUT * len(order) // 100
             order, test = order[:kept], order[kept:]
-            rules.append(f"test a drawn {HELD_OUT:.0%} of the images")
+            rules.append(f"test a drawn {HELD_OUT}% of the images")
         if "validation" in pools:
             validation = draw(len(pools["validation"]), self.split_seed)[:VALIDATION_SIZE]
             train = order[:TRAIN_SIZE]
