@@ -308,6 +308,8 @@ class Instruct(Task[ImageTextSpec]):
         others = (d for split, part in dialogues.items() if split != "test" for d in part)
         seen = {image for dialogue in others for image in dialogue.images}
         kept = [dialogue for dialogue in dialogues["test"] if seen.isdisjoint(dialogue.images)]
+        if not kept:
+            raise DataError(f"{self.dataset}: every image of test is in train or validation as well; fetch it again")
         count = len(dialogues["test"]) - len(kept)
         dialogues["test"] = kept
         return {"left_out": {"test": count, "why": "their images are in train or validation"}}

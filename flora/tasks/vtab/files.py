@@ -41,6 +41,8 @@ def open_folder(
     facts = {"source": source, "files": files}
     if info.folder == "nlvr":
         shared = parquet.shared_rows(paths["test"], [*paths["train"], *paths["validation"]])
+        if len(shared) == len(pools["test"]):
+            raise DataError(f"{folder}: every image of test is in train or validation as well; fetch it again")
         pools["test"] = pools["test"].without(shared)
         facts["left_out"] = {"test": len(shared), "why": "their images are in train or validation"}
     return pools, names, facts

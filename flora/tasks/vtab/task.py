@@ -31,6 +31,7 @@ class Vtab(ImageTask):
 
     Args:
         dataset: a name of DATASETS or ALIASES.
+        augment: as of ImageTask; by default none, as images are only resized in VTAB-1K.
         test_size: ``default`` (all the test images of a file, 2000 of a rendered set), ``full`` (VTAB's test set), or a
             number, drawn.
         unreadable: ``error``, or ``skip`` to leave out and count images that cannot be decoded.
@@ -45,12 +46,13 @@ class Vtab(ImageTask):
         self,
         *,
         dataset: str,
+        augment: str = "none",
         test_size: str | int = "default",
         unreadable: str = "error",
         hub: str | None = None,
         **common: Any,
     ):
-        super().__init__(dataset=canonical_name(dataset), **common)
+        super().__init__(dataset=canonical_name(dataset), augment=augment, **common)
         if test_size not in ("default", "full") and not (isinstance(test_size, int) and test_size > 0):
             raise ConfigError(f"task.test_size={test_size} must be default, full or a number above 0")
         if unreadable not in ("error", "skip"):
