@@ -56,11 +56,7 @@ def test_imagenets_config_names_weights_without_imagenets_labels():
 
 def test_a_network_without_weights_says_once_that_it_is_random(capsys):
     _say_random.cache_clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        overrides = [f"+model.architecture.{key}={value}" for key, value in {"img_size": 28}.items()]
-        cfg = compose("train", ["model=internvit_6b", "model.architecture.embed_dim=50", *overrides])
-    cfg.model.architecture.depth = 1
-    spec = instantiate(cfg.model)
+    spec = TimmModel("test_resnet", pretrained=False, image_size=32)
     spec.build(2)
     spec.build(2)
-    assert capsys.readouterr().err == "model internvit_6b: random weights, nothing in it is pretrained\n"
+    assert capsys.readouterr().err == "model test_resnet: random weights, nothing in it is pretrained\n"

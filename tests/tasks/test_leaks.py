@@ -10,9 +10,13 @@ from flora.tasks.prepare import leaks
 
 
 def scene(seed: int, size: int = 96) -> Image.Image:
-    """Smooth coloured patches, as photographs have them."""
-    noise = np.random.RandomState(seed).randint(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)
+    """Patches of several sizes over each other, the finer the fainter, as photographs have them."""
+    draws = np.random.RandomState(seed)
+    total = np.zeros((size, size, 3))
+    for cells in (4, 8, 16, 32):
+        noise = Image.fromarray(draws.randint(0, 256, (cells, cells, 3), dtype=np.uint8))
+        total += (np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC), float) - 128) * 2 / cells**0.5
+    return Image.fromarray(np.clip(total + 110, 0, 230).astype(np.uint8))
 
 
 def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
