@@ -282,7 +282,10 @@ def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[
     """
     resolved = OmegaConf.to_container(cfg, resolve=True)
     semantic = _decisive(cast(dict[str, Any], resolved)) | {"method_version": method_version or METHOD_VERSION}
-    version = aliases.data_version(semantic["task"])
+    task = semantic["task"]
+    if said := aliases.augmentation(task):
+        semantic["task"] = task | {"augment": said}
+    version = aliases.data_version(task)
     return semantic | ({"data_version": version} if version else {})
 
 

@@ -328,5 +328,5 @@ def test_vtabs_group_means_and_their_mean_stand_below_the_table(tmp_path):
             write(store, cell, values[cell.task])
     text = markdown("T", rows(table, store.read_all()), table.definition["groups"]["mini"])
     below = text.split("mean of group means")[1]
-    assert line(below, "convnext", "flora") == ["convnext", "flora", "0.8000", "0.7000", "0.3000", "0.6000"]
+    assert line(below, "convnext", "flora")[2:] == ["0.8000", "0.7000", "0.3000", "0.6000"]
     assert line(below, "convnext", "lora")[2:] == ["0.8000", "-", "0.3000", "-"]
