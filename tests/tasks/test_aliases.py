@@ -4,7 +4,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from flora.config import cell_id, composed
-from flora.config import cell_id, composed
 from flora.tasks.aliases import _NOT_AUGMENTED, VTAB, canonical
 from flora.tasks.vtab.datasets import DATASETS
 
