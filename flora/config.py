@@ -26,6 +26,7 @@ from flora.errors import ConfigError, FloraError, first_line
 from flora.files import ROOT
 from flora.methods import alpha
 from flora.secrets import without_secrets
+from flora.tasks import aliases
 
 # A ``_target_`` runs code, so a config may only name classes of ours, and the functions that make our models.
 ALLOWED_TARGETS = ("flora.",)
@@ -286,7 +287,12 @@ def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[
     resolved = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     if resolved["protocol"].get("lr_grid") and resolved["adapter"].get("name") in HEAD_ALONE:
         resolved["trainer"]["head_lr"] = None  # as flora.training.run trains
-    return _decisive(resolved) | {"method_version": method_version or METHOD_VERSION}
+    semantic = _decisive(resolved) | {"method_version": method_version or METHOD_VERSION}
+    task = semantic["task"]
+    if said := aliases.augmentation(task):
+        semantic["task"] = task | {"augment": said}
+    version = aliases.data_version(task)
+    return semantic | ({"data_version": version} if version else {})
 
 
 def not_semantic(group: str) -> tuple[str, ...]:
@@ -323,7 +329,8 @@ def recorded_id(config: dict[str, Any]) -> str:
     Raises:
         KeyError, TypeError, AttributeError: it is no config of a run.
     """
-    return identity(_decisive(config) | {key: config.get(key) for key in ("method_version", "inputs")})
+    kept = ("method_version", "data_version", "inputs")
+    return identity(_decisive(config) | {key: config.get(key) for key in kept})
 
 
 def recorded_cell(config: dict[str, Any]) -> str:

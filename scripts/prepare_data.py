@@ -1,7 +1,8 @@
 """Fill data/: `python scripts/prepare_data.py NAME ... | --all | --list [--from DIR] [--data data]`.
 
-Copies or downloads each dataset, checks rows and classes against the official numbers, and writes a manifest.json with
-checksums that every later run is held to. What is ready is left alone; an interrupted or second call does the rest.
+Copies or downloads each dataset, checks rows and classes against the official numbers, counts images that its splits
+share, and writes a manifest.json with checksums that every later run is held to. What is ready is left alone; an
+interrupted or second call does the rest.
 """
 
 import argparse
@@ -46,6 +47,9 @@ def prepare_data() -> None:
         for splits, shared in facts.get("shared_texts", {}).items():
             if shared["exact"]:
                 print(f"{item.name}: {shared['exact']} rows stand in both of {splits}; they stay, and are counted")
+        for pair, found in (facts.get("shared_images") or {}).items():
+            if any(found.values()):
+                print(f"{item.name}: {pair}: {found['exact']} equal images, {found['near']} more alike")
         for warning in facts["warnings"]:
             print(f"{item.name}: warning: {warning}", file=sys.stderr)
     if failed:

@@ -86,10 +86,10 @@ def write_data(task, folder):
     if task.name == "instruct" and task.dataset.startswith("llava"):
         write_conversations(folder / task.dataset)
     elif task.name == "instruct":
-        cells = [{"bytes": png(i % 10), "path": None} for i in range(40)]
-        asked = {"image": cells, "question": ["what color is it?"] * 40, "answer": ["red", "yes"] * 20}
-        stated = {"image": cells, "sentence": ["it is red"] * 40, "label": labels}
-        for split in ("train", "test"):
+        for split, start in (("train", 0), ("test", 20)):
+            cells = [{"bytes": png(start + i % 10), "path": None} for i in range(40)]
+            asked = {"image": cells, "question": ["what color is it?"] * 40, "answer": ["red", "yes"] * 20}
+            stated = {"image": cells, "sentence": ["it is red"] * 40, "label": labels}
             write_rows(folder / task.dataset / f"{split}.parquet", stated if task.dataset == "nlvr" else asked)
 
 

@@ -187,7 +187,8 @@ def test_a_saved_run_refuses_a_shard_that_has_changed(tmp_path):
 def test_cifar_called_eurosat_is_not_the_record_of_eurosat(tmp_path):
     data = Path(os.environ["FLORA_DATA"])
     (tmp_path / "eurosat").symlink_to(data / "cifar10")
-    asked = ("task=vtab", "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]", "task.dataset=eurosat", "adapter=lora", "seed=2")
+    asked = ("task=vtab", "task.augment=auto", "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]")
+    asked = (*asked, "task.dataset=eurosat", "adapter=lora", "seed=2")
     found = {}
     for folder in (data, tmp_path):
         cfg = composed([*asked, "reuse=reference", f"paths.data={folder}", f"paths.results={tmp_path}/records"])

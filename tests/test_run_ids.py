@@ -2,9 +2,9 @@
 
 import pytest
 
-from flora.config import cell_id, composed, identity
+from flora.config import cell_id, composed, identity, semantic_config
 
-VTAB = ["task=vtab"]
+VTAB = ["task=vtab", "task.augment=auto"]  # measured with crop and flip; VTAB-1K has neither
 GRID = [*VTAB, "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]"]  # tables eurosat and first_table
 MATCHED = [*GRID, "adapter.budget=match:lora:8"]
 ALPHA_16 = [*MATCHED, "adapter.lora_alpha=16"]
@@ -39,6 +39,9 @@ MEASURED = {
     "cc637c55e377": [*BOOLQ, "adapter=dora", "seed=0"],
     "d60ac3e0cc8d": [*LLAVA, "trainer.max_steps=80", "task.dataset=easy_vqa", "adapter=linear_probe", "seed=0"],
     "1c424ee305f2": [*STARTED, "task.dataset=easy_vqa", "adapter=lora", "trainer.lr=1e-3", "seed=0"],
+}
+# Measured when NLVR's test still had images of train and validation.
+LEAKED = {
     "50b873c6774b": [*STARTED, "task.dataset=nlvr", "adapter=flora", "trainer.lr=1e-3", "seed=0"],
     "022dc8efdb9a": [*INSTRUCT, "task.dataset=nlvr", "adapter=lora", "seed=2"],
 }
@@ -47,6 +50,14 @@ MEASURED = {
 @pytest.mark.parametrize("identifier", MEASURED)
 def test_a_measured_record_keeps_its_id(identifier):
     assert cell_id(composed(MEASURED[identifier])) == identifier
+
+
+@pytest.mark.parametrize("identifier", LEAKED)
+def test_a_record_of_other_splits_is_of_another_run(identifier):
+    semantic = semantic_config(composed(LEAKED[identifier]))
+    assert semantic.pop("data_version") == 2
+    assert identity(semantic) == identifier
+    assert cell_id(composed(LEAKED[identifier])) != identifier
 
 
 # `python train.py adapter=NAME`, as of the first release

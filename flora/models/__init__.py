@@ -9,6 +9,7 @@ from flora import names
 
 _HOMES = {
     "PRESETS": "presets",
+    "InternVit": "internvit",
     "Llava": "llava",
     "OwnModule": "own",
     "Source": "weights",

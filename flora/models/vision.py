@@ -1,7 +1,9 @@
 """Image classifiers from timm: which network, which weights, how images enter it."""
 
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from flora.errors import ConfigError, WeightsError, first_line
+from flora.launch import processes
 from flora.methods.heads import in_head
 from flora.models.spec import Kind
 from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve
@@ -103,9 +106,13 @@ class TimmModel(Pictures):
 
     @property
     def classifier(self) -> list[str]:
-        """Names of the modules that classify: the head, which training replaces."""
+        """Names of the modules that classify: the head, which training replaces.
+
+        FCMAE pretrains a ConvNeXt-V2 without its last norm, which is then as fresh as the classifier.
+        """
         names = self._published.classifier
-        return [names] if isinstance(names, str) else list(names)
+        fresh = ["head.norm"] if self._published.tag == "fcmae" else []
+        return [*fresh, *([names] if isinstance(names, str) else names)]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -130,6 +137,8 @@ class TimmModel(Pictures):
             ConfigError: the architecture refuses a setting.
             WeightsError: the weights are missing, damaged or those of another network.
         """
+        if not self.pretrained:
+            _say_random(self.name)
         options: dict[str, Any] = {"num_classes": num_classes}
         if drop_path:
             options["drop_path_rate"] = drop_path
@@ -171,6 +180,12 @@ class TimmModel(Pictures):
         if by_order and len(stored) == len(own):
             stored = dict(zip(own, stored.values(), strict=True))
         load_backbone(model, stored, self.classifier, path, self.timm_name)
+
+
+@cache
+def _say_random(name: str) -> None:
+    if processes.first():
+        print(f"model {name}: random weights, nothing in it is pretrained", file=sys.stderr, flush=True)
 
 
 def load_backbone(model: nn.Module, stored: Mapping[str, Tensor], head: Sequence[str], path: Path, name: str) -> None:

@@ -32,6 +32,7 @@ class TrainerSettings:
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them; networks of
             transformers only.
         layer_decay: factor of the learning rate from a layer to the one before it, for timm's networks; 0 or 1: none.
+        layer_decay_type: what a layer is: ``single`` (null means this too) or, of ConvNeXts, ``group``.
         ema_decay: of the moving average of the trained weights that is evaluated and saved; 0: none.
         eval_steps: steps between two looks at validation; null: once an epoch.
         dtype: ``fp32``, or autocast over fp32 weights: ``bf16``, or ``fp16`` with a loss that is scaled so that small
@@ -85,6 +86,7 @@ class TrainerSettings:
     cache_on_device: str | bool = "auto"
     gradient_checkpointing: bool = False
     layer_decay: float = 0.0
+    layer_decay_type: str | None = None
     ema_decay: float = 0.0
     resume: str | bool = "auto"
     checkpoint_every: int | None = None
@@ -114,6 +116,8 @@ class TrainerSettings:
         for name, most in (("layer_decay", 1), ("ema_decay", 0.999999)):
             if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) <= most:
                 raise ConfigError(f"trainer.{name} must lie in [0, {most:g}], got {getattr(self, name)!r}")
+        if self.layer_decay_type not in (None, "single", "group"):
+            raise ConfigError(f"trainer.layer_decay_type must be single or group, got {self.layer_decay_type!r}")
         if self.dtype not in _DTYPES:
             raise ConfigError(f"trainer.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         if self.device not in _DEVICES:

@@ -316,7 +316,7 @@ class Trainer(internals.Loop):
         """AdamW over the groups of ``flora.training.groups``."""
         if self.optimizer is None:
             trained: Any = model or self.model
-            scales = layer_scales(self._module, self.settings.layer_decay)
+            scales = layer_scales(self._module, self.settings.layer_decay, self.settings.layer_decay_type)
             groups = parameter_groups(trained.named_parameters(), self.head, scales, self.settings)
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = (CapturedAdamW if self._captures() else optimizer_class)(groups, **kwargs)

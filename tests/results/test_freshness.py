@@ -54,7 +54,7 @@ def test_a_check_of_what_was_rendered_renders_nothing(store, render, fresh, monk
     monkeypatch.setattr("flora.results.render.rendering", None)
     assert render("--check") == 0
     assert render("eurosat", "--check") == render("demo", "--check") == 0
-    assert not fresh("vtab"), "a table of which nothing was rendered"
+    assert not fresh("rank_sweep"), "a table of which nothing was rendered"
 
 
 def test_a_check_without_a_manifest_renders_and_compares(store, render, fresh, tmp_path):
@@ -77,7 +77,7 @@ CHANGES = {
     "a table is gone": lambda folder: (folder / "out/tables/demo.csv").unlink(),
     "a figure is edited": lambda folder: edit(next((folder / "out/figures/demo").iterdir())),
     "a figure is gone": lambda folder: next((folder / "out/figures/demo").iterdir()).unlink(),
-    "a file is left over": lambda folder: (folder / "out/tables/vtab.md").touch(),
+    "a file is left over": lambda folder: (folder / "out/tables/rank_sweep.md").touch(),
     "claims were counted": lambda folder: (folder / "out/tables/claims.csv").touch(),
     "a benchmark is new": lambda folder: edit_new(folder / "out/benchmarks/new.json"),
     "the page is edited": lambda folder: edit(folder / "out/report.html"),
@@ -132,7 +132,7 @@ def test_a_table_rendered_alone_after_all_proves_nothing_of_all_where_it_is_new(
     render()
     render("eurosat")
     assert fresh(), "it was as it is"
-    render("vtab")  # which has no record, so that nothing renders it when all are
+    render("rank_sweep")  # which has no record, so that nothing renders it when all are
     assert not fresh()
     assert render("--check") == 1
 

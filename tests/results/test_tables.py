@@ -238,7 +238,8 @@ def test_an_odd_entry_among_the_records_is_named_and_the_rest_is_rendered(store,
 
 
 def test_without_a_table_all_that_have_records_are_rendered(store, render):
-    _, out, _ = render()
+    code, out, err = render()
+    assert code == 0, err
     names = [path.rpartition("/")[2] for path in out.split()]
     assert {"eurosat.md", "eurosat.tex", "eurosat.csv"} <= set(names)
     assert not any(name.startswith("rank_sweep.") for name in names)

@@ -4,7 +4,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from flora.config import cell_id, composed
-from flora.tasks.aliases import VTAB, canonical
+from flora.tasks.aliases import _NOT_AUGMENTED, VTAB, canonical
+from flora.tasks.vtab.datasets import DATASETS
 
 
 @pytest.mark.parametrize("alias", VTAB)
@@ -25,3 +26,16 @@ def test_both_names_are_one_run():
     assert cell_id(cfg) != cell_id(other)
     cfg.task.dataset = canonical(cfg.task)
     assert cell_id(cfg) == cell_id(other)
+
+
+def test_none_and_auto_ask_for_one_run_where_labels_bear_no_augmentation():
+    assert {name for name, info in DATASETS.items() if info.augment == "none"} == set(_NOT_AUGMENTED)
+    for name, same in (
+        ("dsprites_location", True),
+        ("dsprites_loc", True),
+        ("smallnorb_azimuth", True),
+        ("svhn", False),
+    ):
+        asked = ["task=vtab", f"task.dataset={name}"]
+        auto = cell_id(composed([*asked, "task.augment=auto"]))
+        assert (cell_id(composed([*asked, "task.augment=none"])) == auto) is same

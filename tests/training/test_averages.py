@@ -43,12 +43,12 @@ def test_what_the_best_epoch_was_measured_with_is_what_is_restored(tmp_path):
 
 
 def test_rates_fall_from_the_last_layer_to_the_first():
-    model = timm.create_model("test_convnext", num_classes=3)
+    model = timm.create_model("resnet18", num_classes=3)
     scales = layer_scales(model, 0.5)
     assert set(scales) == {name for name, _ in model.named_parameters()}
-    assert scales["head.fc.weight"] == 1
-    assert scales["stem.0.weight"] == min(scales.values()) < 0.5**3
-    blocks = [scales[f"stages.{i}.blocks.0.conv_dw.weight"] for i in range(4)]
+    assert scales["fc.weight"] == 1
+    assert scales["conv1.weight"] == min(scales.values()) < 0.5**3
+    blocks = [scales[f"layer{i}.0.conv1.weight"] for i in range(1, 5)]
     assert blocks == sorted(blocks)
     assert layer_scales(model, 1) == {}
 

@@ -52,6 +52,11 @@ class Pool:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def without(self, rows: np.ndarray) -> Pool:
+        """The pool without some rows, int64 ``[n]``."""
+        kept = np.setdiff1d(np.arange(len(self)), rows)
+        return Pool(self.labels[kept], lambda chosen: self.open_rows(kept[chosen]), lambda row: self.where(kept[row]))
+
 
 def interpolation_mode(name: str) -> Image.Resampling:
     """Pillow's resampling filter of a name; ConfigError if there is none."""

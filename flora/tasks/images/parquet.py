@@ -89,6 +89,18 @@ def read_class_names(paths: list[Path], num_classes: int | None) -> list[str]:
     return [str(index) for index in range(num_classes)]
 
 
+def shared_rows(paths: list[Path], others: list[Path]) -> np.ndarray:
+    """Rows of the files ``paths``, counted through, whose encoded image is in one of ``others`` as well, int64."""
+    seen = {cell["bytes"] for cell in _cells(others)} - {None}
+    return np.array([row for row, cell in enumerate(_cells(paths)) if cell["bytes"] in seen], np.int64)
+
+
+def _cells(paths: list[Path]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        for batch in _open(path).iter_batches(batch_size=_BATCH, columns=["image"]):
+            yield from batch.column(0).to_pylist()
+
+
 def _open(path: Path) -> pq.ParquetFile:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from filelock import FileLock
 from flora.errors import DataError
 from flora.models.weights import sha256_of
 from flora.tasks import manifest
+from flora.tasks.prepare import leaks
 from flora.tasks.prepare.items import Item
 
 
@@ -58,7 +60,7 @@ def prepare(item: Item, data: Path, source: Path | None = None) -> dict[str, Any
             shutil.rmtree(fresh, ignore_errors=True)  # of a run that was interrupted
             fresh.mkdir()
             try:
-                content = _describe(item, fresh, _fill(item, fresh, source))
+                content = _describe(item, fresh, *_fill(item, fresh, source))
                 os.replace(fresh, folder)
             except DataError as error:
                 raise DataError(str(error).replace(str(fresh), f"{source or 'the download'}: {item.name}")) from error
@@ -69,23 +71,28 @@ def prepare(item: Item, data: Path, source: Path | None = None) -> dict[str, Any
         raise DataError(f"{folder} cannot be prepared: {error}") from error
 
 
-def _fill(item: Item, fresh: Path, source: Path | None) -> str:
+def _fill(item: Item, fresh: Path, source: Path | None) -> tuple[str, list[str]]:
+    """Make the files of a folder; says where they come from, and what is wrong with their numbers."""
     if source is None:
-        return item.fetch(fresh)
+        return item.fetch(fresh), []
     names = list(dict.fromkeys((item.name, *item.others)))
     place = next((source / name for name in names if (source / name).is_dir()), None)
     if place is None:
         raise DataError(f"{source} has no folder {' or '.join(names)}")
+    warnings = item.convert(place, fresh) if item.convert else None
+    if warnings is not None:
+        return "made of the files as published", warnings
     shutil.copytree(place, fresh, dirs_exist_ok=True, ignore=shutil.ignore_patterns(manifest.NAME))
-    return "copied"
+    return "copied", []
 
 
-def _describe(item: Item, folder: Path, source: str) -> dict[str, Any]:
+def _describe(item: Item, folder: Path, source: str, warnings: Sequence[str] = ()) -> dict[str, Any]:
     """Check what lies in a folder and write its manifest."""
     splits = item.read(folder)
     rows = {split: count for split, (count, _) in splits.items()}
     classes = max(number for _, number in splits.values())
-    warnings = [f"{s}: {rows.get(s, 0)} rows, officially {n}" for s, n in item.rows.items() if rows.get(s, 0) != n]
+    counts = [f"{s}: {rows.get(s, 0)} rows, officially {n}" for s, n in item.rows.items() if rows.get(s, 0) != n]
+    warnings = [*warnings, *counts]
     if item.classes and classes != item.classes:
         warnings.append(f"{classes} classes occur, officially {item.classes}")
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".parquet", ".tsv", ".txt", ".json"))
@@ -98,6 +105,7 @@ def _describe(item: Item, folder: Path, source: str) -> dict[str, Any]:
         "classes": classes,
         "official_classes": item.classes,
         "warnings": warnings,
+        "shared_images": leaks.count(item.pictures(folder)) if item.pictures else {},
         "files": {
             str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)}
             for p in files

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features
 from datasets import Image as ImageFeature
+from PIL import Image
 
 from flora.errors import ConfigError, DataError, FloraError
 from flora.tasks.commonsense import files as commonsense_files
@@ -24,7 +25,7 @@ from flora.tasks.images.decode import Pool
 from flora.tasks.prepare import easy_vqa, texts
 from flora.tasks.vqa import dialogues
 from flora.tasks.vtab import datasets as vtab_datasets
-from flora.tasks.vtab import download
+from flora.tasks.vtab import download, raw
 from flora.tasks.vtab import files as vtab_files
 from flora.tasks.vtab.rendered import RENDERED
 from flora.tasks.vtab.task import Vtab
@@ -49,6 +50,8 @@ _VTAB_TEST = {
     "smallnorb_azimuth": 12150,
     "smallnorb_elevation": 12150,
 }
+# Folders that hold several data sets as they are published.
+_TOGETHER = {"smallnorb_azimuth": ("smallnorb",), "smallnorb_elevation": ("smallnorb",)}
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ class Item:
         read: folder -> number of rows and of classes that occur, of each split; raises DataError on bad files.
         fetch: makes the files of a folder from what can be reached, and says where they come from.
         shared_texts: folder -> what two splits share, as ``flora.tasks.prepare.texts`` counts it; None: not counted.
+        convert: makes them from a folder as the data set's publishers pack it, and gives warnings of its counts; gives
+            None where it is packed otherwise. None: no such packing is known.
+        pictures: folder -> functions that open the images of each split; None: the data set has none.
     """
 
     name: str
@@ -72,6 +78,8 @@ class Item:
     read: Callable[[Path], dict[str, tuple[int, int]]]
     fetch: Callable[[Path], str]
     shared_texts: Callable[[Path], dict[str, dict[str, int]]] | None = None
+    convert: Callable[[Path, Path], list[str] | None] | None = None
+    pictures: Callable[[Path], dict[str, list[Callable[[], Image.Image]]]] | None = None
 
 
 def catalogue() -> dict[str, Item]:
@@ -79,8 +87,8 @@ def catalogue() -> dict[str, Item]:
     items = [*map(_glue, glue_datasets.DATASETS), *map(_commonsense, questions.EIGHT)]
     items += [_vtab(name) for name in vtab_datasets.DATASETS if name not in RENDERED]
     items += [
-        Item("easy_vqa", (), {"train": 38575, "test": 9673}, 13, _questions(dialogues.easy_vqa), easy_vqa.fetch),
-        Item("nlvr", (), {}, 2, _questions(dialogues.nlvr), _no_server("nlvr")),
+        _about_images("easy_vqa", {"train": 38575, "test": 9673}, 13, dialogues.easy_vqa, easy_vqa.fetch),
+        _about_images("nlvr", {}, 2, dialogues.nlvr, _no_server("nlvr")),
     ]
     return {item.name: item for item in items}
 
@@ -152,25 +160,46 @@ def _vtab(dataset: str) -> Item:
         if dataset not in download.SOURCES:
             return _no_server(dataset)(folder)
         pools, names, facts = download.download(dataset, split_seed=0)
-        task = Vtab(name="vtab", dataset=dataset, epochs=1)
-        rows, rule, _ = task.choose(pools)
+        return f"{facts['source']}; {write(pools, names, folder)}"
+
+    def write(pools: dict[str, Pool], names: list[str], folder: Path) -> str:
+        rows, rule, _ = Vtab(name="vtab", dataset=dataset, epochs=1).choose(pools)
         for split, chosen in rows.items():
             _write_images(pools.get(split, pools["train"]), np.sort(chosen), names, folder / f"{split}.parquet")
-        return f"{facts['source']}; {rule}"
+        return rule
 
-    others = (info.folder,) if info.folder else ()
-    return Item(dataset, others, {} if info.stands_for else sizes, info.classes, read, fetch)
+    def convert(place: Path, folder: Path) -> list[str] | None:
+        published = raw.read(dataset, place)
+        if published is None:
+            return None
+        write(*published, folder)
+        return raw.miscounted(dataset, published[0])
+
+    def pictures(folder: Path) -> dict[str, list[Callable[[], Image.Image]]]:
+        pools, _, _ = vtab_files.open_folder(folder, info)
+        return {split: list(pool.open_rows(np.arange(len(pool)))) for split, pool in pools.items()}
+
+    others = (info.folder, *_TOGETHER.get(dataset, ())) if info.folder else ()
+    return Item(
+        dataset, others, {} if info.stands_for else sizes, info.classes, read, fetch, convert=convert, pictures=pictures
+    )
 
 
 def _no_server(dataset: str) -> Callable[[Path], str]:
     def fetch(folder: Path) -> str:
-        raise DataError(f"{dataset}: no server offers it to a program; give a folder that has it with --from")
+        raise DataError(f"{dataset}: no server is asked for it; give a folder that has it with --from")
 
     return fetch
 
 
-def _questions(ask: Callable[[dialogues.Row], dialogues.Asked]) -> Callable[[Path], dict[str, tuple[int, int]]]:
-    """How to read splits of questions about images: classes are the answers that occur."""
+def _about_images(
+    name: str,
+    official: dict[str, int],
+    classes: int,
+    ask: Callable[[dialogues.Row], dialogues.Asked],
+    fetch: Callable[[Path], str],
+) -> Item:
+    """Questions about images in parquet files: classes are the answers that occur."""
 
     def read(folder: Path) -> dict[str, tuple[int, int]]:
         splits = {}
@@ -181,14 +210,23 @@ def _questions(ask: Callable[[dialogues.Row], dialogues.Asked]) -> Callable[[Pat
             raise DataError(f"{folder} holds no train.parquet")
         return splits
 
-    return read
+    def pictures(folder: Path) -> dict[str, list[Callable[[], Image.Image]]]:
+        opened = {}
+        for split in ("train", "validation", "test"):
+            if (path := folder / f"{split}.parquet").is_file():
+                found = dialogues.Pictures()  # each image once, whatever is asked about it
+                dialogues.read_parquet([path], ask, found)
+                opened[split] = found.openers
+        return opened
+
+    return Item(name, (), official, classes, read, fetch, pictures=pictures)
 
 
 _ROWS = 1000  # of a row group: as many encoded images are held at a time
 
 
 def _write_images(pool: Pool, rows: np.ndarray, names: list[str], path: Path) -> None:
-    """Images as PNG in the parquet layout, a thousand at a time."""
+    """Images in the parquet layout, a thousand at a time."""
     features = Features(image=ImageFeature(), label=ClassLabel(names=names))
     openers = pool.open_rows(rows)
     with pq.ParquetWriter(path, features.arrow_schema) as writer:
@@ -196,9 +234,18 @@ def _write_images(pool: Pool, rows: np.ndarray, names: list[str], path: Path) ->
             part = rows[start : start + _ROWS]
             cells = []
             for _, open_image in zip(part, openers, strict=False):
-                stream = io.BytesIO()
                 with open_image() as image:
-                    image.convert("RGB").save(stream, "PNG")
-                cells.append({"bytes": stream.getvalue(), "path": None})
+                    cells.append({"bytes": _encoded(image), "path": None})
             columns = {"image": cells, "label": pool.labels[part].tolist()}
             writer.write_table(pa.table(columns, schema=features.arrow_schema))
+
+
+def _encoded(image: Image.Image) -> bytes:
+    """The file of a JPEG as it is, anything else as PNG."""
+    stream = getattr(image, "fp", None)
+    if image.format == "JPEG" and stream is not None:
+        stream.seek(0)
+        return stream.read()
+    target = io.BytesIO()
+    image.convert("RGB").save(target, "PNG")
+    return target.getvalue()

@@ -160,6 +160,7 @@ class Instruct(Task[ImageTextSpec]):
         """See Task.read."""
         pictures = Pictures(orientation=self.orientation)
         dialogues, files = self._read_files(data_dir, pictures)
+        left_out = self._leave_out(dialogues)
         answers_first = {split: sum(dialogue.answer_first for dialogue in part) for split, part in dialogues.items()}
         rule = "as in the files"
         if self.benchmark is not None:
@@ -199,6 +200,7 @@ class Instruct(Task[ImageTextSpec]):
             "source": "paths.data",
             "files": files,
             "counts": {split: len(part) for split, part in sets.items()},
+            **left_out,
             "split_rule": rule,
             "orientation": self.orientation,
             "image_tokens": model.image_tokens,
@@ -334,6 +336,19 @@ class Instruct(Task[ImageTextSpec]):
             self._check_there(files, images)
             facts["images"] = {"sha256": checksum(files, folder)}
         return dialogues, facts
+
+    def _leave_out(self, dialogues: dict[str, list[Dialogue]]) -> dict[str, Any]:
+        """Take questions about images of train or validation out of NLVR's test; returns facts on them."""
+        if self.dataset != "nlvr" or "test" not in dialogues:
+            return {}
+        others = (d for split, part in dialogues.items() if split != "test" for d in part)
+        seen = {image for dialogue in others for image in dialogue.images}
+        kept = [dialogue for dialogue in dialogues["test"] if seen.isdisjoint(dialogue.images)]
+        if not kept:
+            raise DataError(f"{self.dataset}: every image of test is in train or validation as well; fetch it again")
+        count = len(dialogues["test"]) - len(kept)
+        dialogues["test"] = kept
+        return {"left_out": {"test": count, "why": "their images are in train or validation"}}
 
     def _images(self, folder: Path, data_dir: Path | None) -> Path:
         """The folder where names of images start."""

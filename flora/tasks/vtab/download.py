@@ -17,21 +17,18 @@ import numpy as np
 from filelock import FileLock
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from PIL import Image
+from torch.utils.data import Subset
 from torchvision import datasets
-from torchvision.datasets.utils import download_url, extract_archive
 
 from flora.errors import DataError, WeightsError, first_line
-from flora.models.weights import reach_hub, sha256_of
+from flora.models.weights import reach_hub
 from flora.tasks.base import draw
 from flora.tasks.images.decode import Pool
-from flora.tasks.vtab import rules
+from flora.tasks.vtab import kitti, rules
+from flora.tasks.vtab.raw import miscounted
 
 _TIMEOUT_S = 5
 _CALTECH_TRAIN_PER_CLASS = 30
-KITTI_SHA256 = {  # of the files that VTAB reads, as tensorflow_datasets lists them in url_checksums/kitti.txt
-    "data_object_image_2.zip": "351c5a2aa0cd9238b50174a3a62b846bc5855da256b82a196431d60ff8d43617",
-    "data_object_label_2.zip": "4efc76220d867e1c31bb980bbf8cbc02599f02a9cb4350effa98dbb04aaed880",
-}
 
 
 def _cifar100(root: Path, download: bool) -> dict[str, Any]:
@@ -100,21 +97,9 @@ def _clevr_distance(root: Path, download: bool) -> dict[str, Any]:
 
 def _kitti(root: Path, download: bool) -> dict[str, Any]:
     if download:
-        _fetch_kitti(root / datasets.Kitti.__name__ / "raw")
-    images = datasets.Kitti(str(root))
-    boxes_of = [images._parse_target(index) for index in range(len(images))]
-    labels = [rules.kitti((box["type"], box["location"][2]) for box in boxes) for boxes in boxes_of]
-    return {"train": _Labelled(images, labels)}
-
-
-def _fetch_kitti(folder: Path) -> None:
-    """Download and unpack what torchvision, which knows no checksum of it, looks for there."""
-    for name, digest in KITTI_SHA256.items():
-        download_url(f"{datasets.Kitti.data_url}{name}", str(folder), name)
-        if sha256_of(folder / name) != digest:
-            (folder / name).unlink()  # else it stays in the way of the next attempt
-            raise RuntimeError(f"{name} has not the sha256 {digest} and was removed: try again")
-        extract_archive(str(folder / name), str(folder))
+        kitti.fetch(root)
+    images, splits, labels = kitti.load(root)
+    return {split: _Labelled(Subset(images, rows), [labels[r] for r in rows]) for split, rows in splits.items()}
 
 
 class _Labelled:
@@ -204,6 +189,8 @@ def download(dataset: str, split_seed: int) -> tuple[dict[str, Pool], list[str],
         # torchvision takes a half-unpacked folder for a whole one.
         raise DataError(f"{root} holds {count} of its {source.images} images: remove them there and try again")
     pools = {split: _pool(members, np.arange(len(members))) for split, members in sets.items()}
+    if wrong := miscounted(dataset, pools):
+        raise DataError(f"{root}: {dataset} has not its official splits ({'; '.join(wrong)}): remove it and try again")
     names = getattr(sets["train"], "classes", None) or [str(c) for c in range(int(pools["train"].labels.max()) + 1)]
     facts: dict[str, Any] = {"source": f"torchvision, {source.server}"}
     if dataset == "caltech101":

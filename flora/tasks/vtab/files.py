@@ -36,9 +36,16 @@ def open_folder(
     files: dict[str, Any] = {}
     for split, members in paths.items():
         if members:
-            pools[split], facts = parquet.open_pool(members, names, info.column, info.first)
-            files |= facts
-    return pools, names, {"source": source, "files": files}
+            pools[split], of_files = parquet.open_pool(members, names, info.column, info.first)
+            files |= of_files
+    facts = {"source": source, "files": files}
+    if info.folder == "nlvr":
+        shared = parquet.shared_rows(paths["test"], [*paths["train"], *paths["validation"]])
+        if len(shared) == len(pools["test"]):
+            raise DataError(f"{folder}: every image of test is in train or validation as well; fetch it again")
+        pools["test"] = pools["test"].without(shared)
+        facts["left_out"] = {"test": len(shared), "why": "their images are in train or validation"}
+    return pools, names, facts
 
 
 def tables(folder: Path) -> dict[str, list[Path]]:

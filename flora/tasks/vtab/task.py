@@ -24,7 +24,7 @@ from flora.tasks.vtab.download import SOURCES, download, from_hub
 from flora.tasks.vtab.files import available, open_folder, tables
 from flora.tasks.vtab.rendered import RENDERED, load_rendered
 
-HELD_OUT = 0.2  # of train, where a source has no test set
+HELD_OUT = 20  # percent of train, rounded down as VTAB does, where a source has no test set
 
 
 class Vtab(ImageTask):
@@ -32,6 +32,7 @@ class Vtab(ImageTask):
 
     Args:
         dataset: a name of DATASETS or ALIASES.
+        augment: as of ImageTask; by default none, as images are only resized in VTAB-1K.
         test_size: ``default`` (all the test images of a file, 2000 of a rendered set), ``full`` (VTAB's test set), or a
             number, drawn.
         unreadable: ``error``, or ``skip`` to leave out and count images that cannot be decoded.
@@ -46,12 +47,13 @@ class Vtab(ImageTask):
         self,
         *,
         dataset: str,
+        augment: str = "none",
         test_size: str | int = "default",
         unreadable: str = "error",
         hub: str | None = None,
         **common: Any,
     ):
-        super().__init__(dataset=canonical_name(dataset), **common)
+        super().__init__(dataset=canonical_name(dataset), augment=augment, **common)
         if test_size not in ("default", "full") and not (isinstance(test_size, int) and test_size > 0):
             raise ConfigError(f"task.test_size={test_size} must be default, full or a number above 0")
         if unreadable not in ("error", "skip"):
@@ -164,9 +166,9 @@ class Vtab(ImageTask):
         if "test" in pools:
             test = np.arange(len(pools["test"]))
         else:
-            kept = len(order) - round(HELD_OUT * len(order))
+            kept = len(order) - HELD_OUT * len(order) // 100
             order, test = order[:kept], order[kept:]
-            rules.append(f"test a drawn {HELD_OUT:.0%} of the images")
+            rules.append(f"test a drawn {HELD_OUT}% of the images")
         if "validation" in pools:
             validation = draw(len(pools["validation"]), self.split_seed)[:VALIDATION_SIZE]
             train = order[:TRAIN_SIZE]

@@ -148,4 +148,5 @@ def test_the_suffix_follows_every_question(pets, tmp_path):
 @pytest.mark.data
 def test_nlvr_has_its_statements(data_folder, tmp_path):
     splits = task("nlvr").load_for(tiny_llava(tmp_path), data_folder)
-    assert splits.facts["counts"] == {"train": 2967, "validation": 990, "test": 981}
+    assert splits.facts["counts"] == {"train": 2967, "validation": 990, "test": 981 - 27}
+    assert splits.facts["left_out"] == {"test": 27, "why": "their images are in train or validation"}

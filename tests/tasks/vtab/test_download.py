@@ -1,7 +1,5 @@
 """Datasets that torchvision downloads: checked whole, unreachable servers named."""
 
-import hashlib
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,43 +106,3 @@ def test_a_download_that_breaks_off(cache, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: Image.new("1", (1, 1)))
     with pytest.raises(DataError, match=r"the download of dtd from .* failed \(File not found or corrupted\.\);"):
         load("dtd")
-
-
-@pytest.fixture
-def kitti(monkeypatch, tmp_path):
-    """What the server of KITTI serves, by name, with the checksums that are listed for it."""
-    served = {"image_2": {"1.png": png(1)}, "label_2": {"1.txt": b"Car 0 0 0 " + b"0 " * 9 + b"5.0 0\n"}}
-    archives = {f"data_object_{kind}.zip": tmp_path / f"{kind}.zip" for kind in served}
-    for (kind, files), path in zip(served.items(), archives.values(), strict=True):
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, content in files.items():
-                archive.writestr(f"training/{kind}/{name}", content)
-    content = {name: path.read_bytes() for name, path in archives.items()}
-    monkeypatch.setattr(
-        download, "KITTI_SHA256", {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
-    )
-
-    def fetch(url, folder, name):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / name).write_bytes(content[name])
-
-    monkeypatch.setattr(download, "download_url", fetch)
-    return content
-
-
-def test_kitti_is_unpacked_where_torchvision_looks_for_it(kitti, tmp_path):
-    images = download._kitti(tmp_path / "root", True)["train"]
-    assert images.targets == [0]
-    assert images[0][0].size == (8, 8)
-    assert len(download._kitti(tmp_path / "root", False)["train"]) == 1
-
-
-@pytest.mark.parametrize("name", ["data_object_image_2.zip", "data_object_label_2.zip"])
-def test_another_file_than_the_listed_one_of_kitti_is_removed(kitti, tmp_path, name):
-    kitti[name] += b"more"
-    with pytest.raises(RuntimeError, match=rf"{name} has not the sha256 [0-9a-f]* and was removed: try again"):
-        download._kitti(tmp_path / "root", True)
-    kind = name.removesuffix(".zip").removeprefix("data_object_")
-    assert not list((tmp_path / "root").rglob(name)) + list((tmp_path / "root").rglob(kind))
-    with pytest.raises(RuntimeError):
-        download._kitti(tmp_path / "root", False)

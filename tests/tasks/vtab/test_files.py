@@ -109,15 +109,21 @@ def test_without_any_source_the_message_says_what_would_help(tmp_path):
 
 
 def test_nlvrs_object_counts_stand_in_for_clevrs(tmp_path):
-    for split, counts in {"train": [3, 20, 7] * 4, "test": [4, 19]}.items():
-        images = [{"bytes": png(i, (40, 10)), "path": None} for i in range(len(counts))]
+    for split, counts in {"train": [3, 20, 7] * 4, "test": [4, 19, 12]}.items():
+        start = 10 if split == "test" else 0  # two of the test's images are in train as well
+        images = [{"bytes": png(start + i, (40, 10)), "path": None} for i in range(len(counts))][::-1]
         columns = {"image": images, "label": [0] * len(counts), "num_objects": counts}
         write_rows(tmp_path / "nlvr" / f"{split}.parquet", columns)
     splits = load(tmp_path, "nlvr_count")
-    assert splits.test.labels.tolist() == [1, 16]
+    assert splits.test.labels.tolist() == [1]
+    assert splits.facts["left_out"]["test"] == 2
+    assert splits.facts["counts"]["test"] == 1
     assert splits.num_classes == 18
     assert (splits.class_names[0], splits.class_names[-1]) == ("3", "20")
     assert splits.facts["stands_for"] == "clevr_count"
+    write_rows(tmp_path / "nlvr" / "test.parquet", {"image": images[-2:], "num_objects": [4, 5]})
+    with pytest.raises(DataError, match="every image of test is in train or validation as well"):
+        load(tmp_path, "nlvr_count")
     columns = {"image": [{"bytes": png(0), "path": None}] * 2, "num_objects": [4, 21]}
     write_rows(tmp_path / "nlvr" / "test.parquet", columns)
     with pytest.raises(DataError, match=r"row 1: num_objects 21, outside 3\.\.20"):
@@ -144,4 +150,4 @@ def test_the_groups_of_the_table_are_those_of_the_datasets():
 def test_nlvr_has_eighteen_counts(data_folder):
     splits = Vtab(name="vtab", dataset="nlvr_count", epochs=1).load(image_size=16, data_dir=data_folder)
     assert len(np.unique(splits.train.labels)) > 12
-    assert len(splits.test) == 981
+    assert len(splits.test) == 981 - 27  # whose images are in train or validation

@@ -82,9 +82,12 @@ class TestTable:
         assert {alias: vtab(alias).dataset for alias in ALIASES} == ALIASES
         assert vtab("smallnorb_azi").dataset == "smallnorb_azimuth"
 
+    def test_images_are_only_resized_unless_asked(self):
+        assert all(vtab(name).augment() is None for name in DATASETS)
+
     def test_augmentation_keeps_labels_true(self):
-        assert vtab("dsprites_orientation").augment() is None
-        flips = {name: bool(a and a.flip) for name in DATASETS for a in [vtab(name).augment()]}
+        assert vtab("dsprites_orientation", augment="auto").augment() is None
+        flips = {name: bool(a and a.flip) for name in DATASETS for a in [vtab(name, augment="auto").augment()]}
         assert not flips["svhn"]
         assert not flips["smallnorb_azimuth"]
         assert flips["eurosat"]
