@@ -169,7 +169,7 @@ def test_of_two_at_once_one_waits_and_finds_it_ready(tmp_path, server):
 
 
 def test_what_no_server_offers_says_so(tmp_path):
-    with pytest.raises(DataError, match=r"dmlab: no server offers it to a program; give a folder .* --from"):
+    with pytest.raises(DataError, match=r"dmlab: no server is asked for it; give a folder .* --from"):
         prepare(find("dmlab"), tmp_path)
     with pytest.raises(DataError, match=r"glue/qqp: HF_HUB_OFFLINE is set; give a folder"):
         prepare(find("glue/qqp"), tmp_path)
