@@ -105,7 +105,9 @@ def test_questions_about_pictures_are_answered_as_in_the_test(runs):
     ("run", "given", "message"),
     [
         ("pictures", 3, "input 0 is int: give a path or an image"),
-        ("pictures", "nowhere.png", "nowhere.png: image cannot be decoded"),
+        ("pictures", "nowhere.png", r"^nowhere\.png: no such file$"),
+        ("pictures", "data/photos", r"^data/photos is a folder: give its files as a list; mode=predict takes folders$"),
+        ("questions", ("nowhere.png", "what is it?"), "no such file"),
         ("texts", Path("a"), "input 0 is PosixPath"),
         ("texts", ("a", "b"), "task=glue takes a text"),
         ("pairs", "a", r"takes \(sentence1, sentence2\), a tuple of texts"),
@@ -126,6 +128,9 @@ def test_an_unreadable_picture_is_an_error_or_left_out(runs):
     predictor.task.unreadable = "skip"
     first, missing, last = predictor.predict([PHOTOS[0], "broken.png", PHOTOS[1]])
     assert missing is None
+    for place, message in (("nowhere.png", "no such file"), ("data", "is a folder")):
+        with pytest.raises(DataError, match=message):
+            predictor.predict([PHOTOS[0], place])
     assert [first, last] == load("pictures").predict(PHOTOS[:2])
 
 

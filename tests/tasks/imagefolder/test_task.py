@@ -57,10 +57,15 @@ def test_training_images_are_cropped_and_evaluated_ones_are_not(tmp_path):
 
 
 def test_only_what_is_seen_in_a_folder_counts(tmp_path):
-    """Jupyter leaves hidden folders behind, and a folder may be named like an image."""
+    """Jupyter leaves hidden folders behind, macOS a ``._NAME`` for each file, and a folder may be named like an image."""
     write_tree(tmp_path)
+    known = task().contents(tmp_path)
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "ant" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "ant" / ".ipynb_checkpoints" / "0001.png").write_bytes(b"")
+    (tmp_path / "train" / "ant" / "._0000.png").write_bytes(b"Mac OS X")
     (tmp_path / "train" / "ant" / "old.png").mkdir()
+    assert task().contents(tmp_path) == known
     splits = load(tmp_path)
     assert splits.class_names == ["ant", "bee"]
     assert len(splits.train.catalogue.names) == 40
