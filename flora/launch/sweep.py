@@ -154,7 +154,7 @@ def _cells_asked(config: DictConfig) -> int | None:
     if "trials" in sweeper:
         return sweeper["trials"] if isinstance(sweeper["trials"], int) else None
     words = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    words += OmegaConf.to_container(config.hydra.overrides.task)  # type: ignore[operator]
+    words += list(OmegaConf.to_container(config.hydra.overrides.task) or ())  # type: ignore[arg-type]
     with contextlib.suppress(HydraException):  # the sweeper says what is wrong
         overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
         return sum(map(len, BasicSweeper.split_arguments(overrides, None)))

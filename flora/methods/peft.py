@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from flora.methods.allocation import check_allocation
-from flora.methods.base import CONVS, LAYERS, Adapted, adaptable, effective_ranks, normalisations
+from flora.methods.base import CONVS, LAYERS, OLD_NAME_IN_PEFT, Adapted, adaptable, effective_ranks, normalisations
 from flora.methods.budget import Budget, Matched
 from flora.methods.ladders import has_ranks
 from flora.replaced.targets import exactly
@@ -107,8 +107,7 @@ class Peft:
             if self.budget is not None:
                 self.budget.solve(config, model, head, self.target_modules)
             with warnings.catch_warnings():
-                # PEFT asks transformers 5 by the old name; a user can do nothing about it.
-                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+                warnings.filterwarnings("ignore", message=OLD_NAME_IN_PEFT)
                 wrapped = peft.get_peft_model(model, config)
         except NoMatchingPeftModuleError as error:
             raise ValueError(

@@ -29,6 +29,8 @@ def refused(word, monkeypatch, capsys):
         ("tsk=vtab", "tsk: there is no such key; did you mean task? --cfg job lists all"),
         ("trainer.epoch=3", "trainer.epoch: there is no such key; did you mean trainer.epochs"),
         ("adapter.rnk=3", "adapter.rnk: there is no such key; did you mean adapter.r"),
+        ("adapter.rank=3", "adapter.rank: there is no such key; did you mean adapter.r or "),
+        ("trainer.learning_rate=1", "trainer.learning_rate: there is no such key; did you mean trainer.lr"),
         (
             "--max-steps=3",
             "--max-steps=3: there is no such flag; settings are KEY=VALUE, without dashes; did you mean trainer.max",

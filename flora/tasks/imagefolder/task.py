@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from flora.tasks.imagefolder.files import contents, open_folder, tables
 from flora.tasks.imagefolder.mix import erase, mix
 from flora.tasks.images.task import ImageTask
 from flora.tasks.metrics import TopFive
-from flora.tasks.portions import SPLITS, absent, portions, rule_of, say, shares
+from flora.tasks.portions import AS_FILES, SPLITS, absent, portions, rule_of, say, shares
 
 
 class ImageFolder(ImageTask):
@@ -141,7 +142,9 @@ class ImageFolder(ImageTask):
             "unreadable": {"policy": self.unreadable},
             "warnings": warnings,
         }
-        return Splits(**splits, num_classes=len(names), class_names=names, facts=facts)
+        beside = [os.path.relpath(name, folder) if os.path.isabs(name) else name for name in catalogue.names]
+        drawn = {split: [beside[row] for row in part] for split, part in rows.items()} if rule != AS_FILES else {}
+        return Splits(**splits, num_classes=len(names), class_names=names, facts=facts, drawn=drawn)
 
     def _split(
         self, folder: Path, labels: np.ndarray, rows: dict[str, np.ndarray]
@@ -150,7 +153,7 @@ class ImageFolder(ImageTask):
         if self.split is not None and len(rows) > 1:
             raise ConfigError(f"task.split={self.split}: {folder} has {' and '.join(rows)} already; leave it out")
         if len(rows) == len(SPLITS):
-            return rows, "as in the files"
+            return rows, AS_FILES
         if len(rows) == 1:
             rule = rule_of(self.parts, self.split_seed, "class")
             drawn = portions(labels, self.parts, self.split_seed)

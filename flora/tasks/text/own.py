@@ -24,7 +24,7 @@ from flora.tasks import manifest, tables
 from flora.tasks.base import Batch, Forward, Splits, check_split_seed
 from flora.tasks.imagefolder.confusion import draw_confusion
 from flora.tasks.metrics import Glue, TextClasses
-from flora.tasks.portions import SPLITS, absent, hold_out, portions, rule_of, say, shares
+from flora.tasks.portions import AS_FILES, SPLITS, absent, hold_out, portions, rule_of, say, shares
 from flora.tasks.tables import Table
 from flora.tasks.text import labels
 from flora.tasks.text.dataset import TextDataset
@@ -228,7 +228,10 @@ class Text(TextTask):
         }
         if self.kind == "regression":
             facts["labels"] = {"mean": self._mean, "deviation": self._deviation}
-        return Splits(**sets, num_classes=len(self.classes) or 1, class_names=self.classes or [target], facts=facts)
+        places = {} if rule == AS_FILES else chosen
+        drawn = {split: [data[place].where[row] for row in rows] for split, (place, rows) in places.items()}
+        outputs = self.classes or [target]
+        return Splits(**sets, num_classes=len(outputs), class_names=outputs, facts=facts, drawn=drawn)
 
     def forward(self, model: TextSpec) -> Forward:
         """Classify; of a regression numbers ``[B, 1]`` in the units of the labels."""
@@ -344,17 +347,14 @@ class Text(TextTask):
             return {split: ("train", rows) for split, rows in drawn.items()}, rule
         whole = {split: (split, np.arange(count)) for split, count in counts.items()}
         if len(counts) == len(SPLITS):
-            return whole, "as in the files"
+            return whole, AS_FILES
         kept, held = hold_out(strata, self.held_out, self.split_seed)
         if not len(held):
             raise DataError(
                 f"task.held_out={self.held_out} of {len(strata)} rows leaves nothing to choose on: raise it"
             )
-        parts = {
-            "train": ("train", kept),
-            "validation": ("train", held),
-            "test": whole[next(s for s in counts if s != "train")],
-        }
+        test = whole[next(s for s in counts if s != "train")]
+        parts = {"train": ("train", kept), "validation": ("train", held), "test": test}
         return parts, f"validation a drawn {self.held_out:.0%} of train, seed {self.split_seed}"
 
     def _tell(

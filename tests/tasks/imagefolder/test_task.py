@@ -57,7 +57,7 @@ def test_training_images_are_cropped_and_evaluated_ones_are_not(tmp_path):
 
 
 def test_only_what_is_seen_in_a_folder_counts(tmp_path):
-    """Jupyter leaves hidden folders behind, macOS a ``._NAME`` for each file, and a folder may be named like an image."""
+    """Jupyter leaves hidden folders, macOS a ``._NAME`` for each file, and a folder may be named like an image."""
     write_tree(tmp_path)
     known = task().contents(tmp_path)
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
