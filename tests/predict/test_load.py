@@ -86,6 +86,18 @@ def test_predictions_of_the_tests_own_texts_give_its_metrics(runs, name, dataset
     assert not list(Path("../cache").rglob("*.safetensors")), "texts of users are not kept"
 
 
+def test_the_accuracy_of_a_run_can_be_reckoned_from_its_list_of_drawn_examples(runs):
+    rows = [line.split(",") for line in Path("pictures/splits.csv").read_text().splitlines()]
+    assert rows[0] == ["split", "example"]
+    assert {split for split, _ in rows[1:]} == {"train", "validation", "test"}
+    assert len({name for _, name in rows[1:]}) == len(rows) - 1 == len(list(Path("data/photos").rglob("*.png")))
+    test = [name for split, name in rows[1:] if split == "test"]
+    found = load("pictures").predict([f"data/photos/{name}" for name in test])
+    right = [prediction.label == Path(name).parent.name for prediction, name in zip(found, test, strict=True)]
+    assert np.mean(right) == runs["pictures"]["value"]
+    assert not Path("texts/splits.csv").exists(), "files make its splits"
+
+
 def test_questions_about_pictures_are_answered_as_in_the_test(runs):
     predictor = load("questions")
     splits = predictor.task.load_for(predictor.spec, Path("data"))

@@ -142,7 +142,7 @@ class ImageFolder(ImageTask):
             "unreadable": {"policy": self.unreadable},
             "warnings": warnings,
         }
-        beside = [os.path.relpath(name, folder) if os.path.isabs(name) else name for name in catalogue.names]
+        beside = [name.removeprefix(f"{folder}{os.sep}") for name in catalogue.names]
         drawn = {split: [beside[row] for row in part] for split, part in rows.items()} if rule != AS_FILES else {}
         return Splits(**splits, num_classes=len(names), class_names=names, facts=facts, drawn=drawn)
 

@@ -124,6 +124,8 @@ def test_a_flat_folder_of_classes_is_drawn_class_by_class_and_says_so(tmp_path, 
         "test": [3, 6, 1],
     }
     assert numbers(splits.validation) == [6, 12, 19, 103, 104, 116, 118, 128, 130, 200], "on every machine"
+    assert splits.drawn["validation"][2:4] == ["ant/0019.png", "bee/0103.png"]
+    assert {split: len(names) for split, names in splits.drawn.items()} == splits.facts["counts"]
     assert numbers(load(tmp_path, split_seed=1).test) != numbers(splits.test)
     halves = load(tmp_path, split=[2, 1, 1])
     assert [len(getattr(halves, split)) for split in parts] == [31, 16, 16]
