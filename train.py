@@ -86,6 +86,8 @@ def execute(
     logger = logger if processes.first() else NoLogger()
     label = f"{named(task.name, task.dataset)} {model.name} {method.name} seed {cfg.seed}"
     say(f"{label}: run {asked.run_id}")
+    if tested:
+        tested.prepare(task, asked.inputs)
     splits = task.load_for(model, Path(cfg.paths.data))
     analysis = dict(cfg.analysis) if cfg.analysis.every_n_steps is not None else None
     current = Run(task, model, method, settings, protocol, splits, cfg.seed, folder, None, claim, analysis)

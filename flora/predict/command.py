@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -68,7 +70,7 @@ def predict(tested: Tested) -> Path:
 def _place(output: str | None, adapter: Path) -> Path:
     """Where predictions go, which can be written to."""
     folder = adapter.parent if adapter.name == "adapter" else adapter
-    place = Path(output).expanduser() if output else folder / "predictions.csv"
+    place = Path(output).expanduser() if output else _free(folder / "predictions.csv")
     if place.suffix.lower() not in (".csv", ".parquet"):
         raise ConfigError(f"output={place} must end in .csv or .parquet")
     try:
@@ -79,6 +81,12 @@ def _place(output: str | None, adapter: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"output={place} cannot be written ({error.strerror}): choose another file") from error
     return place
+
+
+def _free(place: Path) -> Path:
+    """The place, or the first of NAME-2, NAME-3, ... where that holds earlier predictions."""
+    numbered = (place.with_stem(f"{place.stem}-{number}") for number in itertools.count(2))
+    return next(p for p in itertools.chain([place], numbered) if not os.path.lexists(p))
 
 
 def _predicted(predictor: Predictor, inputs: Inputs) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:

@@ -113,10 +113,12 @@ def _texts(place: Path | None, given: str, names: Sequence[str]) -> Inputs:
     if place is None or (place.is_file() and place.suffix.lower() == ".txt"):
         if len(names) > 1:
             raise ConfigError(f"input={given}: this run takes a table ({', '.join(TABLES)}) with {' and '.join(names)}")
-        lines = [given] if place is None else [line.strip() for line in _lines(place) if line.strip()]
-        if not lines:
+        lines = [given] if place is None else [line.strip() for line in _lines(place)]
+        rows = [number for number, line in enumerate(lines) if line]
+        if not rows:
             raise DataError(f"{place}: no lines")
-        return Inputs(lines, {"row": list(range(len(lines)))})
+        _tell_blank(place, len(lines) - len(rows), "row counts them, so that it is the line of the file, from 0")
+        return Inputs([lines[number] for number in rows], {"row": rows})
     table = read_rows(place)
     if len(names) == 1 and names[0] not in table.columns and len(table.columns) == 1:
         print(
@@ -173,7 +175,15 @@ def read_rows(place: Path) -> tables.Table:
         raise ConfigError(f"input={place}: a table must be {', '.join(TABLES)}")
     if not place.is_file():  # a pipe would be waited for
         raise DataError(f"{place} is no file")
-    return tables.read([place])
+    table = tables.read([place])
+    _tell_blank(place, len(table.blank), "row does not count them, as most readers of tables do not")
+    return table
+
+
+def _tell_blank(place: Path | None, count: int, how: str) -> None:
+    if count:
+        lines = "1 blank line is" if count == 1 else f"{count} blank lines are"
+        print(f"{place}: {lines} left out; {how}", file=sys.stderr)
 
 
 def _lines(place: Path) -> list[str]:

@@ -89,12 +89,14 @@ class Task(ABC, Generic[Spec]):
         dataset: within the family, ``eurosat``.
         metric: the key of ``metrics().compute(...)`` that selects and is reported.
         epochs: default length of training.
+        whole_test: a saved run is tested on other data than its own: where ``read`` would draw splits, all is the test.
     """
 
     name: str
     dataset: str
     metric: str
     epochs: float
+    whole_test: bool = False
 
     @abstractmethod
     def accepts(self, model: ModelSpec) -> None:
@@ -172,7 +174,7 @@ class Task(ABC, Generic[Spec]):
         raise ConfigError(f"task={self.name} takes no inputs but its own: mode=predict is for other tasks")
 
     def remember(self, facts: Mapping[str, Any]) -> None:
-        """Take from ``Splits.facts`` what ``unlabelled`` needs of data that are not loaded; by default nothing."""
+        """Take from a saved run's ``Splits.facts`` what its outputs mean, before data are read; nothing by default."""
         return None
 
     def predicting(self, model: Spec) -> Forward:

@@ -89,6 +89,47 @@ class TopFive(Classification):
         return scores | {"top5_accuracy": float(((five == truth[:, None]).any(axis=1) & kept).mean())}
 
 
+class Numbers(evaluate.Metric):
+    """Of numbers: Pearson's and Spearman's correlation, and errors in the unit of the labels: ``mae`` and ``rmse``.
+
+    A correlation with a constant is 0.
+
+    Attributes:
+        called, truth: of the last ``compute``, float64 ``[N]``.
+    """
+
+    greater_is_better = True
+    called: np.ndarray
+    truth: np.ndarray
+
+    def __init__(self) -> None:
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        kind = datasets.Value("float32")
+        return evaluate.MetricInfo(
+            description=self.__class__.__doc__,
+            citation="",
+            features=datasets.Features(predictions=kind, references=kind),
+        )
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
+        """Score numbers ``[N]`` or ``[N, 1]``."""
+        if predictions is not None:
+            predictions = np.asarray(predictions).reshape(-1)
+        return super().compute(predictions=predictions, references=references, **kwargs)
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        self.called, self.truth = np.asarray(predictions, np.float64), np.asarray(references, np.float64)
+        error = self.called - self.truth
+        return {
+            "pearson": _correlation(pearsonr, self.called, self.truth),
+            "spearmanr": _correlation(spearmanr, self.called, self.truth),
+            "mae": float(np.abs(error).mean()),
+            "rmse": float(np.sqrt((error**2).mean())),
+        }
+
+
 class Glue(evaluate.Metric):
     """What GLUE reports of a task: Matthews' correlation (cola), Pearson's and Spearman's (stsb), accuracy (others).
 

@@ -16,7 +16,9 @@ from flora.launch import processes
 from flora.tasks.base import draw
 
 SPLITS = ("train", "validation", "test")
-AS_FILES = "as in the files"  # a rule that draws nothing
+AS_FILES = "as in the files"
+WHOLE = "all of it is the test"  # of data that has no splits, on which a run of other data is tested
+UNDRAWN = (AS_FILES, WHOLE)
 _USUAL = (70.0, 15.0, 15.0)
 
 

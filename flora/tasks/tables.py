@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import hashlib
 import json
 import math
 import re
@@ -34,12 +35,14 @@ class Table:
         rows: each a mapping; what a row lacks is None, every cell of CSV and TSV is a text.
         where: of each row, for messages.
         names: of the classes of a column, where its file knows them.
+        blank: lines between the rows that hold nothing and are none.
     """
 
     columns: list[str]
     rows: list[Row]
     where: list[str]
     names: dict[str, list[str]] = field(default_factory=dict)
+    blank: list[int] = field(default_factory=list)
 
 
 def split_of(name: str) -> str | None:
@@ -95,6 +98,7 @@ def read(paths: Sequence[Path]) -> Table:
         whole.columns.extend(name for name in part.columns if name not in whole.columns)
         whole.rows.extend(part.rows)
         whole.where.extend(part.where)
+        whole.blank.extend(part.blank)
         for name, names in part.names.items():
             if whole.names.setdefault(name, names) != names:
                 raise DataError(f"{path}: class names of {name} differ from the other files': fetch them all again")
@@ -133,6 +137,37 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
 
 
+def drop_missing(table: Table, columns: Sequence[str], policy: str) -> int:
+    """Leave out rows in place that lack a cell of these columns; how many.
+
+    Args:
+        table: changed.
+        columns: their names.
+        policy: ``skip``; with ``error`` none may lack one.
+
+    Raises:
+        DataError: one does, or all do.
+    """
+    lacking = {i: n for i, row in enumerate(table.rows) for n in columns if is_missing(row[n])}
+    if lacking and policy == "error":
+        row, name = next(iter(lacking.items()))
+        more = f" ({len(lacking)} such rows)" if len(lacking) > 1 else ""
+        raise DataError(f"{table.where[row]}: column {name} is empty{more}: fill it in or set task.missing=skip")
+    if len(lacking) == len(table.rows):
+        raise DataError(f"{table.where[0]}: no row has both a text and a label")
+    table.rows[:] = [row for i, row in enumerate(table.rows) if i not in lacking]
+    table.where[:] = [where for i, where in enumerate(table.where) if i not in lacking]
+    return len(lacking)
+
+
+def digest(table: Table) -> dict[str, Any]:
+    """How many rows there are, and a checksum of their contents."""
+    whole = hashlib.sha256(json.dumps(table.names, sort_keys=True).encode())
+    for row in table.rows:
+        whole.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return {"rows": len(table.rows), "sha256": whole.hexdigest()}
+
+
 def _csv(path: Path) -> Table:
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as stream:
@@ -145,6 +180,7 @@ def _csv(path: Path) -> Table:
         try:
             for cells in lines:
                 if not cells:
+                    table.blank.append(lines.line_num)
                     continue
                 if len(cells) != len(header):
                     raise DataError(

@@ -45,6 +45,19 @@ class Tested:
         """The settings of its model, resolved."""
         return dict(OmegaConf.to_container(self.cfg.model, resolve=True))  # type: ignore[arg-type]
 
+    def prepare(self, task: Any, found: inputs.Inputs) -> None:
+        """Tell a task, before it reads data, what the outputs of the run mean, and whether other data are read."""
+        task.whole_test = self._elsewhere(found)
+        facts = saved.facts(self.folder).get("data")
+        try:
+            task.remember(facts if isinstance(facts, dict) else {})
+        except (KeyError, TypeError, ValueError):
+            return  # saved by older code, or a full copy of weights: the data that are read say it
+
+    def _elsewhere(self, found: inputs.Inputs) -> bool:
+        own = (saved.facts(self.folder).get("config") or {}).get("inputs") or {}
+        return bool(own) and own.get("data") != found.get("data")
+
     def check(self, model: Any, method: Any, splits: Any, found: inputs.Inputs) -> None:
         """Refuse a model or a method that is not the trained one, other classes, and other base weights than its own.
 
@@ -69,7 +82,7 @@ class Tested:
                 "test it on data of its classes"
             )
         own = (facts.get("config") or {}).get("inputs") or {}
-        if own and own.get("data") != found.get("data"):
+        if self._elsewhere(found):
             self.anew["data"] = {"now": found.get("data"), "trained": own.get("data")}
             print(
                 "tested on other data than the run was trained on; of what it was trained on, some may be in the test",

@@ -71,6 +71,18 @@ def test_one_picture_and_a_parquet_file_of_pictures_as_a_parquet_file(predict):
     assert found["p(bee)"][0] != found["p(bee)"][1]
 
 
+def test_predictions_of_before_are_not_replaced_unless_their_file_is_named(predict):
+    folder = Path("pictures")
+    _, first, _ = predict("pictures", "input=data/photos/val/bee")
+    before = Path(first.split("predictions: ")[1].strip()).read_text()
+    _, second, _ = predict("pictures", "input=data/photos/val/bee/3.png")
+    assert first.endswith("pictures/predictions.csv\n")
+    assert second.endswith("pictures/predictions-2.csv\n")
+    assert (folder / "predictions.csv").read_text() == before
+    predict("pictures", "input=data/photos/val/bee/3.png", "output=pictures/predictions.csv")
+    assert (folder / "predictions.csv").read_text() == (folder / "predictions-2.csv").read_text()
+
+
 def test_an_unreadable_picture_ends_it_or_is_left_out(predict):
     Path("data/photos/val/ant/2.png").write_bytes(b"nothing")
     Path("pictures/predictions.csv").write_text("of before")
@@ -78,6 +90,7 @@ def test_an_unreadable_picture_ends_it_or_is_left_out(predict):
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("error: data/photos/val/ant/2.png: image cannot be decoded")
     assert Path("pictures/predictions.csv").read_text() == "of before"
+    Path("pictures/predictions.csv").unlink()
     code, out, err = answer = predict("pictures", "input=data/photos/val", "task.unreadable=skip")
     rows = predicted(answer)
     assert "1 of 12 inputs cannot be decoded and were left out" in err
@@ -115,6 +128,14 @@ def test_texts_of_every_kind_of_file(predict):
     assert [float(r["p(positive)"]) for r in predicted(predict("texts", "input=lines.txt"))] == pytest.approx(
         expected[:2]
     )
+    _, _, err = answer = predict("texts", "input=lines.txt")
+    assert [row["row"] for row in predicted(answer)] == ["0", "2"], "the lines of the file"
+    assert "lines.txt: 1 blank line is left out" in err
+    Path("gap.csv").write_text("sentence\nthe cat sat\n\na dog\n")
+    _, _, err = answer = predict("texts", "input=gap.csv")
+    assert [row["row"] for row in predicted(answer)] == ["0", "1"], "the rows that readers of tables count"
+    assert "gap.csv: 1 blank line is left out" in err
+    assert "predicted 2 of 2 inputs" in err
     (row,) = predicted(predict("texts", "input=the cat sat"))
     assert float(row["p(positive)"]) == pytest.approx(expected[0])
     Path("one.csv").write_text("anything\nthe cat sat\n")

@@ -5,6 +5,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from flora.config import composed
+from flora.config import composed, instantiate
 from flora.errors import ConfigError, WeightsError
 from flora.launch import worker
 from flora.launch.entry import main
 from flora.training.tested import trained_with
+from tests.tasks.texts import word_tokenizer
 
 TIMM = ("model=timm", "model.timm_name=resnet10t", "model.image_size=32", "trainer.device=cpu", "logger=none")
 QUICK = (*TIMM, "trainer.max_steps=2", "trainer.batch_size=8")
@@ -226,3 +228,18 @@ def test_other_base_weights_are_refused_unless_they_are_typed(tmp_path, monkeypa
     assert "w.safetensors has sha256" in other["execution"]["set_anew"]["weights"]
     assert "tested on other base weights" in capsys.readouterr().err
     assert torch.equal(load_file("w.safetensors")["fc.bias"], state["fc.bias"])
+
+
+def test_a_regression_is_tested_in_the_units_that_it_was_trained_in(tmp_path, monkeypatch):
+    mine = composed(["task=text"]).task
+    task = instantiate(mine)
+    task.remember({"kind": "regression", "columns": {"texts": ["text"]}, "labels": {"mean": 10.0, "deviation": 2.0}})
+    (tmp_path / "new.csv").write_text("text,label\n" + "".join(f"the cat {n},{100 + n}\n" for n in range(20)))
+    task.dataset, task.whole_test = "new.csv", True
+    splits = task.load(tokenizer=word_tokenizer(), max_length=16, data_dir=tmp_path)
+    assert (task.kind, len(splits.test)) == ("regression", 20)
+    zero = type(
+        "Zero", (torch.nn.Module,), {"forward": lambda self, **batch: SimpleNamespace(logits=torch.zeros(1, 1))}
+    )
+    outputs, _ = task.forward(None)(zero(), {"labels": torch.tensor([100.0])}, False)
+    assert outputs.item() == 10, "a zero is the mean of what it was trained on, not of the new labels"

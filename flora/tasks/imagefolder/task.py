@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flora.errors import ConfigError, DataError, first_line
 from flora.models.spec import ImageSpec
+from flora.tasks import baselines
 from flora.tasks.base import Batch, Forward, Splits, draw
 from flora.tasks.imagefolder.confusion import draw_confusion
 from flora.tasks.imagefolder.dataset import LazyImages
@@ -22,7 +23,7 @@ from flora.tasks.imagefolder.files import contents, open_folder, tables
 from flora.tasks.imagefolder.mix import erase, mix
 from flora.tasks.images.task import ImageTask
 from flora.tasks.metrics import TopFive
-from flora.tasks.portions import AS_FILES, SPLITS, absent, portions, rule_of, say, shares
+from flora.tasks.portions import AS_FILES, SPLITS, UNDRAWN, WHOLE, absent, portions, rule_of, say, shares
 
 
 class ImageFolder(ImageTask):
@@ -143,7 +144,7 @@ class ImageFolder(ImageTask):
             "warnings": warnings,
         }
         beside = [name.removeprefix(f"{folder}{os.sep}") for name in catalogue.names]
-        drawn = {split: [beside[row] for row in part] for split, part in rows.items()} if rule != AS_FILES else {}
+        drawn = {split: [beside[row] for row in part] for split, part in rows.items()} if rule not in UNDRAWN else {}
         return Splits(**splits, num_classes=len(names), class_names=names, facts=facts, drawn=drawn)
 
     def _split(
@@ -154,6 +155,8 @@ class ImageFolder(ImageTask):
             raise ConfigError(f"task.split={self.split}: {folder} has {' and '.join(rows)} already; leave it out")
         if len(rows) == len(SPLITS):
             return rows, AS_FILES
+        if len(rows) == 1 and self.whole_test:
+            return {split: np.sort(rows["train"]) for split in SPLITS}, WHOLE
         if len(rows) == 1:
             rule = rule_of(self.parts, self.split_seed, "class")
             drawn = portions(labels, self.parts, self.split_seed)
@@ -197,6 +200,13 @@ class ImageFolder(ImageTask):
         assert isinstance(splits.test, LazyImages)
         skipped = splits.test.catalogue.skipped()
         splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10]}
+        if skipped:
+            say(f"{self.dataset}: {len(skipped)} images cannot be decoded and were left out ({', '.join(skipped[:3])})")
+        assert isinstance(splits.train, LazyImages)
+        labels = splits.train.catalogue.labels[splits.train.rows]
+        splits.facts["baseline"], lines = baselines.of_classes(labels, metric.confusion, splits.class_names)
+        for line in lines:
+            say(f"{self.dataset}: {line}")
         draw_confusion(metric.confusion, splits.class_names, folder / "confusion.png")
 
     def _transform(self, size: int, interpolation: str, training: bool) -> Callable[[Image.Image], np.ndarray]:

@@ -15,6 +15,7 @@ from flora.tasks.portions import by_value
 KINDS = ("auto", "classification", "regression")
 _HIDDEN = "; a label of -1 marks the hidden ones of a published test split"
 _SHOWN = 4
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _CODE = re.compile(r"\s*[+-]?0\d")
 
 
@@ -41,7 +42,12 @@ def are_whole(cells: Sequence[Any]) -> bool:
 
 
 def amounts(cells: Sequence[Any], classes: Sequence[str]) -> list[str]:
-    """A warning where whole numbers are hardly classes: over twenty of them, on average under ten rows of each."""
+    """Warnings of labels that are classes and may be amounts: many whole numbers, or numbers with a decimal comma.
+
+    Many are over twenty, with under ten rows of each on average.
+    """
+    if all(isinstance(cell, str) and _DECIMAL_COMMA.fullmatch(cell.strip()) for cell in cells):
+        return ["its labels look like numbers with a decimal comma: write them with a point, or they stay classes"]
     if not are_whole(cells) or len(classes) <= max(20, len(cells) // 10):
         return []
     return [

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -20,11 +18,11 @@ from flora import contents
 from flora.errors import ConfigError, DataError, first_line
 from flora.models.spec import ModelSpec, TextSpec
 from flora.models.weights import reach_hub, sha256_of
-from flora.tasks import manifest, tables
+from flora.tasks import baselines, manifest, tables
 from flora.tasks.base import Batch, Forward, Splits, check_split_seed
 from flora.tasks.imagefolder.confusion import draw_confusion
-from flora.tasks.metrics import Glue, TextClasses
-from flora.tasks.portions import AS_FILES, SPLITS, absent, hold_out, portions, rule_of, say, shares
+from flora.tasks.metrics import Numbers, TextClasses
+from flora.tasks.portions import AS_FILES, SPLITS, UNDRAWN, WHOLE, absent, hold_out, portions, rule_of, say, shares
 from flora.tasks.tables import Table
 from flora.tasks.text import labels
 from flora.tasks.text.dataset import TextDataset
@@ -127,16 +125,16 @@ class Text(TextTask):
         self.split, self.parts = split, shares(split)
         self.held_out, self.split_seed, self.max_length = held_out, split_seed, max_length
         self.classes: list[str] = []
-        self._mean, self._deviation = 0.0, 1.0
+        self._scale: tuple[float, float] | None = None  # mean and deviation of the labels that are trained on
 
     @property
     def metric(self) -> str:  # type: ignore[override]
         """What was asked for; else accuracy, or Pearson's correlation of a regression that was loaded."""
         return self.asked_metric or _METRICS[self.kind if self.kind != "auto" else "classification"][0]
 
-    def metrics(self) -> TextClasses | Glue:
-        """Accuracy and macro F1, or Pearson's and Spearman's correlation."""
-        return Glue("stsb") if self.kind == "regression" else TextClasses()
+    def metrics(self) -> TextClasses | Numbers:
+        """Accuracy and macro F1, or Pearson's and Spearman's correlation and the errors."""
+        return Numbers() if self.kind == "regression" else TextClasses()
 
     def accepts(self, model: ModelSpec) -> None:
         """See Task.accepts."""
@@ -161,7 +159,7 @@ class Text(TextTask):
         if place is not None:
             return super().contents(data_dir)
         contents.note(Path(datasets.config.HF_DATASETS_CACHE), deep=True)  # so that it is asked for each time
-        return {split: _digest(table)["sha256"] for split, table in self._from_hub(Path(self.dataset)).items()}
+        return {split: tables.digest(table)["sha256"] for split, table in self._from_hub(Path(self.dataset)).items()}
 
     def load(self, *, tokenizer: Any, max_length: int, data_dir: Path | None) -> Splits:
         """See TextTask.load."""
@@ -171,7 +169,9 @@ class Text(TextTask):
         for split, table in data.items():
             for name in (*columns, target):
                 tables.column(table, f"{split}: task.{'label' if name == target else 'text'}", name, ())
-        left_out = {split: self._drop_missing(table, columns, target) for split, table in data.items()}
+        left_out = {
+            split: tables.drop_missing(table, (*columns, target), self.missing) for split, table in data.items()
+        }
         names = data["train"].names.get(target)
         if odd := [split for split, table in data.items() if table.names.get(target) != names]:
             raise DataError(f"{odd[0]} gives the classes of {target} other names than train, or another order: mend it")
@@ -198,9 +198,9 @@ class Text(TextTask):
         values = {split: values[place][rows] for split, (place, rows) in chosen.items()}
         warnings = _repeated(texts)
         if self.kind == "regression":
-            self._mean, self._deviation = float(values["train"].mean()), float(values["train"].std())
-            if not self._deviation:
-                raise DataError(f"every label of train is {self._mean:g}: there is nothing to predict")
+            self._scale = self._scale or (float(values["train"].mean()), float(values["train"].std()))
+            if not self._scale[1]:
+                raise DataError(f"every label of train is {self._scale[0]:g}: there is nothing to predict")
         else:
             values, self.classes = labels.indices(values, names)
             warnings += [f"{warning}; its metrics are over the others" for warning in absent(values, self.classes)]
@@ -212,7 +212,8 @@ class Text(TextTask):
             tokens, starts, truncated[split] = tokenise(texts[split], tokenizer, longest)
             targets = {"labels": torch.from_numpy(values[split])}
             sets[split] = TextDataset(tokens, starts, targets, padding_of(tokenizer, tokens))
-        self._tell(columns, target, why, rule, warnings, left_out, truncated)
+        counts = ", ".join(f"{len(sets[split])} {split}" for split in SPLITS)
+        self._tell(columns, target, why, f"{rule} ({counts})", warnings, left_out, truncated)
         facts = {
             "source": source,
             "files": files,
@@ -227,8 +228,8 @@ class Text(TextTask):
             "warnings": warnings,
         }
         if self.kind == "regression":
-            facts["labels"] = {"mean": self._mean, "deviation": self._deviation}
-        places = {} if rule == AS_FILES else chosen
+            facts["labels"] = dict(zip(("mean", "deviation"), self._units, strict=True))
+        places = {} if rule in UNDRAWN else chosen
         drawn = {split: [data[place].where[row] for row in rows] for split, (place, rows) in places.items()}
         outputs = self.classes or [target]
         return Splits(**sets, num_classes=len(outputs), class_names=outputs, facts=facts, drawn=drawn)
@@ -240,7 +241,8 @@ class Text(TextTask):
 
         def forward(module: nn.Module, batch: Batch, training: bool) -> tuple[Tensor, Tensor]:
             outputs, targets = classify(module, batch, training)
-            return outputs.float() * self._deviation + self._mean, targets
+            mean, deviation = self._units
+            return outputs.float() * deviation + mean, targets
 
         return forward
 
@@ -248,18 +250,30 @@ class Text(TextTask):
         """Cross-entropy, or the squared error of a regression in deviations of the training labels."""
         if self.kind != "regression":
             return super().loss(outputs, targets, label_smoothing)
-        return F.mse_loss(outputs.squeeze(-1) / self._deviation, targets / self._deviation)
+        _, deviation = self._units
+        return F.mse_loss(outputs.squeeze(-1) / deviation, targets / deviation)
+
+    @property
+    def _units(self) -> tuple[float, float]:
+        return self._scale or (0.0, 1.0)
 
     def remember(self, facts: Mapping[str, Any]) -> None:
         """See Task.remember."""
-        self.kind, self.text_columns = facts["kind"], tuple(facts["columns"]["texts"])
+        self.kind = self.asked_kind = facts["kind"]
+        self.text_columns = tuple(facts["columns"]["texts"])
         if scale := facts.get("labels"):
-            self._mean, self._deviation = scale["mean"], scale["deviation"]
+            self._scale = scale["mean"], scale["deviation"]
 
     def report(self, metric: Any, splits: Splits, folder: Path) -> None:
-        """Write ``confusion.png``, how the test's texts of each class were called."""
-        if self.kind != "regression":
+        """Write ``confusion.png``, how the test's texts of each class were called; say what needs no model."""
+        if self.kind == "regression":
+            splits.facts["baseline"], lines = baselines.of_numbers(self._units[0], metric.called, metric.truth)
+        else:
+            known = cast(Any, splits.train).values["labels"].numpy()
+            splits.facts["baseline"], lines = baselines.of_classes(known, metric.confusion, splits.class_names)
             draw_confusion(metric.confusion, splits.class_names, folder / "confusion.png")
+        for line in lines:
+            say(f"{self.dataset}: {line}")
 
     def _place(self, data_dir: Path | None) -> Path | None:
         """Where the data lies; None: on the hub."""
@@ -278,7 +292,7 @@ class Text(TextTask):
         place = self._place(data_dir)
         if place is None:
             data = self._from_hub(Path(data_dir or ".") / self.dataset)
-            return data, {split: _digest(table) for split, table in data.items()}, f"hub {self.dataset}"
+            return data, {split: tables.digest(table) for split, table in data.items()}, f"hub {self.dataset}"
         folder, everything = self.files(data_dir)
         manifest.check(folder, everything)
         data = {split: tables.read(paths) for split, paths in tables.find(place).items()}
@@ -318,24 +332,13 @@ class Text(TextTask):
             raise ConfigError(f"task.text and task.label name one column twice: {', '.join((*texts, target))}")
         return texts, target
 
-    def _drop_missing(self, table: Table, columns: Sequence[str], target: str) -> int:
-        """Leave out rows that lack a text or a label, in place; how many. DataError where that is not asked for."""
-        lacking = {i: n for i, row in enumerate(table.rows) for n in (*columns, target) if tables.is_missing(row[n])}
-        if lacking and self.missing == "error":
-            row, name = next(iter(lacking.items()))
-            more = f" ({len(lacking)} such rows)" if len(lacking) > 1 else ""
-            raise DataError(f"{table.where[row]}: column {name} is empty{more}: fill it in or set task.missing=skip")
-        if len(lacking) == len(table.rows):
-            raise DataError(f"{table.where[0]}: no row has both a text and a label")
-        table.rows[:] = [row for i, row in enumerate(table.rows) if i not in lacking]
-        table.where[:] = [where for i, where in enumerate(table.where) if i not in lacking]
-        return len(lacking)
-
     def _split(self, strata: np.ndarray, counts: dict[str, int]) -> tuple[dict[str, tuple[str, np.ndarray]], str]:
         """Of each split, which one of the files its rows are in and which, and how that was done."""
         if self.split is not None and len(counts) > 1:
             raise ConfigError(f"task.split={self.split}: there is {' and '.join(counts)} already; leave it out")
         balanced = None if self.kind == "regression" else "class"
+        if len(counts) == 1 and self.whole_test:
+            return {split: ("train", np.arange(counts["train"])) for split in SPLITS}, WHOLE
         if len(counts) == 1:
             drawn = portions(strata, self.parts, self.split_seed)
             if empty := [split for split, rows in drawn.items() if not len(rows)]:
@@ -390,10 +393,3 @@ def _repeated(texts: dict[str, list[tuple[str, ...]]]) -> list[str]:
     seen = set(texts["train"])
     counts = {split: sum(text in seen for text in texts[split]) for split in SPLITS[1:]}
     return [f"{n} of {len(texts[s])} texts of {s} are in train as well" for s, n in counts.items() if n]
-
-
-def _digest(table: Table) -> dict[str, Any]:
-    whole = hashlib.sha256(json.dumps(table.names, sort_keys=True).encode())
-    for row in table.rows:
-        whole.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return {"rows": len(table.rows), "sha256": whole.hexdigest()}

@@ -23,7 +23,7 @@ from flora.models.spec import ImageTextSpec, ModelSpec
 from flora.tasks import manifest, tables
 from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed, draw
 from flora.tasks.images.decode import ORIENTATIONS, as_picture, as_square
-from flora.tasks.portions import AS_FILES, rule_of, say, shares
+from flora.tasks.portions import AS_FILES, SPLITS, UNDRAWN, WHOLE, rule_of, say, shares
 from flora.tasks.text.causal import answer_logits, answer_loss, write_greedily
 from flora.tasks.text.tokenise import fingerprint
 from flora.tasks.vqa import sheet
@@ -152,7 +152,9 @@ class Instruct(Task[ImageTextSpec]):
         rule = AS_FILES
         if self.split is not None and len(dialogues) > 1:
             raise ConfigError(f"task.split={self.split}: there is {' and '.join(dialogues)} already; leave it out")
-        if len(dialogues) == 1:
+        if len(dialogues) == 1 and self.whole_test:
+            dialogues, rule = dict.fromkeys(SPLITS, dialogues["train"]), WHOLE
+        elif len(dialogues) == 1:
             whole, rule = dialogues["train"], f"{rule_of(self.parts, self.split_seed, None)}, by image"
             rest, test = hold_out(whole, round(self.parts[2] * len(whole)) or 1, self.split_seed)
             train, held_out = hold_out(rest, round(self.parts[1] * len(whole)) or 1, self.split_seed)
@@ -192,7 +194,7 @@ class Instruct(Task[ImageTextSpec]):
             "warnings": coder.warnings
             + [f"{split}: {n} conversations begin with an answer, left out" for split, n in answers_first.items() if n],
         }
-        drawn = {split: [d.where for d in part] for split, part in dialogues.items()} if rule != AS_FILES else {}
+        drawn = {split: [d.where for d in part] for split, part in dialogues.items()} if rule not in UNDRAWN else {}
         return Splits(**sets, num_classes=0, class_names=[], facts=facts, drawn=drawn)
 
     def unlabelled(self, model: ImageTextSpec, inputs: Sequence[Any]) -> Shown:
@@ -257,6 +259,8 @@ class Instruct(Task[ImageTextSpec]):
         noted = () if test.unreadable is None else test.unreadable.nonzero().flatten().tolist()
         skipped = sorted(test.pictures.names[index] for index in noted)
         splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10]}
+        if skipped:
+            say(f"{self.dataset}: {len(skipped)} images cannot be decoded and were left out ({', '.join(skipped[:3])})")
         chosen = [list(metric.texts)[i] for i in draw(len(metric.texts), 0)[: sheet.ROWS * sheet.COLUMNS]]
         shown = [(self._asked[index], metric.texts[index]) for index in chosen]
         sheet.draw_sheet(shown, test.pictures, folder / "predictions.png")

@@ -17,6 +17,7 @@ from flora.models.weights import check_repository
 from flora.tasks.base import Splits, draw
 from flora.tasks.images.decode import Pool, decode
 from flora.tasks.images.task import ImageTask
+from flora.tasks.portions import say
 from flora.tasks.vtab import lists
 from flora.tasks.vtab.datasets import DATASETS, TRAIN_SIZE, VALIDATION_SIZE, DatasetInfo, canonical_name
 from flora.tasks.vtab.download import SOURCES, download, from_hub
@@ -89,6 +90,8 @@ class Vtab(ImageTask):
                 orientation=self.orientation,
             )
             skipped += missed
+        if skipped:
+            say(f"{self.dataset}: {len(skipped)} images cannot be decoded and were left out ({', '.join(skipped[:3])})")
         facts |= {
             "counts": {split: len(images) for split, images in splits.items()},
             "split_rule": rule,
