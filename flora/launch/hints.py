@@ -85,10 +85,11 @@ def _keys() -> list[str]:
 
 
 def _dotted(node: Any, prefix: str) -> list[str]:
-    """Names of all keys within plain containers; lists count as values."""
+    """Names of all keys within plain containers, but for Hydra's own; lists count as values."""
     if not isinstance(node, dict):
         return []
-    return [name for key, value in node.items() for name in (f"{prefix}{key}", *_dotted(value, f"{prefix}{key}."))]
+    own = [(key, value) for key, value in node.items() if not str(key).startswith("_")]
+    return [name for key, value in own for name in (f"{prefix}{key}", *_dotted(value, f"{prefix}{key}."))]
 
 
 def _unparsed(word: str) -> str:

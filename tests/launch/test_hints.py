@@ -30,6 +30,10 @@ def refused(word, monkeypatch, capsys):
         ("trainer.epoch=3", "trainer.epoch: there is no such key; did you mean trainer.epochs"),
         ("adapter.rnk=3", "adapter.rnk: there is no such key; did you mean adapter.r"),
         ("adapter.rank=3", "adapter.rank: there is no such key; did you mean adapter.r or "),
+        (
+            "model.target=1",
+            "model.target: there is no such key; did you mean model.adapter_targets? --cfg job lists all",
+        ),
         ("trainer.learning_rate=1", "trainer.learning_rate: there is no such key; did you mean trainer.lr"),
         (
             "--max-steps=3",
