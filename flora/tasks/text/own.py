@@ -204,6 +204,7 @@ class Text(TextTask):
         else:
             values, self.classes = labels.indices(values, names)
             warnings += [f"{warning}; its metrics are over the others" for warning in absent(values, self.classes)]
+            warnings += labels.alike(self.classes)
             warnings += labels.amounts(every, self.classes) if names is None and self.asked_kind == "auto" else []
         sets: dict[str, Any] = {}
         truncated: dict[str, int] = {}
