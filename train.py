@@ -23,6 +23,7 @@ from flora.launch import processes
 from flora.launch.entry import main, quietly
 from flora.results import Record, Store
 from flora.results.lock import Claim
+from flora.results.record import named
 from flora.tasks import aliases
 from flora.training import identity
 from flora.training.settings import CHECKPOINTS
@@ -55,7 +56,7 @@ def run(cfg: DictConfig, typed: Sequence[str] | None = None) -> Path:
         say(note)
     folder = processes.once(lambda: paths.prepare(asked.run_id))
     with contextlib.ExitStack() as locked:
-        claim = processes.once(lambda: locked.enter_context(store.lock(asked.run_id, asked.cell_id)))
+        claim = processes.once(lambda: locked.enter_context(store.lock(asked.run_id, asked.cell_id, asked.about)))
         if done := processes.once(lambda: identity.finished(asked, store, cfg)):  # by another, since we looked
             locked.close()
             return identity.tell(store, *done, folder)
@@ -83,7 +84,7 @@ def execute(
     task, model, method = instantiate(cfg.task), instantiate(cfg.model), instantiate_method(cfg.adapter)
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
     logger = logger if processes.first() else NoLogger()
-    label = f"{task.name}/{task.dataset} {model.name} {method.name} seed {cfg.seed}"
+    label = f"{named(task.name, task.dataset)} {model.name} {method.name} seed {cfg.seed}"
     say(f"{label}: run {asked.run_id}")
     if tested:
         tested.prepare(task, asked.inputs)

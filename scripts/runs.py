@@ -17,14 +17,16 @@ from flora.files import ROOT
 from flora.launch.entry import main
 from flora.results.escape import one_line
 from flora.results.markdown import DASH
+from flora.results.record import named
 from flora.results.store import Contents, Store, read
 
 COLUMNS = (
-    *("date", "task", "model", "adapter", "seed", "status", "metric", "value", "params", "time", "outputs", "run"),
-    "record",
+    *("date", "task", "model", "adapter", "length", "seed", "status", "metric", "value", "params", "time", "outputs"),
+    *("run", "record"),
 )
 _DESCENDING = ("date", "value")
-_NUMBERS = ("seed", "value", "params", "time")
+_NUMBERS = ("length", "seed", "value", "params", "time")
+_LONGEST = 60  # characters of a setting
 
 
 def runs() -> None:
@@ -76,17 +78,20 @@ def listed(store: Store, contents: Contents, output: Path) -> Iterator[dict[str,
     """What is known of each run; of one that is on and has no record yet, its id."""
     for run_id, summary in contents.records.items():
         record = read(store.path(run_id))[0] or summary
-        alive = run_id in contents.owners and contents.owners[run_id].alive
+        owner = contents.owners.get(run_id)
+        alive = owner is not None and owner.alive
         status = "running" if alive else "interrupted" if record["status"] == "running" else record["status"]
-        adapter = (record.get("config") or {}).get("adapter") or {}
+        adapter, trainer = ((record.get("config") or {}).get(group) or {} for group in ("adapter", "trainer"))
         ranks = [f"{key}={adapter[key]}" for key in ("r", "budget") if adapter.get(key) is not None]
         saved = Path(record["adapter_path"]).parent if record.get("adapter_path") else output / run_id
         yield {
-            "date": record.get("finished") or record.get("started"),
+            "date": owner.facts.get("since") if alive else record.get("finished") or record.get("started"),
             **{key: record.get(key) for key in ("task", "dataset", "model", "seed", "metric", "value", "metrics")},
             "adapter": record["adapter"],
             "ranks": " ".join(ranks),
+            "length": _length(trainer),
             "mode": record.get("mode"),
+            "set_anew": (record.get("execution") or {}).get("set_anew"),
             "status": status,
             "error": record.get("error"),
             "params": record.get("trainable_params"),
@@ -98,13 +103,33 @@ def listed(store: Store, contents: Contents, output: Path) -> Iterator[dict[str,
         }
     for run_id, owner in contents.owners.items():
         if run_id not in contents.records and owner.alive:
-            unknown = dict.fromkeys(
-                ("date", "task", "dataset", "model", "adapter", "metric", "value", "params", "time")
-            )
-            yield unknown | {
-                **{"seed": None, "ranks": "", "status": "running", "run": run_id},
+            about = owner.facts.get("about")
+            about = about if isinstance(about, dict) else {}
+            yield {
+                **{key: about.get(key) for key in ("task", "dataset", "model", "adapter", "seed")},
+                **dict.fromkeys(("metric", "value", "params", "time", "length")),
+                **{"date": owner.facts.get("since"), "ranks": "", "status": "running", "run": run_id},
                 **{"outputs": str(output / run_id), "record": str(store.path(run_id))},
             }
+
+
+def _length(trainer: dict[str, Any]) -> str | None:
+    """How long a run trains, as it was set."""
+    if steps := trainer.get("max_steps"):
+        return f"{steps} steps"
+    return f"{trainer['epochs']:g} epochs" if trainer.get("epochs") else None
+
+
+def _tested(run: dict[str, Any]) -> str:
+    """Of a test of a saved run, that it is one, and what was set anew."""
+    if run.get("mode") != "eval":
+        return ""
+    anew = run.get("set_anew") or {}
+    said = [
+        f"{key}={value['now']}" if isinstance(value, dict) and "." in key else f"other {key}"
+        for key, value in anew.items()
+    ]
+    return f" (tested again{''.join(f', {word:.{_LONGEST}}' for word in said)})"
 
 
 def _order(run: dict[str, Any], column: str) -> tuple[bool, Any]:
@@ -114,6 +139,9 @@ def _order(run: dict[str, Any], column: str) -> tuple[bool, Any]:
         return True, 0
     if column == "date":
         return False, [-ord(letter) for letter in value]
+    if column == "length":
+        number, unit = value.split()
+        return False, (unit, float(number))
     return False, -value if column in _DESCENDING else value
 
 
@@ -139,10 +167,10 @@ def as_table(found: list[dict[str, Any]], columns: tuple[str, ...]) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     for run in found:
-        task = "/".join(dict.fromkeys(word for word in (run["task"], run["dataset"]) if word))
+        task = named(run["task"], run["dataset"]) if run["task"] else None
         shown = run | {
             "date": (run["date"] or "")[:16].replace("T", " "),
-            "task": task + (" (tested again)" if run.get("mode") == "eval" else ""),
+            "task": task and task + _tested(run),
             "adapter": " ".join(word for word in (run["adapter"], run["ranks"]) if word),
             "value": None if run["value"] is None else f"{run['value']:.4f}",
             "params": None if run["params"] is None else f"{run['params']:,}",

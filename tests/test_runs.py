@@ -1,11 +1,13 @@
 """scripts/runs.py: a user's own records as a table, curves and a page."""
 
 import json
+import re
 from functools import partial
 
 import pytest
 from PIL import Image
 
+from flora.config import recorded_id
 from flora.launch.entry import main
 from flora.results import Store
 from flora.results.cells import load
@@ -88,6 +90,45 @@ def test_a_page_is_written_beside_the_folder(store, listing, sandbox, monkeypatc
     page = sandbox / "work" / "outputs" / "report" / "report.html"
     assert out.splitlines()[-1] == str(page)
     assert all(f"{path.name}" in page.read_text() for path in store.folder.glob("*.json"))
+
+
+def test_tests_of_a_run_and_runs_of_other_lengths_are_told_apart(store, listing):
+    anew = {"trainer.max_eval_examples": {"now": 50, "trained": None}, "data": {"now": "ab", "trained": "cd"}}
+    for path, steps, changes in zip(
+        sorted(store.folder.glob("*.json")),
+        (None, 40, 300),
+        (
+            {"task": "imagefolder", "dataset": "/home/me/photos"},
+            {"mode": "eval", "execution": {"set_anew": anew}},
+            {"mode": "eval"},
+        ),
+        strict=True,
+    ):
+        record = json.loads(path.read_text()) | changes
+        record["config"]["trainer"]["max_steps"] = steps
+        record["config"]["mode"] = record["mode"]
+        record["config"]["task"] |= {"name": record["task"], "dataset": record["dataset"]}
+        record["run_id"] = recorded_id(record["config"])
+        path.unlink()
+        store.path(record["run_id"]).write_text(json.dumps(record))
+    _, out, _ = listing("outputs/records", "--sort", "length")
+    lines = [line for line in out.splitlines() if "accuracy" in line]
+    assert " imagefolder /home/me/photos " in lines[0]
+    assert " vtab/eurosat (tested again, trainer.max_eval_examples=50, other data) " in lines[1]
+    assert " vtab/eurosat (tested again) " in lines[2]
+    lengths = [re.search(r"(\S+) (epochs|steps)", line).groups() for line in lines]
+    assert lengths == [(lengths[0][0], "epochs"), ("40", "steps"), ("300", "steps")]
+
+
+def test_a_run_that_is_on_shows_what_it_is_and_since_when(sandbox, listing):
+    about = {"task": "digits", "dataset": "digits", "model": "resnet10t", "adapter": "flora", "seed": 3}
+    with Store("outputs/records").lock("0123456789ab", about=about) as claim:
+        since = json.loads(claim.path.read_text())["since"]
+        code, out, _ = listing("outputs/records")
+    assert code == 0
+    (line,) = [line.split() for line in out.splitlines() if "0123456789ab" in line]
+    assert line[:5] == [*since[:16].split("T"), "digits", "resnet10t", "flora"]
+    assert {"running", "3"} <= set(line)
 
 
 def test_a_folder_that_is_not_there_is_one_line(listing):

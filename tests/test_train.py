@@ -351,7 +351,7 @@ def test_a_preempted_run_exits_75_and_goes_on_when_started_again(run, tmp_path, 
     monkeypatch.setattr("flora.training.callbacks.StepMeter.on_step_end", tell, raising=False)
     code, out, err = run("trainer.max_steps=3")
     assert code == 75, err
-    assert "interrupted: the scheduler asked for the machine" in err
+    assert "interrupted: the signal SIGUSR1 asked it to stop" in err
     assert "record:" not in out
     (record,) = [json.loads(p.read_text()) for p in tmp_path.glob("results/*.json")]
     assert record["status"] == "interrupted"

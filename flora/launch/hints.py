@@ -20,6 +20,7 @@ from flora.files import ROOT
 
 _NO_OPTION = re.compile(r"Could not find '([^']+)/([^'/]+)'")
 _NO_KEY = re.compile(r"Could not override '([^']+)'")
+_MEANT = {"rank": "r", "ranks": "r", "learning_rate": "lr", "rate": "lr", "num_epochs": "epochs", "steps": "max_steps"}
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.+?)'$", re.MULTILINE)
 
 
@@ -60,8 +61,10 @@ def _no_option(group: str, option: str) -> str | None:
 
 
 def _no_key(key: str) -> str:
-    keys, last = _keys(), key.split(".")[-1]
+    keys, (group, _, last) = _keys(), key.rpartition(".")
     same = [known for known in keys if known.endswith(f".{last}")]
+    if (meant := f"{group}.{_MEANT.get(last, '')}") in keys:
+        same = [meant, *same]
     return f"{key}: there is no such key; {_did_you_mean(key, keys, same)}--cfg job lists all"
 
 
@@ -82,10 +85,11 @@ def _keys() -> list[str]:
 
 
 def _dotted(node: Any, prefix: str) -> list[str]:
-    """Names of all keys within plain containers; lists count as values."""
+    """Names of all keys within plain containers, but for Hydra's own; lists count as values."""
     if not isinstance(node, dict):
         return []
-    return [name for key, value in node.items() for name in (f"{prefix}{key}", *_dotted(value, f"{prefix}{key}."))]
+    own = [(key, value) for key, value in node.items() if not str(key).startswith("_")]
+    return [name for key, value in own for name in (f"{prefix}{key}", *_dotted(value, f"{prefix}{key}."))]
 
 
 def _unparsed(word: str) -> str:

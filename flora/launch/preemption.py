@@ -20,9 +20,12 @@ class Preempted(KeyboardInterrupt):
     exit_code = 75  # sysexits.h: temporary failure, try again later
 
     def __init__(self) -> None:
-        super().__init__("the scheduler asked for the machine")
         if signal.SIGINT in _came[:1]:
-            self.args, self.exit_code = ("Ctrl-C",), BY_HAND
+            super().__init__("Ctrl-C")
+            self.exit_code = BY_HAND
+        else:
+            who = f"the signal {signal.Signals(_came[0]).name}" if _came else "another process of the run"
+            super().__init__(f"{who} asked it to stop")
 
 
 _wanted = _held = _forwards = _adopted = False

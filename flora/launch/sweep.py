@@ -1,5 +1,6 @@
 """A multirun's outcome: each job leaves a file in the sweep's folder, whoever launches it; a summary ends the sweep."""
 
+import contextlib
 import json
 import os
 import sys
@@ -8,7 +9,11 @@ from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,6 +23,8 @@ from flora.launch import preemption, processes
 from flora.secrets import without_secrets
 
 _folder: Path | None = None  # of the sweep that this process started
+_asked: int | None = None  # cells of that sweep; None where nothing tells
+_on: int | None = None  # the cell that is on in this process
 _OUTCOMES = {"finished": None, "failed": None, "running elsewhere": AlreadyRunning, "interrupted": Interrupted}
 
 
@@ -31,18 +38,22 @@ class Outcomes(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Remember where this process's sweep keeps its outcomes; signals go on to processes of a launcher here."""
-        global _folder
+        global _folder, _asked
         _check_secrets(config, "a sweep writes its overrides to disk")
-        _folder = _cells(config)
+        _folder, _asked = _cells(config), _cells_asked(config)
         if config.hydra.launcher._target_.endswith(("JoblibLauncher", "LocalLauncher")):
             preemption.forward()
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Take signals in the process of a launcher too."""
+        global _on
+        _on = config.hydra.job.get("num")
         preemption.adopt()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Write what became of a job of a sweep."""
+        global _on
+        _on = None
         if config.hydra.mode is None or config.hydra.mode.name != "MULTIRUN" or not processes.first():
             return
         outcome, message = "finished", ""
@@ -119,12 +130,14 @@ def lost(error: Exception) -> WorkerLost | None:
 
 def summary() -> int:
     """Say on stderr how the sweep went, if this process started one; its exit code."""
-    cells = _outcomes()
-    if not cells:
+    if _folder is None:
         return 0
-    kinds = [cell["outcome"] for cell in cells]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in _OUTCOMES if kind != "interrupted" or kind in kinds)
-    print(f"sweep: {len(cells)} cells: {counts}", file=sys.stderr)
+    kinds = [cell["outcome"] for cell in _outcomes()] + (["interrupted"] if _on is not None else [])
+    kinds += ["not begun"] * ((_asked or 0) - len(kinds))
+    if not kinds:
+        return 0
+    shown = [kind for kind in (*_OUTCOMES, "not begun") if kind in kinds or kind not in ("interrupted", "not begun")]
+    print(f"sweep: {len(kinds)} cells: {', '.join(f'{kinds.count(kind)} {kind}' for kind in shown)}", file=sys.stderr)
     failed = failures()
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
@@ -133,6 +146,19 @@ def summary() -> int:
 
 def _cells(config: DictConfig) -> Path:
     return Path(config.hydra.sweep.dir) / "cells"
+
+
+def _cells_asked(config: DictConfig) -> int | None:
+    """The jobs of a sweep, as Hydra's own sweeper counts them, or the trials of a search."""
+    sweeper: Any = OmegaConf.to_container(config.hydra.sweeper)
+    if "trials" in sweeper:
+        return sweeper["trials"] if isinstance(sweeper["trials"], int) else None
+    words = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    words += list(OmegaConf.to_container(config.hydra.overrides.task) or ())  # type: ignore[arg-type]
+    with contextlib.suppress(HydraException):  # the sweeper says what is wrong
+        overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
+        return sum(map(len, BasicSweeper.split_arguments(overrides, None)))
+    return None
 
 
 def _outcomes() -> list[dict[str, Any]]:

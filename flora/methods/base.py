@@ -17,6 +17,8 @@ from flora.methods.heads import in_head
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, *CONVS, nn.Embedding)
+# PEFT asks transformers 5 by a name that is old there; a user can do nothing about it.
+OLD_NAME_IN_PEFT = "`is_gradient_checkpointing` is deprecated"
 
 
 @dataclass
@@ -125,6 +127,7 @@ def _load_peft(model: nn.Module, folder: Path) -> Adapted:
     saved = load_file(folder / "adapter_model.safetensors")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+        warnings.filterwarnings("ignore", message=OLD_NAME_IN_PEFT)
         try:
             wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
         except KeyError as error:  # of a module that is saved beside the adapter

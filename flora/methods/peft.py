@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from flora.methods import alpha
 from flora.methods.allocation import check_allocation
-from flora.methods.base import CONVS, LAYERS, Adapted, adaptable, effective_ranks, normalisations
+from flora.methods.base import CONVS, LAYERS, OLD_NAME_IN_PEFT, Adapted, adaptable, effective_ranks, normalisations
 from flora.methods.budget import Budget, Matched
 from flora.methods.ladders import has_ranks
 from flora.replaced.config import ReplacedConfig
@@ -113,8 +113,7 @@ class Peft:
             if self.alpha is not None and not isinstance(config, ReplacedConfig):
                 alpha.follow_ranks(config, *self.alpha)
             with warnings.catch_warnings():
-                # PEFT asks transformers 5 by the old name; a user can do nothing about it.
-                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+                warnings.filterwarnings("ignore", message=OLD_NAME_IN_PEFT)
                 wrapped = peft.get_peft_model(model, config)
         except NoMatchingPeftModuleError as error:
             raise ValueError(

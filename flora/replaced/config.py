@@ -194,6 +194,9 @@ class ReplacedConfig(PeftConfig):
         for name, value in values.items():
             if value is not None and not (is_number(value) and math.isfinite(value)):
                 raise ValueError(f"{name}: must be a finite number, got {value!r}")
+        if not any(values.values()) and not self.use_dora:  # whose magnitude is trained all the same
+            name = "scale" if self.alpha is None else "alpha"
+            raise ValueError(f"{name}: {values[name]!r} makes the update zero for good: give another number")
 
     def _check_choices(self) -> None:
         for name in self._flags:

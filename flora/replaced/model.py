@@ -19,6 +19,7 @@ from flora.replaced.tied import check_tokens, note_tied_weights
 from flora.replaced.weights import matching_pattern
 
 Layers = tuple[tuple[tuple[type[nn.Module], ...], type[ReplacedLayer]], ...]  # kinds of modules -> what adapts them
+_HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")  # PEFT adds them to modules_to_save, there or not
 
 
 class ReplacedModel(BaseTuner):
@@ -47,6 +48,10 @@ class ReplacedModel(BaseTuner):
             self._take_out(model, adapter_name)
             raise
         self.warn_of_missed("target_modules", names, self.targeted_module_names)
+        there = [name for name, _ in model.named_modules()]
+        saved = [own for own in config.modules_to_save or [] if own not in _HEADS_OF_PEFT]
+        if missed := [own for own in saved if not any(name.endswith(own) for name in there)]:
+            warnings.warn(f"modules_to_save: {', '.join(missed)} match no module and stay untrained", stacklevel=2)
         adapted = [name for name, _, _ in self.adapted_weights(adapter_name)]
         adapted += [name.rpartition(".")[0] for name in adapted] + self.targeted_module_names
         for field in config._patterns:

@@ -15,6 +15,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ class Owner:
     Attributes:
         path, generation: the lock's file.
         alive: whether its process exists, or on another machine whether the heartbeat is fresh.
-        facts: what the owner wrote: ``token``, ``machine``, ``host``, ``pid``, ``since``, ``cell``; empty while it is
-            written.
+        facts: what the owner wrote: ``token``, ``machine``, ``host``, ``pid``, ``since``, ``cell``, ``about``; empty
+            while it is written.
     """
 
     path: Path
@@ -119,6 +120,7 @@ class Lock:
         run_id: the run.
         heartbeat, stale_after: seconds, see above.
         cell_id: the cell of the run, which who looks for the cell finds in the lock.
+        about: what else the lock says of the run, for who lists runs.
 
     Raises:
         AlreadyRunning: on entry, while another process holds the lock.
@@ -132,8 +134,9 @@ class Lock:
         heartbeat: float = HEARTBEAT,
         stale_after: float = STALE_AFTER,
         cell_id: str | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder, self.run_id, self.cell_id = folder, run_id, cell_id
+        self.folder, self.run_id, self.cell_id, self.about = folder, run_id, cell_id, dict(about or {})
         self.heartbeat, self.stale_after = heartbeat, stale_after
         self._claim: Claim | None = None
         self._stop = threading.Event()
@@ -181,7 +184,7 @@ class Lock:
             raise self._running(None) from None
         try:
             with os.fdopen(handle, "w") as file:
-                json.dump(_written(claim.token) | {"cell": self.cell_id}, file)
+                json.dump(_written(claim.token) | {"cell": self.cell_id, "about": self.about}, file)
         except OSError as error:
             path.unlink(missing_ok=True)
             reason = error.strerror or error

@@ -100,6 +100,11 @@ class Record:
         write_json(path, asdict(self) | {"masked": without_secrets(self.config) != self.config})
 
 
+def named(task: str, dataset: str) -> str:
+    """What a run is about, for people: ``vtab/eurosat``, ``digits``, ``imagefolder /home/me/photos``."""
+    return task if task == dataset else f"{task}{' ' if Path(dataset).is_absolute() else '/'}{dataset}"
+
+
 def now() -> str:
     """The time in UTC, ISO 8601 with seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")

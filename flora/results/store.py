@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -150,9 +150,9 @@ class Store:
             raise FailedBefore(f"run {run_id} failed before ({record.get('error')}): retry=true tries again")
         return record if record is not None and record["status"] == "finished" else None
 
-    def lock(self, run_id: str, cell_id: str | None = None) -> Lock:
+    def lock(self, run_id: str, cell_id: str | None = None, about: Mapping[str, Any] | None = None) -> Lock:
         """The lock to hold while a run is on; entering it raises AlreadyRunning when another process does."""
-        return Lock(self.folder, run_id, self.heartbeat, self.stale_after, cell_id)
+        return Lock(self.folder, run_id, self.heartbeat, self.stale_after, cell_id, about)
 
     def write(self, record: Record, claim: Claim | None = None) -> Path:
         """Write a record atomically; returns its path. A finished record gives way to another finished one only.

@@ -66,6 +66,7 @@ class Splits:
         facts: JSON-able, goes into the record: ``source``, ``counts`` per split, ``split_rule``, ``sha256`` of the
             files or of the rendered content, ``unreadable`` images skipped, ``warnings``.
         further_tests: are evaluated as well, their metrics under ``NAME_METRIC``.
+        drawn: what names each example, by split, where the splits were drawn from the user's data; else empty.
     """
 
     train: TrainSplit
@@ -75,6 +76,7 @@ class Splits:
     class_names: list[str]
     facts: dict[str, Any]
     further_tests: Mapping[str, Split] = field(default_factory=dict)
+    drawn: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 class Task(ABC, Generic[Spec]):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from flora.errors import ConfigError
+from flora.files import whole_file
 from flora.launch import processes
 from flora.tasks.base import draw
 
 SPLITS = ("train", "validation", "test")
+AS_FILES = "as in the files"
 WHOLE = "all of it is the test"  # of data that has no splits, on which a run of other data is tested
+ALONE = "a test alone"  # of benchmarks
+UNDRAWN = (AS_FILES, WHOLE, ALONE)
 _USUAL = (70.0, 15.0, 15.0)
 
 
@@ -82,6 +88,14 @@ def absent(labels: Mapping[str, np.ndarray], names: Sequence[str]) -> list[str]:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             warnings.append(f"{split} has no example of {len(missing)} of {len(names)} classes ({shown})")
     return warnings
+
+
+def write_drawn(drawn: Mapping[str, Sequence[str]], path: Path) -> None:
+    """A CSV file of which example is in which split, ``split,example``."""
+    with whole_file(path) as place, place.open("w", newline="", encoding="utf-8", errors="replace") as stream:
+        rows = csv.writer(stream, lineterminator="\n")
+        rows.writerow(("split", "example"))
+        rows.writerows((split, name) for split, names in drawn.items() for name in names)
 
 
 def by_value(names: Sequence[str]) -> list[str]:

@@ -113,7 +113,7 @@ def column(table: Table, key: str, asked: str | None, usual: Sequence[str]) -> s
     Raises:
         ConfigError: no such column; the message lists those there are.
     """
-    there = f"there are {', '.join(table.columns)}"
+    there = f"there are {', '.join(name or repr(name) for name in table.columns)}"
     if asked is not None:
         if asked in table.columns:
             return asked
@@ -121,7 +121,9 @@ def column(table: Table, key: str, asked: str | None, usual: Sequence[str]) -> s
         raise ConfigError(f"{key}={asked} is no column; {f'did you mean {close[0]}? ' if close else ''}{there}")
     if name := usual_column(table.columns, usual):
         return name
-    raise ConfigError(f"{key}: none of the columns has a usual name: say which it is; {there}")
+    raise ConfigError(
+        f"{key}: none of the columns has a usual name: say which it is; {there} (a table's first row names them)"
+    )
 
 
 def usual_column(columns: Sequence[str], usual: Sequence[str]) -> str | None:

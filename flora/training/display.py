@@ -89,7 +89,8 @@ class Display:
     def _said(self, done: int, figures: dict[str, float]) -> str:
         said = [f"{name} {value:.4g}" for name, value in figures.items()]
         if self.clock.steps:
-            said += [f"{self.batch / self.clock.seconds_a_step:.0f} examples/s", f"{duration(self.left(done))} left"]
+            what = "for the test" if self.before + done >= self.total else "left"
+            said += [f"{self.batch / self.clock.seconds_a_step:.0f} examples/s", f"{duration(self.left(done))} {what}"]
         return " ".join(said)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ class Identity:
         run_id: by all that decides the result.
         cell_id: by the settings alone, whatever the data and weights hold.
         config: the settings and ``inputs``, as the record keeps them.
+        about: what a list of runs shows of one that is on: task, dataset, model, adapter and seed.
     """
 
     run_id: str
     cell_id: str
     config: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def inputs(self) -> inputs.Inputs:
@@ -62,7 +64,10 @@ def identify(cfg: DictConfig) -> Identity:
         given["checkpoint"] = saved.digest(Path(cfg.checkpoint))
         place = _cell_of(cfg.checkpoint)
         config["checkpoint"] = given["checkpoint"] if place == cfg.checkpoint else place
-    return Identity(recorded_id(config), recorded_cell(config), config)
+    model = cfg.model.get("name") or cfg.model.get("timm_name") or cfg.model._target_.rpartition(".")[2]
+    about = {"task": cfg.task.name, "dataset": cfg.task.dataset, "model": model}
+    about |= {"adapter": cfg.adapter.get("name"), "seed": cfg.seed}
+    return Identity(recorded_id(config), recorded_cell(config), config, about)
 
 
 def finished(identity: Identity, store: Store, cfg: DictConfig) -> tuple[dict[str, Any], Path] | None:

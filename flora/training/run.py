@@ -27,6 +27,7 @@ from flora.methods.heads import trained
 from flora.models.spec import ModelSpec
 from flora.results.lock import Claim
 from flora.tasks.base import Split, Splits, Task
+from flora.tasks.portions import write_drawn
 from flora.training.display import Display
 from flora.training.finite import check_metrics, check_weights, masks
 from flora.training.internals import raise_for_killed_workers
@@ -296,6 +297,8 @@ class Run:
                 processes.unite(unreadable)
         if processes.first():
             self.task.report(trainer.metric, self.splits, self.folder)
+            if self.splits.drawn:
+                write_drawn(self.splits.drawn, self.folder / "splits.csv")
         for name, more in self.splits.further_tests.items():
             metrics |= {f"{name}_{metric}": value for metric, value in self._test_on(trainer, more).items()}
         return metrics

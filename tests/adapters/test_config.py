@@ -64,6 +64,9 @@ BAD = [
     ("alpha_pattern", {"alpha": 8, "alpha_pattern": ["fc"]}),
     ("alpha_pattern['fc']", {"alpha": 8, "alpha_pattern": {"fc": [4]}}),
     ("rank_stabilized", {"alpha": 8, "rank_stabilized": "yes"}),
+    ("scale", {"scale": 0}),
+    ("scale", {"scale": 0.0, "scale_pattern": {"fc": 0}}),
+    ("alpha", {"alpha": 0}),
     ("init", {"init": None}),
     ("init_weights", {"init_weights": "no"}),
     ("use_dora", {"use_dora": 1}),
@@ -86,6 +89,12 @@ def test_bad_values_name_their_field(field, settings):
         flora.FloraConfig(**settings)
     assert str(caught.value).startswith(f"{field}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_scale_of_zero_may_leave_layers_out():
+    assert flora.FloraConfig(scale=0, scale_pattern={"fc": 2}).scale == 0
+    assert flora.FloraConfig(alpha=8, alpha_pattern={"fc": 0}).alpha == 8
+    assert flora.FloraConfig(scale=0, use_dora=True).use_dora
 
 
 def test_numbers_and_lists_of_other_libraries_become_plain_ones_that_can_be_saved(tmp_path):

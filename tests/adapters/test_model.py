@@ -116,6 +116,8 @@ def test_targets_left_untrained_are_a_warning():
         adapt(Net(), target_modules=["fc1", "typo"])
     with pytest.warns(UserWarning, match="target_parameters: typo match nothing"):
         adapt(Net(), target_parameters=["position", "typo"])
+    with pytest.warns(UserWarning, match="modules_to_save: hed match no module and stay untrained"):
+        adapt(Net(), target_modules=["fc1"], modules_to_save=["head", "hed"])
     for field in ("rank_pattern", "scale_pattern", "fold_pattern"):
         value = [2, 2] if field == "fold_pattern" else 1
         with pytest.warns(UserWarning, match=rf"{field}\['typo'\] matches no adapted layer"):
@@ -126,6 +128,7 @@ def test_patterns_that_match_are_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapt(Net(), target_modules=["fc1"], target_parameters=["position"], rank_pattern={"fc1": 2, "position": 3})
+        adapt(Net(), target_modules=["fc1"], modules_to_save=["head", "classifier", "score"])  # PEFT adds the last two
 
 
 def test_unsupported_modules_name_their_type():

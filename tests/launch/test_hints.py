@@ -29,6 +29,8 @@ def refused(word, monkeypatch, capsys):
         ("tsk=vtab", "tsk: there is no such key; did you mean task? --cfg job lists all"),
         ("trainer.epoch=3", "trainer.epoch: there is no such key; did you mean trainer.epochs"),
         ("adapter.rnk=3", "adapter.rnk: there is no such key; did you mean adapter.r"),
+        ("adapter.rank=3", "adapter.rank: there is no such key; did you mean adapter.r or "),
+        ("trainer.learning_rate=1", "trainer.learning_rate: there is no such key; did you mean trainer.lr"),
         (
             "--max-steps=3",
             "--max-steps=3: there is no such flag; settings are KEY=VALUE, without dashes; did you mean trainer.max",
@@ -39,6 +41,12 @@ def refused(word, monkeypatch, capsys):
 )
 def test_the_nearest_name_is_offered(word, near, monkeypatch, capsys):
     assert refused(word, monkeypatch, capsys).startswith(near)
+
+
+def test_keys_of_hydra_are_not_offered(monkeypatch, capsys):
+    said = refused("model.target=1", monkeypatch, capsys)
+    assert said.startswith("model.target: there is no such key; ")
+    assert "_target_" not in said
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,19 @@ def test_a_signal_to_the_sweep_reaches_the_processes_of_its_launcher(tmp_path, l
     assert any(step % 50 for step in steps), "written at the signal, not by the count"
 
 
+def test_a_stopped_sweep_says_how_many_cells_it_never_began(tmp_path):
+    log = tmp_path / "log"
+    running = sweeping(tmp_path, log, *LONG, "seed=0,1,2", "trainer.lr=1e-3,1e-2")
+    wait_for(lambda: list(tmp_path.glob("outputs/*/checkpoints/[0-9]*")), running)
+    running.terminate()
+    assert running.wait(timeout=120) == 75, log.read_text()
+    said = log.read_text()
+    assert "sweep: 6 cells: 0 finished, 0 failed, 0 running elsewhere, 1 interrupted, 5 not begun" in said
+    assert "interrupted: the signal SIGTERM asked it to stop" in said
+
+
 CELLS = range(24)
-LABEL = "digits/digits resnet10t linear_probe seed {}: test accuracy"
+LABEL = "digits resnet10t linear_probe seed {}: test accuracy"
 
 
 def seeds(numbers):

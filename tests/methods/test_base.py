@@ -1,7 +1,10 @@
 """What a method must do: the protocol, and a method of ten lines that a run takes like any other."""
 
+import warnings
+
 import pytest
 import torch
+import transformers
 
 from flora.methods import Adapted, Method, Peft
 from flora.methods.base import load, save_trained
@@ -65,3 +68,15 @@ def test_only_what_trains_is_saved(tmp_path):
     trains = {name: p for name, p in adapted.model.named_parameters() if p.requires_grad}
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trains.keys()
     assert all(torch.equal(loaded.get_parameter(name), p) for name, p in trains.items())
+
+
+def test_an_adapter_of_texts_is_loaded_without_a_warning_of_peft(tmp_path):
+    def bert():
+        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=20, **size))
+
+    method = Peft("flora", "flora.FloraConfig", target_modules=["query"], r=2)
+    method.save(method.apply(bert(), ["classifier"]).model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        load(bert(), ["classifier"], tmp_path)

@@ -86,6 +86,18 @@ def test_predictions_of_the_tests_own_texts_give_its_metrics(runs, name, dataset
     assert not list(Path("../cache").rglob("*.safetensors")), "texts of users are not kept"
 
 
+def test_the_accuracy_of_a_run_can_be_reckoned_from_its_list_of_drawn_examples(runs):
+    rows = [line.split(",") for line in Path("pictures/splits.csv").read_text().splitlines()]
+    assert rows[0] == ["split", "example"]
+    assert {split for split, _ in rows[1:]} == {"train", "validation", "test"}
+    assert len({name for _, name in rows[1:]}) == len(rows) - 1 == len(list(Path("data/photos").rglob("*.png")))
+    test = [name for split, name in rows[1:] if split == "test"]
+    found = load("pictures").predict([f"data/photos/{name}" for name in test])
+    right = [prediction.label == Path(name).parent.name for prediction, name in zip(found, test, strict=True)]
+    assert np.mean(right) == runs["pictures"]["value"]
+    assert not Path("texts/splits.csv").exists(), "files make its splits"
+
+
 def test_questions_about_pictures_are_answered_as_in_the_test(runs):
     predictor = load("questions")
     splits = predictor.task.load_for(predictor.spec, Path("data"))
@@ -105,7 +117,9 @@ def test_questions_about_pictures_are_answered_as_in_the_test(runs):
     ("run", "given", "message"),
     [
         ("pictures", 3, "input 0 is int: give a path or an image"),
-        ("pictures", "nowhere.png", "nowhere.png: image cannot be decoded"),
+        ("pictures", "nowhere.png", r"^nowhere\.png: no such file$"),
+        ("pictures", "data/photos", r"^data/photos is a folder: give its files as a list; mode=predict takes folders$"),
+        ("questions", ("nowhere.png", "what is it?"), "no such file"),
         ("texts", Path("a"), "input 0 is PosixPath"),
         ("texts", ("a", "b"), "task=glue takes a text"),
         ("pairs", "a", r"takes \(sentence1, sentence2\), a tuple of texts"),
@@ -126,6 +140,9 @@ def test_an_unreadable_picture_is_an_error_or_left_out(runs):
     predictor.task.unreadable = "skip"
     first, missing, last = predictor.predict([PHOTOS[0], "broken.png", PHOTOS[1]])
     assert missing is None
+    for place, message in (("nowhere.png", "no such file"), ("data", "is a folder")):
+        with pytest.raises(DataError, match=message):
+            predictor.predict([PHOTOS[0], place])
     assert [first, last] == load("pictures").predict(PHOTOS[:2])
 
 

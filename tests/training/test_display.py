@@ -53,6 +53,13 @@ def test_without_a_terminal_a_line_comes_now_and_then_with_what_is_left(clock, c
     assert lines[-1].endswith("s left")
 
 
+def test_after_the_last_step_what_is_left_is_the_test(clock, capsys):
+    with Display({"train": 160}, True, 16, 0, 480) as shown:
+        train(shown, clock, "train", 10, 1.0)
+        shown.line(10, {})
+    assert capsys.readouterr().err.splitlines()[-1] == "train: step 10/10 16 examples/s 10 s for the test"
+
+
 def test_an_evaluation_is_a_line_and_takes_no_time_of_the_steps(clock, capsys):
     args = SimpleNamespace(eval_strategy="epoch", num_train_epochs=2, metric_for_best_model="accuracy")
     with Display({"train": 160}, False, 16, 48, 0) as shown:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flora.contents import IMAGES, checksum, of
+from flora.contents import IMAGES, checksum, everything, of
 from flora.errors import DataError
 from flora.tasks import manifest
 from flora.tasks.imagefolder.dataset import Catalogue
@@ -121,8 +121,7 @@ def _tree(
 
 
 def _images(folder: Path) -> list[Path]:
-    files = folder.rglob("*") if folder.is_dir() else ()
-    return sorted(file for file in files if file.suffix.lower() in IMAGES and file.is_file())
+    return [file for file in everything(folder) if file.suffix.lower() in IMAGES]
 
 
 def _parquet(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from flora.tasks.imagefolder.files import contents, open_folder, tables
 from flora.tasks.imagefolder.mix import erase, mix
 from flora.tasks.images.task import ImageTask
 from flora.tasks.metrics import TopFive
-from flora.tasks.portions import SPLITS, WHOLE, absent, portions, rule_of, say, shares
+from flora.tasks.portions import AS_FILES, SPLITS, UNDRAWN, WHOLE, absent, portions, rule_of, say, shares
 
 
 class ImageFolder(ImageTask):
@@ -142,7 +143,9 @@ class ImageFolder(ImageTask):
             "unreadable": {"policy": self.unreadable},
             "warnings": warnings,
         }
-        return Splits(**splits, num_classes=len(names), class_names=names, facts=facts)
+        beside = [name.removeprefix(f"{folder}{os.sep}") for name in catalogue.names]
+        drawn = {split: [beside[row] for row in part] for split, part in rows.items()} if rule not in UNDRAWN else {}
+        return Splits(**splits, num_classes=len(names), class_names=names, facts=facts, drawn=drawn)
 
     def _split(
         self, folder: Path, labels: np.ndarray, rows: dict[str, np.ndarray]
@@ -151,7 +154,7 @@ class ImageFolder(ImageTask):
         if self.split is not None and len(rows) > 1:
             raise ConfigError(f"task.split={self.split}: {folder} has {' and '.join(rows)} already; leave it out")
         if len(rows) == len(SPLITS):
-            return rows, "as in the files"
+            return rows, AS_FILES
         if len(rows) == 1 and self.whole_test:
             return {split: np.sort(rows["train"]) for split in SPLITS}, WHOLE
         if len(rows) == 1:

@@ -84,11 +84,15 @@ class Picture:
 
 
 def as_picture(image: Any, number: int) -> Picture:
-    """A path, an image of Pillow's, the bytes of a file, or a ``Picture``; ConfigError for anything else.
+    """A path, an image of Pillow's, the bytes of a file, or a ``Picture``.
 
     Args:
         image: one of them.
         number: of it among others, for messages.
+
+    Raises:
+        ConfigError: it is something else.
+        DataError: a path where no file is.
     """
     if isinstance(image, Picture):
         return image
@@ -97,7 +101,12 @@ def as_picture(image: Any, number: int) -> Picture:
     if isinstance(image, bytes):
         return Picture(partial(open_image, image), f"image {number}")
     if isinstance(image, str | os.PathLike):
-        return Picture(partial(open_image, Path(image).expanduser()), str(image))
+        path = Path(image).expanduser()
+        if os.path.isdir(path):
+            raise DataError(f"{image} is a folder: give its files as a list; mode=predict takes folders")
+        if not os.path.exists(path):  # unlike a broken file it is never left out
+            raise DataError(f"{image}: no such file")
+        return Picture(partial(open_image, path), str(image))
     raise ConfigError(f"input {number} is {type(image).__name__}: give a path or an image of Pillow's")
 
 

@@ -56,6 +56,18 @@ def amounts(cells: Sequence[Any], classes: Sequence[str]) -> list[str]:
     ]
 
 
+def alike(classes: Sequence[str]) -> list[str]:
+    """Warnings of classes whose names differ in the case of letters and spaces alone, as ``yes`` and ``Yes``."""
+    same: dict[str, list[str]] = {}
+    for name in classes:
+        same.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    return [
+        f"{' and '.join(map(repr, names))} are classes of their own: write them alike where they mean the same"
+        for names in same.values()
+        if len(names) > 1
+    ]
+
+
 def as_classes(cells: Sequence[Any], names: Sequence[str] | None, whole: bool) -> list[str]:
     """The name of each cell's class.
 

@@ -22,7 +22,7 @@ from flora.tasks import baselines, manifest, tables
 from flora.tasks.base import Batch, Forward, Splits, check_split_seed
 from flora.tasks.imagefolder.confusion import draw_confusion
 from flora.tasks.metrics import Numbers, TextClasses
-from flora.tasks.portions import SPLITS, WHOLE, absent, hold_out, portions, rule_of, say, shares
+from flora.tasks.portions import AS_FILES, SPLITS, UNDRAWN, WHOLE, absent, hold_out, portions, rule_of, say, shares
 from flora.tasks.tables import Table
 from flora.tasks.text import labels
 from flora.tasks.text.dataset import TextDataset
@@ -204,6 +204,7 @@ class Text(TextTask):
         else:
             values, self.classes = labels.indices(values, names)
             warnings += [f"{warning}; its metrics are over the others" for warning in absent(values, self.classes)]
+            warnings += labels.alike(self.classes)
             warnings += labels.amounts(every, self.classes) if names is None and self.asked_kind == "auto" else []
         sets: dict[str, Any] = {}
         truncated: dict[str, int] = {}
@@ -229,7 +230,10 @@ class Text(TextTask):
         }
         if self.kind == "regression":
             facts["labels"] = dict(zip(("mean", "deviation"), self._units, strict=True))
-        return Splits(**sets, num_classes=len(self.classes) or 1, class_names=self.classes or [target], facts=facts)
+        places = {} if rule in UNDRAWN else chosen
+        drawn = {split: [data[place].where[row] for row in rows] for split, (place, rows) in places.items()}
+        outputs = self.classes or [target]
+        return Splits(**sets, num_classes=len(outputs), class_names=outputs, facts=facts, drawn=drawn)
 
     def forward(self, model: TextSpec) -> Forward:
         """Classify; of a regression numbers ``[B, 1]`` in the units of the labels."""
@@ -347,17 +351,14 @@ class Text(TextTask):
             return {split: ("train", rows) for split, rows in drawn.items()}, rule
         whole = {split: (split, np.arange(count)) for split, count in counts.items()}
         if len(counts) == len(SPLITS):
-            return whole, "as in the files"
+            return whole, AS_FILES
         kept, held = hold_out(strata, self.held_out, self.split_seed)
         if not len(held):
             raise DataError(
                 f"task.held_out={self.held_out} of {len(strata)} rows leaves nothing to choose on: raise it"
             )
-        parts = {
-            "train": ("train", kept),
-            "validation": ("train", held),
-            "test": whole[next(s for s in counts if s != "train")],
-        }
+        test = whole[next(s for s in counts if s != "train")]
+        parts = {"train": ("train", kept), "validation": ("train", held), "test": test}
         return parts, f"validation a drawn {self.held_out:.0%} of train, seed {self.split_seed}"
 
     def _tell(

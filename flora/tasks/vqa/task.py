@@ -23,7 +23,7 @@ from flora.models.spec import ImageTextSpec, ModelSpec
 from flora.tasks import manifest, tables
 from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed, draw
 from flora.tasks.images.decode import ORIENTATIONS, as_picture, as_square
-from flora.tasks.portions import SPLITS, WHOLE, rule_of, say, shares
+from flora.tasks.portions import ALONE, AS_FILES, SPLITS, UNDRAWN, WHOLE, rule_of, say, shares
 from flora.tasks.text.causal import answer_logits, answer_loss, write_out
 from flora.tasks.text.tokenise import fingerprint
 from flora.tasks.vqa import sheet
@@ -162,9 +162,9 @@ class Instruct(Task[ImageTextSpec]):
         dialogues, files = self._read_files(data_dir, pictures)
         left_out = self._leave_out(dialogues)
         answers_first = {split: sum(dialogue.answer_first for dialogue in part) for split, part in dialogues.items()}
-        rule = "as in the files"
+        rule = AS_FILES
         if self.benchmark is not None:
-            rule = "a test alone"
+            rule = ALONE
         elif self.split is not None and len(dialogues) > 1:
             raise ConfigError(f"task.split={self.split}: there is {' and '.join(dialogues)} already; leave it out")
         if len(dialogues) == 1 and self.whole_test:
@@ -211,7 +211,8 @@ class Instruct(Task[ImageTextSpec]):
             "warnings": coder.warnings
             + [f"{split}: {n} conversations begin with an answer, left out" for split, n in answers_first.items() if n],
         }
-        return Splits(**sets, num_classes=0, class_names=[], facts=facts)
+        drawn = {split: [d.where for d in part] for split, part in dialogues.items()} if rule not in UNDRAWN else {}
+        return Splits(**sets, num_classes=0, class_names=[], facts=facts, drawn=drawn)
 
     def unlabelled(self, model: ImageTextSpec, inputs: Sequence[Any]) -> Shown:
         """Pairs of an image (see ``flora.tasks.images.decode.as_picture``) and a question about it."""

@@ -57,10 +57,15 @@ def test_training_images_are_cropped_and_evaluated_ones_are_not(tmp_path):
 
 
 def test_only_what_is_seen_in_a_folder_counts(tmp_path):
-    """Jupyter leaves hidden folders behind, and a folder may be named like an image."""
+    """Jupyter leaves hidden folders, macOS a ``._NAME`` for each file, and a folder may be named like an image."""
     write_tree(tmp_path)
+    known = task().contents(tmp_path)
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "ant" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "ant" / ".ipynb_checkpoints" / "0001.png").write_bytes(b"")
+    (tmp_path / "train" / "ant" / "._0000.png").write_bytes(b"Mac OS X")
     (tmp_path / "train" / "ant" / "old.png").mkdir()
+    assert task().contents(tmp_path) == known
     splits = load(tmp_path)
     assert splits.class_names == ["ant", "bee"]
     assert len(splits.train.catalogue.names) == 40
@@ -119,6 +124,8 @@ def test_a_flat_folder_of_classes_is_drawn_class_by_class_and_says_so(tmp_path, 
         "test": [3, 6, 1],
     }
     assert numbers(splits.validation) == [6, 12, 19, 103, 104, 116, 118, 128, 130, 200], "on every machine"
+    assert splits.drawn["validation"][2:4] == ["ant/0019.png", "bee/0103.png"]
+    assert {split: len(names) for split, names in splits.drawn.items()} == splits.facts["counts"]
     assert numbers(load(tmp_path, split_seed=1).test) != numbers(splits.test)
     halves = load(tmp_path, split=[2, 1, 1])
     assert [len(getattr(halves, split)) for split in parts] == [31, 16, 16]

@@ -35,6 +35,18 @@ def test_numbers_with_a_decimal_comma_are_said_to_be_none(tmp_path, capsys):
     assert "its labels look like numbers with a decimal comma: write them with a point" in capsys.readouterr().err
 
 
+def test_classes_that_differ_in_the_case_of_letters_alone_are_warned_of(tmp_path, capsys):
+    labels = ("yes", "no", "Yes")
+    lines = "".join(f"text {n},{labels[n % 3]}\n" for n in range(60))
+    (tmp_path / "answers.csv").write_text(f"text,label\n{lines}")
+    splits = load(tmp_path, "answers.csv")
+    assert splits.class_names == ["Yes", "no", "yes"]
+    assert "'Yes' and 'yes' are classes of their own: write them alike where they mean" in capsys.readouterr().err
+    named = [name for names in splits.drawn.values() for name in names]
+    assert sorted(int(name.rpartition(" ")[2]) for name in named) == [*range(2, 62)], "the lines of the file"
+    assert {split: len(names) for split, names in splits.drawn.items()} == splits.facts["counts"]
+
+
 def test_the_most_frequent_class_of_train_is_the_baseline_and_one_class_alone_is_warned_of():
     generator = np.random.default_rng(0)
     train, truth = generator.choice(3, 200, p=[0.2, 0.5, 0.3]), generator.choice(3, 50)

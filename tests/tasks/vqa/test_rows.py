@@ -45,6 +45,7 @@ def test_every_format_gives_the_same_questions_drawn_by_image(tmp_path, name, ca
     mine, splits = load(tmp_path)
     assert splits.facts["counts"] == {"train": 24, "validation": 8, "test": 8}
     assert splits.facts["split_rule"] == "drawn 70/15/15 % train/validation/test, seed 0, by image"
+    assert {split: len(names) for split, names in splits.drawn.items()} == splits.facts["counts"]
     assert "scans has no validation and no test: drawn 70/15/15 %" in capsys.readouterr().err
     shown = [
         {image for images in getattr(splits, split).images for image in images} for split in splits.facts["counts"]
