@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any
 from flora import names, registration
 
 if TYPE_CHECKING:
-    from flora.adapters import FloraConfig, FloraLayer, FloraModel, batched, init_from_gradients
+    from flora.adapters import FloraConfig, FloraLayer, FloraModel, batched, init_from_gradients, parameter_groups
     from flora.predict import load
 
 __version__ = "0.1.0"
-__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "__version__", "batched", "init_from_gradients", "load"]
-_HOMES = dict.fromkeys(("FloraConfig", "FloraLayer", "FloraModel", "batched", "init_from_gradients"), "adapters") | {
-    "load": "predict"
-}
+__all__ = [
+    "FloraConfig",
+    "FloraLayer",
+    "FloraModel",
+    "__version__",
+    "batched",
+    "init_from_gradients",
+    "load",
+    "parameter_groups",
+]
+_HOMES = dict.fromkeys(__all__, "adapters") | {"load": "predict"}
 
 
 def __getattr__(name: str) -> Any:

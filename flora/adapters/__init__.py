@@ -8,6 +8,7 @@ from flora.adapters.gradients import init_from_gradients
 from flora.adapters.layer import FloraLayer
 from flora.adapters.model import FloraModel
 from flora.adapters.passes import batched
+from flora.adapters.rates import parameter_groups
 from flora.adapters.register import register
 from flora.replaced import lora_only
 
@@ -15,4 +16,4 @@ register(FloraConfig, FloraModel)
 hotswap.install()
 lora_only.install()
 
-__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "batched", "init_from_gradients"]
+__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "batched", "init_from_gradients", "parameter_groups"]

@@ -34,6 +34,7 @@ class Adapted:
         callbacks: what the method wants to do while it trains; one with ``state_dict`` and ``load_state_dict`` is
             saved and resumed with the run.
         penalty: ``model -> scalar`` added to the training loss.
+        lr_scales: factors of the learning rate by parameter's name; 1 where a name is missing.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class Adapted:
     ranks: dict[str, list[int]] = field(default_factory=dict)
     callbacks: list[TrainerCallback] = field(default_factory=list)
     penalty: Callable[[nn.Module], Tensor] | None = None
+    lr_scales: dict[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import TrainerCallback
 
+from flora.adapters.rates import core_parameters
 from flora.methods import alpha
 from flora.methods.allocation import check_allocation
 from flora.methods.base import CONVS, LAYERS, OLD_NAME_IN_PEFT, Adapted, adaptable, effective_ranks, normalisations
@@ -39,6 +41,7 @@ class Peft:
         skip_own_padding: leave convolutions out that pad their input themselves (TensorFlow's "same" in timm), for
             methods that run their update as a convolution with the layer's ``padding``.
         layer_types: the kinds of layers that the method can adapt, e.g. ``[Linear]``; others are left out. None: all.
+        core_lr_ratio: how many times faster FLoRA's cores learn than all else; None: as fast.
         explain: say on stderr, when training starts, in which form every layer runs (methods that have several).
         options: everything else goes to the PEFT config; a ``*_pattern`` may be a list of ``{pattern, rank}`` (or
             ``{pattern, shape}``), since Hydra's command line cannot carry a regex as a key; an alpha may be a multiple
@@ -59,6 +62,7 @@ class Peft:
         skip_depthwise: bool = False,
         skip_own_padding: bool = False,
         layer_types: Sequence[str] | None = None,
+        core_lr_ratio: float | None = None,
         explain: bool = False,
         **options: Any,
     ) -> None:
@@ -74,6 +78,9 @@ class Peft:
             raise ValueError(f"adapter.config_class {config_class!r} is not allowed: it is no PEFT config")
         self.budget: Budget | None = None
         self.explain = explain
+        if core_lr_ratio is not None and not (type(core_lr_ratio) in (int, float) and 0 < core_lr_ratio < math.inf):
+            raise ValueError(f"adapter.core_lr_ratio must be a number above 0, got {core_lr_ratio!r}")
+        self.core_lr_ratio = core_lr_ratio
         self.target_modules = target_modules
         self.skip_depthwise = skip_depthwise
         self.skip_own_padding = skip_own_padding
@@ -120,7 +127,11 @@ class Peft:
                 f"target_modules: {self.target_modules!r} match no layer; layers are called {layers}, ..."
             ) from error
         callbacks: list[TrainerCallback] = [Explain()] if self.explain else []
-        return Adapted(wrapped, skipped, effective_ranks(wrapped), callbacks)
+        cores = core_parameters(wrapped) if self.core_lr_ratio is not None else {}
+        if self.core_lr_ratio is not None and not cores:
+            raise ValueError(f"core_lr_ratio: {self.name} trains no core; leave it out")
+        scales = dict.fromkeys(cores, self.core_lr_ratio or 1.0)
+        return Adapted(wrapped, skipped, effective_ranks(wrapped), callbacks, lr_scales=scales)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's format, head included)."""

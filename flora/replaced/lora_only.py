@@ -15,7 +15,7 @@ def _names_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
     if any(isinstance(module, ReplacedLayer) for module in model.modules()):
         raise ValueError(
             "create_loraplus_optimizer: only LoRA has the matrices A and B to which LoRA+ gives rates of their own; "
-            "give torch.optim.AdamW parameter groups, e.g. names with tucker_core and all others"
+            "flora.parameter_groups(model, lr, core_lr_ratio) gives an optimizer a group of cores and one of the rest"
         )
     return _parameter_names(model, *args, **kwargs)
 

@@ -287,6 +287,7 @@ class Run:
             progress=None if label is None or self._display is None else self._display.fit(label),
             extra_callbacks=[*adapted.callbacks, *self.watching],
             penalty=adapted.penalty,
+            lr_scales=adapted.lr_scales,
             loss=self.task.loss,
         )
 

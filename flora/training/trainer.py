@@ -50,6 +50,7 @@ class Trainer(internals.Loop):
         extra_callbacks: what the fine-tuning method does while it trains.
         penalty: ``model -> scalar`` that the fine-tuning method adds to the training loss.
         loss: ``(outputs, targets, label_smoothing) -> scalar``.
+        lr_scales: factors of the learning rate by parameter's name, from the fine-tuning method.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Trainer(internals.Loop):
         extra_callbacks: Sequence[TrainerCallback] = (),
         penalty: Callable[[nn.Module], torch.Tensor] | None = None,
         loss: Loss = cross_entropy,
+        lr_scales: dict[str, float] | None = None,
     ) -> None:
+        self.lr_scales = lr_scales or {}
         self.settings = settings
         self.penalty = penalty
         self.forward = forward
@@ -317,6 +320,7 @@ class Trainer(internals.Loop):
         if self.optimizer is None:
             trained: Any = model or self.model
             scales = layer_scales(self._module, self.settings.layer_decay, self.settings.layer_decay_type)
+            scales |= self.lr_scales
             groups = parameter_groups(trained.named_parameters(), self.head, scales, self.settings)
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = (CapturedAdamW if self._captures() else optimizer_class)(groups, **kwargs)
