@@ -89,7 +89,7 @@ def write_pictures(folder):
         ("table3_glue", {"task__dataset": "rte"}, []),
         ("vtab", {"task__dataset": "eurosat"}, ["protocol.lr_grid=null"]),
         ("classification", {}, ["task.classes=null", "task.held_out=0.2"]),
-        ("commonsense", {"task__dataset": "boolq"}, ["task.validation_size=4"]),
+        ("commonsense", {}, ["task.validation_size=4"]),
     ],
 )
 def test_a_cell_of_each_family_runs_two_steps_on_weights_in_a_local_folder(table, settings, further, tmp_path, ran):

@@ -64,7 +64,7 @@ def identify(cfg: DictConfig) -> Identity:
         given["checkpoint"] = saved.digest(Path(cfg.checkpoint))
         place = _cell_of(cfg.checkpoint)
         config["checkpoint"] = given["checkpoint"] if place == cfg.checkpoint else place
-    model = cfg.model.get("name") or cfg.model.get("timm_name") or cfg.model._target_.rpartition(".")[2]
+    model = cfg.model.get("name") or cfg.model.get("timm_name") or cfg.model["_target_"].rpartition(".")[2]
     about = {"task": cfg.task.name, "dataset": cfg.task.dataset, "model": model}
     about |= {"adapter": cfg.adapter.get("name"), "seed": cfg.seed}
     return Identity(recorded_id(config), recorded_cell(config), config, about)

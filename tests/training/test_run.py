@@ -234,7 +234,7 @@ def test_gradient_accumulation_equals_the_large_batch(tmp_path):
         ({"dtype": "fp8"}, "trainer.dtype"),
         ({"warmup_ratio": 1.5}, "trainer.warmup_ratio"),
         ({"batch_size": 10, "gradient_accumulation": 3}, "multiple"),
-        ({"max_steps": 0}, "trainer.max_steps"),
+        ({"max_steps": -1}, "trainer.max_steps"),
         ({"batch_size": "many"}, "trainer.batch_size"),
         ({"max_steps": 1.5}, "trainer.max_steps must be a whole number"),
         ({"num_workers": "two"}, "trainer.num_workers must be a number"),
