@@ -58,7 +58,7 @@ HEAD_ALONE = ("linear_probe",)
 
 # Options where zero, false or an empty list says something else than null.
 _ZERO_COUNTS = (
-    *("scale", "alpha", "stack_modes", "color_jitter", "max_steps"),
+    *("scale", "alpha", "stack_modes", "color_jitter", "max_steps", "head_lr", "warmup_steps"),
     *("init_weights", "init_lora_weights", "init_ia3_weights"),
 )
 

@@ -19,7 +19,7 @@ SETTLED_NS = 2_000_000_000  # a file changed more recently may change again with
 _notes: ContextVar[dict[Path, bool] | None] = ContextVar("notes", default=None)
 UNREADABLE = "unreadable"
 IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")  # names of images end so
-_NO_IMAGES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".md", ".yaml", ".yml")
+NO_IMAGES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".md", ".yaml", ".yml")
 _SAID_FROM = 1 << 30  # bytes that are read without a word
 
 
@@ -33,7 +33,7 @@ def of(folder: Path, files: Collection[Path]) -> dict[str, str]:
     Returns:
         64 hex digits by name; ``images`` where there are any.
     """
-    beside = [path for path in everything(folder) if path.suffix.lower() not in _NO_IMAGES]
+    beside = [path for path in everything(folder) if path.suffix.lower() not in NO_IMAGES]
     return digests(files, folder) | ({"images": checksum(beside, folder)} if beside else {})
 
 

@@ -56,6 +56,11 @@ def test_a_new_option_that_is_off_keeps_old_run_ids(off):
     assert cell_id(config(adapter={"r": 8, "new_option": 1})) != cell_id(config())
 
 
+def test_no_warm_up_and_a_head_that_stands_still_are_no_defaults():
+    for zero in ("trainer.warmup_steps=0", "trainer.head_lr=0"):
+        assert cell_id(composed([zero])) != cell_id(composed([]))
+
+
 @pytest.mark.parametrize(
     ("zero", "null"),
     [

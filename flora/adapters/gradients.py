@@ -42,8 +42,9 @@ class ModeSum:
         self.probe: Tensor | None = None
         columns = min(size, max(4 * rank, rank + 64))
         if size > EXACT and columns < size:
-            # Drawn where every device draws the same.
-            self.probe = torch.linalg.qr(torch.randn(size, columns, dtype=torch.float64))[0].to(like)
+            # One for all processes, whatever their random numbers: what they add up belongs to one probe.
+            drawn = torch.randn(size, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+            self.probe = torch.linalg.qr(drawn)[0].to(like)
         self.sum = like.new_zeros(size, size if self.probe is None else columns)
 
     def add(self, unfolded: Tensor) -> None:
@@ -174,7 +175,7 @@ def init_from_gradients(
     Every factor but the one that is zero becomes the leading eigenvectors of its mode: with ``init="zero_output"``
     those of the input and kernel modes, with a zero core all of them. Factors as large as their mode span it already
     and stay. A fresh head should be trained a little first, since the gradients go through it. The base is not changed,
-    so saving, loading and merging need nothing special. Draws come from torch's global seed; the processes of
+    so saving, loading and merging need nothing special. Nothing is drawn; the processes of
     ``torch.distributed`` share what they find.
 
         model = peft.get_peft_model(network, flora.FloraConfig(init="zero_output", target_modules="all"))

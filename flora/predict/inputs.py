@@ -14,6 +14,7 @@ from flora.contents import IMAGES as SUFFIXES
 from flora.contents import everything
 from flora.errors import ConfigError, DataError, first_line
 from flora.tasks import tables
+from flora.tasks.imagefolder.files import say_ignored
 from flora.tasks.images.decode import Picture, open_image
 from flora.tasks.images.parquet import opener
 from flora.tasks.text.rows import row_of
@@ -78,6 +79,7 @@ def _pictures(place: Path) -> Inputs:
         found = [path for path in everything(place) if path.suffix.lower() in SUFFIXES]
         if not found:
             raise DataError(f"input={place}: no pictures in there ({', '.join(SUFFIXES)})")
+        say_ignored(place)
         return Inputs(found, {"path": _shown(found)})
     if place.suffix.lower() == ".parquet":
         table = read_rows(place)

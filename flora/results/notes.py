@@ -18,8 +18,8 @@ def notes(table: Table, rows: Sequence[Row]) -> list[str]:
         "ours: mean ± sample standard deviation over n seeds; adapter params leave the head out",
         *_varying(rows),
         "bold: highest mean of its task, model and protocol; *: not told from it by a two-sided t-test paired over"
-        " seeds (Holm-corrected over the methods, p > 0.05; few seeds tell little apart); nothing is marked where what"
-        " was run has one seed, or not the same seeds",
+        " seeds (Holm-corrected over the methods, p > 0.05; few seeds tell little apart); nothing is marked where a run"
+        " is missing, or where there is one seed, or not the same seeds",
         "time and memory: as each run measured them, beside LoRA's runs on the same kind of device, eager or captured"
         " as CUDA graphs like them; runs that shared a device (reproduce.py --jobs) slowed each other down, so these"
         " ratios are a rough guide and no benchmark",
@@ -38,7 +38,7 @@ def notes(table: Table, rows: Sequence[Row]) -> list[str]:
         *lines,
         f"commit: {all_of('commit')}{dirty}",
         f"device: {all_of('device')}; steps: {_steps(records)}",
-        f"protocol: {all_of('protocol')}; dtype: {all_of('dtype')}",
+        f"rates, epochs and training data chosen by protocol: {all_of('protocol')}; dtype: {all_of('dtype')}",
         f"versions: {', '.join(packages)}",
         f"records: {len(records)}, sha256 {digest(records)}",
     ]

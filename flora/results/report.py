@@ -20,7 +20,7 @@ from flora.results.escape import plain
 from flora.results.markdown import DASH
 from flora.results.notes import markers, notes
 from flora.results.plots import Plot, style
-from flora.results.rows import Row, blocks
+from flora.results.rows import Row, blocks, rate_counts
 from flora.results.statistics import mean_std
 from flora.results.tables import COLUMNS, cells_as_text
 
@@ -235,7 +235,14 @@ def address(place: Path, page: Path) -> str:
 
 def _run(seed: int, record: dict[str, Any], records: Callable[[dict[str, Any]], str]) -> Run:
     return Run(
-        *(seed, record["value"], record.get("lr"), record.get("train_seconds"), record["run_id"]), records(record)
+        *(
+            seed,
+            record["value"],
+            record.get("lr") if rate_counts(record) else None,
+            record.get("train_seconds"),
+            record["run_id"],
+        ),
+        records(record),
     )
 
 

@@ -49,6 +49,7 @@ class Row:
         published: the published number of the same cell, or None.
         mark: ``best``, ``tied`` or nothing.
         lora: the record of LoRA that time and memory are related to, by seed.
+        runnable: how many of the cells can run; None: all.
     """
 
     task: str
@@ -63,6 +64,12 @@ class Row:
     published: Published | None = None
     mark: str = ""
     lora: dict[int, dict[str, Any]] = field(default_factory=dict)
+    runnable: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all runs that can run are finished."""
+        return len(self.records) >= (self.cells if self.runnable is None else self.runnable)
 
     @property
     def name(self) -> str:
@@ -116,6 +123,11 @@ def _rates_told_apart(record: dict[str, Any]) -> bool:
     return len(set(((record.get("selection") or {}).get("values") or {}).values())) > 1
 
 
+def rate_counts(record: dict[str, Any]) -> bool:
+    """Whether the rate of a record trained anything: a head alone has its own, trainer.head_lr, unless one was chosen."""
+    return bool(record.get("trainable_params") or record.get("selection"))
+
+
 def _way(record: dict[str, Any]) -> tuple[Any, ...]:
     execution = record.get("execution") or {}
     return record.get("device"), record.get("dtype"), *(bool(execution.get(key)) for key in ("cuda_graph", "compile"))
@@ -142,13 +154,15 @@ def set_marks(rows: Sequence[Row]) -> list[Row]:
 
 
 def not_compared(block: Sequence[Row]) -> str | None:
-    """Why nothing in a block is marked; None where all that was run has the same seeds, at least two."""
+    """Why nothing in a block is marked; None where all that can run has been, with the same seeds, at least two."""
     seeds = {frozenset(row.records) for row in block if row.records}
     if len([row for row in block if row.records]) < 2:
         return "one row"
     if len(seeds) > 1:
         return "not the same seeds"
-    return "one seed" if len(min(seeds)) < 2 else None
+    if len(min(seeds)) < 2:
+        return "one seed"
+    return None if all(row.complete for row in block) else "not all runs are finished"
 
 
 def blocks(rows: Sequence[Row]) -> list[list[Row]]:
@@ -179,7 +193,10 @@ def _row(
     overrides = tuple(o for o in cells[0].overrides if not o.startswith("seed="))
     finished = {s: r for s, r in sorted(records.items()) if r}
     note = cells[0].note
-    return Row(task, model, method, settings, finished, len(cells), overrides, protocol, note, printed)
+    runnable = sum(not cell.not_runnable_yet for cell in cells)
+    return Row(
+        *(task, model, method, settings, finished, len(cells), overrides, protocol, note, printed), runnable=runnable
+    )
 
 
 def record_of(cell: Cell, contents: Contents) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from flora.results import escape
 from flora.results.cells import Table
 from flora.results.markdown import DASH, formatted, markdown_table
 from flora.results.notes import markers, notes, stated
-from flora.results.rows import Row, blocks, by_task
+from flora.results.rows import Row, blocks, by_task, rate_counts
 from flora.results.statistics import mean_std
 
 COLUMNS = (
@@ -89,7 +89,7 @@ def cells_as_text(row: Row) -> list[str]:
         f"{100 * first['trainable_params'] / first['total_params']:.2f}",
         formatted(row.relative("train_seconds"), ".2f"),
         formatted(row.relative("peak_memory_bytes"), ".2f"),
-        ", ".join(sorted({f"{r['lr']:g}" for r in row.records.values() if r.get("lr")})) or DASH,
+        ", ".join(sorted({f"{r['lr']:g}" for r in row.records.values() if r.get("lr") and rate_counts(r)})) or DASH,
         str(len(first["skipped_layers"])),
     ]
 

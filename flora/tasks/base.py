@@ -76,7 +76,7 @@ class Splits:
     class_names: list[str]
     facts: dict[str, Any]
     further_tests: Mapping[str, Split] = field(default_factory=dict)
-    drawn: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    drawn: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 class Task(ABC, Generic[Spec]):
@@ -90,6 +90,8 @@ class Task(ABC, Generic[Spec]):
         metric: the key of ``metrics().compute(...)`` that selects and is reported.
         epochs: default length of training.
         whole_test: a saved run is tested on other data than its own: where ``read`` would draw splits, all is the test.
+        trained_classes: of that run, in its order, of which the data may lack some; None: the data say which there are.
+        usual_class: which of them that run's training data had most of; None: the data say it.
     """
 
     name: str
@@ -97,6 +99,8 @@ class Task(ABC, Generic[Spec]):
     metric: str
     epochs: float
     whole_test: bool = False
+    trained_classes: list[str] | None = None
+    usual_class: str | None = None
 
     @abstractmethod
     def accepts(self, model: ModelSpec) -> None:

@@ -10,17 +10,21 @@ import numpy as np
 _ONE_SIDED = 0.95  # share of one class among the answers from which it is said
 
 
-def of_classes(train: np.ndarray, confusion: np.ndarray, names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def of_classes(
+    train: np.ndarray, confusion: np.ndarray, names: Sequence[str], usual: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """Always answering with the class that train has most of, as facts of a record and as lines for the user.
 
     Args:
         train: class indices of the training examples, int64 ``[N]``.
         confusion: counts ``[true, called]`` of the test.
         names: of the classes.
+        usual: the class that train has most of, where ``train`` is not what was trained on.
     """
     most = int(np.bincount(train, minlength=len(names)).argmax())
+    most = list(names).index(usual) if usual is not None and usual in names else most
     share = float(confusion[most].sum() / max(confusion.sum(), 1))
-    lines = [f"always {names[most]}, the most frequent class, gives accuracy {share:.4f} on this test"]
+    lines = [f"always {names[most]}, the most frequent class in training, gives accuracy {share:.4f} on this test"]
     called = confusion.sum(axis=0) / max(confusion.sum(), 1)
     if called.max() >= _ONE_SIDED and confusion.sum(axis=1).max() < _ONE_SIDED * confusion.sum():
         lines.append(f"warning: {called.max():.0%} of the answers are {names[int(called.argmax())]}: train longer")

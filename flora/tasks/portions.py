@@ -81,7 +81,7 @@ def rule_of(parts: tuple[float, float, float], seed: int, balanced: str | None) 
 def absent(labels: Mapping[str, np.ndarray], names: Sequence[str]) -> list[str]:
     """What to warn of: the classes that a split beside train lacks, over which its metrics are then not taken."""
     warnings = []
-    for split in SPLITS[1:]:
+    for split in (split for split in SPLITS[1:] if split in labels):
         counted = Counter(labels[split].tolist())
         missing = [name for index, name in enumerate(names) if not counted[index]]
         if missing:

@@ -47,10 +47,16 @@ class Tested:
 
     def prepare(self, task: Any, found: inputs.Inputs) -> None:
         """Tell a task, before it reads data, what the outputs of the run mean, and whether other data are read."""
-        task.whole_test = self._elsewhere(found)
-        facts = saved.facts(self.folder).get("data")
+        trained = saved.facts(self.folder)
+        names, facts = trained.get("class_names"), trained.get("data")
+        facts = facts if isinstance(facts, dict) else {}
+        if self._elsewhere(found):
+            task.whole_test = True
+            task.trained_classes = names if isinstance(names, list) and len(names) > 1 else None
+            baseline = facts.get("baseline")
+            task.usual_class = baseline.get("class") if isinstance(baseline, dict) else None
         try:
-            task.remember(facts if isinstance(facts, dict) else {})
+            task.remember(facts)
         except (KeyError, TypeError, ValueError):
             return  # saved by older code, or a full copy of weights: the data that are read say it
 

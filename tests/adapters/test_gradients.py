@@ -216,6 +216,16 @@ def one_of_two(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+def test_a_sketch_is_the_same_whatever_was_drawn_before():
+    """Processes add up their sketches, and their random numbers differ: each shuffles its own data."""
+    like = torch.zeros((), dtype=torch.float64)
+    torch.manual_seed(100)
+    first = gradients.ModeSum(2 * gradients.EXACT, 4, like)
+    torch.manual_seed(101)
+    second = gradients.ModeSum(2 * gradients.EXACT, 4, like)
+    assert torch.equal(first.probe, second.probe)
+
+
 @pytest.mark.dist
 def test_two_processes_find_what_one_finds(tmp_path):
     context = multiprocessing.get_context("spawn")

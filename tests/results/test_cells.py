@@ -200,7 +200,7 @@ def test_a_scale_has_a_title_and_notes_of_its_own_and_parts_have_protocols_and_n
 def test_figure_4_trains_everything_at_the_rate_of_full_fine_tuning():
     for scale, others in (("mini", {"flora": 3e-3, "lora": 2e-3, "full": 5e-4}), ("paper", {"full": 2e-5})):
         rates = {cell.method: composed(cell.overrides).trainer.lr for cell in load("figure4_norms", scale).cells}
-        assert rates.keys() == {"flora", "lora", "dora", "full"}
+        assert rates.keys() - {"flora_published_nlu"} == {"flora", "lora", "dora", "full"}
         assert others.items() <= rates.items()
         assert all(rate > 4 * rates["full"] or name == "full" for name, rate in rates.items() if scale == "paper")
     table3 = [cell for cell in load("table3_glue", "paper").cells if (cell.method, cell.task) == ("full", "cola")]

@@ -55,9 +55,7 @@ def test_rows_of_unequal_seeds_are_never_marked():
     assert set(marks(row("lora", 0.8, 0.8), row("flora", 0.9, 0.91, seeds=(1, 2))).values()) == {""}
     assert set(marks(full, row("lora", 0.8, 0.8, 0.8), row("flora", 0.9)).values()) == {""}, "one seed in the block"
     assert marks(full, row("flora", 0.9, 0.9, 0.92)) == {"full": "", "flora": "best"}
-    assert marks(full, row("flora", 0.9, 0.9, 0.92), row("dora"))["flora"] == "best", (
-        "without runs, nothing is compared"
-    )
+    assert set(marks(full, row("flora", 0.9, 0.9, 0.92), row("dora")).values()) == {""}, "which might be the best"
 
 
 def test_a_row_alone_is_not_the_best_of_anything():

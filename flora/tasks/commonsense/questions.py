@@ -16,7 +16,8 @@ PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
     "                ### Instruction:\n                {instruction}\n\n                ### Response:\n                "
 )
-# LLM-Adapters' finetune.py has another space here and fills an empty line; its commonsense_evaluate.py has not.
+# Subspace-Tuning's CR_MR/finetune.py (made from LLM-Adapters') has another space here and fills an empty line; what
+# evaluates, commonsense_evaluate.py of both, has not.
 TRAINING_PROMPT = PROMPT.replace("request. ", "request.  ").replace(
     "{instruction}\n\n", "{instruction}\n                \n"
 )

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flora.contents import IMAGES, checksum, everything, of
+from flora.contents import IMAGES, NO_IMAGES, checksum, everything, of
 from flora.errors import DataError
 from flora.tasks import manifest
 from flora.tasks.imagefolder.dataset import Catalogue
 from flora.tasks.images import parquet
 from flora.tasks.images.decode import open_image
-from flora.tasks.portions import by_value
+from flora.tasks.portions import by_value, say
 
 _NAMES = {"train": ("train",), "validation": ("validation", "val", "valid", "validate", "dev"), "test": ("test",)}
 # Of a split: what opens each image, their labels, and their names for messages.
@@ -122,6 +122,14 @@ def _tree(
 
 def _images(folder: Path) -> list[Path]:
     return [file for file in everything(folder) if file.suffix.lower() in IMAGES]
+
+
+def say_ignored(folder: Path) -> None:
+    """Say which files of a folder are taken for no pictures, by their names, though nothing else either."""
+    odd = [file for file in everything(folder) if file.suffix.lower() not in (*IMAGES, *NO_IMAGES)]
+    if odd:
+        ends = ", ".join(sorted({file.suffix.lower() or "no ending" for file in odd})[:5])
+        say(f"{folder}: {len(odd)} files are not used, as their names end in none of {', '.join(IMAGES)} ({ends})")
 
 
 def _parquet(

@@ -19,7 +19,7 @@ from flora.tasks import baselines
 from flora.tasks.base import Batch, Forward, Splits, draw
 from flora.tasks.imagefolder.confusion import draw_confusion
 from flora.tasks.imagefolder.dataset import LazyImages
-from flora.tasks.imagefolder.files import contents, open_folder, tables
+from flora.tasks.imagefolder.files import contents, open_folder, say_ignored, tables
 from flora.tasks.imagefolder.mix import erase, mix
 from flora.tasks.images.task import ImageTask
 from flora.tasks.metrics import TopFive
@@ -120,13 +120,18 @@ class ImageFolder(ImageTask):
     def load(self, *, image_size: int, data_dir: Path | None, interpolation: str = "bicubic") -> Splits:
         """See ImageTask.load; nothing is decoded yet."""
         folder = self._folder(data_dir)
+        say_ignored(folder)
         catalogue, rows, names, facts = open_folder(folder, self.classes, self.orientation, self.class_order)
+        if (trained := self.trained_classes) and set(names) <= set(trained):
+            catalogue.labels[:] = np.array([trained.index(name) for name in names])[catalogue.labels]
+            names = list(trained)
         draws, skip = self._augment != "none", self.unreadable == "skip"
         whole = self._transform(image_size, interpolation, False)
         plain = partial(LazyImages, catalogue, transform=whole, skip=skip, once=True)
         rows, rule = self._split(folder, catalogue.labels, rows)
         train, validation, test = (rows[split] for split in SPLITS)
-        warnings = absent({split: catalogue.labels[part] for split, part in rows.items()}, names)
+        seen = ("test",) if rule == WHOLE else SPLITS  # the others are the same rows then
+        warnings = absent({split: catalogue.labels[rows[split]] for split in seen}, names)
         for warning in warnings:
             say(f"{folder}: {warning}; its metrics are over the others")
         self._num_classes = len(names)
@@ -137,7 +142,7 @@ class ImageFolder(ImageTask):
             "test": plain(test),
         }
         facts |= {
-            "counts": {split: len(part) for split, part in splits.items()},
+            "counts": {split: len(splits[split]) for split in seen},
             "split_rule": rule,
             "orientation": self.orientation,
             "unreadable": {"policy": self.unreadable},
@@ -199,12 +204,19 @@ class ImageFolder(ImageTask):
         """Write ``confusion.png``, how the test images of each class were called; say which were not readable."""
         assert isinstance(splits.test, LazyImages)
         skipped = splits.test.catalogue.skipped()
-        splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10]}
+        assert isinstance(splits.train, LazyImages)
+        lost = splits.test.catalogue.unreadable.numpy()
+        of = {split: int(lost[getattr(splits, split).rows].sum()) for split in splits.facts["counts"]}
+        splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10], "of": of}
+        for split, names in splits.drawn.items():  # so that who reckons from the list finds what was used
+            missing = lost[getattr(splits, split).rows]
+            names[:] = [name for name, gone in zip(names, missing, strict=True) if not gone]
         if skipped:
             say(f"{self.dataset}: {len(skipped)} images cannot be decoded and were left out ({', '.join(skipped[:3])})")
-        assert isinstance(splits.train, LazyImages)
-        labels = splits.train.catalogue.labels[splits.train.rows]
-        splits.facts["baseline"], lines = baselines.of_classes(labels, metric.confusion, splits.class_names)
+        labels = splits.train.catalogue.labels[splits.train.rows[~lost[splits.train.rows]]]
+        splits.facts["baseline"], lines = baselines.of_classes(
+            labels, metric.confusion, splits.class_names, self.usual_class
+        )
         for line in lines:
             say(f"{self.dataset}: {line}")
         draw_confusion(metric.confusion, splits.class_names, folder / "confusion.png")

@@ -15,7 +15,8 @@ from flora.tasks.portions import by_value
 KINDS = ("auto", "classification", "regression")
 _HIDDEN = "; a label of -1 marks the hidden ones of a published test split"
 _SHOWN = 4
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+# 1,5 and 1.500,0 and 1,500.00 and 1 500: numbers that Python does not read
+_SEPARATED = re.compile(r"[+-]?(\d+,\d+|\d{1,3}([.,' \u00a0\u202f]\d{3})+([.,]\d+)?)")
 _CODE = re.compile(r"\s*[+-]?0\d")
 
 
@@ -42,12 +43,14 @@ def are_whole(cells: Sequence[Any]) -> bool:
 
 
 def amounts(cells: Sequence[Any], classes: Sequence[str]) -> list[str]:
-    """Warnings of labels that are classes and may be amounts: many whole numbers, or numbers with a decimal comma.
+    """Warnings of labels that are classes and may be amounts: many whole numbers, or numbers with separators.
 
     Many are over twenty, with under ten rows of each on average.
     """
-    if all(isinstance(cell, str) and _DECIMAL_COMMA.fullmatch(cell.strip()) for cell in cells):
-        return ["its labels look like numbers with a decimal comma: write them with a point, or they stay classes"]
+    read = [_number(cell) is None and isinstance(cell, str) and _SEPARATED.fullmatch(cell.strip()) for cell in cells]
+    if any(read) and all(one or _number(cell) is not None for one, cell in zip(read, cells, strict=True)):
+        example = next(cell.strip() for one, cell in zip(read, cells, strict=True) if one)
+        return [f"its labels look like numbers with separators ({example}): write them as 1234.5, or they stay classes"]
     if not are_whole(cells) or len(classes) <= max(20, len(cells) // 10):
         return []
     return [
@@ -89,20 +92,31 @@ def as_numbers(cells: Sequence[Any], where: Sequence[str]) -> np.ndarray:
     numbers = [_number(cell) for cell in cells]
     for row, number in enumerate(numbers):
         if number is None or not math.isfinite(np.float32(number)):
+            separated = isinstance(cells[row], str) and _SEPARATED.fullmatch(cells[row].strip())
+            mend = "write it as 1234.5" if separated else "mend the file, or set task.kind=classification"
             raise DataError(
-                f"{where[row]}: label {cells[row]!r} is no finite number, as task.kind=regression needs: mend "
-                "the file, or set task.kind=classification"
+                f"{where[row]}: label {cells[row]!r} is no finite number, as task.kind=regression needs: {mend}"
             )
     return np.array(numbers, np.float32)
 
 
-def indices(named: Mapping[str, Sequence[str]], names: Sequence[str] | None) -> tuple[dict[str, np.ndarray], list[str]]:
+def indices(
+    named: Mapping[str, Sequence[str]], names: Sequence[str] | None, trained: Sequence[str] | None = None
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """Class indices of every split, and the classes: in the file's order, else by value or alphabet.
+
+    Args:
+        named: the class of each row.
+        names: of the classes, where the file knows them.
+        trained: classes of a run that is tested, which stand where they hold all of these.
 
     Raises:
         DataError: a split has a class that train lacks, or train a label that is none of the names.
     """
     train = set(named["train"])
+    if trained and all(set(own) <= set(trained) for own in named.values()):
+        place = {name: index for index, name in enumerate(trained)}
+        return {split: np.array([place[name] for name in own], np.int64) for split, own in named.items()}, [*trained]
     if names and (unnamed := sorted(train - set(names))):
         raise DataError(f"train has the label {unnamed[0]}, which is none of its classes {', '.join(names)}: mend it")
     classes = [name for name in names if name in train] if names else by_value([*train])

@@ -191,19 +191,23 @@ class Text(TextTask):
             whole = labels.are_whole(every)
             values = {split: np.array(labels.as_classes(part, names, whole), object) for split, part in cells.items()}
             strata = np.unique(values["train"], return_inverse=True)[1]
-            if not strata.any():
+            if not strata.any() and not self.trained_classes:
                 raise DataError(f"train has one class, {values['train'][0]}: there is nothing to tell apart")
         chosen, rule = self._split(strata, {split: len(part) for split, part in values.items()})
         texts = {split: [texts[place][row] for row in rows] for split, (place, rows) in chosen.items()}
         values = {split: values[place][rows] for split, (place, rows) in chosen.items()}
-        warnings = _repeated(texts)
+        seen = ("test",) if rule == WHOLE else SPLITS  # the others are the same rows then
+        warnings = _repeated(texts) if rule != WHOLE else []
         if self.kind == "regression":
             self._scale = self._scale or (float(values["train"].mean()), float(values["train"].std()))
             if not self._scale[1]:
                 raise DataError(f"every label of train is {self._scale[0]:g}: there is nothing to predict")
         else:
-            values, self.classes = labels.indices(values, names)
-            warnings += [f"{warning}; its metrics are over the others" for warning in absent(values, self.classes)]
+            values, self.classes = labels.indices(values, names, self.trained_classes)
+            warnings += [
+                f"{warning}; its metrics are over the others"
+                for warning in absent({s: values[s] for s in seen}, self.classes)
+            ]
             warnings += labels.alike(self.classes)
             warnings += labels.amounts(every, self.classes) if names is None and self.asked_kind == "auto" else []
         sets: dict[str, Any] = {}
@@ -213,14 +217,14 @@ class Text(TextTask):
             tokens, starts, truncated[split] = tokenise(texts[split], tokenizer, longest)
             targets = {"labels": torch.from_numpy(values[split])}
             sets[split] = TextDataset(tokens, starts, targets, padding_of(tokenizer, tokens))
-        counts = ", ".join(f"{len(sets[split])} {split}" for split in SPLITS)
+        counts = ", ".join(f"{len(sets[split])} {split}" for split in seen)
         self._tell(columns, target, why, f"{rule} ({counts})", warnings, left_out, truncated)
         facts = {
             "source": source,
             "files": files,
             "columns": {"texts": list(columns), "label": target},
             "kind": self.kind,
-            "counts": {split: len(part) for split, part in sets.items()},
+            "counts": {split: len(sets[split]) for split in seen},
             "split_rule": rule,
             "max_length": longest,
             "tokenizer_sha256": fingerprint(tokenizer),
@@ -271,7 +275,9 @@ class Text(TextTask):
             splits.facts["baseline"], lines = baselines.of_numbers(self._units[0], metric.called, metric.truth)
         else:
             known = cast(Any, splits.train).values["labels"].numpy()
-            splits.facts["baseline"], lines = baselines.of_classes(known, metric.confusion, splits.class_names)
+            splits.facts["baseline"], lines = baselines.of_classes(
+                known, metric.confusion, splits.class_names, self.usual_class
+            )
             draw_confusion(metric.confusion, splits.class_names, folder / "confusion.png")
         for line in lines:
             say(f"{self.dataset}: {line}")

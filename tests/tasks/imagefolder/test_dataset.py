@@ -103,7 +103,8 @@ def test_images_that_worker_processes_skip_are_counted(tmp_path):
     run.splits = run.task.load_for(Network(), tmp_path / "data")
     (tmp_path / "run").mkdir()
     run.train()
-    assert run.splits.facts["unreadable"] == {"policy": "skip", "skipped": 1, "first": [str(broken)]}
+    of = {"train": 0, "validation": 0, "test": 1}
+    assert run.splits.facts["unreadable"] == {"policy": "skip", "skipped": 1, "first": [str(broken)], "of": of}
 
 
 def test_an_image_that_stands_in_for_a_batch_without_any_is_not_scored(tmp_path):
@@ -136,7 +137,8 @@ def test_unreadable_images_are_an_error_or_counted(tmp_path):
     metric = TopFive()
     metric.compute(predictions=np.eye(2)[[0, 1]], references=[0, 1])
     skipping.report(metric, splits, tmp_path)
-    assert splits.facts["unreadable"] == {"policy": "skip", "skipped": 1, "first": [str(broken)]}
+    of = {"train": 0, "validation": 0, "test": 1}
+    assert splits.facts["unreadable"] == {"policy": "skip", "skipped": 1, "first": [str(broken)], "of": of}
     assert (tmp_path / "confusion.png").stat().st_size > 1000
 
 

@@ -263,3 +263,48 @@ def test_the_facts_hold_a_checksum_of_the_images_of_each_split(tmp_path):
     write_tree(tmp_path, splits=("val",), each=1)  # an image more in each class
     after = load(tmp_path).facts["sha256"]
     assert {split for split in before if before[split] != after[split]} == {"validation"}
+
+
+def spread(folder, counts, names=("ant", "bee")):
+    """Folders of classes with so many images each, without splits."""
+    for name, count in zip(names, counts, strict=True):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            (folder / name / f"{number}.png").write_bytes(png(number, (16, 16)))
+
+
+def test_what_could_not_be_decoded_counts_neither_as_training_nor_as_drawn(tmp_path, capsys):
+    spread(tmp_path / "data", (20, 40))
+    for number in range(30):
+        (tmp_path / "data" / "bee" / f"{number}.png").write_bytes(b"broken")
+    (tmp_path / "data" / "bee" / "photo.HEIC").write_bytes(b"of a phone")
+    mine = task(unreadable="skip")
+    splits = mine.load(image_size=16, data_dir=tmp_path / "data")
+    assert "1 files are not used, as their names end in none of .jpg" in capsys.readouterr().err
+    for part in (splits.train, splits.validation, splits.test):
+        for index in range(len(part)):
+            part.__getitems__([index])
+    metric = mine.metrics()
+    labels = splits.test.labels
+    metric.compute(predictions=np.eye(2)[labels], references=labels)
+    (tmp_path / "out").mkdir()
+    mine.report(metric, splits, tmp_path / "out")
+    assert sum(splits.facts["unreadable"]["of"].values()) == 30
+    assert sum(map(len, splits.drawn.values())) == 60 - 30
+    assert splits.facts["baseline"]["class"] == "ant", "bee has more files, and fewer pictures"
+
+
+def test_a_run_is_tested_on_a_folder_that_lacks_one_of_its_classes(tmp_path, capsys):
+    spread(tmp_path / "new", (4, 6), ("bee", "wasp"))
+    mine = task()
+    mine.whole_test, mine.trained_classes, mine.usual_class = True, ["ant", "bee", "wasp"], "bee"
+    splits = mine.load(image_size=16, data_dir=tmp_path / "new")
+    assert splits.class_names == ["ant", "bee", "wasp"]
+    assert splits.test.labels.tolist() == [1] * 4 + [2] * 6
+    assert splits.facts["counts"] == {"test": 10}
+    assert "test has no example of 1 of 3 classes (ant)" in capsys.readouterr().err
+    metric = mine.metrics()
+    metric.compute(predictions=np.eye(3)[splits.test.labels], references=splits.test.labels)
+    (tmp_path / "out").mkdir()
+    mine.report(metric, splits, tmp_path / "out")
+    assert splits.facts["baseline"] == {"class": "bee", "accuracy": 0.4}, "what training had most of"

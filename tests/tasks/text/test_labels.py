@@ -5,6 +5,7 @@ import pytest
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.metrics import accuracy_score, mean_absolute_error, mean_squared_error
 
+from flora.errors import DataError
 from flora.tasks import baselines
 from flora.tasks.metrics import Numbers, TextClasses
 from tests.tasks.text.test_own import load, task, word_tokenizer
@@ -32,7 +33,7 @@ def test_numbers_with_a_decimal_comma_are_said_to_be_none(tmp_path, capsys):
     lines = "".join(f"text {n};{n % 4},5\n" for n in range(60))
     (tmp_path / "excel.csv").write_text(f"text;label\n{lines}")
     assert load(tmp_path, "excel.csv").class_names == ["0,5", "1,5", "2,5", "3,5"]
-    assert "its labels look like numbers with a decimal comma: write them with a point" in capsys.readouterr().err
+    assert "its labels look like numbers with separators (0,5): write them as 1234.5" in capsys.readouterr().err
 
 
 def test_classes_that_differ_in_the_case_of_letters_alone_are_warned_of(tmp_path, capsys):
@@ -55,7 +56,9 @@ def test_the_most_frequent_class_of_train_is_the_baseline_and_one_class_alone_is
     facts, lines = baselines.of_classes(train, metric.confusion, ["a", "b", "c"])
     dummy = DummyClassifier(strategy="most_frequent").fit(train[:, None], train)
     assert facts == {"class": "b", "accuracy": accuracy_score(truth, dummy.predict(truth[:, None]))}
-    assert lines == [f"always b, the most frequent class, gives accuracy {facts['accuracy']:.4f} on this test"]
+    assert lines == [
+        f"always b, the most frequent class in training, gives accuracy {facts['accuracy']:.4f} on this test"
+    ]
     metric.compute(predictions=np.tile([0.0, 0.0, 1.0], (50, 1)), references=truth)
     assert baselines.of_classes(train, metric.confusion, ["a", "b", "c"])[1][1].startswith(
         "warning: 100% of the answers are c"
@@ -81,5 +84,26 @@ def test_a_run_is_tested_on_all_of_other_data_that_have_no_splits(tmp_path):
     tested = task("new.csv")
     tested.whole_test = True
     splits = tested.load(tokenizer=word_tokenizer(), max_length=512, data_dir=tmp_path)
-    assert splits.facts["counts"]["test"] == 40
+    assert splits.facts["counts"] == {"test": 40}
+    assert not splits.facts["warnings"], "that train and test are the same rows is no leak"
     assert splits.facts["split_rule"] == "all of it is the test"
+
+
+def test_a_run_is_tested_on_texts_that_lack_one_of_its_classes(tmp_path):
+    (tmp_path / "new.csv").write_text("text,label\n" + "".join(f"text {n},c\n" for n in range(12)))
+    tested = task("new.csv")
+    tested.whole_test, tested.trained_classes = True, ["a", "b", "c"]
+    splits = tested.load(tokenizer=word_tokenizer(), max_length=512, data_dir=tmp_path)
+    assert splits.class_names == ["a", "b", "c"]
+    assert set(splits.test.values["labels"].tolist()) == {2}
+
+
+@pytest.mark.parametrize("label", ["1.500,0", "1,500.0", "1 500", "1500,5"])
+def test_numbers_with_separators_are_said_to_be_none(tmp_path, capsys, label):
+    (tmp_path / "prices.csv").write_text(
+        "text;label\n" + "".join(f"text {n};{n % 3 + 1}{label[1:]}\n" for n in range(60))
+    )
+    assert len(load(tmp_path, "prices.csv").class_names) == 3
+    assert "its labels look like numbers with separators" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"as task.kind=regression needs: write it as 1234\.5$"):
+        load(tmp_path, "prices.csv", kind="regression")
