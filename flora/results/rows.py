@@ -124,7 +124,7 @@ def _rates_told_apart(record: dict[str, Any]) -> bool:
 
 
 def rate_counts(record: dict[str, Any]) -> bool:
-    """Whether the rate of a record trained anything: a head alone has its own, trainer.head_lr, unless one was chosen."""
+    """Whether a record's rate trained anything: a head alone has its own, trainer.head_lr, unless one was chosen."""
     return bool(record.get("trainable_params") or record.get("selection"))
 
 
