@@ -219,7 +219,7 @@ def test_cells_that_cannot_run_yet_are_shown_and_left_alone(call):
     code, out, err, _ = call("table1_convnext", "--scale", "paper", "--status")
     assert code == 0
     assert all(line.startswith("not runnable yet flora has no detection") for line in out.splitlines())
-    assert "36 not runnable yet" in err
+    assert "45 not runnable yet" in err
     assert call("table1_convnext", "--scale", "paper")[3] == []
 
 

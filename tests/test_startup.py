@@ -11,7 +11,6 @@ from flora.files import ROOT
 from flora.results import Store
 from flora.results.cells import Cell, load
 from flora.training.identity import identify
-from flora.training.saved import digest
 from scripts.make_tables import make_tables
 from tests.results.records import write
 
@@ -73,7 +72,7 @@ def test_an_evaluation_whose_record_exists(tmp_path, monkeypatch):
     (saved / "adapter_model.safetensors").write_bytes(b"weights")
     asked = ["adapter=lora", "mode=eval", f"checkpoint={tmp_path / 'run'}"]
     cell = Cell(("adapter=lora",))
-    asks = asked_before(monkeypatch, tmp_path, "adapter=lora", "mode=eval", f"checkpoint={digest(saved)}")
+    asks = asked_before(monkeypatch, tmp_path, "adapter=lora", "mode=eval", f"checkpoint={saved}")
     write(Store(tmp_path), cell, 0.5, run_id=asks.run_id, mode="eval", config=asks.config)
     names, out, _ = imported("train.py", *asked, f"paths.results={tmp_path}", "paths.data=nodata")
     assert not names & HEAVY

@@ -129,16 +129,17 @@ def lost(error: Exception) -> WorkerLost | None:
 
 
 def summary() -> int:
-    """Say on stderr how the sweep went, if this process started one; its exit code."""
+    """Say on stderr how the sweep went, if this process started one and has not said it; its exit code."""
+    global _folder, _asked
     if _folder is None:
         return 0
     kinds = [cell["outcome"] for cell in _outcomes()] + (["interrupted"] if _on is not None else [])
     kinds += ["not begun"] * ((_asked or 0) - len(kinds))
+    failed, _folder, _asked = failures(), None, None
     if not kinds:
         return 0
     shown = [kind for kind in (*_OUTCOMES, "not begun") if kind in kinds or kind not in ("interrupted", "not begun")]
     print(f"sweep: {len(kinds)} cells: {', '.join(f'{kinds.count(kind)} {kind}' for kind in shown)}", file=sys.stderr)
-    failed = failures()
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return Interrupted.exit_code if "interrupted" in kinds else int(bool(failed))
