@@ -172,7 +172,9 @@ def test_a_browser_shows_what_the_records_say(store, render, tmp_path):
         line, _ = shown.run(LINES)
         seeds = [r["value"] for r in records if (r["adapter"], r["model"]) == ("flora", "convnext")]
         mean, std = statistics.fmean(seeds), statistics.stdev(seeds)
-        assert (line["model"], line["ours"]) == ("convnext", f"{mean:.4f} ± {std:.4f} (n = 3)*")
+        assert (line["model"], line["ours"]) == ("convnext", f"{mean:.4f} ± {std:.4f} (n = 3)"), (
+            "the linear probe is missing"
+        )
         assert line["adapter params"] == "50"
         kept = "#model=convnext&method=flora&method=lora&empty=1"
         assert shown.run("return location.hash") == kept
