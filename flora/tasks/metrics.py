@@ -14,20 +14,30 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_
 _NEVER_RIGHT = -1
 
 
-class Classification(evaluate.Metric):
-    """``accuracy`` and ``mean_per_class_accuracy`` (macro recall over the classes that occur), both in [0, 1]."""
+class _Scored(evaluate.Metric):
+    """A metric that keeps what it compares in memory.
+
+    Attributes:
+        kind: of predictions and references, as Arrow calls it.
+    """
 
     greater_is_better = True
+    kind = "int64"
 
     def __init__(self) -> None:
         super().__init__(keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
+        kind = datasets.Value(self.kind)
         return evaluate.MetricInfo(
             description=self.__class__.__doc__,
             citation="",
-            features=datasets.Features(predictions=datasets.Value("int64"), references=datasets.Value("int64")),
+            features=datasets.Features(predictions=kind, references=kind),
         )
+
+
+class Classification(_Scored):
+    """``accuracy`` and ``mean_per_class_accuracy`` (macro recall over the classes that occur), both in [0, 1]."""
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
         """Score ``predictions``, logits ``[N, C]`` or class indices ``[N]``, against class indices ``[N]``.
@@ -112,7 +122,7 @@ class TopFive(Classification):
         return scores | {"top5_accuracy": float(((five == truth[:, None]).any(axis=1) & kept).mean())}
 
 
-class Numbers(evaluate.Metric):
+class Numbers(_Scored):
     """Of numbers: Pearson's and Spearman's correlation, and errors in the unit of the labels: ``mae`` and ``rmse``.
 
     A correlation with a constant is 0.
@@ -121,20 +131,9 @@ class Numbers(evaluate.Metric):
         called, truth: of the last ``compute``, float64 ``[N]``.
     """
 
-    greater_is_better = True
+    kind = "float32"
     called: np.ndarray
     truth: np.ndarray
-
-    def __init__(self) -> None:
-        super().__init__(keep_in_memory=True)
-
-    def _info(self) -> evaluate.MetricInfo:
-        kind = datasets.Value("float32")
-        return evaluate.MetricInfo(
-            description=self.__class__.__doc__,
-            citation="",
-            features=datasets.Features(predictions=kind, references=kind),
-        )
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
         """Score numbers ``[N]`` or ``[N, 1]``."""
@@ -153,7 +152,7 @@ class Numbers(evaluate.Metric):
         }
 
 
-class Glue(evaluate.Metric):
+class Glue(_Scored):
     """What GLUE reports of a task: Matthews' correlation (cola), Pearson's and Spearman's (stsb), accuracy (others).
 
     STS-B has the mean of its two as well, which is its score on GLUE's board; ``pearson`` is what selects and is shown.
@@ -164,19 +163,9 @@ class Glue(evaluate.Metric):
         task: ``cola``, ``rte`` and so on.
     """
 
-    greater_is_better = True
-
     def __init__(self, task: str) -> None:
-        self.task = task
-        super().__init__(keep_in_memory=True)
-
-    def _info(self) -> evaluate.MetricInfo:
-        kind = datasets.Value("float32" if self.task == "stsb" else "int64")
-        return evaluate.MetricInfo(
-            description=self.__class__.__doc__,
-            citation="",
-            features=datasets.Features(predictions=kind, references=kind),
-        )
+        self.task, self.kind = task, "float32" if task == "stsb" else "int64"
+        super().__init__()
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
         """Score logits ``[N, C]``, class indices or numbers ``[N]``; outputs that are not finite count as wrong."""

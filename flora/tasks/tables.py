@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,18 @@ def digest(table: Table) -> dict[str, Any]:
     for row in table.rows:
         whole.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return {"rows": len(table.rows), "sha256": whole.hexdigest()}
+
+
+def texts_of(row: Row, columns: Sequence[str]) -> tuple[str, ...]:
+    """The cells of these columns, as texts."""
+    return tuple(value if isinstance(value := row[name], str) else str(value) for name in columns)
+
+
+def repeated(texts: Mapping[str, Sequence[tuple[str, ...]]]) -> list[str]:
+    """What to warn of: texts of a split that training sees as well."""
+    seen = set(texts["train"])
+    counts = {split: sum(text in seen for text in texts[split]) for split in texts if split != "train"}
+    return [f"{n} of {len(texts[s])} texts of {s} are in train as well" for s, n in counts.items() if n]
 
 
 def _csv(path: Path) -> Table:

@@ -182,7 +182,7 @@ class Text(TextTask):
             raise ConfigError(
                 f"task.metric={self.metric} is not for {self.kind}: choose {' or '.join(_METRICS[self.kind])}"
             )
-        texts = {split: [_texts(row, columns) for row in table.rows] for split, table in data.items()}
+        texts = {split: [tables.texts_of(row, columns) for row in table.rows] for split, table in data.items()}
         values: dict[str, Any]
         if self.kind == "regression":
             values = {split: labels.as_numbers(part, data[split].where) for split, part in cells.items()}
@@ -197,7 +197,7 @@ class Text(TextTask):
         texts = {split: [texts[place][row] for row in rows] for split, (place, rows) in chosen.items()}
         values = {split: values[place][rows] for split, (place, rows) in chosen.items()}
         seen = ("test",) if rule == WHOLE else SPLITS  # the others are the same rows then
-        warnings = _repeated(texts) if rule != WHOLE else []
+        warnings = tables.repeated(texts) if rule != WHOLE else []
         if self.kind == "regression":
             self._scale = self._scale or (float(values["train"].mean()), float(values["train"].std()))
             if not self._scale[1]:
@@ -389,14 +389,3 @@ class Text(TextTask):
             say(f"{self.dataset}: {count} rows without a text or a label are left out")
         if count := sum(truncated.values()):
             say(f"{self.dataset}: {count} texts are longer than task.max_length or the model takes, and are cut")
-
-
-def _texts(row: tables.Row, columns: Sequence[str]) -> tuple[str, ...]:
-    return tuple(value if isinstance(value := row[name], str) else str(value) for name in columns)
-
-
-def _repeated(texts: dict[str, list[tuple[str, ...]]]) -> list[str]:
-    """What to warn of: texts of a split that training sees as well."""
-    seen = set(texts["train"])
-    counts = {split: sum(text in seen for text in texts[split]) for split in SPLITS[1:]}
-    return [f"{n} of {len(texts[s])} texts of {s} are in train as well" for s, n in counts.items() if n]
