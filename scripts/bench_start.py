@@ -2,9 +2,9 @@
 
 python scripts/bench_start.py --model convnextv2_large --batches 8 --json results/benchmarks/NAME.json
 
-Weights and data are random. Each row has the device to itself: warmed up on one batch, then as many batches for the start
-as steps (forward and backward, no optimiser) for the others. The start's seconds are those of its passes and of the
-eigenvectors of all modes.
+Weights and data are random. Each row has the device to itself: warmed up on one batch, then as many batches for the
+start as steps (forward and backward, no optimiser) for the others. The start's seconds are those of its passes and of
+the eigenvectors of all modes.
 """
 
 import argparse
