@@ -56,7 +56,7 @@ def resnet(
     """
     shipped = Source(
         bundled="resnet18_narrow_tiny_imagenet.safetensors",
-        sha256="0000000000000000000000000000000000000000000000000000000000000000",
+        sha256="2ec6a6809fbf03c771caa757db2c8af871d1c0c4da18556a08eab7f2e9c9d57d",
     )
     return TimmModel(
         "resnet18",
