@@ -1,13 +1,15 @@
-"""Pretrain ConvNeXt-V2-Atto on Tiny-ImageNet-200 at 64 px on one GPU: the weights that ``model=convnext`` ships.
+"""Pretrain a small network on Tiny-ImageNet-200 at 64 px on one GPU: the weights that ship with flora.
 
-    python scripts/pretrain.py --epochs 330 --compile    # 8 minutes on an H100: 52.3 % top-1 on 4000 validation images
+    python scripts/pretrain.py --epochs 330 --compile    # model=convnext; 8 minutes on an H100, 52.3 % top-1
+    python scripts/pretrain.py --architecture resnet18_narrow --compile    # model=resnet
 
 ``data/tiny_imagenet`` holds train*.parquet and validation.parquet with the columns image{bytes, path} and label. Images
 are decoded once and stay on the GPU, where each batch is augmented; the network is so small that everything else waits
 for kernel launches. ``--bench MINUTES`` measures the step instead of training and writes the flags of the fastest way,
 with the number of epochs that fits, to ``OUT/plan.txt``; a run itself always has a fixed number of epochs.
 
-Needs torch, timm, pyarrow, pillow and safetensors, and nothing of flora, so that one file can travel to a GPU machine.
+Needs torch, timm, pyarrow, pillow and safetensors; what it takes from flora needs no more, so that a bare GPU machine
+can run it.
 """
 
 import argparse
@@ -21,7 +23,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,21 +36,40 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flora.tasks.images.decode import open_image
+from flora.tasks.images.formats import open_image
+from flora.tasks.images.mixing import MEAN, SIZE, STD, augment
 
-ARCHITECTURE = "convnextv2_atto"
-NAME = "convnextv2_atto_tiny_imagenet"
 CLASSES = 200
-SIZE = 64
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network of timm's and what its recipe changes in the defaults of the options."""
+
+    timm_name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, drop_path: float = 0.0) -> nn.Module:
+        """Make the network with random weights."""
+        return timm.create_model(self.timm_name, num_classes=CLASSES, drop_path_rate=drop_path, **self.options)
+
+
+ARCHITECTURES = {
+    "convnextv2_atto": Architecture("convnextv2_atto"),
+    "resnet18_narrow": Architecture(
+        "resnet18",
+        options={"channels": (40, 80, 160, 320)},
+        recipe={"epochs": 160, "lr": 2e-3, "drop_path": 0.0, "ema": 0.9995},
+    ),
+}
 
 
 def parse_args() -> argparse.Namespace:
-    """Recipe and machine options; the defaults are the recipe of the shipped weights."""
+    """Recipe and machine options; the defaults are the recipe of the architecture's shipped weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--architecture", choices=ARCHITECTURES, default="convnextv2_atto")
     add("--data", type=Path, default=Path("data/tiny_imagenet"), help="folder of train*.parquet and validation.parquet")
     add("--out", type=Path, default=Path("outputs/pretrain"), help="folder for weights, record and checkpoint")
     add("--epochs", type=int, default=330)
@@ -74,6 +98,7 @@ def parse_args() -> argparse.Namespace:
     add("--save-every", type=int, default=50, help="epochs between checkpoints, from which the same command resumes")
     add("--commit", help="commit to record where the checkout has no git history")
     add("--bench", type=float, metavar="MINUTES", help="measure the step, plan the epochs of so many minutes, stop")
+    parser.set_defaults(**ARCHITECTURES[parser.parse_known_args()[0].architecture].recipe)
     return parser.parse_args()
 
 
@@ -98,69 +123,6 @@ def load(paths: list[Path], limit: int | None, workers: int) -> tuple[Tensor, Te
     return torch.from_numpy(images), torch.tensor(labels)
 
 
-def uniform(n: int, low: float, high: float, device: torch.device) -> Tensor:
-    """Draw n numbers from [low, high)."""
-    return torch.rand(n, device=device) * (high - low) + low
-
-
-def box_mask(area: Tensor) -> Tensor:
-    """Boxes of the given share of the image at random places, clipped at its edges: bool ``[n, 1, 64, 64]``."""
-    n, device = len(area), area.device
-    ratio = torch.exp(uniform(n, -0.5, 0.5, device))
-    grid = (torch.arange(SIZE, device=device) + 0.5) / SIZE
-    inside_y = (grid - torch.rand(n, 1, device=device)).abs() < ((area * ratio).sqrt() / 2)[:, None]
-    inside_x = (grid - torch.rand(n, 1, device=device)).abs() < ((area / ratio).sqrt() / 2)[:, None]
-    return (inside_y[:, :, None] & inside_x[:, None, :])[:, None]
-
-
-def warp(x: Tensor, smallest: float, degrees: float) -> Tensor:
-    """Random resized crop, rotation and flip, one draw per image."""
-    n, device = len(x), x.device
-    area = uniform(n, smallest, 1.0, device)
-    ratio = torch.exp(uniform(n, -0.25, 0.25, device))
-    width, height = (area * ratio).sqrt().clamp(max=1.0), (area / ratio).sqrt().clamp(max=1.0)
-    center_x, center_y = uniform(n, -1, 1, device) * (1 - width), uniform(n, -1, 1, device) * (1 - height)
-    flip = torch.where(torch.rand(n, device=device) < 0.5, -1.0, 1.0)
-    angle = torch.randn(n, device=device) * math.radians(degrees)
-    cos, sin = angle.cos(), angle.sin()
-    theta = torch.stack(
-        [width * cos * flip, -height * sin, center_x, width * sin * flip, height * cos, center_y], dim=1
-    ).view(n, 2, 3)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
-
-
-def recolor(x: Tensor, strength: float) -> Tensor:
-    """Jitter brightness, contrast and saturation and normalise: all linear in the colours, so one 3x3 map an image."""
-    n, device = len(x), x.device
-    brightness, contrast, saturation = (uniform(n, 1 - strength, 1 + strength, device)[:, None, None] for _ in range(3))
-    luma, std = torch.tensor(LUMA, device=device), torch.tensor(STD, device=device)
-    gray = luma.expand(3, 3)
-    mixer = brightness * contrast * (saturation * torch.eye(3, device=device) + (1 - saturation) * gray)
-    mean_gray = (x.mean((2, 3)) @ luma)[:, None, None]
-    shift = brightness * (1 - contrast) * mean_gray - torch.tensor(MEAN, device=device)[:, None]
-    return torch.baddbmm(shift / std[:, None], mixer / std[:, None], x.flatten(2)).view_as(x)
-
-
-def augment(images: Tensor, args: argparse.Namespace, tail: bool) -> tuple[Tensor, Tensor]:
-    """Augment a uint8 batch; returns it normalised and mixed with its neighbour, and each image's own share ``[n]``."""
-    n, device = len(images), images.device
-    x = warp(images.float() / 255, max(args.crop_scale, 0.6) if tail else args.crop_scale, args.rotate)
-    x = recolor(x, args.color)
-    if tail:
-        return x, torch.ones(n, device=device)
-    erased = box_mask(uniform(n, 0.02, 0.25, device)) & (torch.rand(n, 1, 1, 1, device=device) < args.erase)
-    x = x.masked_fill(erased, 0.0)
-    alpha = torch.tensor(args.mixup, device=device)
-    blend = torch.distributions.Beta(alpha, alpha).sample((n,))[:, None, None, None]
-    kept = (~box_mask(torch.rand(n, device=device))).float()
-    choice = torch.rand(n, 1, 1, 1, device=device)
-    whole = torch.ones((), device=device)
-    share = torch.where(choice < args.mixup_prob + args.cutmix_prob, kept, whole)
-    share = torch.where(choice < args.mixup_prob, blend, share)
-    return share * x + (1 - share) * x.roll(1, 0), share.mean((1, 2, 3))
-
-
 class Run:
     """One network in training: its average, optimiser and compiled loss."""
 
@@ -169,7 +131,7 @@ class Run:
         self.args, self.steps, self.step_count = args, steps, 0
         self.device = torch.device(args.device)
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
-        net = timm.create_model(ARCHITECTURE, num_classes=CLASSES, drop_path_rate=args.drop_path)
+        net = ARCHITECTURES[args.architecture].build(args.drop_path)
         self.net = net.to(self.device).to(memory_format=layout)
         self.average = copy.deepcopy(self.net).eval()
         decayed = [p for p in self.net.parameters() if p.ndim > 1]
@@ -216,9 +178,29 @@ class Run:
     def epoch(self, images: Tensor, labels: Tensor, tail: bool) -> float:
         """One pass in random order, the incomplete last batch left out; returns the mean loss."""
         self.net.train()
-        order = torch.randperm(len(images), device=self.device)[: self.steps * self.args.batch]
-        losses = [self.step(images[index], labels[index], tail) for index in order.split(self.args.batch)]
+        losses = [self.step(images[index], labels[index], tail) for index in self.shuffled(len(images))]
         return torch.stack(losses).mean().item()
+
+    def shuffled(self, n: int) -> Sequence[Tensor]:
+        """Indices below n in random order, by batches, the incomplete last one left out."""
+        return torch.randperm(n, device=self.device)[: self.steps * self.args.batch].split(self.args.batch)
+
+    @torch.no_grad()
+    def recalibrate(self, images: Tensor) -> None:
+        """Measure the statistics of the average's batch norms: of averaged weights, no step has seen any.
+
+        Means over batches of one pass with the tail's augmentation (PreciseBN, Wu and Johnson 2021, section 3).
+        """
+        norms = [module for module in self.average.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # weighs all batches alike
+            norm.train()
+        for index in self.shuffled(len(images)) if norms else ():
+            x, _ = augment(images[index], self.args, tail=True)
+            with torch.autocast(self.device.type, torch.bfloat16):
+                self.average(x)
+        self.average.eval()
 
     def save(self, path: Path, epoch: int, seconds: float) -> None:
         """Write what a later call needs to go on after this epoch, and the seconds spent so far."""
@@ -317,21 +299,25 @@ def commit_of(args: argparse.Namespace) -> str:
 
 
 def ship(args: argparse.Namespace, run: Run, validation: tuple[Tensor, Tensor], seconds: float) -> None:
-    """Write the better of raw and averaged weights in fp16, and the record of how they came about."""
+    """Write the better of raw and averaged weights in fp16, buffers as they are, and the record of how they came."""
+    architecture = ARCHITECTURES[args.architecture]
+    built = {"architecture": architecture.timm_name, **architecture.options}
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     scores = {"raw": accuracy(run.net, *validation), "ema": accuracy(run.average, *validation)}
     chosen = max(scores, key=lambda name: scores[name][0])
     net = run.net if chosen == "raw" else run.average
-    weights = {k: v.detach().half().contiguous().cpu() for k, v in net.state_dict().items()}
-    path = args.out / f"{NAME}.safetensors"
-    save_file(weights, path, metadata={"format": "pt", "architecture": ARCHITECTURE, "num_classes": str(CLASSES)})
+    buffers = dict(net.named_buffers())  # small, and a variance may be below or above what fp16 holds
+    weights = {k: (v if k in buffers else v.half()).contiguous().cpu() for k, v in net.state_dict().items()}
+    path = args.out / f"{args.architecture}_tiny_imagenet.safetensors"
+    described = {key: str(value) for key, value in {**built, "num_classes": CLASSES}.items()}
+    save_file(weights, path, metadata={"format": "pt", **described})
     # What users load is the file, so the file is read back and judged, in full precision.
-    fresh = timm.create_model(ARCHITECTURE, num_classes=CLASSES)
-    fresh.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    fresh = architecture.build()
+    fresh.load_state_dict(load_file(path))
     top1, top5 = accuracy(fresh.to(run.device), *validation, dtype=torch.float32)
-    machine = ("out", "data", "device", "workers", "save_every", "commit", "bench", "limit")
+    machine = ("architecture", "out", "data", "device", "workers", "save_every", "commit", "bench", "limit")
     record = {
-        "architecture": ARCHITECTURE,
+        **built,
         "num_classes": CLASSES,
         "image_size": SIZE,
         "mean": MEAN,
@@ -383,6 +369,7 @@ def main() -> None:
             raise SystemExit(f"error: the loss is {loss} in epoch {epoch + 1}; lower --lr")
         line = f"epoch {epoch + 1:3d}/{args.epochs} loss {loss:.4f} {run.steps * args.batch / seconds:7.0f} images/s"
         if (epoch + 1) % 10 == 0 or epoch + 1 == args.epochs:
+            run.recalibrate(images)
             raw, ema = accuracy(run.net, *validation)[0], accuracy(run.average, *validation)[0]
             line += f" validation raw {raw:.4f} ema {ema:.4f} at {time.perf_counter() - start:.0f} s"
         print(line, flush=True)

@@ -13,12 +13,16 @@ Data", NeurIPS 2017).
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flora.adapters.layer import FloraLayer
 from flora.adapters.tucker import unfold
@@ -84,9 +88,9 @@ def mode_sums(
 ) -> dict[nn.Parameter, list[dict[int, ModeSum]]]:
     """Sums over the gradients of several batches, by weight, by how the weight is seen, and by mode.
 
-    The model runs as in evaluation (no dropout, batch norm with its running statistics); what it trains, the gradients
-    that it holds and its mode are left as they were. With several processes of ``torch.distributed`` each gives its own
-    batches, and the sums are over all of them.
+    The model runs as in evaluation (no dropout, batch norm with its running statistics), with gradient checkpointing
+    where that is enabled; what it trains, the gradients that it holds and its mode are left as they were. With several
+    processes of ``torch.distributed`` each gives its own batches, and the sums are over all of them.
 
     Args:
         model: any network of which the weights are a part.
@@ -114,7 +118,7 @@ def mode_sums(
                     mode_sum.add(unfold(gradient.reshape(tuple(shape)), mode))
 
     count = 0
-    with _gradients_of(model, weights, add), torch.enable_grad():
+    with _gradients_of(model, weights, add), _checkpointed(model), torch.enable_grad():
         for batch in batches:
             loss(model, batch).backward()
             count += 1
@@ -162,6 +166,31 @@ def _gradients_of(model: nn.Module, weights: Iterable[nn.Parameter], add: Callab
             parameter.requires_grad_(was)
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Layers that transformers checkpoints while training are checkpointed in evaluation mode too, without caches."""
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+    ]
+    try:
+        for layer in layers:
+            layer.forward = functools.partial(_recomputed, layer.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward pass that keeps its inputs alone; what fills a cache would fill it twice."""
+    plain = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+    if plain.get("use_cache"):
+        plain["use_cache"] = False
+    return checkpoint(functools.partial(forward, **plain), *args, use_reentrant=False)
 
 
 def init_from_gradients(

@@ -17,6 +17,7 @@ from flora.models import TimmModel, TransformersModel, get
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "deberta": ("deberta_v3_base", {}),
     "llama": ("llama_7b", {"num_hidden_layers": 8}),
+    "llama_7b": ("llama_7b", {}),
 }
 TOKENS = {"sequence_classification": 128, "causal_lm": 1024, "image_text": 64}
 BATCH = {"sequence_classification": 32, "causal_lm": 4, "image_text": 16}

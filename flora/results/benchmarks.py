@@ -30,11 +30,13 @@ TITLES = {
     "step": "Forward and backward",
     "infer": "Inference with the adapter merged",
     "train": "train.py from end to end",
+    "start": "A start from gradients",
 }
 _COLUMNS = {
     "step": ("method", "ms", "spread", "x floor", "x LoRA", "peak GB", "layers", "trainable params"),
     "infer": ("model", "ms", "spread", "x base", "spread"),
     "train": ("method", "train.py, examples/s", "spread", "bare step, examples/s", "spread", "share"),
+    "start": ("method", "batches", "seconds", "peak GB", "share kept"),
 }
 
 
@@ -114,6 +116,7 @@ def heading(result: dict[str, Any]) -> str:
     words += ["FLoRA with LoRA's number of parameters"] if result.get("match") else []
     words += ["layers that LoRA can adapt"] if result.get("layers") == "common" else []
     words += ["channels last"] if result.get("channels_last") else []
+    words += ["gradient checkpointing"] if result.get("gradient_checkpointing") else []
     words += [", ".join(f"trainer.{key}={value}" for key, value in result.get("trainer", {}).items())]
     words += ["one CUDA graph"] if result.get("captured") else []
     return ", ".join(word for word in words if word)
@@ -122,7 +125,9 @@ def heading(result: dict[str, Any]) -> str:
 def _table(result: dict[str, Any]) -> list[str]:
     benchmark = result["benchmark"]
     columns = _COLUMNS[benchmark]
-    cells = {"step": _step_cells, "infer": _infer_cells, "train": _train_cells}[benchmark](result)
+    cells = {"step": _step_cells, "infer": _infer_cells, "train": _train_cells, "start": _start_cells}[benchmark](
+        result
+    )
     return markdown_table(columns, cells, numbers=True)
 
 
@@ -148,6 +153,20 @@ def _train_cells(result: dict[str, Any]) -> list[list[str]]:
     return [[row["method"], *(formatted(row[key], spec) for key, spec in specs.items())] for row in result["rows"]]
 
 
+def _start_cells(result: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for row in result["rows"]:
+        peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 1e9
+        cells: list[tuple[Any, str]] = [
+            (result["batches"], "d"),
+            (row["seconds"], ".2f"),
+            (peak, ".2f"),
+            (row.get("kept"), ".3f"),
+        ]
+        rows.append([row["method"], *(formatted(value, spec) for value, spec in cells)])
+    return rows
+
+
 def _source(result: dict[str, Any]) -> list[str]:
     lines = [f"{row['method']}: {row['error']}" for row in result["rows"] if row.get("error")]
     if result["benchmark"] == "infer":
@@ -171,7 +190,7 @@ def as_csv(measured: Sequence[dict[str, Any]]) -> str:
     """Every number unrounded, one line per method and file."""
     facts = ("file", "benchmark", "device", "torch", "commit", *SETTINGS)
     costs = ("ms", "ms_spread", "ratio", "ratio_spread", "peak_bytes", "trainable_params")
-    numbers = (*costs, "train", "train_spread", "bare", "bare_spread", "share", "error")
+    numbers = (*costs, "train", "train_spread", "bare", "bare_spread", "share", "seconds", "kept", "error")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*facts, "method", "adapted_layers", *numbers])

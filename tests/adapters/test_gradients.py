@@ -9,6 +9,7 @@ import pytest
 import tensorly
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import flora
 from flora.adapters import FloraLayer, gradients
@@ -128,6 +129,31 @@ def test_the_model_is_left_as_it_was():
     assert {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()} == flags
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in values.items())
+
+
+def test_layers_that_are_checkpointed_are_computed_twice_and_give_the_same_factors():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    network = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=19)).double()
+    config = flora.FloraConfig(r=2, init="zero_output", target_modules=["q_proj", "down_proj"])
+    tokens = torch.randint(19, (2, 7))
+    batches = [{"input_ids": tokens, "labels": tokens}]  # and caches are on, as transformers has it
+    factors, calls = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        model = peft.get_peft_model(copy.deepcopy(network), config)
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        projections = [module for name, module in model.named_modules() if name.endswith("mlp.gate_proj")]
+        for projection in projections:
+            projection.register_forward_hook(lambda *_, which=checkpointed: calls.append(which))
+        flora.init_from_gradients(model, batches)
+        assert not any("forward" in vars(module) for module in model.modules())
+        factors.append({name: p for name, p in model.named_parameters() if p.requires_grad})
+    assert (calls.count(False), calls.count(True)) == (2, 4)
+    assert factors[0].keys() == factors[1].keys()
+    for name, factor in factors[0].items():
+        torch.testing.assert_close(factors[1][name], factor)
 
 
 def test_the_seed_decides():

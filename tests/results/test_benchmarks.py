@@ -53,7 +53,9 @@ def results(tmp_path):
     infer["rows"] = [{"method": "merged", "ms": 5.0, "ms_spread": 0.1, "ratio": 1.001, "ratio_spread": 0.002}]
     rates = {"train": 9000.0, "train_spread": 10.0, "bare": 9900.0, "bare_spread": 5.0, "share": 0.9091}
     train = FACTS | {"benchmark": "train", "trainer": {"cuda_graph": True}, "rows": [{"method": "flora"} | rates]}
-    files = {"resnet50": step(), "b_infer": infer, "a_train": train}
+    start = FACTS | {"benchmark": "start", "batches": 8, "gradient_checkpointing": True}
+    start["rows"] = [{"method": "start", "seconds": 3.25, "peak_bytes": 4_500_000_000, "weights": 2, "kept": 0.625}]
+    files = {"resnet50": step(), "b_infer": infer, "a_train": train, "c_start": start}
     files["deberta"] = step(model="deberta", size=None, tokens=128, rows=[row("lora", 40.0), row("flora", 10.0)])
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -82,6 +84,8 @@ def test_a_line_shows_time_spread_ratios_memory_and_parameters(results):
     assert "| merged | 5.000 | 0.100 | 1.001 | 0.002 |" in text
     assert "| flora | 9,000 | 10 | 9,900 | 5 | 0.909 |" in text
     assert "trainer.cuda_graph=True" in text
+    assert "| start | 8 | 3.25 | 4.50 | 0.625 |" in text
+    assert "gradient checkpointing" in text
     for words in (
         "NVIDIA H100",
         "torch 2.11.0",
@@ -89,7 +93,9 @@ def test_a_line_shows_time_spread_ratios_memory_and_parameters(results):
         "`python scripts/bench_step.py --model resnet50`",
     ):
         assert words in text
-    order = [text.index(words) for words in ("### deberta", "### resnet50", "## Inference", "## train.py")]
+    order = [
+        text.index(words) for words in ("### deberta", "### resnet50", "## Inference", "## train.py", "## A start")
+    ]
     assert order == sorted(order)
 
 
@@ -108,7 +114,7 @@ def test_the_speed_up_over_lora_is_a_geometric_mean_of_comparable_runs():
 def test_the_csv_holds_every_number_unrounded(results):
     text = benchmarks.rendered(results)[results / "tables" / "step_cost.csv"]
     lines = list(csv.DictReader(io.StringIO(text)))
-    assert len(lines) == 4 + 2 + 1 + 1
+    assert len(lines) == 4 + 2 + 1 + 1 + 1
     (flora,) = (line for line in lines if (line["file"], line["method"]) == ("resnet50.json", "flora"))
     assert (flora["ms"], flora["ratio"], flora["peak_bytes"], flora["size"]) == ("12.0", "1.2", "2500000000", "224")
     assert (flora["adapted_layers"], flora["layers"], flora["error"]) == ("53", "all", "")

@@ -17,7 +17,7 @@ from flora.errors import DataError
 from flora.tasks import manifest
 from flora.tasks.imagefolder.dataset import Catalogue
 from flora.tasks.images import parquet
-from flora.tasks.images.decode import open_image
+from flora.tasks.images.formats import open_image
 from flora.tasks.portions import by_value, say
 
 _NAMES = {"train": ("train",), "validation": ("validation", "val", "valid", "validate", "dev"), "test": ("test",)}

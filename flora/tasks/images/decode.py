@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -21,14 +20,13 @@ from PIL import Image, ImageOps
 from flora import memory
 from flora.errors import ConfigError, DataError, first_line
 from flora.tasks.images.dataset import ImageDataset
+from flora.tasks.images.formats import open_image
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-# What an image may be, whatever its name says; JPEG includes MPO. Pillow hands others to programs, EPS to Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ORIENTATIONS = ("exif", "stored")  # Pillow itself turns TIFF, whatever is asked
 _LONGEST = 1000  # times the short side: scaled by that one, a longer image takes more memory than a machine has
 _CHUNK = 256
@@ -63,11 +61,6 @@ def interpolation_mode(name: str) -> Image.Resampling:
     if name not in INTERPOLATIONS:
         raise ConfigError(f"interpolation {name!r} is unknown; choose one of {', '.join(INTERPOLATIONS)}")
     return INTERPOLATIONS[name]
-
-
-def open_image(file: Path | bytes) -> Image.Image:
-    """An image of one of ``FORMATS``, not decoded yet; OSError where it is none of them."""
-    return Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=FORMATS)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from PIL import Image
 
 from flora.errors import DataError, first_line
 from flora.tasks.base import draw
-from flora.tasks.images.decode import Pool, open_image
+from flora.tasks.images.decode import Pool
+from flora.tasks.images.formats import open_image
 from flora.tasks.vtab import retina, tfrecord
 
 # Images of each part, as tensorflow_datasets counts them (of smallNORB's test, half is VTAB's validation).

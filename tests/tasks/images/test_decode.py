@@ -9,7 +9,8 @@ from PIL import Image, features
 
 from flora.errors import ConfigError, DataError
 from flora.tasks import Vtab
-from flora.tasks.images.decode import FORMATS, as_rgb, open_image
+from flora.tasks.images.decode import as_rgb
+from flora.tasks.images.formats import FORMATS, open_image
 from tests.tasks.chats import tiny_llava
 from tests.tasks.imagefolder.folders import load
 from tests.tasks.vqa.questions import conversation, write_conversations

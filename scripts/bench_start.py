@@ -1,0 +1,157 @@
+"""Time FLoRA's start from gradients and the memory that it needs, beside training steps of LoRA and FLoRA.
+
+python scripts/bench_start.py --model convnextv2_large --batches 8 --json results/benchmarks/NAME.json
+
+Weights and data are random. Each row has the device to itself: warmed up on one batch, then as many batches for the
+start as steps (forward and backward, no optimiser) for the others. The start's seconds are those of its passes and of
+the eigenvectors of all modes.
+"""
+
+import argparse
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import flora
+from flora.bench.methods import Methods, Ranks
+from flora.bench.networks import add_options, network
+from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
+from flora.bench.timing import Step
+from flora.errors import ConfigError
+from flora.results.markdown import formatted
+
+ROWS = ("lora", "flora", "full", "start")
+
+
+def bench_start() -> None:
+    """Parse the command line, measure, print a table, write the JSON file."""
+    arguments = parsed()
+    positive(r=arguments.r, kernel_rank=arguments.kernel_rank, batches=arguments.batches)
+    device = device_of(arguments.device)
+    dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    shape = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
+    try:
+        net = network(arguments.model, arguments.batch, DTYPES[dtype], **shape)
+        methods = Methods(net, Ranks(arguments.r, arguments.kernel_rank))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    torch.manual_seed(arguments.seed)
+    base = net.build(device)
+    if arguments.gradient_checkpointing and not hasattr(base, "gradient_checkpointing_enable"):
+        raise ConfigError(f"--gradient-checkpointing: {arguments.model} has none; leave it out")
+    rows = []
+    for name in [name for name in ROWS if name != "full" or not arguments.no_full]:
+        rows.append({"method": name, **measured(name, methods, base, arguments, device)})
+        print(rows[-1], flush=True)
+    result = {
+        **facts("start", device),
+        "model": arguments.model,
+        "batch": net.batch,
+        "size": net.spec.image_size if net.kind == "image" else None,
+        "tokens": net.tokens,
+        "dtype": dtype,
+        "channels_last": arguments.channels_last,
+        "gradient_checkpointing": arguments.gradient_checkpointing,
+        "r": arguments.r,
+        "kernel_rank": arguments.kernel_rank,
+        "batches": arguments.batches,
+        "rows": rows,
+    }
+    print(shown(result))
+    write(arguments.json, result)
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = options(__doc__)
+    add_options(parser)
+    parser.add_argument("--batches", type=int, default=8, help="of the start, and steps beside it")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="networks of transformers")
+    parser.add_argument("--no-full", action="store_true", help="leave full fine-tuning out, which may not fit")
+    return parser.parse_args()
+
+
+def measured(
+    name: str, methods: Methods, base: nn.Module, arguments: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """Seconds and peak bytes of one row, or the reason why it could not run; ``kept`` is the start's alone."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        if name == "start":
+            return _start(methods, base, arguments, device)
+        return _steps(name, methods, base, arguments, device)
+    except torch.OutOfMemoryError:
+        return {"seconds": None, "peak_bytes": None, "error": "out of memory"}
+
+
+def _steps(
+    name: str, methods: Methods, base: nn.Module, arguments: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    torch.manual_seed(arguments.seed)
+    prepared = methods.prepare(name, _checkpointing(copy.deepcopy(base).to(device), arguments))
+    if arguments.gradient_checkpointing:
+        prepared.batched = False  # as the trainer runs it
+    step = Step(methods.network, prepared, methods.network.inputs(device))
+
+    def run() -> None:
+        for _ in range(arguments.batches):
+            step()
+
+    step()
+    return _cost(run, device)
+
+
+def _start(methods: Methods, base: nn.Module, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    torch.manual_seed(arguments.seed)
+    tuning = methods.tuning("flora")
+    tuning.options |= {"init": "zero_output", "init_weights": True}  # type: ignore[union-attr]
+    model = tuning.apply(_checkpointing(copy.deepcopy(base).to(device), arguments), methods.head).model
+    net = methods.network
+    batches = [net.inputs(device) for _ in range(arguments.batches)]
+    found: dict[str, dict[int, float]] = {}
+    flora.init_from_gradients(model, batches[:1], net.loss)
+    cost = _cost(lambda: found.update(flora.init_from_gradients(model, batches, net.loss)), device)
+    shares = [share for by_mode in found.values() for share in by_mode.values()]
+    return cost | {"weights": len(found), "kept": round(statistics.fmean(shares), 4)}
+
+
+def _checkpointing(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        model.enable_input_require_grads()  # type: ignore[operator]
+    return model
+
+
+def _cost(run: Callable[[], None], device: torch.device) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    run()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    seconds = round(time.perf_counter() - started, 3)
+    return {"seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None}
+
+
+def shown(result: dict[str, Any]) -> str:
+    """The result as a table for a terminal."""
+    lines = [["", "seconds", "peak GB", "share kept", ""]]
+    for row in result["rows"]:
+        peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 1e9
+        cells = [(row["seconds"], ".2f"), (peak, ".2f"), (row.get("kept"), ".3f")]
+        lines.append([row["method"], *(formatted(value, spec) for value, spec in cells), row.get("error", "")])
+    return f"{result['model']}, {result['batches']} batches of {result['batch']}; {result['device']}\n{table(lines)}"
+
+
+if __name__ == "__main__":
+    main(bench_start)
