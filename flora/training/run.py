@@ -7,8 +7,7 @@ import json
 import re
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback
 
-from flora.errors import ConfigError, TrainingDiverged, WorkerLost
+from flora.errors import ConfigError, TrainingDiverged
 from flora.launch import preemption, processes
 from flora.methods.base import Adapted, Method, effective_ranks, load
 from flora.methods.heads import trained
@@ -30,7 +29,6 @@ from flora.tasks.base import Split, Splits, Task
 from flora.tasks.portions import write_drawn
 from flora.training.display import Display
 from flora.training.finite import check_metrics, check_weights, masks
-from flora.training.internals import raise_for_killed_workers
 from flora.training.loggers import Log
 from flora.training.norms import DeltaNorms
 from flora.training.progress import Progress
@@ -339,34 +337,6 @@ def restored(base: nn.Module, head: Sequence[str], folder: Path, method: str | N
         raise ConfigError(f"checkpoint: {error}") from error
     check_weights(adapted.model, known, f"checkpoint={folder}: {{}} is not finite; train it again")
     return adapted
-
-
-@contextlib.contextmanager
-def data_workers() -> Iterator[None]:
-    """Around training: WorkerLost where a data-loading process was killed."""
-    try:
-        yield
-    except (RuntimeError, OSError, EOFError) as error:
-        # A line to the process may break before torch is told of its end.
-        killed = str(error) if isinstance(error, RuntimeError) else _killed_worker()
-        if not killed.startswith("DataLoader worker"):
-            raise
-        preemption.check()  # Ctrl-C may reach that process too
-        raise WorkerLost(
-            f"a data-loading process was killed ({killed.splitlines()[0].rstrip('. ')}): "
-            "start the run again to go on, with more memory or a smaller trainer.num_workers"
-        ) from error
-
-
-def _killed_worker() -> str:
-    """What torch says of a data-loading process that has ended by a signal, if one does within a second."""
-    try:
-        for _ in range(10):
-            raise_for_killed_workers()
-            time.sleep(0.1)
-    except RuntimeError as error:
-        return str(error)
-    return ""
 
 
 def evaluate(

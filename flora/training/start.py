@@ -59,7 +59,6 @@ class Start:
         assert isinstance(gradient, GradientSettings)
         self.run, self.train, self.gradient, self.kept = run, train, gradient, kept
         self.settings = replace(run.settings, head_lr=run.settings.head_lr or lr)
-        self._checkpointed: list[nn.Module] = []  # layers that look at their mode, and hold nothing random themselves
         self.forward = run.task.forward(run.model)
         self.micro_batch = self.settings.batch_size // self.settings.gradient_accumulation
         self.count = gradient.batches * self.settings.gradient_accumulation
@@ -162,8 +161,6 @@ class Start:
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The task's loss of a batch, as training has it; autocast only to bf16, as nothing scales the loss."""
-        for module in self._checkpointed:
-            module.training = True
         kind = next(iter(batch.values())).device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.settings.dtype == "bf16"):
             outputs, targets = self.forward(model, batch, True)
@@ -206,11 +203,9 @@ class Start:
             yield
             return
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
         try:
             yield
         finally:
-            self._checkpointed = []
             model.gradient_checkpointing_disable()
 
     @contextlib.contextmanager
