@@ -221,6 +221,7 @@ class Start:
             set_rng_state(state, on_gpu)
         if on_gpu:
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # captured steps have a pool of their own
         seconds = time.perf_counter() - began
         report["seconds"] = round(report["seconds"] + seconds, 3)
         report["peak_memory_bytes"] = max(report["peak_memory_bytes"], memory.read())
