@@ -11,6 +11,7 @@ import itertools
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,12 @@ class Start:
     """
 
     def __init__(self, run: Run, train: Any, lr: float, kept: dict[str, Any]) -> None:
+        if run.settings.distributed == "fsdp":
+            raise ConfigError(
+                "adapter: gradients are looked at on a whole model: take trainer=ddp, or another init and allocation"
+            )
+        if not len(train):
+            raise ConfigError("adapter: init=gradient and allocation=gradient need training data: choose other ones")
         gradient = getattr(run.method, "gradient", None)
         assert isinstance(gradient, GradientSettings)
         self.run, self.train, self.gradient, self.kept = run, train, gradient, kept
@@ -62,12 +69,6 @@ class Start:
         self.forward = run.task.forward(run.model)
         self.micro_batch = self.settings.batch_size // self.settings.gradient_accumulation
         self.count = gradient.batches * self.settings.gradient_accumulation
-        if self.settings.distributed == "fsdp":
-            raise ConfigError(
-                "adapter: gradients are looked at on a whole model: take trainer=ddp, or another init and allocation"
-            )
-        if not len(train):
-            raise ConfigError("adapter: init=gradient and allocation=gradient need training data: choose other ones")
 
     def for_ranks(self, base: nn.Module) -> dict[str, Any]:
         """Train the head of the base model and put it back; returns what ``Method.apply`` takes beside the model."""
@@ -199,14 +200,18 @@ class Start:
     @contextlib.contextmanager
     def _checkpointing(self, model: Any) -> Iterator[None]:
         """Activations computed again where training does that too."""
-        if not self.settings.gradient_checkpointing:
+        if not (self.settings.gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable")):
             yield
             return
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        try:
-            yield
-        finally:
-            model.gradient_checkpointing_disable()
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message=".*is deprecated", category=FutureWarning
+            )  # in favour of new names
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            try:
+                yield
+            finally:
+                model.gradient_checkpointing_disable()
 
     @contextlib.contextmanager
     def _apart(self, what: str) -> Iterator[None]:

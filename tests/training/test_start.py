@@ -17,8 +17,6 @@ from flora.config import cell_id, composed, instantiate_method
 from flora.errors import ConfigError
 from flora.methods import Peft
 from flora.methods.gradient import GradientSettings
-from flora.training import Run
-from flora.training import start as start_module
 from flora.training.resume import rng_state
 from flora.training.start import Start
 from tests.training.processes import together
@@ -114,11 +112,10 @@ def test_factors_are_the_hosvd_of_gradients_that_go_through_a_head_trained_alone
     names = ["0.weight", "3.weight", "6.weight"]
     checked = []
     for name, stacked in gradients_by_hand(base, head, names, 16, LOOK["batches"]).items():
-        layer = begin.weights_of(name) if hasattr(begin, "weights_of") else name.removesuffix(".weight")
         factors = {
-            int(key.rpartition(".")[2]): value.double().numpy()
+            int(key.rpartition("_")[2]): value.double().numpy()
             for key, value in begin.weights.items()
-            if f"model.{layer}.tucker_factors" in key
+            if f"model.{name.removesuffix('weight')}tucker_factors" in key
         }
         for mode, factor in factors.items():
             if mode == 0 or factor.shape[0] == factor.shape[1]:
@@ -165,7 +162,7 @@ def test_the_seed_decides_and_the_same_one_gives_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("init", ["gradient", "zero_output"])
 def test_the_head_may_go_on_from_where_it_was(tmp_path, init):
-    budget = None if init == "gradient" else 150
+    budget = None if init == "gradient" else 300
     begin, _, run, _ = begun(tmp_path, method(init, {"put_back": False}, budget))
     head = [value for name, value in begin.weights.items() if "modules_to_save.default" in name]
     assert all(torch.equal(a, b) for a, b in zip(head, run._starts["train"]["head"], strict=True))
@@ -191,17 +188,16 @@ def test_all_rates_share_a_start_and_the_last_fit_has_its_own(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"protocol": dataclasses.replace(VTAB, lr_grid=GRID), "epochs": 2}, {"budget": 150}],
+    [{}, {"protocol": dataclasses.replace(VTAB, lr_grid=GRID), "epochs": 2}, {"budget": 300}],
     ids=["one fit", "grid, then all data", "ranks"],
 )
 def test_a_run_that_was_killed_ends_as_if_left_alone(tmp_path, monkeypatch, capsys, options):
     budget = options.get("budget")
-    options = {"protocol": HOLDOUT, "epochs": 2} | {k: v for k, v in options.items() if k != "budget"}
+    options = {"protocol": HOLDOUT, "epochs": 2, "head_lr": 1e-2} | {k: v for k, v in options.items() if k != "budget"}
     make = functools.partial(checkpointed_run, **options)
     calm = result(make(tmp_path / "calm", method(budget=budget)).train())
     interrupted(make(tmp_path / "killed", method(budget=budget)), monkeypatch, 3)
     capsys.readouterr()
-    monkeypatch.setattr(start_module.torch.optim, "AdamW", start_module.torch.optim.AdamW)
     last = make(tmp_path / "killed", method(budget=budget))
     outcome = last.train()
     assert result(outcome) == calm
@@ -231,7 +227,7 @@ def test_an_untrained_run_has_its_start_too(tmp_path):
 
 
 def test_ranks_follow_the_gradients_and_are_those_of_a_budget(tmp_path):
-    _, _, run, outcome = begun(tmp_path, method(budget=150))
+    _, _, run, outcome = begun(tmp_path, method(budget=300))
     base = run._base().eval()
     head = head_by_hand(base, LOOK["head_steps"], 16, 1e-2)
     found = gradients_by_hand(base, head, ["0.weight", "3.weight", "6.weight"], 16, LOOK["batches"])
@@ -241,24 +237,8 @@ def test_ranks_follow_the_gradients_and_are_those_of_a_budget(tmp_path):
             squares = np.square(np.linalg.svd(tensorly.unfold(found[name], mode + 1), compute_uv=False))
             expected = squares.cumsum() / squares.sum()
             np.testing.assert_allclose(shares[: len(expected)], expected, atol=1e-5)
-    assert run.counts(outcome.adapted)["trainable_params"] in range(148, 151)
+    assert run.counts(outcome.adapted)["trainable_params"] in range(297, 301)
     assert outcome.trainer.execution["start"]["kept"] > 0
-
-
-def of_text(name, **settings):
-    """A start on a small transformer of random weights, as a run's fit has it."""
-    spec, dataset, forward = network(name)
-    settings = toy_run(None, batch_size=8, **settings).settings
-    task = SimpleNamespace(forward=lambda model: forward, loss=cross_entropy)
-    torch.manual_seed(0)
-    made = method()
-    run = SimpleNamespace(method=made, model=spec, task=task, settings=settings, seed=0)
-    start = Start(run, dataset, 1e-2, {})
-    base = spec.build(10)
-    made.apply(base, spec.classifier, **start.for_ranks(base))
-    torch.manual_seed(0)
-    model = made.apply(base, spec.classifier).model if False else None
-    return start, spec, made, model
 
 
 def cross_entropy(outputs, targets, label_smoothing):
@@ -310,7 +290,7 @@ def of_processes(folder, **options):
     from flora.launch import processes
 
     processes.start(cpu=True)
-    begin, _, run, _ = begun(folder, method(budget=150, look={"batches": 4}), device="cpu", **options)
+    begin, _, run, _ = begun(folder, method(budget=300, look={"batches": 4}), device="cpu", **options)
     return begin.weights, run._starts["train"]
 
 
@@ -337,7 +317,7 @@ def test_two_processes_start_as_one(tmp_path):
         (lambda: GradientSettings(put_back=1), r"adapter\.gradient\.put_back must be true or false, got 1"),
         (lambda: Peft("lora", "peft.LoraConfig", init="gradient"), r"init=gradient is a start of FLoRA's .* lora has"),
         (lambda: Peft("lora", "peft.LoraConfig").set_budget(None, "gradient"), "allocation=gradient shares a budget"),
-        (lambda: method(budget=150).apply(ToyModel().build(3), ["7.fc"]), "reads gradients of training data"),
+        (lambda: method(budget=300).apply(ToyModel().build(3), ["7.fc"]), "reads gradients of training data"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(make, said):
@@ -358,7 +338,7 @@ def test_runs_that_cannot_have_it_end_with_a_line(tmp_path):
         silent.task.loss = lambda outputs, targets, smoothing: outputs.sum() * 0
         silent.train()
     with pytest.raises(ConfigError, match="the head alone diverges at a rate of 1e"):
-        toy_run(tmp_path, method(), max_steps=1, head_lr=1e38).train()
+        toy_run(tmp_path, method(), max_steps=1, head_lr=1e30).train()
 
 
 def test_only_runs_that_look_at_gradients_are_named_by_how():
@@ -371,4 +351,3 @@ def test_only_runs_that_look_at_gradients_are_named_by_how():
         made = instantiate_method(composed([*looks, "adapter.gradient.batches=4"]).adapter)
         assert made.gradient == GradientSettings(batches=4)
     assert instantiate_method(composed([]).adapter).gradient is None
-    assert isinstance(Run, type)
