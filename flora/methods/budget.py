@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flora.methods.allocation import TOLERANCE, check_allocation, climb, levels
+from flora.methods.allocation import TOLERANCE, Spectra, check_allocation, climb, levels
 from flora.methods.base import Method
 from flora.methods.heads import in_head, trained
 from flora.methods.ladders import Ladder, ladders_of, skeleton, wrapped_on_meta
@@ -34,7 +34,7 @@ class Budget:
     Args:
         size: ``2%`` of the backbone (the model without its head), a number with or without unit (``1330000``,
             ``1.33M``, ``500k``), or ``match:METHOD[:RANK]``: what that method trains on the same model at that rank.
-        allocation: ``uniform`` (also None), ``proportional`` or ``spectral``.
+        allocation: ``uniform`` (also None), ``proportional``, ``spectral`` or ``gradient``.
         matched: makes the method that ``match:`` names; needed for such a size alone.
 
     Raises:
@@ -67,7 +67,14 @@ class Budget:
             return math.floor(backbone * self._number / 100)
         return math.floor(self._number)
 
-    def solve(self, config: Any, model: nn.Module, head: Sequence[str], targets: str | Sequence[str]) -> None:
+    def solve(
+        self,
+        config: Any,
+        model: nn.Module,
+        head: Sequence[str],
+        targets: str | Sequence[str],
+        spectra: Spectra | None = None,
+    ) -> None:
         """Write the ranks to ``config.rank_pattern`` and print them on stderr, layer by layer.
 
         Args:
@@ -75,10 +82,11 @@ class Budget:
             model: the base model, on any device.
             head: names of its head's modules.
             targets: the configured targets, for a matched method.
+            spectra: gives those of the gradients, for ``gradient``.
 
         Raises:
             ValueError: the budget is out of the method's reach on this model, the message names what is possible; ranks
-                that are given besides; ``spectral`` on a model without values.
+                that are given besides; ``spectral`` on a model without values, ``gradient`` without spectra.
         """
         if config.rank_pattern:
             raise ValueError("adapter.rank_pattern: adapter.budget sets the rank of every layer; give one of the two")
@@ -90,7 +98,7 @@ class Budget:
                 break
             config.decompose_factor = factor
             ladders = ladders_of(config, model)
-        rungs = climb(ladders, levels(self.allocation, ladders, model), budget)
+        rungs = climb(ladders, levels(self.allocation, ladders, model, spectra), budget)
         total = sum(rung.params for rung in rungs)
         self._check_landing(ladders, total, budget)
         # Patterns match endings of names, so the longest come first.

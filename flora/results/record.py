@@ -41,7 +41,8 @@ class Record:
         gpu_busy_share: share of the training time in which the GPU ran kernels, of any process, as NVML says;
             None on a CPU or where NVML says nothing.
         execution: how the steps were run: captured as CUDA graphs, compiled, with the data kept on the GPU, from which
-            steps the reported fit was resumed, and by how many processes, in which way.
+            steps the reported fit was resumed, and by how many processes, in which way; under ``start`` what a look at
+            gradients before it took: seconds, peak memory in bytes, the mean share of them that the factors keep.
         peak_memory_bytes: peak while training (GPU allocator, or resident memory on a CPU), of the first process.
         data: facts of the splits: sources, counts, checksums.
         weights: facts of the pretrained weights: source and sha256.

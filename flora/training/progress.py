@@ -204,7 +204,7 @@ class Progress:
     claim: Claim | None = None
     inputs: str = ""
     done: dict[str, Fit] = field(default_factory=dict)
-    notes: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     unfinished: dict[str, Any] | None = None
     newest: Path | None = None
 

@@ -7,8 +7,7 @@ import json
 import re
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback
 
-from flora.errors import ConfigError, TrainingDiverged, WorkerLost
+from flora.errors import ConfigError, TrainingDiverged
 from flora.launch import preemption, processes
 from flora.methods.base import Adapted, Method, effective_ranks, load
 from flora.methods.heads import trained
@@ -30,13 +29,13 @@ from flora.tasks.base import Split, Splits, Task
 from flora.tasks.portions import write_drawn
 from flora.training.display import Display
 from flora.training.finite import check_metrics, check_weights, masks
-from flora.training.internals import raise_for_killed_workers
 from flora.training.loggers import Log
 from flora.training.norms import DeltaNorms
 from flora.training.progress import Progress
 from flora.training.resume import Keeper, facts, finished, worth
 from flora.training.saved import check_whole
 from flora.training.settings import CHECKPOINTS, LOSS, Protocol, TrainerSettings
+from flora.training.start import Start
 from flora.training.trainer import Trainer
 
 
@@ -90,13 +89,17 @@ class Run:
     watching: list[TrainerCallback] = field(default_factory=list)
     progress: Progress = field(init=False)
     _display: Display | None = field(init=False, default=None)
+    _starts: dict[str, Any] = field(init=False, default_factory=dict)
 
     def train(self) -> Outcome:
         """Choose the learning rate if the protocol has a grid, train, test once."""
         splits, protocol, settings = self.splits, self.protocol, self.settings
         if settings.max_steps == 0:
-            adapted = self._adapt()
+            start = self._start(splits.train, splits.validation, settings.lr)
+            adapted = self._adapt(start)
             trainer = self._trainer(adapted, settings, None, None)
+            if start is not None:
+                start.begin(adapted.model)
             return Outcome(adapted, trainer, self._test(trainer))
         if not len(splits.train):
             raise ConfigError(
@@ -106,6 +109,7 @@ class Run:
         folder = self.folder / CHECKPOINTS
         resume = settings.resume == "auto"
         self.progress = Progress(folder, settings.checkpoint_every, resume, self.claim, self._inputs())
+        self._starts = self.progress.notes.setdefault("starts", {})
         with contextlib.ExitStack() as shown:
             self._display = shown.enter_context(self._shown()) if processes.first() else None
             lr, selection, chosen = self._select() if protocol.lr_grid else (settings.lr, {}, None)
@@ -204,7 +208,8 @@ class Run:
         self, lr: float, train: Split, validation: Split | None, label: str, reported: bool = True
     ) -> tuple[Adapted, Trainer]:
         """Train, or go on where an earlier process was; ``reported``: this fit may become the run's result."""
-        adapted = self._adapt()
+        start = self._start(train, validation, lr)
+        adapted = self._adapt(start)
         known = masks(adapted.model)
         if self.settings.gradient_checkpointing and not hasattr(adapted.model, "gradient_checkpointing_enable"):
             raise ConfigError("trainer.gradient_checkpointing is for networks of transformers: leave it false")
@@ -228,6 +233,8 @@ class Run:
             if self.settings.distributed == "fsdp":
                 raise ConfigError("analysis.every_n_steps looks at whole weights: leave it null with trainer=fsdp")
             trainer.add_callback(DeltaNorms(trainer, self.model.classifier, **self.analysis))
+        if start is not None:
+            trainer.start = start.begin(adapted.model)
         keeper = Keeper(trainer, self.progress, label)
         trainer.add_callback(keeper)
         with preemption.held():
@@ -256,11 +263,20 @@ class Run:
         transformers.set_seed(self.seed)
         return self.model.build(self.splits.num_classes, drop_path=self.settings.drop_path)
 
-    def _adapt(self) -> Adapted:
+    def _start(self, train: Split, validation: Split | None, lr: float) -> Start | None:
+        """What the method looks at before a fit: one for all fits on the same data, but for a head that follows lr."""
+        if getattr(self.method, "gradient", None) is None:
+            return None
+        key = "all" if validation is None else "train"
+        kept = self._starts.setdefault(key if self.settings.head_lr else f"{key}, {_label(lr)}", {})
+        return Start(self, _limited(train, self.settings.max_train_examples), lr, kept)
+
+    def _adapt(self, start: Start | None = None) -> Adapted:
         base = self._base()
+        beside = {} if start is None else start.for_ranks(base)
         transformers.set_seed(self.seed)
         try:
-            return self.method.apply(base, self.model.classifier)
+            return self.method.apply(base, self.model.classifier, **beside)
         except (ValueError, TypeError, re.error) as error:
             raise ConfigError(f"adapter: {error}") from error
 
@@ -321,34 +337,6 @@ def restored(base: nn.Module, head: Sequence[str], folder: Path, method: str | N
         raise ConfigError(f"checkpoint: {error}") from error
     check_weights(adapted.model, known, f"checkpoint={folder}: {{}} is not finite; train it again")
     return adapted
-
-
-@contextlib.contextmanager
-def data_workers() -> Iterator[None]:
-    """Around training: WorkerLost where a data-loading process was killed."""
-    try:
-        yield
-    except (RuntimeError, OSError, EOFError) as error:
-        # A line to the process may break before torch is told of its end.
-        killed = str(error) if isinstance(error, RuntimeError) else _killed_worker()
-        if not killed.startswith("DataLoader worker"):
-            raise
-        preemption.check()  # Ctrl-C may reach that process too
-        raise WorkerLost(
-            f"a data-loading process was killed ({killed.splitlines()[0].rstrip('. ')}): "
-            "start the run again to go on, with more memory or a smaller trainer.num_workers"
-        ) from error
-
-
-def _killed_worker() -> str:
-    """What torch says of a data-loading process that has ended by a signal, if one does within a second."""
-    try:
-        for _ in range(10):
-            raise_for_killed_workers()
-            time.sleep(0.1)
-    except RuntimeError as error:
-        return str(error)
-    return ""
 
 
 def evaluate(

@@ -110,6 +110,7 @@ class Trainer(internals.Loop):
         self._saved: dict[str, Any] | None = None
         self._ran: dict[str, Any] | None = None  # how the steps were run, where that was in another process
         self.resumed_at: list[int] = []
+        self.start: dict[str, Any] = {}  # what a start from gradients took
         super().__init__(
             model=model,
             args=arguments,
@@ -276,6 +277,7 @@ class Trainer(internals.Loop):
             "cuda_graph": self.captured is not None and self.captured.captured,
             "compile": self.settings.compile,
             "cached_on_device": any(placed is not dataset for dataset, placed in self._placed.items()),
+            **({"start": self.start} if self.start else {}),
             **({"resumed_at_steps": self.resumed_at} if self.resumed_at else {}),
             **({"processes": processes.count(), "distributed": self.settings.distributed or "ddp"} if several else {}),
         }
