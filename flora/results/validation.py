@@ -7,7 +7,7 @@ from flora.results.learning import series
 
 NOTE = (
     "values are of the validation split, that of the rate chosen on it where a grid was tried: they serve to choose, "
-    "flatter whoever tried more, and no test split was looked at"
+    "flatter whoever tried more, and no test split was looked at for choosing"
 )
 DEVELOPMENT = ("cifar10", "dtd10", "rsscn7", "mrpc", "stsb")
 """Data sets on whose validation splits FLoRA's defaults were chosen (tables defaults and text_defaults)."""
