@@ -60,19 +60,22 @@ class Grid:
 
     @property
     def upcoming(self) -> float | None:
-        """The rate to try next, None where the choice is made. Where all diverge, smaller ones come next."""
+        """The rate to try next, None where the choice is made.
+
+        A grid goes on where one rate is better than all others and lies at an edge; below, where all have diverged.
+        """
         for rate in self.rates:
             if rate not in self.values:
                 return rate
-        best = self.ranking[0] if self.ranking else min(self.values)
-        up, down = (
-            sum(rate > self.rates[-1] for rate in self.values),
-            sum(rate < self.rates[0] for rate in self.values),
-        )
-        if self.extend and best == max(self.values) and up < FURTHER:
-            return onward(self.rates, up + 1)
-        if self.extend and best == min(self.values) and down < FURTHER:
-            return onward(self.rates, -down - 1)
+        best = self.ranking[:1] or [min(self.values)]
+        if not self.extend or any(self._equal(best[0], other) for other in self.ranking[1:]):
+            return None  # further out is not known to be better
+        above = sum(rate > self.rates[-1] for rate in self.values)
+        below = sum(rate < self.rates[0] for rate in self.values)
+        if best == [max(self.values)] and above < FURTHER:
+            return onward(self.rates, above + 1)
+        if best == [min(self.values)] and below < FURTHER:
+            return onward(self.rates, -below - 1)
         return None
 
     @property
@@ -105,3 +108,6 @@ class Grid:
         if len(self.values) > 1 and rate in (edges := {max(self.values): "top", min(self.values): "bottom"}):
             return edges[rate]
         return None
+
+    def _equal(self, rate: float, other: float) -> bool:
+        return self.values[rate] == self.values[other]

@@ -32,8 +32,10 @@ def label(rate: float, name: str = "lr") -> str:
 def fits(run: "Run") -> dict[str, int]:
     """The fits that a run does if no grid goes on, in their order, each with the examples that it trains on."""
     protocol, count = run.protocol, len(run.splits.train)
-    heads = _own_rate_of_head(run) and protocol.head_lr_grid or []
-    named = [label(lr, HEAD) for lr in Grid(heads).rates] + [label(lr) for lr in Grid(protocol.lr_grid or []).rates]
+    heads = protocol.head_lr_grid if _own_rate_of_head(run) else None
+    named = [label(lr, HEAD) for lr in Grid(heads or []).rates] + [
+        label(lr) for lr in Grid(protocol.lr_grid or []).rates
+    ]
     if protocol.final_train != "train":
         return dict.fromkeys(named, count) | {LAST: count + len(run.splits.validation)}
     return dict.fromkeys(named or [LAST], count)
@@ -53,7 +55,7 @@ def choose_and_train(run: "Run") -> tuple[Adapted, Trainer, float, dict[str, Any
     head = _head(run)
     grid, kept = _tried(run, run.protocol.lr_grid or [], "lr", keep)
     rate = grid.falls[0]
-    selection = {
+    selection: dict[str, Any] = {
         "split": "validation",
         "metric": run.chosen_by,
         "values": _by_name(grid),
@@ -98,7 +100,7 @@ def _own_rate_of_head(run: "Run") -> bool:
 def _head(run: "Run") -> dict[str, Any] | None:
     """Choose the rate of the head beside an adapter if asked to, and say whether; None: it is the grid's."""
     settings, rates = run.settings, run.protocol.head_lr_grid
-    if settings.head_lr is None and not rates or not _own_rate_of_head(run):
+    if not _own_rate_of_head(run) or (settings.head_lr is None and not rates):
         return None
     if not rates:
         return {"lr": settings.head_lr, "chosen": False, "why": "protocol.head_lr_grid is null: it is trainer.head_lr"}
