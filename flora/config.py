@@ -289,7 +289,7 @@ def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[
     """
     resolved = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     if resolved["protocol"].get("lr_grid") and resolved["adapter"].get("name") in HEAD_ALONE:
-        resolved["trainer"]["head_lr"] = None  # as flora.training.run trains
+        resolved["trainer"]["head_lr"] = resolved["protocol"]["head_lr_grid"] = None  # as flora.training.run trains
     semantic = _decisive(resolved) | {"method_version": method_version or METHOD_VERSION}
     task = semantic["task"]
     if said := aliases.augmentation(task):
@@ -310,7 +310,8 @@ def _decisive(resolved: dict[str, Any]) -> dict[str, Any]:
         semantic["analysis"] = resolved["analysis"]  # such a run's record holds more
     unused = dict(_NOT_SEMANTIC)
     if semantic["protocol"].get("lr_grid"):
-        unused["trainer"] = (*unused["trainer"], "lr")
+        chosen = ("lr", "head_lr") if semantic["protocol"].get("head_lr_grid") else ("lr",)
+        unused["trainer"] = (*unused["trainer"], *chosen)
     for group, keys in unused.items():
         semantic[group] = {k: v for k, v in semantic[group].items() if k not in keys}
     semantic["adapter"] = _looking(alpha.resolved(semantic["adapter"]))  # 2r where that is 16 is the same run as 16

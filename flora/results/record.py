@@ -35,7 +35,11 @@ class Record:
             of the trained head, ``total_params`` those of the base model with its head.
         skipped_layers: targeted layers that the method could not adapt.
         ranks: effective ranks per layer.
-        selection: learning-rate choice: grid, validation values, seconds spent; empty without a grid.
+        selection: learning-rate choice; empty without a grid. ``values`` on validation by rate, null where the fit
+            diverged (``diverged``); rates that the grid was extended by (``added``); whether the chosen one is an
+            ``edge`` of those tried, ``top`` or ``bottom``; rates that won but diverged or collapsed in the last fit,
+            and why (``fallen``); the rate of the ``head``, and whether it was chosen; seconds spent. The first records
+            lack all but values, chosen and seconds.
         train_seconds: the reported run's training time without evaluation, in seconds.
         examples_per_second: training throughput of the reported run.
         gpu_busy_share: share of the training time in which the GPU ran kernels, of any process, as NVML says;

@@ -91,7 +91,9 @@ class Row:
     @property
     def tuned(self) -> bool:
         """Whether each of its runs chose its learning rate on validation, among rates that made a difference."""
-        return bool(self.records) and all(_rates_told_apart(record) for record in self.records.values())
+        return bool(self.records) and all(
+            _told_apart(record.get("selection") or {}) for record in self.records.values()
+        )
 
     @property
     def steps_to_lora(self) -> dict[int, float | None]:
@@ -114,11 +116,18 @@ class Row:
             rate = "chosen on validation" if self.tuned else "not chosen"
             here = f"{self.model}, protocol {self.first['protocol']}, learning rate {rate}"
             said.append(f"not known to follow the protocol of the published number beside it: {here}")
-        vain = [r for r in self.records.values() if r.get("selection") and not _rates_told_apart(r)]
-        if vain:
-            said.append(
-                f"in {len(vain)} of {len(self.records)} runs, all rates of the grid score the same on validation"
-            )
+        choices = [r["selection"] for r in self.records.values() if r.get("selection")]
+        for what, count in (
+            ("all rates of the grid score the same on validation", sum(not _told_apart(c) for c in choices)),
+            ("the chosen rate is the largest that was tried", sum(c.get("edge") == "top" for c in choices)),
+            ("the chosen rate is the smallest that was tried", sum(c.get("edge") == "bottom" for c in choices)),
+            (
+                "the rate that validation chose diverged or collapsed in the last fit, and a smaller one was taken",
+                sum(bool(c.get("fallen")) for c in choices),
+            ),
+        ):
+            if count:
+                said.append(f"in {count} of {len(self.records)} runs, {what}")
         return said
 
     def relative(self, key: str) -> float | None:
@@ -133,8 +142,8 @@ class Row:
         return sum(ours for ours, _ in both) / sum(lora for _, lora in both) if both else None
 
 
-def _rates_told_apart(record: dict[str, Any]) -> bool:
-    return len(set(((record.get("selection") or {}).get("values") or {}).values())) > 1
+def _told_apart(selection: dict[str, Any]) -> bool:
+    return len(set((selection.get("values") or {}).values())) > 1
 
 
 def rate_counts(record: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flora.errors import ConfigError
 from flora.launch import processes
+from flora.training.grid import FURTHER, distinct, onward
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -244,6 +245,11 @@ class Protocol:
             on, so ``select`` must be ``last``).
         lr_grid: learning rates to choose from on the validation split before the reported run, in place of
             ``trainer.lr``; where the head alone is trained, of its own (``trainer.head_lr``). Null takes those.
+        extend: where the best rate of a grid is its smallest or its largest, try further ones by the grid's own step
+            (``flora.training.grid.onward``), at most three each way.
+        head_lr_grid: rates of the head beside an adapter to choose from, before ``lr_grid``: the head alone is trained
+            at each, and the best on validation takes the place of ``trainer.head_lr``. That costs the fits of a linear
+            probe, where a grid over both rates would multiply the adapter's. Null takes ``trainer.head_lr``.
         held_out: share of train that becomes validation where the data has no labelled test split and its development
             set is the test; 0: the development set is both.
     """
@@ -254,6 +260,8 @@ class Protocol:
     lr_grid: list[float] | None = None
     held_out: float = 0.0
     select_by: str = "metric"
+    extend: bool = False
+    head_lr_grid: list[float] | None = None
 
     def __post_init__(self) -> None:
         if self.select not in ("best", "last"):
@@ -266,10 +274,27 @@ class Protocol:
             raise ConfigError("protocol.select=best needs a validation split: set protocol.final_train=train")
         if not isinstance(self.held_out, int | float) or not 0 <= self.held_out < 1:
             raise ConfigError(f"protocol.held_out must lie in [0, 1), got {self.held_out!r}")
-        if self.lr_grid is not None and not (
-            isinstance(self.lr_grid, list) and self.lr_grid and all(_positive(lr) for lr in self.lr_grid)
-        ):
-            raise ConfigError(f"protocol.lr_grid must be a list of positive numbers, got {self.lr_grid!r}")
+        for key in ("lr_grid", "head_lr_grid"):
+            self._check_grid(key, getattr(self, key))
+        if (self.extend or self.head_lr_grid) and not self.lr_grid:
+            key = "extend" if self.extend else "head_lr_grid"
+            raise ConfigError(f"protocol.{key} needs protocol.lr_grid: give it the rates to choose from")
+
+    def _check_grid(self, key: str, grid: object) -> None:
+        if grid is None:
+            return
+        if not (isinstance(grid, list) and grid and all(_positive(lr) for lr in grid)):
+            raise ConfigError(f"protocol.{key} must be a list of positive numbers, got {grid!r}")
+        rates = distinct(grid)
+        if not self.extend:
+            return
+        if len(rates) < 2:
+            raise ConfigError(
+                f"protocol.extend needs two rates in protocol.{key}, whose ratio is its step: got {grid!r}"
+            )
+        further = [onward(rates, steps) for steps in (*range(-FURTHER, 0), *range(1, FURTHER + 1))]
+        if distinct(reached := [*further[:FURTHER], *rates, *further[FURTHER:]]) != reached:
+            raise ConfigError(f"protocol.extend: the rates of protocol.{key} lie too close to go on by their ratio")
 
 
 def _positive(value: object) -> bool:

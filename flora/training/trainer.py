@@ -20,7 +20,7 @@ from flora.errors import TrainingDiverged
 from flora.launch import processes
 from flora.tasks.base import Forward, Split, cross_entropy
 from flora.training import internals, parts, sharding
-from flora.training.callbacks import StepMeter, StopOnDivergence, TellEpoch
+from flora.training.callbacks import ClosingLoss, StepMeter, StopOnDivergence, TellEpoch
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once
 from flora.training.ema import Ema
 from flora.training.groups import layer_scales, parameter_groups
@@ -121,6 +121,7 @@ class Trainer(internals.Loop):
             callbacks=[
                 self.meter,
                 StopOnDivergence(),
+                ClosingLoss(self),
                 TellEpoch(),
                 *([progress] if progress else []),
                 *([self.ema] if self.ema else []),
