@@ -235,7 +235,7 @@ class Run:
         if getattr(self.method, "gradient", None) is None:
             return None
         key = "all" if validation is None else "train"
-        kept = self._starts.setdefault(key if self.settings.head_lr else f"{key}, {_label(lr)}", {})
+        kept = self._starts.setdefault(key if self.settings.head_lr else f"{key}, {selection.label(lr)}", {})
         return Start(self, _limited(train, self.settings.max_train_examples), lr, kept)
 
     def _adapt(self, start: Start | None = None) -> Adapted:

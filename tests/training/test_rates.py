@@ -261,7 +261,8 @@ def test_a_run_goes_on_where_the_best_rate_is_the_smallest(tmp_path):
     run.splits = dataclasses.replace(SPLITS, validation=ImageDataset(SPLITS.validation.images, wrong))
     outcome = run.train()
     added = outcome.selection["added"]
-    assert added and added == [1e-3, 1e-4, 1e-5][: len(added)]
+    assert added
+    assert added == [1e-3, 1e-4, 1e-5][: len(added)]
     assert outcome.lr <= 1e-3, "hardly anything is learned there"
 
 
