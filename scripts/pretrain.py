@@ -1,7 +1,7 @@
 """Pretrain a small network on Tiny-ImageNet-200 at 64 px on one GPU: the weights that ship with flora.
 
     python scripts/pretrain.py --epochs 330 --compile    # model=convnext; 8 minutes on an H100, 52.3 % top-1
-    python scripts/pretrain.py --architecture resnet18_narrow --compile    # model=resnet
+    python scripts/pretrain.py --architecture resnet18_narrow --epochs 160 --compile    # model=resnet; 3 min., 46.5 %
 
 ``data/tiny_imagenet`` holds train*.parquet and validation.parquet with the columns image{bytes, path} and label. Images
 are decoded once and stay on the GPU, where each batch is augmented; the network is so small that everything else waits

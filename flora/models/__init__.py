@@ -21,6 +21,7 @@ _HOMES = {
     "llava_mini": "presets",
     "load": "presets",
     "minilm_l6": "presets",
+    "resnet": "presets",
     "resolve": "weights",
     "smollm2_135m": "presets",
 }

@@ -1,6 +1,7 @@
 """The models that need no hub, by short name; ``configs/model`` calls the same functions."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -10,6 +11,13 @@ from flora.models.spec import Kind
 from flora.models.text import TransformersModel
 from flora.models.vision import TimmModel
 from flora.models.weights import Source, Weights
+
+# How scripts/pretrain.py shows images to the networks that ship.
+_AS_PRETRAINED: dict[str, Any] = {
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bicubic",
+}
 
 
 def convnext(
@@ -22,19 +30,42 @@ def convnext(
         image_size: pixels; None: 64, as in pretraining.
         adapter_targets: see ``TimmModel``.
     """
+    shipped = Source(
+        bundled="convnextv2_atto_tiny_imagenet.safetensors",
+        sha256="ab3034d162576c14eeb555015d2a6e09af8c0cffd96c31899f8d71481183b305",
+    )
     return TimmModel(
         "convnextv2_atto",
         name="convnext",
-        weights=weights
-        or Source(
-            bundled="convnextv2_atto_tiny_imagenet.safetensors",
-            sha256="ab3034d162576c14eeb555015d2a6e09af8c0cffd96c31899f8d71481183b305",
-        ),
+        weights=weights or shipped,
         image_size=64 if image_size is None else image_size,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        interpolation="bicubic",
         adapter_targets=adapter_targets,
+        **_AS_PRETRAINED,
+    )
+
+
+def resnet(
+    weights: Weights | None = None, image_size: int | None = None, adapter_targets: str | Sequence[str] = "all"
+) -> TimmModel:
+    """A ResNet-18 of 5/8 the width, 4.4M parameters, regular convolutions; pretrained and shipped as ``convnext`` is.
+
+    Args:
+        weights: a file of the same network, as ``TimmModel`` takes it, instead of the one that ships.
+        image_size: pixels; None: 64, as in pretraining.
+        adapter_targets: see ``TimmModel``.
+    """
+    shipped = Source(
+        bundled="resnet18_narrow_tiny_imagenet.safetensors",
+        sha256="2ec6a6809fbf03c771caa757db2c8af871d1c0c4da18556a08eab7f2e9c9d57d",
+    )
+    return TimmModel(
+        "resnet18",
+        name="resnet",
+        weights=weights or shipped,
+        image_size=64 if image_size is None else image_size,
+        adapter_targets=adapter_targets,
+        architecture={"channels": (40, 80, 160, 320)},
+        **_AS_PRETRAINED,
     )
 
 
@@ -214,6 +245,7 @@ def llava_mini(
 
 PRESETS: dict[str, Callable[[], TimmModel | TransformersModel]] = {
     "convnext": convnext,
+    "resnet": resnet,
     "efficientnet_lite0": efficientnet_lite0,
     "minilm_l6": minilm_l6,
     "smollm2_135m": smollm2_135m,

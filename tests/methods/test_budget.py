@@ -43,7 +43,7 @@ def test_malformed_sizes_name_the_setting(size):
 
 @pytest.fixture(scope="module")
 def networks():
-    specs = {name: get(name) for name in ("convnext", "efficientnet_lite0", "minilm_l6")}
+    specs = {name: get(name) for name in ("convnext", "resnet", "efficientnet_lite0", "minilm_l6")}
     return {name: (spec, spec.skeleton(10)) for name, spec in specs.items()}
 
 
@@ -52,6 +52,8 @@ def networks():
     [
         ("convnext", 2),
         ("convnext", 8),
+        ("resnet", 2),
+        pytest.param("resnet", 8, marks=pytest.mark.slow),
         ("minilm_l6", 2),
         pytest.param("minilm_l6", 8, marks=pytest.mark.slow),
         pytest.param("efficientnet_lite0", 2, marks=pytest.mark.slow),
@@ -65,7 +67,7 @@ def test_lands_within_one_percent_below(networks, name, model, percent):
     chosen.target_modules = spec.adapter_targets
     head = spec.classifier[0]
     backbone = sum(p.numel() for n, p in skeleton.named_parameters() if not n.startswith(head))
-    if name in FLOOR and percent == 2 and model != "minilm_l6":
+    if name in FLOOR and percent == 2 and model not in ("minilm_l6", "resnet"):
         with pytest.raises(ValueError, match="below the smallest adapter") as refused:
             chosen.apply(copy.deepcopy(skeleton), spec.classifier)
         nearest = int(re.search(r"choose (\d+)$", str(refused.value)).group(1))
@@ -73,6 +75,20 @@ def test_lands_within_one_percent_below(networks, name, model, percent):
         assert_lands(chosen, skeleton, spec.classifier, nearest)
         return
     assert_lands(chosen, skeleton, spec.classifier, math.floor(backbone * percent / 100))
+
+
+def test_flora_is_a_quarter_of_loras_smallest_on_regular_convolutions(networks):
+    spec, skeleton = networks["resnet"]
+    smallest = sum(math.prod(w.shape[1:]) + w.shape[0] for n, w in skeleton.named_parameters() if w.dim() == 4)
+    with torch.device("meta"):
+        lora = method("lora", "adapter.r=1").apply(copy.deepcopy(skeleton), spec.classifier)
+    assert outside(lora.model, "modules_to_save.default") == smallest
+    assert_lands(
+        method("flora", f"adapter.budget={smallest // 4}", "adapter.kernel_rank=1"),
+        skeleton,
+        spec.classifier,
+        smallest // 4,
+    )
 
 
 def assert_lands(chosen, skeleton, head, budget):

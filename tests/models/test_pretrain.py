@@ -1,12 +1,16 @@
 """scripts/pretrain.py: augmentation against torchvision and by hand, averaged batch norms, resumed runs, the file."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 from torchvision.transforms.v2 import functional as tv
 
+from flora.models.weights import BUNDLED
 from flora.tasks.images import mixing
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
@@ -88,14 +92,17 @@ def test_a_resumed_run_is_the_same_run(options, tmp_path, tiny, architecture):
         assert torch.equal(tensor, resumed.average.state_dict()[name]), name
 
 
-def test_each_architecture_has_a_recipe_of_its_own_which_options_change(options):
-    def recipe(*arguments):
-        args = options(*arguments)
-        return args.epochs, args.lr, args.drop_path, args.ema
+@pytest.mark.parametrize("architecture", pretrain.ARCHITECTURES)
+def test_the_defaults_are_the_recipe_of_the_weights_that_ship(options, architecture):
+    recorded = json.loads((BUNDLED / f"{architecture}_tiny_imagenet.json").read_text())["recipe"]
+    speed = {"compile", "channels_last"}
+    defaults = vars(options("--architecture", architecture))
+    assert {key: defaults[key] for key in recorded.keys() - speed} == {k: recorded[k] for k in recorded.keys() - speed}
 
-    assert recipe() == recipe("--architecture", "convnextv2_atto") == (330, 4e-3, 0.05, 0.9998)
-    assert recipe("--architecture", "resnet18_narrow") == (160, 2e-3, 0.0, 0.9995)
-    assert recipe("--epochs", "7", "--architecture=resnet18_narrow", "--lr", "1") == (7, 1.0, 0.0, 0.9995)
+
+def test_an_option_goes_before_the_architectures_recipe(options):
+    args = options("--epochs", "7", "--architecture=resnet18_narrow", "--drop-path", "0.1")
+    assert (args.epochs, args.drop_path, args.lr) == (7, 0.1, 2e-3)
 
 
 def test_the_averages_batch_norms_hold_the_statistics_of_its_own_activations(options, tiny, monkeypatch):
@@ -118,6 +125,28 @@ def test_the_averages_batch_norms_hold_the_statistics_of_its_own_activations(opt
     torch.testing.assert_close(run.average.bn1.running_var.double(), variance, rtol=1e-2, atol=1e-3)
     for name, buffer in run.average.named_buffers():
         assert not torch.equal(buffer, before[name]), name
+
+
+def test_the_file_has_parameters_in_fp16_and_is_judged_as_it_will_be_loaded(options, tmp_path, tiny):
+    args = options("--architecture", "resnet18_narrow", "--epochs", "1", "--out", str(tmp_path), *BRIEF)
+    images, labels = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.arange(8)
+    run = pretrain.Run(args, steps=2)
+    run.epoch(images, labels, tail=False)
+    run.recalibrate(images)
+    run.net.bn1.running_var[0] = run.average.bn1.running_var[0] = 1e6  # more than fp16 holds
+    pretrain.ship(args, run, (images, labels), seconds=1.0)
+    stored = load_file(tmp_path / "resnet18_narrow_tiny_imagenet.safetensors")
+    dtypes = {name.rsplit(".")[-1]: tensor.dtype for name, tensor in stored.items()}
+    buffers = {"running_mean": torch.float32, "running_var": torch.float32, "num_batches_tracked": torch.int64}
+    assert dtypes == {"weight": torch.float16, "bias": torch.float16, **buffers}
+    assert stored["bn1.running_var"][0] == 1e6
+    record = json.loads((tmp_path / "resnet18_narrow_tiny_imagenet.json").read_text())
+    assert (record["architecture"], record["channels"]) == ("resnet18", [8, 8, 8, 8])
+    net = timm.create_model("resnet18", channels=(8, 8, 8, 8), num_classes=200).eval()
+    net.load_state_dict(stored)
+    with torch.no_grad():
+        hits = net(tv.normalize(images.float() / 255, mixing.MEAN, mixing.STD)).topk(5).indices == labels[:, None]
+    assert record["validation"]["top5"] == hits.double().sum().item() / 8
 
 
 def test_a_folder_without_data_is_one_line(script, tmp_path):

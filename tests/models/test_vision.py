@@ -26,7 +26,10 @@ from flora.models import TimmModel
 from flora.models.weights import BUNDLED, resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-CONVNEXT = BUNDLED / "convnextv2_atto_tiny_imagenet.safetensors"
+SHIPPED = {
+    "convnext": BUNDLED / "convnextv2_atto_tiny_imagenet.safetensors",
+    "resnet": BUNDLED / "resnet18_narrow_tiny_imagenet.safetensors",
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +44,23 @@ def backbone(model, head):
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(head)}
 
 
-def test_convnext_carries_the_bundled_backbone_and_a_fresh_head():
-    model = flora.models.load("convnext", num_classes=16)
-    stored = load_file(CONVNEXT)
-    assert {n: t.shape for n, t in model.state_dict().items() if n.startswith("head.fc")} == {
-        "head.fc.weight": (16, 320),
-        "head.fc.bias": (16,),
+@pytest.mark.parametrize(("name", "head"), [("convnext", "head.fc"), ("resnet", "fc")])
+def test_a_shipped_network_carries_its_backbone_and_a_fresh_head(name, head):
+    assert flora.models.get(name).classifier == [head]
+    model = flora.models.load(name, num_classes=16)
+    stored = load_file(SHIPPED[name])
+    assert {n: t.shape for n, t in model.state_dict().items() if n.startswith(head)} == {
+        f"{head}.weight": (16, 320),
+        f"{head}.bias": (16,),
     }
-    for name, tensor in backbone(model, "head.fc").items():
-        assert torch.equal(tensor, stored[name].float()), name
+    for key, tensor in backbone(model, head).items():
+        assert torch.equal(tensor, stored[key].to(tensor.dtype)), key
 
 
-def test_the_head_of_the_file_is_never_kept():
-    model = flora.models.load("convnext", num_classes=200)
-    assert not torch.allclose(model.head.fc.weight, load_file(CONVNEXT)["head.fc.weight"].float(), atol=1e-3)
+@pytest.mark.parametrize(("name", "head"), [("convnext", "head.fc"), ("resnet", "fc")])
+def test_the_head_of_the_file_is_never_kept(name, head):
+    weight = flora.models.load(name, num_classes=200).get_submodule(head).weight
+    assert not torch.allclose(weight, load_file(SHIPPED[name])[f"{head}.weight"].float(), atol=1e-3)
 
 
 def test_the_head_follows_the_seed_and_nothing_else_does():
@@ -67,32 +73,45 @@ def test_the_head_follows_the_seed_and_nothing_else_does():
     assert {name for name in first if not torch.equal(first[name], other[name])} == {"head.fc.weight"}
 
 
-def test_the_card_record_and_preset_speak_of_the_file_that_ships():
-    digest = hashlib.sha256(CONVNEXT.read_bytes()).hexdigest()
-    assert json.loads(CONVNEXT.with_suffix(".json").read_text())["sha256"] == digest
-    assert digest in CONVNEXT.with_suffix(".md").read_text()
-    assert flora.models.get("convnext").facts["sha256"] == digest
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_card_record_and_preset_speak_of_the_file_that_ships(name):
+    file = SHIPPED[name]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    record, card = json.loads(file.with_suffix(".json").read_text()), file.with_suffix(".md").read_text()
+    assert record["sha256"] == digest
+    assert flora.models.get(name).facts["sha256"] == digest
+    top1, top5 = (
+        f"{100 * record['validation'][key]:.1f} % {label}" for key, label in [("top1", "top-1"), ("top5", "top-5")]
+    )
+    assert all(text in card for text in (digest, record["commit"], f"{top1}, {top5}"))
+    assert sum(p.numel() for p in flora.models.get(name).skeleton(200).parameters()) < 6e6
 
 
 @pytest.mark.data
-def test_the_bundled_weights_are_as_accurate_as_their_card_says():
-    stored = timm.create_model("convnextv2_atto", num_classes=200).eval()
-    stored.load_state_dict(load_file(CONVNEXT))
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_weights_are_as_accurate_as_their_card_says(name):
+    spec = flora.models.get(name)
+    stored = timm.create_model(spec.timm_name, num_classes=200, **spec.architecture).eval()
+    stored.load_state_dict(load_file(SHIPPED[name]))
     table = pq.read_table(Path(os.environ["FLORA_DATA"]) / "tiny_imagenet" / "validation.parquet").slice(0, 1000)
     encoded = table["image"].combine_chunks().field("bytes").to_pylist()
     images = torch.stack([pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB")) for data in encoded])
     labels = torch.tensor(table["label"].to_pylist())
     with torch.no_grad():
-        hits = stored(flora.models.get("convnext").normalize(images)).argmax(1) == labels
-    expected = json.loads(CONVNEXT.with_suffix(".json").read_text())["validation"]["top1"]
+        hits = stored(spec.normalize(images)).argmax(1) == labels
+    expected = json.loads(SHIPPED[name].with_suffix(".json").read_text())["validation"]["top1"]
     assert hits.double().mean().item() == pytest.approx(expected, abs=0.04)  # 2.5 deviations of a sample of 1000
 
 
-@pytest.mark.parametrize(("name", "count"), [("convnext", 1 + 3 + 12 * 3), ("efficientnet_lite0", 1 + 2 + 15 * 3 + 1)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("convnext", 1 + 3 + 12 * 3), ("resnet", 1 + 8 * 2 + 4), ("efficientnet_lite0", 1 + 2 + 15 * 3 + 1)],
+)
 def test_every_convolution_and_linear_but_the_head_can_be_adapted(name, count):
-    # stem, downsampling and three layers a block; stem, two layers in the first block, three in 15 others, the last 1x1
+    # stem, downsampling and three layers a block; stem, two a block and four shortcuts, since 64 channels become 40;
+    # stem, two layers in the first block, three in 15 others, the last 1x1
     spec = flora.models.get(name)
-    names = adaptable(timm.create_model(spec.timm_name), spec.classifier)
+    names = adaptable(spec.skeleton(), spec.classifier)
     assert len(names) == count
     assert names == sorted(names)
     assert not set(names) & set(spec.classifier)
@@ -237,7 +256,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     [
         (
             lambda: flora.models.get("convnxt"),
-            r"'convnxt' is unknown.*flora's own are convnext, efficientnet_lite0, minilm_l6",
+            r"'convnxt' is unknown.*flora's own are convnext, resnet, efficientnet_lite0, minilm_l6",
         ),
         (lambda: TimmModel("resnet181"), "did you mean resnet18"),
         (lambda: TimmModel("resnet18.nowhere"), r"timm has resnet18\.a1_in1k"),
@@ -267,7 +286,7 @@ def test_configs_compose_and_instantiate(path):
         instantiate(misspelt)
 
 
-@pytest.mark.parametrize("name", ["convnext", "efficientnet_lite0", "timm", "vit_b16"])
+@pytest.mark.parametrize("name", ["convnext", "resnet", "efficientnet_lite0", "timm", "vit_b16"])
 def test_the_image_size_can_be_chosen(name):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         assert instantiate(compose("train", [f"model={name}", "model.image_size=48"]).model).image_size == 48

@@ -71,8 +71,9 @@ def test_a_missing_path_is_named(tmp_path):
         resolve(Source(path=str(tmp_path / "nowhere")))
 
 
-def test_bundled_files_lie_in_the_package():
-    name = "convnextv2_atto_tiny_imagenet.safetensors"
+@pytest.mark.parametrize("architecture", ["convnextv2_atto", "resnet18_narrow"])
+def test_bundled_files_lie_in_the_package(architecture):
+    name = f"{architecture}_tiny_imagenet.safetensors"
     assert resolve(Source(bundled=name)) == BUNDLED / name
 
 
