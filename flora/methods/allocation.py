@@ -128,7 +128,7 @@ def gradient_spectra(
 
 def _kept(mode_sum: ModeSum, size: int) -> Tensor:
     values, _ = mode_sum.leading()
-    shares = (values.cumsum(0) / mode_sum.energy).clamp(max=1).cpu()
+    shares = (values.cpu().cumsum(0) / mode_sum.energy.cpu()).clamp(max=1)  # on a GPU no two sums need be equal
     rest = torch.arange(1, size - len(shares) + 1, dtype=shares.dtype) / max(size - len(shares), 1)
     return torch.cat([shares, shares[-1] + (1 - shares[-1]) * rest])
 

@@ -204,9 +204,7 @@ class Start:
             yield
             return
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".*is deprecated", category=FutureWarning
-            )  # in favour of new names
+            warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)  # for a new name
             model.gradient_checkpointing_enable({"use_reentrant": False})
             try:
                 yield
