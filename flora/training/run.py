@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from flora.errors import ConfigError, TrainingDiverged, WorkerLost
 from flora.launch import preemption, processes
 from flora.methods.base import Adapted, Method, effective_ranks, load
-from flora.methods.heads import trained
+from flora.methods.heads import start_at_zero, trained
 from flora.models.spec import ModelSpec
 from flora.results.lock import Claim
 from flora.tasks.base import Split, Splits, Task
@@ -225,6 +225,11 @@ class Run:
 
     def _adapt(self) -> Adapted:
         base = self._base()
+        if self.settings.head_init is not None:
+            try:
+                start_at_zero(base, self.model.classifier, self.splits.num_classes)
+            except ValueError as error:
+                raise ConfigError(f"trainer.head_init: {error}: leave it null") from error
         transformers.set_seed(self.seed)
         try:
             return self.method.apply(base, self.model.classifier)
