@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_
 _NEVER_RIGHT = -1
 
 
-class _Scored(evaluate.Metric):
+class Scored(evaluate.Metric):
     """A metric that keeps what it compares in memory.
 
     Attributes:
@@ -36,7 +36,7 @@ class _Scored(evaluate.Metric):
         )
 
 
-class Classification(_Scored):
+class Classification(Scored):
     """``accuracy`` and ``mean_per_class_accuracy`` (macro recall over the classes that occur), both in [0, 1]."""
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
@@ -122,7 +122,7 @@ class TopFive(Classification):
         return scores | {"top5_accuracy": float(((five == truth[:, None]).any(axis=1) & kept).mean())}
 
 
-class Numbers(_Scored):
+class Numbers(Scored):
     """Of numbers: Pearson's and Spearman's correlation, and errors in the unit of the labels: ``mae`` and ``rmse``.
 
     A correlation with a constant is 0.
@@ -152,7 +152,7 @@ class Numbers(_Scored):
         }
 
 
-class Glue(_Scored):
+class Glue(Scored):
     """What GLUE reports of a task: Matthews' correlation (cola), Pearson's and Spearman's (stsb), accuracy (others).
 
     STS-B has the mean of its two as well, which is its score on GLUE's board; ``pearson`` is what selects and is shown.

@@ -1,0 +1,1 @@
+"""Object detection and instance segmentation: annotated images, their readers, COCO's metrics."""

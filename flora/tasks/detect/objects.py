@@ -1,0 +1,133 @@
+"""Images with the objects in them, as annotation files give them; all images of a data set in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flora.errors import DataError
+
+ROUNDING = 1.0  # pixels by which a box may lie outside its image: tools round in their own ways
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects of ``M`` images, ``N`` in all; those of image ``i`` are ``starts[i]`` to ``starts[i + 1]``.
+
+    Attributes:
+        boxes: float64 ``[N, 4]``, left, top, width and height in pixels, as the file has them.
+        classes: int64 ``[N]``, indices from 0.
+        crowds: bool ``[N]``, a group that was not divided: no training example, and neither found nor missed.
+        areas: float64 ``[N]`` in square pixels, of the mask where there is one: what is small and what is large.
+        masks: of each a list of polygons or a run-length encoding, as COCO's files have it; None: boxes alone.
+        starts: int64 ``[M + 1]``.
+    """
+
+    boxes: np.ndarray
+    classes: np.ndarray
+    crowds: np.ndarray
+    areas: np.ndarray
+    masks: Sequence[Any] | None
+    starts: np.ndarray
+
+    def of(self, image: int) -> slice:
+        """The objects of an image."""
+        return slice(int(self.starts[image]), int(self.starts[image + 1]))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of one split, not decoded yet.
+
+    Attributes:
+        openers: a function an image, that opens it; it may raise anything if the image is broken.
+        names: of the images, for messages and pictures.
+        sizes: int64 ``[M, 2]``, height and width in pixels, as annotated.
+        objects: in them.
+    """
+
+    openers: list[Callable[[], Image.Image]]
+    names: list[str]
+    sizes: np.ndarray
+    objects: Objects
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """All images of a data set, its splits after each other; ``Part`` says what is in it.
+
+    Attributes:
+        class_names: in the order of class indices.
+        unreadable: bool ``[M]``, which could not be decoded; in memory that worker processes share.
+    """
+
+    openers: Sequence[Callable[[], Image.Image]]
+    names: Sequence[str]
+    sizes: np.ndarray
+    objects: Objects
+    class_names: list[str]
+    unreadable: Tensor
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def skipped(self) -> list[str]:
+        """Names of the images that could not be decoded, sorted."""
+        return sorted(self.names[row] for row in self.unreadable.nonzero().flatten().tolist())
+
+
+def joined(parts: Iterable[Part], class_names: list[str]) -> Annotated:
+    """Splits as one table; masks where all splits have them."""
+    every = list(parts)
+    of = [part.objects for part in every]
+    offsets = np.cumsum([0, *(len(objects.boxes) for objects in of)])
+    starts = [objects.starts[:-1] + offset for objects, offset in zip(of, offsets, strict=False)]
+    masks = None if any(objects.masks is None for objects in of) else [m for o in of for m in o.masks or ()]
+    objects = Objects(
+        *(np.concatenate([getattr(o, name) for o in of]) for name in ("boxes", "classes", "crowds", "areas")),
+        masks,
+        np.concatenate([*starts, offsets[-1:]]),
+    )
+    count = sum(map(len, every))
+    return Annotated(
+        [opener for part in every for opener in part.openers],
+        [name for part in every for name in part.names],
+        np.concatenate([part.sizes for part in every]),
+        objects,
+        class_names,
+        torch.zeros(count, dtype=torch.bool).share_memory_(),
+    )
+
+
+def checked(part: Part, file: str) -> Part:
+    """A part whose boxes lie in their images; boxes without area are allowed, images without objects are as well.
+
+    Raises:
+        DataError: a box that does not, the first one by its image.
+    """
+    boxes, starts = part.objects.boxes, part.objects.starts
+    image = np.repeat(np.arange(len(part)), np.diff(starts))
+    height, width = part.sizes[image].T if len(image) else np.zeros((2, 0))
+    x, y, w, h = boxes.T
+    with np.errstate(invalid="ignore"):
+        inside = (x >= -ROUNDING) & (y >= -ROUNDING) & (x + w <= width + ROUNDING) & (y + h <= height + ROUNDING)
+        inside &= (w >= 0) & (h >= 0)
+    wrong = np.flatnonzero(~inside)  # not finite is not inside
+    if len(wrong):
+        at = int(wrong[0])
+        which = part.names[image[at]]
+        box = ", ".join(f"{number:g}" for number in boxes[at])
+        raise DataError(
+            f"{file}: {which}: box [{box}] (left, top, width, height) is not inside the image of "
+            f"{int(width[at])} x {int(height[at])} pixels ({len(wrong)} such boxes): mend the annotations"
+        )
+    return part
