@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import hotcoco
 import numpy as np
 import torch
 from PIL import Image
@@ -63,48 +64,49 @@ class Part:
 
 @dataclass(frozen=True)
 class Annotated:
-    """All images of a data set, its splits after each other; ``Part`` says what is in it.
+    """All images of a data set, its splits after each other.
 
     Attributes:
+        images: of all splits.
         class_names: in the order of class indices.
         unreadable: bool ``[M]``, which could not be decoded; in memory that worker processes share.
     """
 
-    openers: Sequence[Callable[[], Image.Image]]
-    names: Sequence[str]
-    sizes: np.ndarray
-    objects: Objects
+    images: Part
     class_names: list[str]
     unreadable: Tensor
 
+    @classmethod
+    def of(cls, parts: Sequence[Part], class_names: list[str]) -> Annotated:
+        """Splits, none of whose images has been opened."""
+        images = joined(parts)
+        return cls(images, class_names, torch.zeros(len(images), dtype=torch.bool).share_memory_())
+
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.images)
+
+    @property
+    def objects(self) -> Objects:
+        """In all images."""
+        return self.images.objects
 
     def skipped(self) -> list[str]:
         """Names of the images that could not be decoded, sorted."""
-        return sorted(self.names[row] for row in self.unreadable.nonzero().flatten().tolist())
+        return sorted(self.images.names[row] for row in self.unreadable.nonzero().flatten().tolist())
 
 
-def joined(parts: Iterable[Part], class_names: list[str]) -> Annotated:
-    """Splits as one table; masks where all splits have them."""
-    every = list(parts)
-    of = [part.objects for part in every]
+def joined(parts: Sequence[Part]) -> Part:
+    """Parts after each other; with masks where all have them."""
+    of = [part.objects for part in parts]
     offsets = np.cumsum([0, *(len(objects.boxes) for objects in of)])
     starts = [objects.starts[:-1] + offset for objects, offset in zip(of, offsets, strict=False)]
     masks = None if any(objects.masks is None for objects in of) else [m for o in of for m in o.masks or ()]
-    objects = Objects(
-        *(np.concatenate([getattr(o, name) for o in of]) for name in ("boxes", "classes", "crowds", "areas")),
-        masks,
-        np.concatenate([*starts, offsets[-1:]]),
-    )
-    count = sum(map(len, every))
-    return Annotated(
-        [opener for part in every for opener in part.openers],
-        [name for part in every for name in part.names],
-        np.concatenate([part.sizes for part in every]),
-        objects,
-        class_names,
-        torch.zeros(count, dtype=torch.bool).share_memory_(),
+    arrays = (np.concatenate([getattr(o, name) for o in of]) for name in ("boxes", "classes", "crowds", "areas"))
+    return Part(
+        [opener for part in parts for opener in part.openers],
+        [name for part in parts for name in part.names],
+        np.concatenate([part.sizes for part in parts]),
+        Objects(*arrays, masks, np.concatenate([*starts, offsets[-1:]])),
     )
 
 
@@ -131,3 +133,9 @@ def checked(part: Part, file: str) -> Part:
             f"{int(width[at])} x {int(height[at])} pixels ({len(wrong)} such boxes): mend the annotations"
         )
     return part
+
+
+def mask_of(outline: Any, height: int, width: int) -> np.ndarray:
+    """A mask as COCO's files have it, polygons or a run-length encoding: uint8 ``[height, width]``."""
+    parts = hotcoco.mask.frPyObjects(outline, height, width)
+    return np.ascontiguousarray(hotcoco.mask.decode(hotcoco.mask.merge(parts) if isinstance(parts, list) else parts))

@@ -89,7 +89,7 @@ class CocoScores(Scored):
                 f"none of the {len(images)} images that are evaluated shows an object: raise trainer.max_eval_examples "
                 "or check the annotations"
             )
-        sizes = self.annotated.sizes[images].tolist()
+        sizes = self.annotated.images.sizes[images].tolist()
         return {
             "images": [{"id": i, "height": h, "width": w} for i, (h, w) in zip(images.tolist(), sizes, strict=True)],
             "annotations": annotations,
@@ -108,7 +108,7 @@ class CocoScores(Scored):
             rows = real(rows)
             if not len(rows):
                 continue
-            height, width = self.annotated.sizes[image].tolist()
+            height, width = self.annotated.images.sizes[image].tolist()
             whole = whole_masks(rows, height, width)
             for row, rle in zip(rows, hotcoco.mask.encode(np.asfortranarray(whole.transpose(1, 2, 0))), strict=True):
                 yield {
