@@ -101,12 +101,14 @@ def joined(parts: Sequence[Part]) -> Part:
     offsets = np.cumsum([0, *(len(objects.boxes) for objects in of)])
     starts = [objects.starts[:-1] + offset for objects, offset in zip(of, offsets, strict=False)]
     masks = None if any(objects.masks is None for objects in of) else [m for o in of for m in o.masks or ()]
-    arrays = (np.concatenate([getattr(o, name) for o in of]) for name in ("boxes", "classes", "crowds", "areas"))
+    boxes, classes, crowds, areas = (
+        np.concatenate([getattr(o, name) for o in of]) for name in ("boxes", "classes", "crowds", "areas")
+    )
     return Part(
         [opener for part in parts for opener in part.openers],
         [name for part in parts for name in part.names],
         np.concatenate([part.sizes for part in parts]),
-        Objects(*arrays, masks, np.concatenate([*starts, offsets[-1:]])),
+        Objects(boxes, classes, crowds, areas, masks, np.concatenate([*starts, offsets[-1:]])),
     )
 
 

@@ -13,13 +13,12 @@ import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from flora.errors import DataError
+from flora.models.detection import FIELDS
 from flora.tasks.detect.objects import Annotated
 from flora.tasks.metrics import Scored
 
 # Our names of metrics: hotcoco's.
 NAMES = {"mAP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "APs", "AP_medium": "APm", "AP_large": "APl"}
-FIELDS = 6  # of a detection: left, top, right, bottom, score, class; then the pixels of its mask, if it has one
-PADDING = -100.0  # in the place of a detection that there is not
 
 
 class CocoScores(Scored):
@@ -31,7 +30,13 @@ class CocoScores(Scored):
 
     Args:
         annotated: what there is in the images.
+
+    Attributes:
+        found, images: predictions and references of the last ``compute``.
     """
+
+    found: np.ndarray
+    images: np.ndarray
 
     def __init__(self, annotated: Annotated) -> None:
         self.annotated = annotated
@@ -41,7 +46,7 @@ class CocoScores(Scored):
         """Score the detections of images.
 
         Args:
-            predictions: ``[B, D, 6]``, rows of FIELDS in pixels of the images as they are stored, or of PADDING; or
+            predictions: ``[B, D, 6]``, rows as ``flora.models.detection`` gives them, in pixels of the images; or
                 ``[B, D, 6 + S * S]``, with the probabilities of a mask of ``S`` by ``S`` pixels over the box.
             references: ``[B]``, numbers of the images.
             **kwargs: none.
@@ -51,6 +56,7 @@ class CocoScores(Scored):
             ValueError: an image is there twice.
         """
         found, images = np.asarray(predictions), np.asarray(references).astype(np.int64)
+        self.found, self.images = found, images
         if len(np.unique(images)) != len(images):
             raise ValueError("an image is evaluated twice")
         truth = hotcoco.COCO(self._truth(images))
