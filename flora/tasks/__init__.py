@@ -9,6 +9,7 @@ from flora import names
 
 _HOMES = {
     "Commonsense": "commonsense.task",
+    "Detect": "detect.task",
     "Digits": "images.digits",
     "Glue": "glue.task",
     "ImageDataset": "images.dataset",

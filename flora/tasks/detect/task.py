@@ -1,0 +1,178 @@
+"""Object detection: Faster R-CNN or Mask R-CNN over a pretrained network, scored as COCO is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flora import contents
+from flora.errors import ConfigError, DataError
+from flora.models.detection import DetectionModel, Sizes
+from flora.models.spec import ModelSpec
+from flora.tasks.base import Batch, Forward, Splits, Task, check_split_seed
+from flora.tasks.detect.dataset import AnnotatedImages
+from flora.tasks.detect.files import lost, open_folder, tables
+from flora.tasks.detect.objects import Annotated
+from flora.tasks.detect.scores import CocoScores
+from flora.tasks.detect.sheet import draw_sheet
+from flora.tasks.portions import say
+
+
+class Detect(Task[DetectionModel]):
+    """Object detection on ``paths.data/DATASET``: parquet files, or COCO's annotation files with folders of images.
+
+    Args:
+        name: of the family, as records show it.
+        dataset: the folder's name.
+        epochs: default length of training.
+        masks: find masks as well, with Mask R-CNN; the annotations must have them.
+        short_sides, longest_side, anchors, channels, hidden: see ``flora.models.detection.Sizes``.
+        flip: probability of a training image to be mirrored.
+        held_out: share of train that is validation, where the files have none beside the test.
+        split_seed: of its draw.
+        unreadable: ``error``, or ``skip`` to leave out and count images that cannot be decoded or are not there.
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+
+    metric = "mAP"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        dataset: str,
+        epochs: float,
+        masks: bool = False,
+        short_sides: Sequence[int] = (800,),
+        longest_side: int = 1333,
+        anchors: Sequence[int] = (32, 64, 128, 256, 512),
+        channels: int = 256,
+        hidden: int = 1024,
+        flip: float = 0.5,
+        held_out: float = 0.1,
+        split_seed: int = 0,
+        unreadable: str = "error",
+    ) -> None:
+        if unreadable not in ("error", "skip"):
+            raise ConfigError(f"task.unreadable={unreadable} must be error or skip")
+        if not isinstance(epochs, int | float) or epochs < 1:
+            raise ConfigError(f"task.epochs={epochs} must be at least 1")
+        for key, value in (("flip", flip), ("held_out", held_out)):
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ConfigError(f"task.{key}={value} must lie in [0, 1]")
+        check_split_seed(split_seed)
+        self.name, self.dataset, self.epochs = name, dataset, epochs
+        self.masks, self.flip, self.held_out = masks, flip, held_out
+        self.split_seed, self.unreadable = split_seed, unreadable
+        self.sizes = Sizes(tuple(short_sides), longest_side, tuple(anchors), channels, hidden)
+        self._annotated: Annotated | None = None
+
+    def network(self, model: ModelSpec) -> DetectionModel:
+        """A detector over the model's feature maps."""
+        return DetectionModel(model, self.sizes, self.masks)
+
+    def accepts(self, model: ModelSpec) -> None:
+        """See Task.accepts."""
+        if model.kind != "detection":
+            raise ConfigError(f"model={model.name} does not detect: choose an image model for task={self.name}")
+
+    def files(self, data_dir: Path | None) -> tuple[Path, list[Path]]:
+        """See Task.files."""
+        folder = self._folder(data_dir)
+        return folder, [path for paths in tables(folder).values() for path in paths]
+
+    def contents(self, data_dir: Path | None) -> dict[str, str]:
+        """See Task.contents; also of all images beside the files."""
+        return contents.of(*self.files(data_dir))
+
+    def _folder(self, data_dir: Path | None) -> Path:
+        return Path(data_dir or ".") / self.dataset
+
+    def read(self, model: DetectionModel, data_dir: Path | None) -> Splits:
+        """See Task.read; nothing is decoded yet."""
+        folder, skip = self._folder(data_dir), self.unreadable == "skip"
+        annotated, rows, facts = open_folder(folder, self.held_out, self.split_seed, self.unreadable)
+        if self.masks and annotated.objects.masks is None:
+            raise DataError(f"{folder}: not all objects have a mask: set task.masks=false, which detects boxes alone")
+        self._annotated = annotated
+        facts |= {
+            "counts": {split: len(part) for split, part in rows.items()},
+            "unreadable": {"policy": self.unreadable},
+            "warnings": [],
+        }
+        splits: dict[str, Any] = {
+            split: AnnotatedImages(annotated, part, self.masks, skip, once=split != "train")
+            for split, part in rows.items()
+        }
+        names = annotated.class_names
+        return Splits(**splits, num_classes=len(names), class_names=names, facts=facts)
+
+    def forward(self, model: DetectionModel) -> Forward:
+        """Mirror some images (training only), then losses and, in evaluation, detections: see ``Detector``."""
+
+        def forward(module: nn.Module, batch: Batch, training: bool) -> tuple[dict[str, Tensor], Tensor]:
+            sizes, found = batch["sizes"].tolist(), batch["found"].tolist()
+            mirrored = (torch.rand(len(sizes)) < self.flip).tolist() if training else [False] * len(sizes)
+            images, targets = [], []
+            of = (batch[name].split(found) for name in ("boxes", "classes", *(["masks"] if self.masks else [])))
+            for pixels, (height, width), mirror, objects in zip(
+                batch["pixel_values"], sizes, mirrored, zip(*of, strict=True), strict=True
+            ):
+                image = pixels[:, :height, :width].float().div_(255)
+                target = {"boxes": objects[0], "labels": objects[1] + 1}
+                if self.masks:
+                    target["masks"] = objects[2][:, :height, :width]
+                if mirror:
+                    image, target = _mirrored(image, target)
+                images.append(image)
+                targets.append(target)
+            return module(images, targets), batch["labels"]
+
+        return forward
+
+    def loss(self, outputs: dict[str, Tensor], targets: Tensor, label_smoothing: float) -> Tensor:
+        """The sum of the detector's losses, each a mean over the batch."""
+        if label_smoothing:
+            raise ConfigError(f"trainer.label_smoothing={label_smoothing} is for classification: leave it 0")
+        return outputs["losses"].sum()
+
+    def condensed(self, outputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See Task.condensed: detections, and the numbers of their images."""
+        return outputs["detections"], labels
+
+    def metrics(self) -> CocoScores:
+        """COCO's average precision over what was read."""
+        if self._annotated is None:
+            raise ConfigError("task=detect scores against annotations: read them first, with load_for")
+        return CocoScores(self._annotated)
+
+    def preprocessing(self, model: DetectionModel) -> dict[str, Any]:
+        """See Task.preprocessing."""
+        sides = {"short_side": self.sizes.short_sides[-1], "longest_side": self.sizes.longest_side}
+        return sides | {"mean": model.mean, "std": model.std, "orientation": "stored"}
+
+    def report(self, metric: Any, splits: Splits, folder: Path) -> None:
+        """Write ``detections.png``, some test images with what was found; say which images were not readable."""
+        assert self._annotated is not None
+        skipped = self._annotated.skipped()
+        of = {split: lost(self._annotated, getattr(splits, split).rows) for split in splits.facts["counts"]}
+        splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10], "of": of}
+        if skipped:
+            say(f"{self.dataset}: {len(skipped)} images cannot be decoded and were left out ({', '.join(skipped[:3])})")
+        draw_sheet(self._annotated, metric.found, metric.images, folder / "detections.png")
+
+
+def _mirrored(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """An image ``[3, H, W]`` and its objects, left and right exchanged."""
+    left, top, right, bottom = target["boxes"].unbind(1)
+    width = image.shape[-1]
+    target = target | {"boxes": torch.stack([width - right, top, width - left, bottom], dim=1)}
+    if "masks" in target:
+        target["masks"] = target["masks"].flip(-1)
+    return image.flip(-1), target
