@@ -17,8 +17,9 @@ from flora.methods.base import load
 from flora.models import get
 from flora.models.segmentation import Segmenter, UperNet
 from flora.tasks.segment.sheet import palette
-from flora.training import evaluate
+from flora.training import Protocol, Run, TrainerSettings, evaluate
 from tests.tasks.segment.made import encoded, network, scene, task, write_camvid, write_table
+from tests.training.processes import together
 
 
 @pytest.fixture
@@ -131,3 +132,59 @@ def test_statistics_of_the_decoder_are_saved_with_it(tmp_path):
 
 def test_classes_have_colours_of_their_own():
     assert len(np.unique(palette(150), axis=0)) == 150
+
+
+def trained(folder, data, workers=0, **settings):
+    """A run of two epochs of three steps with the decoder alone."""
+    segment, spec = task(), network()
+    options = {"epochs": 2, "lr": 1e-2, "batch_size": 2, "num_workers": workers, "device": "cpu", **settings}
+    splits = segment.load_for(spec, data)
+    method = LinearProbe("linear_probe")
+    return Run(
+        segment, spec, method, TrainerSettings(**options), Protocol("holdout", "best", "train"), splits, 0, folder
+    )
+
+
+def state(outcome):
+    return {name: tensor.numpy().tobytes() for name, tensor in outcome.adapted.model.state_dict().items()}
+
+
+def test_runs_are_bit_equal_whoever_reads_the_images_and_wherever_they_were_resumed(tmp_path):
+    write_camvid(tmp_path / "data")
+    for name in "0123":
+        (tmp_path / name).mkdir()
+    calm = trained(tmp_path / "0", tmp_path / "data").train()
+    assert state(trained(tmp_path / "1", tmp_path / "data", 2).train()) == state(calm)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(callback, args, state, control, **kwargs):
+        if state.global_step == 5:  # within the second epoch
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flora.training.callbacks.StepMeter.on_step_end", kill, raising=False)
+        with pytest.raises(Killed):
+            trained(tmp_path / "2", tmp_path / "data", checkpoint_every=1).train()
+    resumed = trained(tmp_path / "2", tmp_path / "data", checkpoint_every=1).train()
+    assert resumed.trainer.resumed_at == [4]
+    assert state(resumed) == state(calm)
+    assert resumed.metrics == calm.metrics
+
+
+def scored(data, size):
+    """Test metrics of a random network in one of several processes."""
+    segment, spec = task(unreadable="skip"), network()
+    torch.manual_seed(0)
+    module = spec.build(11)
+    return evaluate(module, spec, segment, segment.load_for(spec, data).test, size, "cpu")
+
+
+@pytest.mark.dist
+def test_two_processes_count_each_image_once(tmp_path):
+    write_camvid(tmp_path / "data", {"train": 2, "validation": 2, "test": 5})  # the last batch is of one process
+    alone = scored(tmp_path / "data", 2)
+    for metrics in together(tmp_path / "said", scored, tmp_path / "data", 2):
+        assert {k: v for k, v in metrics.items() if k != "loss"} == {k: v for k, v in alone.items() if k != "loss"}
+        assert metrics["loss"] == pytest.approx(alone["loss"], rel=1e-5)
