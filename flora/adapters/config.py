@@ -15,7 +15,7 @@ from flora.replaced.config import (
     is_number,
 )
 
-INITS = ("orthogonal", "zero_output", "paper", "nlu", "llm", "hosvd")
+INITS = ("zero_output", "orthogonal", "paper", "nlu", "llm", "hosvd")
 FLORA = PeftMethod("FLORA")
 
 
@@ -66,8 +66,8 @@ class FloraConfig(ReplacedConfig):
             "only (mode), or not at all (none). The last two exist to count layers as published."
         },
     )
-    init: Literal["orthogonal", "zero_output", "paper", "nlu", "llm", "hosvd"] = field(
-        default="orthogonal",
+    init: Literal["zero_output", "orthogonal", "paper", "nlu", "llm", "hosvd"] = field(
+        default="zero_output",
         metadata={
             "help": "How the adapter starts; its update is zero. orthogonal: zero core, factors with orthonormal "
             "columns. zero_output: zero output factor, core with orthonormal rows along it, other factors as before; "
