@@ -92,11 +92,9 @@ def test_costs_are_related_to_lora_of_the_same_rank_whatever_else_a_method_sets(
     for cell in some:
         seconds = float(cell.settings["adapter.r"]) if cell.method == "lora" else 2.0
         write(store, cell, 0.9, train_seconds=seconds)
-    found = {
-        row.settings: row.relative("train_seconds") for row in rows(table, store.read_all()) if row.method == "flora"
-    }
-    assert found["r=4, init=orthogonal"] == 2 / 4
-    assert found["r=8, init=orthogonal"] == 2 / 8
+    flora = [row for row in rows(table, store.read_all()) if row.method == "flora" and row.records]
+    found = {row.settings: row.relative("train_seconds") for row in flora}
+    assert found == {"r=4, init=orthogonal": 2 / 4, "r=8, init=orthogonal": 2 / 8}
 
 
 def test_the_footer_says_where_the_numbers_come_from(store):
