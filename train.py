@@ -79,7 +79,7 @@ def execute(
     from flora.training.debugging import watching
     from flora.training.finish import begun_record, finished_record
     from flora.training.loggers import about, opened
-    from flora.training.run import data_workers
+    from flora.training.workers import data_workers
 
     task, model, method = instantiate(cfg.task), instantiate(cfg.model), instantiate_method(cfg.adapter)
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)

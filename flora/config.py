@@ -172,26 +172,29 @@ def instantiate(node: DictConfig) -> Any:
 def instantiate_method(node: DictConfig) -> Any:
     """Build the fine-tuning method that a node of the group ``adapter`` describes: a ``flora.methods.Method``.
 
-    Its constructor does not get what the node says to others: learning rates, which are the trainer's, and the budget,
-    which train.yaml asks of every method and a method with ranks takes by ``set_budget``.
+    Its constructor does not get what the node says to others: learning rates, which are the trainer's, the budget,
+    which train.yaml asks of every method and a method with ranks takes by ``set_budget``, and how to look at gradients
+    where nothing asks for that.
 
     Raises:
         ConfigError: as ``instantiate``, or a budget for a method without ranks.
     """
-    settings = {key: value for key, value in _settings(node).items() if key not in _TRAINER_DEFAULTS}
-    budget, allocation = settings.pop("budget", None), settings.pop("allocation", None)
+    said = _looking(_settings(node))
+    settings = {key: value for key, value in said.items() if key not in _TRAINER_DEFAULTS}
+    budget, allocation, gradient = (settings.pop(key, None) for key in ("budget", "allocation", "gradient"))
     method = _built(settings, node._get_full_key(None))
-    if budget is None and allocation is None:
-        return method
-    if not getattr(method, "has_ranks", False):
+    if (budget is not None or allocation is not None) and not getattr(method, "has_ranks", False):
         key = "allocation" if budget is None else "budget"
         raise ConfigError(
             f"{settings['_target_']}: adapter.{key}: {method.name} has no ranks that a budget could set layer by "
             f"layer; leave the {key} out"
         )
     try:
-        method.set_budget(budget, allocation, matched_method)
-    except ValueError as error:
+        if budget is not None or allocation is not None:
+            method.set_budget(budget, allocation, matched_method)
+        if gradient is not None:
+            method.set_gradient(**gradient)
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{settings['_target_']}: {error}") from error
     return method
 
@@ -286,7 +289,7 @@ def semantic_config(cfg: DictConfig, method_version: int | None = None) -> dict[
     """
     resolved = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     if resolved["protocol"].get("lr_grid") and resolved["adapter"].get("name") in HEAD_ALONE:
-        resolved["trainer"]["head_lr"] = None  # as flora.training.run trains
+        resolved["trainer"]["head_lr"] = resolved["protocol"]["head_lr_grid"] = None  # as flora.training.run trains
     semantic = _decisive(resolved) | {"method_version": method_version or METHOD_VERSION}
     task = semantic["task"]
     if said := aliases.augmentation(task):
@@ -307,11 +310,18 @@ def _decisive(resolved: dict[str, Any]) -> dict[str, Any]:
         semantic["analysis"] = resolved["analysis"]  # such a run's record holds more
     unused = dict(_NOT_SEMANTIC)
     if semantic["protocol"].get("lr_grid"):
-        unused["trainer"] = (*unused["trainer"], "lr")
+        chosen = ("lr", "head_lr") if semantic["protocol"].get("head_lr_grid") else ("lr",)
+        unused["trainer"] = (*unused["trainer"], *chosen)
     for group, keys in unused.items():
         semantic[group] = {k: v for k, v in semantic[group].items() if k not in keys}
-    semantic["adapter"] = alpha.resolved(semantic["adapter"])  # 2r where that is 16 is the same run as 16
+    semantic["adapter"] = _looking(alpha.resolved(semantic["adapter"]))  # 2r where that is 16 is the same run as 16
     return semantic
+
+
+def _looking(adapter: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a method without those of looking at gradients, where neither its start nor its ranks do that."""
+    looks = "gradient" in (adapter.get("init"), adapter.get("allocation"))
+    return {key: value for key, value in adapter.items() if looks or key != "gradient"}
 
 
 def cell_id(cfg: DictConfig, checkpoint_digest: str | None = None, method_version: int | None = None) -> str:

@@ -83,6 +83,16 @@ def test_the_rate_counts_unless_the_grid_chooses_it():
     assert cell_id(config(**grid, trainer={"head_lr": 2e-3})) != cell_id(config(**grid))
 
 
+def test_options_of_a_grid_count_once_they_are_set():
+    grid = ["adapter=lora", "protocol.lr_grid=[1e-3,1e-2]"]
+    heads = [*grid, "protocol.head_lr_grid=[1e-3,1e-2]"]
+    assert cell_id(composed([*grid, "protocol.extend=true"])) != cell_id(composed(grid))
+    assert cell_id(composed(heads)) != cell_id(composed(grid))
+    assert cell_id(composed([*heads, "trainer.head_lr=5e-3"])) == cell_id(composed(heads)), "the grid chooses it"
+    probe = ["adapter=linear_probe", *grid[1:]]
+    assert cell_id(composed(["adapter=linear_probe", *heads[1:]])) == cell_id(composed(probe)), "its grid is the head's"
+
+
 def test_a_grid_of_a_probe_is_over_the_heads_rate_which_counts_no_more():
     asked = ["task=instruct", "adapter=linear_probe"]
     grid = "protocol.lr_grid=[5e-4,1e-3,2e-3]"

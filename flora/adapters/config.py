@@ -153,6 +153,11 @@ class FloraConfig(ReplacedConfig):
 
     def _check_choices(self) -> None:
         super()._check_choices()
+        if self.init == "gradient":
+            raise ValueError(
+                'init: "gradient" needs data: make the adapter with init="zero_output", then call '
+                "flora.init_from_gradients(model, batches)"
+            )
         check_choice("init", self.init, INITS)
         check_choice("forward", self.forward, ("auto", "factored", "merged"))
         tokens = self.trainable_token_indices

@@ -87,8 +87,8 @@ def validation_value(record: dict[str, Any]) -> float:
     Raises:
         ConfigError: its history has no validation metric.
     """
-    if values := (record.get("selection") or {}).get("values"):
-        return max(values.values())
+    if selection := record.get("selection"):
+        return selection["values"][f"{selection['chosen']:g}"]
     name = f"eval_{record['metric']}"
     seen = [entry[name] for entry in record["history"] if name in entry]
     if not seen:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from flora.methods import alpha
+from flora.methods.allocation import Spectra
 from flora.methods.base import Adapted, effective_ranks
 from flora.methods.peft import Peft
 
@@ -48,9 +49,9 @@ class AdaLora(Peft):
         super().__init__(name, "peft.AdaLoraConfig", **options)
         self.warmup, self.final = warmup, final
 
-    def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
+    def apply(self, model: nn.Module, head: Sequence[str], spectra: Spectra | None = None) -> Adapted:
         """Wrap ``model`` as ``Peft`` does; the trainer gets the penalty and the reallocation with it."""
-        adapted = super().apply(model, head)
+        adapted = super().apply(model, head, spectra)
         adapted.callbacks.append(_Allocate(self.warmup, self.final, adapted))
         adapted.penalty = penalty
         return adapted

@@ -6,48 +6,66 @@ pays for them:
 - ``uniform``: the level is the rank, so all layers have one rank, and the remainder is given layer by layer;
 - ``proportional``: parameters of the rung per entry of the weight, so every layer gets the same share of its size;
 - ``spectral``: the energy that the rank below keeps of the pretrained weight (the squared singular values of its
-  unfoldings along the channel modes), so every layer keeps about the same energy.
+  unfoldings along the channel modes), so every layer keeps about the same energy;
+- ``gradient``: the energy that the rank below keeps of the gradients of a few batches, in the same modes. As with the
+  weights it is a share of the layer's own: the step of AdamW does not grow with a layer's gradient, so energies of two
+  layers cannot be compared as they are. EVA (arXiv 2410.07170) compares shares of a layer's activations likewise.
 """
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flora.adapters.gradients import EXACT, ModeSum, mode_sums
 from flora.adapters.tucker import unfold
 from flora.methods.ladders import Ladder, Rung
 
-ALLOCATIONS = ("uniform", "proportional", "spectral")
+ALLOCATIONS = ("uniform", "proportional", "spectral", "gradient")
 TOLERANCE = 0.01  # share of the budget that may be left
 
+KNOWN = 64  # directions of a mode too large for a whole sum (``flora.adapters.gradients.EXACT``) that are looked at
+
 Level = Callable[[int, int], float]  # (number of the weight, number of the rung) -> level, growing along a ladder
+# (base model, ladders) -> by ladder and by mode of it, shares of the energy kept by the first 1, 2, ... directions
+Spectra = Callable[[nn.Module, Sequence[Ladder]], list[list[Tensor]]]
 
 
 def check_allocation(allocation: str | None) -> str:
-    """The name of an allocation, None being ``uniform``; raises ValueError for others than the three."""
+    """The name of an allocation, None being ``uniform``; raises ValueError for others than the four."""
     if allocation is not None and allocation not in ALLOCATIONS:
         raise ValueError(f"adapter.allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
     return allocation or "uniform"
 
 
-def levels(allocation: str, ladders: Sequence[Ladder], model: nn.Module) -> Level:
+def levels(allocation: str, ladders: Sequence[Ladder], model: nn.Module, spectra: Spectra | None = None) -> Level:
     """The levels of all rungs under an allocation.
 
     Args:
         allocation: one of ``ALLOCATIONS``.
         ladders: of all adapted weights.
         model: the base model, whose weights ``spectral`` reads.
+        spectra: of the gradients, for ``gradient``.
 
     Raises:
-        ValueError: ``spectral`` on a model without values.
+        ValueError: ``spectral`` on a model without values, ``gradient`` without spectra.
     """
     if allocation == "uniform":
         return lambda weight, rung: ladders[weight].rungs[rung].rank
     if allocation == "proportional":
         return lambda weight, rung: ladders[weight].rungs[rung].params / math.prod(ladders[weight].shape)
-    energies = [_energies(ladder, model) for ladder in ladders]
+    if allocation == "spectral":
+        energies = [_energies(ladder, model) for ladder in ladders]
+    elif spectra is not None:
+        energies = spectra(model, ladders)
+    else:
+        raise ValueError(
+            "adapter.allocation=gradient reads gradients of training data, which there are only while a run trains; "
+            "spectral reads the weights"
+        )
 
     def kept_below(weight: int, rung: int) -> float:
         rank = ladders[weight].rungs[rung - 1].rank
@@ -69,6 +87,50 @@ def _energies(ladder: Ladder, model: nn.Module) -> list[Tensor]:
         squares = torch.linalg.eigvalsh(matrix @ matrix.T).flip(0).clamp(min=0).cumsum(0)
         shares.append((squares / squares[-1].clamp(min=torch.finfo(squares.dtype).tiny)).cpu())
     return shares
+
+
+def gradient_spectra(
+    ladders: Sequence[Ladder], model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
+) -> list[list[Tensor]]:
+    """Shares of the gradients' squared norm kept by the first 1, 2, ... directions, by ladder and by mode of it.
+
+    Of a mode larger than ``EXACT`` the first ``KNOWN`` are estimated from a sketch; from there the share is taken to
+    grow evenly up to 1, which is the least that it can be, as further directions keep ever less.
+
+    Args:
+        ladders: of weights of ``model``.
+        model: the base model, on the device of the batches.
+        batches, loss: as of ``flora.init_from_gradients``.
+
+    Raises:
+        ValueError: a weight that is no floating-point parameter, or as of ``flora.adapters.gradients.mode_sums``.
+    """
+    weights: dict[nn.Parameter, list[tuple[Sequence[int], dict[int, int]]]] = {}
+    places: list[tuple[nn.Parameter, int]] = []
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for ladder in ladders:
+        parameter = parameters.get(ladder.weight)
+        if parameter is None or not parameter.is_floating_point():
+            raise ValueError(
+                f"adapter.allocation=gradient: {ladder.weight} is quantised or computed from others and has no "
+                "gradient of its own; leave the layer out or take another allocation"
+            )
+        views = weights.setdefault(parameter, [])
+        places.append((parameter, len(views)))
+        sizes = {mode: ladder.shape[mode] for mode in ladder.modes}
+        views.append((ladder.shape, {mode: d if d <= EXACT else min(d, KNOWN) for mode, d in sizes.items()}))
+    sums = mode_sums(model, weights, batches, loss)
+    return [
+        [_kept(sums[parameter][view][mode], ladder.shape[mode]) for mode in ladder.modes]
+        for ladder, (parameter, view) in zip(ladders, places, strict=True)
+    ]
+
+
+def _kept(mode_sum: ModeSum, size: int) -> Tensor:
+    values, _ = mode_sum.leading()
+    shares = (values.cpu().cumsum(0) / mode_sum.energy.cpu()).clamp(max=1)  # on a GPU no two sums need be equal
+    rest = torch.arange(1, size - len(shares) + 1, dtype=shares.dtype) / max(size - len(shares), 1)
+    return torch.cat([shares, shares[-1] + (1 - shares[-1]) * rest])
 
 
 def climb(ladders: Sequence[Ladder], level: Level, budget: int) -> list[Rung]:

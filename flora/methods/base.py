@@ -52,7 +52,8 @@ class Method(Protocol):
     A new method is a class with these three members and a file configs/adapter/NAME.yaml: its ``_target_`` names the
     class, ``lr`` and ``head_lr`` are the rates that the trainer takes by default, and everything else goes to the
     constructor, whose ValueErrors reach the user as one line. The class gets its public name in ``flora.methods``.
-    A method whose ranks a budget can set says so by ``has_ranks`` and takes it by ``set_budget``, as ``Peft`` does.
+    A method whose ranks a budget can set says so by ``has_ranks`` and takes it by ``set_budget``, as ``Peft`` does; one
+    that looks at gradients before it trains says so by ``gradient``, as ``Peft`` does.
 
     Attributes:
         name: in records and tables.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flora.methods.allocation import TOLERANCE, check_allocation, climb, levels
+from flora.methods.allocation import TOLERANCE, Spectra, check_allocation, climb, levels
 from flora.methods.base import Method
 from flora.methods.heads import in_head, trained
 from flora.methods.ladders import Ladder, ladders_of, skeleton, wrapped_on_meta
@@ -25,7 +25,7 @@ Matched = Callable[[str, int | None, str | Sequence[str]], Method]
 
 _UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 _SIZE = re.compile(r"(?P<number>\d+(\.\d*)?([eE][+-]?\d+)?)\s*(?P<unit>%|[kMG]?)")
-_MATCH = re.compile(r"match:(?P<method>\w+)(:(?P<rank>[1-9]\d*))?")
+_MATCH = re.compile(r"((?P<times>\d+(\.\d*)?)\s*\*\s*)?match:(?P<method>\w+)(:(?P<rank>[1-9]\d*))?")
 
 
 class Budget:
@@ -33,8 +33,9 @@ class Budget:
 
     Args:
         size: ``2%`` of the backbone (the model without its head), a number with or without unit (``1330000``,
-            ``1.33M``, ``500k``), or ``match:METHOD[:RANK]``: what that method trains on the same model at that rank.
-        allocation: ``uniform`` (also None), ``proportional`` or ``spectral``.
+            ``1.33M``, ``500k``), or ``match:METHOD[:RANK]``: what that method trains on the same model at that rank,
+            ``0.25*match:lora:1`` a quarter of it.
+        allocation: ``uniform`` (also None), ``proportional``, ``spectral`` or ``gradient``.
         matched: makes the method that ``match:`` names; needed for such a size alone.
 
     Raises:
@@ -48,10 +49,12 @@ class Budget:
         self._match, number = _MATCH.fullmatch(text), _SIZE.fullmatch(text)
         self._percent = number is not None and number["unit"] == "%"
         self._number = float(number["number"]) * _UNITS.get(number["unit"], 1) if number else 0.0
-        if self._match is None and not 0 < self._number < math.inf:
+        if self._match is not None:
+            self._number = float(self._match["times"] or 1)
+        if not 0 < self._number < math.inf:
             raise ValueError(
                 f"adapter.budget must be a share of the backbone (2%), a number of parameters (1.33M) or "
-                f"match:METHOD:RANK (match:lora:8), got {size!r}"
+                f"match:METHOD:RANK (match:lora:8, 0.25*match:lora:1), got {size!r}"
             )
         self._matched = matched
         if self._match is not None and matched is None:
@@ -61,13 +64,21 @@ class Budget:
         """The budget on a model, in parameters; ``targets`` are the layers that a matched method adapts."""
         if self._match is not None and self._matched is not None:
             name, rank = self._match["method"], self._match["rank"]
-            return _trains(self._matched(name, int(rank) if rank else None, targets), model, head)
+            matched = _trains(self._matched(name, int(rank) if rank else None, targets), model, head)
+            return math.floor(matched * self._number)
         if self._percent:
             backbone = sum(p.numel() for name, p in model.named_parameters() if not in_head(name, head))
             return math.floor(backbone * self._number / 100)
         return math.floor(self._number)
 
-    def solve(self, config: Any, model: nn.Module, head: Sequence[str], targets: str | Sequence[str]) -> None:
+    def solve(
+        self,
+        config: Any,
+        model: nn.Module,
+        head: Sequence[str],
+        targets: str | Sequence[str],
+        spectra: Spectra | None = None,
+    ) -> None:
         """Write the ranks to ``config.rank_pattern`` and print them on stderr, layer by layer.
 
         Args:
@@ -75,10 +86,11 @@ class Budget:
             model: the base model, on any device.
             head: names of its head's modules.
             targets: the configured targets, for a matched method.
+            spectra: gives those of the gradients, for ``gradient``.
 
         Raises:
             ValueError: the budget is out of the method's reach on this model, the message names what is possible; ranks
-                that are given besides; ``spectral`` on a model without values.
+                that are given besides; ``spectral`` on a model without values, ``gradient`` without spectra.
         """
         if config.rank_pattern:
             raise ValueError("adapter.rank_pattern: adapter.budget sets the rank of every layer; give one of the two")
@@ -90,7 +102,7 @@ class Budget:
                 break
             config.decompose_factor = factor
             ladders = ladders_of(config, model)
-        rungs = climb(ladders, levels(self.allocation, ladders, model), budget)
+        rungs = climb(ladders, levels(self.allocation, ladders, model, spectra), budget)
         total = sum(rung.params for rung in rungs)
         self._check_landing(ladders, total, budget)
         # Patterns match endings of names, so the longest come first.

@@ -16,11 +16,13 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import TrainerCallback
 
+from flora.adapters.config import FloraConfig
 from flora.adapters.rates import core_parameters
 from flora.methods import alpha
-from flora.methods.allocation import check_allocation
+from flora.methods.allocation import Spectra, check_allocation
 from flora.methods.base import CONVS, LAYERS, OLD_NAME_IN_PEFT, Adapted, adaptable, effective_ranks, normalisations
 from flora.methods.budget import Budget, Matched
+from flora.methods.gradient import GradientSettings
 from flora.methods.ladders import has_ranks
 from flora.replaced.config import ReplacedConfig
 from flora.replaced.targets import exactly
@@ -46,9 +48,11 @@ class Peft:
         options: everything else goes to the PEFT config; a ``*_pattern`` may be a list of ``{pattern, rank}`` (or
             ``{pattern, shape}``), since Hydra's command line cannot carry a regex as a key; an alpha may be a multiple
             of the rank, ``2r``, that of each layer where a budget or patterns set ranks layer by layer.
+            ``init=gradient`` of FLoRA's makes the adapter with ``zero_output``; the run gives it its start.
 
     Attributes:
         budget: how many parameters to train outside the head, which sets all ranks; None: the options do.
+        starts_from_gradients: whether ``flora.init_from_gradients`` belongs to the method.
 
     Raises:
         ValueError: a setting that cannot be used.
@@ -88,6 +92,12 @@ class Peft:
         if unknown:
             raise ValueError(f"adapter.layer_types: {unknown[0]!r} is none of {', '.join(_KINDS)}")
         self.layer_types = LAYERS if layer_types is None else tuple(_KINDS[kind] for kind in layer_types)
+        self._gradient = GradientSettings()
+        self.starts_from_gradients = options.get("init") == "gradient"
+        if self.starts_from_gradients:
+            if not issubclass(self.config_class, FloraConfig):
+                raise ValueError(f"adapter.init=gradient is a start of FLoRA's (adapter=flora), {name} has none")
+            options["init"] = "zero_output"
         options = with_floats(self.config_class, options)
         self.options = {key: _pattern(key, value) for key, value in options.items()}
         self.alpha = alpha.multiple(options)
@@ -101,11 +111,31 @@ class Peft:
         self, size: str | int | float | None, allocation: str | None = None, matched: Matched | None = None
     ) -> None:
         """Let a budget set the ranks of a method that has some; None: the options do. See ``Budget`` for the rest."""
-        check_allocation(allocation)
+        if check_allocation(allocation) == "gradient" and size is None:
+            raise ValueError("adapter.allocation=gradient shares a budget: set adapter.budget, or leave it out")
         self.budget = None if size is None else Budget(size, allocation, matched)
 
-    def apply(self, model: nn.Module, head: Sequence[str]) -> Adapted:
-        """Wrap ``model``; raises ValueError naming the field when a setting does not fit the model."""
+    def set_gradient(self, **settings: Any) -> None:
+        """Say how to look at gradients, if anything asks for that: fields of ``GradientSettings``."""
+        self._gradient = GradientSettings(**settings)
+
+    @property
+    def gradient(self) -> GradientSettings | None:
+        """What is looked at before training; None: nothing."""
+        return self._gradient if self.starts_from_gradients or self.allocates_by_gradients else None
+
+    @property
+    def allocates_by_gradients(self) -> bool:
+        """Whether ``apply`` needs spectra."""
+        return self.budget is not None and self.budget.allocation == "gradient"
+
+    def apply(self, model: nn.Module, head: Sequence[str], spectra: Spectra | None = None) -> Adapted:
+        """Wrap ``model``; raises ValueError naming the field when a setting does not fit the model.
+
+        Args:
+            model, head: see Method.apply.
+            spectra: of the gradients, for a budget with ``allocation=gradient``.
+        """
         targets, skipped = self._targets(model, head)
         fields = {field.name for field in dataclasses.fields(self.config_class)}
         if foreign := [key for key in self.options if key not in fields]:
@@ -116,7 +146,7 @@ class Peft:
         config = self._config(targets, head)
         try:
             if self.budget is not None:
-                self.budget.solve(config, model, head, self.target_modules)
+                self.budget.solve(config, model, head, self.target_modules, spectra)
             if self.alpha is not None and not isinstance(config, ReplacedConfig):
                 alpha.follow_ranks(config, *self.alpha)
             with warnings.catch_warnings():

@@ -10,6 +10,10 @@ A part that goes on from what another cell trained names that cell by its settin
 them; `reproduce.py` puts the folder of that cell's run in its place.
 A scale or part whose runs are tested on several sets names these: ``tests: [boolq, piqa]`` gives each run a row for
 each, of its metrics ``boolq_accuracy`` and ``piqa_accuracy``.
+A part's ``label`` stands in its rows for the settings in which parts differ; empty: its rows show the method alone.
+A scale that chooses says ``split: validation``: its values are those of validation, at the chosen rate and at each rate
+of the grid. ``against: [lora, dora]``, names of rows, asks for means over data sets and models and for the differences
+to these rows (``flora.results.means``).
 """
 
 import itertools
@@ -44,6 +48,7 @@ class Cell:
         protocol: how the run is made, in the table's words; empty where the table has one protocol.
         note: what is to be known of it, or None.
         tests: the sets that its run is tested on, each with a row of its own; none: it has one row.
+        label: what its row says in place of the settings that vary, or None.
     """
 
     overrides: tuple[str, ...]
@@ -53,6 +58,7 @@ class Cell:
     protocol: str = ""
     note: str | None = None
     tests: tuple[str, ...] = ()
+    label: str | None = None
 
     @cached_property
     def cell_id(self) -> str:
@@ -85,6 +91,11 @@ class Cell:
     def task(self) -> str:
         """Its data set, or its task where that has one data set."""
         return self.settings.get("task.dataset") or self.settings.get("task") or "?"
+
+    @property
+    def labelled(self) -> tuple[str, ...]:
+        """Names the cells whose label it shares, of one method and protocol; empty without a label."""
+        return () if self.label is None else (self.label, self.method, self.protocol)
 
     @property
     def model(self) -> str:
@@ -127,6 +138,16 @@ class Table:
         return self.definition.get("groups", {}).get(self.scale, {})
 
     @property
+    def split(self) -> str:
+        """The split that its values are of: ``test`` or ``validation``."""
+        return self._of_scale.get("split", "test")
+
+    @property
+    def against(self) -> list[str]:
+        """The rows, by name, that means over data sets and models are compared with; empty: there are no such means."""
+        return self._of_scale.get("against", [])
+
+    @property
     def _of_scale(self) -> dict[str, Any]:
         return self.definition.get("scales", {}).get(self.scale, {})
 
@@ -138,11 +159,15 @@ class Table:
     @cached_property
     def rows(self) -> dict[tuple[str, str, str, str, str], list[Cell]]:
         """Cells that differ in the seed alone, by (task, model, method, other settings that vary here, protocol)."""
-        keys = dict.fromkeys(key for cell in self.cells for key in cell.settings if key not in _NOT_LABELS)
-        varying = [k for k in keys if len({cell.settings.get(k) for cell in self.cells}) > 1]
+        alike: dict[tuple[str, ...], list[Cell]] = {(): self.cells}
+        for cell in (cell for cell in self.cells if cell.label is not None):
+            alike.setdefault(cell.labelled, []).append(cell)
+        varying = {name: _varying(cells) for name, cells in alike.items()}
         rows: dict[tuple[str, str, str, str, str], list[Cell]] = {}
         for cell in self.cells:
-            settings = [f"{k.rpartition('.')[2]}={cell.settings[k]}" for k in varying if k in cell.settings]
+            keys = varying[cell.labelled]
+            settings = [f"{k.rpartition('.')[2]}={cell.settings[k]}" for k in keys if k in cell.settings]
+            settings = [*([cell.label] if cell.label else []), *settings]
             for task in cell.tests or (cell.task,):
                 key = (task, cell.model, cell.method, ", ".join(settings), cell.protocol)
                 rows.setdefault(key, []).append(cell)
@@ -153,6 +178,11 @@ class Table:
         """What each cell is called apart from its seed."""
         rows = [(row, cell) for row, cells in self.rows.items() for cell in cells]
         return {cell: " ".join(word for word in (cell.task, *row[1:]) if word) for row, cell in rows}
+
+
+def row_name(method: str, settings: str) -> str:
+    """What a row is called: its method, and what else varies in the table."""
+    return f"{method} ({settings})" if settings else method
 
 
 def names() -> list[str]:
@@ -182,7 +212,16 @@ def load(table: str, scale: str = "mini") -> Table:
     for cell, times in Counter(cells).items():
         if times > 1:
             raise ConfigError(f"experiments/{table}.yaml lists the same cell twice: {' '.join(cell.overrides)}")
-    return Table(table, scale, definition, cells)
+    loaded = Table(table, scale, definition, cells)
+    there = {row_name(method, settings) for _, _, method, settings, _ in loaded.rows}
+    if missing := [name for name in loaded.against if name not in there]:
+        raise ConfigError(
+            f"experiments/{table}.yaml: against: no row is called {missing[0]!r}: choose of {', '.join(sorted(there))}"
+        )
+    for row, of_row in loaded.rows.items():
+        if len({cell.seed for cell in of_row}) < len(of_row):
+            raise ConfigError(f"experiments/{table}.yaml: one seed twice in the row {' '.join(filter(None, row))}")
+    return loaded
 
 
 def read_definition(table: str) -> dict[str, Any]:
@@ -206,11 +245,22 @@ def read_definition(table: str) -> dict[str, Any]:
     return definition
 
 
+def _varying(cells: list[Cell]) -> list[str]:
+    """Settings in which cells differ, but for those that are columns of their own."""
+    keys = dict.fromkeys(key for cell in cells for key in cell.settings if key not in _NOT_LABELS)
+    return [key for key in keys if len({cell.settings.get(key) for cell in cells}) > 1]
+
+
 def _parts(table: str, scale: Any) -> list[dict[str, Any]]:
     """The parts of a scale, or itself where it has none."""
     parts = scale.get("parts", [scale]) if isinstance(scale, dict) else None
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise ConfigError(f"experiments/{table}.yaml: a scale must be settings or a list of parts, got {scale!r:.100}")
+    if scale.get("split", "test") not in ("test", "validation"):
+        raise ConfigError(f"experiments/{table}.yaml: split must be test or validation, got {scale['split']!r:.100}")
+    against = scale.get("against", [])
+    if not isinstance(against, list) or not all(isinstance(name, str) for name in against):
+        raise ConfigError(f"experiments/{table}.yaml: against must be a list of names of rows, got {against!r:.100}")
     for part in (scale, *parts):
         tests = part.get("tests", [])
         if not isinstance(tests, list) or not all(isinstance(name, str) for name in tests):
@@ -223,7 +273,7 @@ def _parts(table: str, scale: Any) -> list[dict[str, Any]]:
             raise ConfigError(
                 f"experiments/{table}.yaml: {trusts[0]}: a table may not allow code to run; type it yourself"
             )
-        for key in ("not_runnable_yet", "published", "protocol_name", "note"):
+        for key in ("not_runnable_yet", "published", "protocol_name", "note", "label"):
             if not isinstance(part.get(key), str | None):
                 raise ConfigError(f"experiments/{table}.yaml: {key} must be a text, got {part[key]!r:.100}")
     return parts
@@ -257,7 +307,7 @@ def _part(table: str, scale: dict[str, Any], part: dict[str, Any], starts: tuple
     axes = [[f"{key}={value}" for value in values] for key, values in grid.items()]
     reason = part.get("not_runnable_yet", scale.get("not_runnable_yet"))
     tests = tuple(part.get("tests", scale.get("tests", [])))
-    said = (part.get("published"), starts, part.get("protocol_name") or "", part.get("note"), tests)
+    said = (part.get("published"), starts, part.get("protocol_name") or "", part.get("note"), tests, part.get("label"))
     return [Cell((*common, *combination), reason, *said) for combination in itertools.product(*axes)]
 
 

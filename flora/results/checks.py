@@ -88,7 +88,9 @@ def _named(sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
 def _selection(value: Any) -> bool:
     if not isinstance(value, dict) or not value:
         return value == {}  # no grid
-    return _named(_finite)(value.get("values")) and _finite(value.get("chosen")) and _measured(value.get("seconds"))
+    rates = all(_list(_finite)(value.get(key, [])) for key in ("diverged", "added"))
+    numbers = _finite(value.get("chosen")) and _measured(value.get("seconds"))
+    return _named(_or_none(_finite))(value.get("values")) and numbers and rates
 
 
 def _execution(value: Any) -> bool:
@@ -110,7 +112,11 @@ _KINDS: _Rules = (  # of fields that are there; the first records lack some
     (("versions",), _named(_text), "an object of strings"),
     (("ranks",), _named(_list(_count)), "an object of lists of ranks"),
     (("skipped_layers",), _list(_text), "a list of names"),
-    (("selection",), _selection, "{} or a choice with finite values, chosen and seconds"),
+    (
+        ("selection",),
+        _selection,
+        "{} or a choice with chosen, seconds, and values that are finite, or null of a fit that diverged",
+    ),
     (("execution",), _execution, "an object that says how the steps were run"),
     (("history",), _list(_named(_finite)), "a list of objects of finite numbers"),
     (("value", "lr"), _or_none(_finite), "a finite number or null"),
@@ -226,10 +232,12 @@ def _of_result(record: dict[str, Any]) -> str | None:
             return f"{name} is {number!r:.40}, outside [{low:g}, {high:g}]"
     settings, lr, selection = record["config"], record.get("lr"), record.get("selection")
     rates = settings["protocol"].get("lr_grid") or [settings["trainer"].get("lr")]
+    if settings["protocol"].get("extend"):
+        rates = [*rates, *(selection or {}).get("added", [])]
     trained = record["mode"] == "train" and settings["trainer"].get("max_steps") != 0
     if trained and lr not in rates:
         return f"lr is {lr!r:.40}, its config says {rates!r:.80}"
-    if selection and (selection["chosen"] != lr or f"{lr:g}" not in selection["values"]):
+    if selection and (selection["chosen"] != lr or selection["values"].get(f"{lr:g}") is None):
         return f"lr is {lr!r:.40}, its selection chose {selection['chosen']!r:.40} of {[*selection['values']]!r:.80}"
     head, total = record["head_params"], record["total_params"]
     method = names.current_targets(settings["adapter"]).get("_target_")

@@ -6,6 +6,7 @@ from typing import Any
 
 from flora.results.cells import Table
 from flora.results.rows import Row, digest
+from flora.results.validation import DEVELOPMENT, NOTE
 
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -46,7 +47,8 @@ def notes(table: Table, rows: Sequence[Row]) -> list[str]:
 
 def stated(table: Table, rows: Sequence[Row]) -> list[str]:
     """What the table's file says of it, then the footnotes of its rows, each with its mark."""
-    return [*table.notes, *(f"{marker([number])} {text}" for text, number in _numbers(rows).items())]
+    footnotes = [f"{marker([number])} {text}" for text, number in _numbers(rows).items()]
+    return [*table.notes, *([NOTE] if table.split == "validation" else _development(rows)), *footnotes]
 
 
 def markers(rows: Sequence[Row]) -> list[str]:
@@ -79,6 +81,15 @@ def _varying(rows: Sequence[Row]) -> list[str]:
             what = f"the seed of training alone, as {once} ({rules[0]})"
         tasks.setdefault(what, {})[row.task] = None
     return [f"± of {', '.join(names)}: {what}" for what, names in tasks.items()]
+
+
+def _development(rows: Sequence[Row]) -> list[str]:
+    """That FLoRA was tuned on some of the data sets whose test values are shown."""
+    shown = [name for name in DEVELOPMENT if any(row.task == name and row.records for row in rows)]
+    if not shown:
+        return []
+    what = "a development set" if len(shown) == 1 else "development sets"
+    return [f"{what}: {', '.join(shown)}; defaults of FLoRA were chosen on validation splits of these"]
 
 
 def _steps(records: Sequence[dict[str, Any]]) -> str:

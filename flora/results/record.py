@@ -35,13 +35,18 @@ class Record:
             of the trained head, ``total_params`` those of the base model with its head.
         skipped_layers: targeted layers that the method could not adapt.
         ranks: effective ranks per layer.
-        selection: learning-rate choice: grid, validation values, seconds spent; empty without a grid.
+        selection: learning-rate choice; empty without a grid. ``values`` on validation by rate, null where the fit
+            diverged (``diverged``); rates that the grid was extended by (``added``); whether the chosen one is an
+            ``edge`` of those tried, ``top`` or ``bottom``; rates that won but diverged or collapsed in the last fit,
+            and why (``fallen``); the rate of the ``head``, and whether it was chosen; seconds spent. The first records
+            lack all but values, chosen and seconds.
         train_seconds: the reported run's training time without evaluation, in seconds.
         examples_per_second: training throughput of the reported run.
         gpu_busy_share: share of the training time in which the GPU ran kernels, of any process, as NVML says;
             None on a CPU or where NVML says nothing.
         execution: how the steps were run: captured as CUDA graphs, compiled, with the data kept on the GPU, from which
-            steps the reported fit was resumed, and by how many processes, in which way.
+            steps the reported fit was resumed, and by how many processes, in which way; under ``start`` what a look at
+            gradients before it took: seconds, peak memory in bytes, the mean share of them that the factors keep.
         peak_memory_bytes: peak while training (GPU allocator, or resident memory on a CPU), of the first process.
         data: facts of the splits: sources, counts, checksums.
         weights: facts of the pretrained weights: source and sha256.

@@ -28,7 +28,7 @@ ORDER = (  # of tables: the paper's, then ours; those that are not named come la
     *("table1_convnext", "table2_internvit", "table3_glue", "table4_llava", "table5_cost"),
     *("figure1_radar", "figure4_norms", "vtab", "commonsense", "classification"),
     *("first_table", "eurosat", "instruct", "glue_rates", "rank_sweep", "kernel_rank_ablation"),
-    *("structure_ablation", "init_and_scale_ablation", "demo", "own_runs"),
+    *("structure_ablation", "small_budgets", "defaults", "starts", "text_defaults", "demo", "own_runs"),
 )
 FILTERS = ("task", "model", "method")
 _ALWAYS = (*FILTERS, "ours")

@@ -1,14 +1,16 @@
 """The lines of a table: its cells joined with their records and with what was published beside them."""
 
 import hashlib
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flora.results.cells import Cell, Table
+from flora.results.cells import Cell, Table, row_name
 from flora.results.reported import Published, published
 from flora.results.statistics import first_places
 from flora.results.store import Contents
+from flora.results.validation import first_reaching, on_validation
 
 METHODS = {
     "flora": "FLoRA",
@@ -74,7 +76,7 @@ class Row:
     @property
     def name(self) -> str:
         """The method and what else varies, as shown."""
-        return f"{self.method} ({self.settings})" if self.settings else self.method
+        return row_name(self.method, self.settings)
 
     @property
     def values(self) -> list[float]:
@@ -89,7 +91,21 @@ class Row:
     @property
     def tuned(self) -> bool:
         """Whether each of its runs chose its learning rate on validation, among rates that made a difference."""
-        return bool(self.records) and all(_rates_told_apart(record) for record in self.records.values())
+        return bool(self.records) and all(
+            _told_apart(record.get("selection") or {}) for record in self.records.values()
+        )
+
+    @property
+    def steps_to_lora(self) -> dict[int, float | None]:
+        """Steps of each seed to the first look at validation with LoRA's final value there, the mean over its seeds.
+
+        None where a seed never reaches it; empty where LoRA is not finished, or the table is not of validation.
+        """
+        seen = {seed: record["curve"] for seed, record in self.records.items() if record.get("curve")}
+        if len(self.lora) < self.cells or not all("curve" in record for record in self.lora.values()):
+            return {}
+        target = statistics.fmean(record["value"] for record in self.lora.values())
+        return {seed: first_reaching(curve, target) for seed, curve in seen.items()}
 
     @property
     def footnotes(self) -> list[str]:
@@ -100,11 +116,18 @@ class Row:
             rate = "chosen on validation" if self.tuned else "not chosen"
             here = f"{self.model}, protocol {self.first['protocol']}, learning rate {rate}"
             said.append(f"not known to follow the protocol of the published number beside it: {here}")
-        vain = [r for r in self.records.values() if r.get("selection") and not _rates_told_apart(r)]
-        if vain:
-            said.append(
-                f"in {len(vain)} of {len(self.records)} runs, all rates of the grid score the same on validation"
-            )
+        choices = [r["selection"] for r in self.records.values() if r.get("selection")]
+        for what, count in (
+            ("all rates of the grid score the same on validation", sum(not _told_apart(c) for c in choices)),
+            ("the chosen rate is the largest that was tried", sum(c.get("edge") == "top" for c in choices)),
+            ("the chosen rate is the smallest that was tried", sum(c.get("edge") == "bottom" for c in choices)),
+            (
+                "the rate that validation chose diverged or collapsed in the last fit, and a smaller one was taken",
+                sum(bool(c.get("fallen")) for c in choices),
+            ),
+        ):
+            if count:
+                said.append(f"in {count} of {len(self.records)} runs, {what}")
         return said
 
     def relative(self, key: str) -> float | None:
@@ -119,8 +142,8 @@ class Row:
         return sum(ours for ours, _ in both) / sum(lora for _, lora in both) if both else None
 
 
-def _rates_told_apart(record: dict[str, Any]) -> bool:
-    return len(set(((record.get("selection") or {}).get("values") or {}).values())) > 1
+def _told_apart(selection: dict[str, Any]) -> bool:
+    return len(set((selection.get("values") or {}).values())) > 1
 
 
 def rate_counts(record: dict[str, Any]) -> bool:
@@ -136,7 +159,7 @@ def _way(record: dict[str, Any]) -> tuple[Any, ...]:
 def rows(table: Table, contents: Contents) -> list[Row]:
     """The lines of a table, blocks of one task and model together, marks set."""
     reported = published(table)
-    return set_marks([_row(key, cells, contents, reported) for key, cells in table.rows.items()])
+    return set_marks([_row(key, cells, table, contents, reported) for key, cells in table.rows.items()])
 
 
 def set_marks(rows: Sequence[Row]) -> list[Row]:
@@ -191,11 +214,14 @@ def by_task(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
 def _row(
     key: tuple[str, str, str, str, str],
     cells: list[Cell],
+    table: Table,
     contents: Contents,
     reported: dict[tuple[str, str, str], Published],
 ) -> Row:
     task, model, method, settings, protocol = key
     records = {c.seed: on_set(record_of(c, contents), task if c.tests else None) for c in cells}
+    if table.split == "validation":
+        records = {seed: on_validation(record, contents.whole) for seed, record in records.items()}
     printed = reported.get((cells[0].published or "", METHODS.get(method, method), task))
     overrides = tuple(o for o in cells[0].overrides if not o.startswith("seed="))
     finished = {s: r for s, r in sorted(records.items()) if r}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from flora.results import escape
 from flora.results.cells import Table
 from flora.results.markdown import DASH, formatted, markdown_table
+from flora.results.means import means_markdown
 from flora.results.notes import markers, notes, stated
 from flora.results.rows import Row, blocks, by_task, rate_counts
 from flora.results.statistics import mean_std
@@ -21,6 +22,7 @@ COLUMNS = (
     "ours",
     "difference",
     "metric",
+    "steps to LoRA",
     "adapter params",
     "% of model",
     "time / LoRA",
@@ -32,8 +34,9 @@ _MARKS = {"best": "**{}**", "tied": "{}*", "": "{}"}
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """The columns of a table: the protocol where it has several."""
-    return [column for column in COLUMNS if column != "protocol" or any(row.protocol for row in rows)]
+    """The columns of a table: the protocol where it has several, steps where it knows some."""
+    shown = {"protocol": any(row.protocol for row in rows), "steps to LoRA": any(row.steps_to_lora for row in rows)}
+    return [column for column in COLUMNS if shown.get(column, True)]
 
 
 def group_means(rows: Sequence[Row], groups: dict[str, list[str]]) -> list[list[str]]:
@@ -85,6 +88,7 @@ def cells_as_text(row: Row) -> list[str]:
         f"{mean:.4f}" + (f" ± {std:.4f}" if std is not None else "") + f" ({n})",
         formatted(None if printed is None else mean - printed, "+.4f"),
         first["metric"],
+        _steps(row),
         f"{first['trainable_params']:,}",
         f"{100 * first['trainable_params'] / first['total_params']:.2f}",
         formatted(row.relative("train_seconds"), ".2f"),
@@ -92,6 +96,16 @@ def cells_as_text(row: Row) -> list[str]:
         ", ".join(sorted({f"{r['lr']:g}" for r in row.records.values() if r.get("lr") and rate_counts(r)})) or DASH,
         str(len(first["skipped_layers"])),
     ]
+
+
+def _steps(row: Row) -> str:
+    """The mean number of steps to LoRA's final value, over the seeds that reach it; how many do, unless all."""
+    steps = row.steps_to_lora
+    reached = [step for step in steps.values() if step is not None]
+    if not reached:
+        return DASH
+    some = f" ({len(reached)} of {len(steps)})" if len(reached) < len(steps) else ""
+    return f"{statistics.fmean(reached):.0f}{some}"
 
 
 def lines_as_text(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -109,7 +123,7 @@ def markdown(table: Table, rows: Sequence[Row]) -> str:
         line["ours"] = _marked(row, line["ours"])
     lines = [f"# {escape.markdown(table.title)}", ""]
     lines += markdown_table(shown, [[line[column] for column in shown] for line in body])
-    lines += [*_groups_markdown(rows, table.groups), ""]
+    lines += [*_groups_markdown(rows, table.groups), *means_markdown(table, rows), ""]
     return "\n".join(lines + [f"- {escape.markdown(note)}" for note in notes(table, rows)]) + "\n"
 
 

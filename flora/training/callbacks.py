@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -100,9 +101,35 @@ class StopOnDivergence(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Check what is logged."""
-        for key, value in (logs or {}).items():
+        if (key := self.wrong(logs or {})) is not None:
+            name = self.NAMES.get(key) or key.replace("eval_", "validation ")
+            raise TrainingDiverged(f"the {name} was {logs[key]} at step {state.global_step}: lower trainer.lr")
+
+    @classmethod
+    def wrong(cls, logs: Mapping[str, Any]) -> str | None:
+        """The first of the logged numbers that training cannot go on from, None if there is none."""
+        for key, value in logs.items():
             if key.startswith("test_") or not isinstance(value, int | float):
                 continue  # what a test comes to is looked at where it ends
-            if not math.isfinite(value) or (key in self.LOSSES and value > self.LIMIT):
-                name = self.NAMES.get(key) or key.replace("eval_", "validation ")
-                raise TrainingDiverged(f"the {name} was {value} at step {state.global_step}: lower trainer.lr")
+            if not math.isfinite(value) or (key in cls.LOSSES and value > cls.LIMIT):
+                return key
+        return None
+
+
+class ClosingLoss(TrainerCallback):
+    """Tells a trainer the mean loss over the last tenth of a fit's steps, however often the loss is logged.
+
+    Args:
+        trainer: keeps the sum of the losses before (``loss_before_closing``), and what comes out (``closing_loss``).
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Read the sum of the losses where the last tenth begins, and where it ends."""
+        steps = max(state.max_steps // 10, 1)
+        if state.global_step == state.max_steps - steps:
+            self.trainer.loss_before_closing = self.trainer.total_loss()
+        if state.global_step == state.max_steps:
+            self.trainer.closing_loss = (self.trainer.total_loss() - self.trainer.loss_before_closing) / steps

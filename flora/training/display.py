@@ -25,6 +25,7 @@ class Display:
 
     def __init__(self, fits: Mapping[str, int], same_steps: bool, batch: int, validation: int, test: int) -> None:
         self.fits = dict.fromkeys(fits, 1) if same_steps else dict(fits)
+        self.same_steps, self.said = same_steps, ""
         self.batch, self.validation, self.test = batch, validation, test
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         columns = (
@@ -50,6 +51,15 @@ class Display:
     def fit(self, label: str) -> TrainerCallback:
         """What a fit tells as it goes; ``label`` is one of ``fits``."""
         return _Fit(self, label)
+
+    def next(self, label: str, examples: int) -> None:
+        """Say which fit comes next, or was done by an earlier process; an unknown one is put in here."""
+        if label not in self.fits:
+            names = list(self.fits)
+            after = names.index(self.said) + 1 if self.said else 0
+            sizes = self.fits | {label: 1 if self.same_steps else examples}
+            self.fits = {name: sizes[name] for name in [*names[:after], label, *names[after:]]}
+        self.said = label
 
     def begin(self, label: str, args: Any, state: Any) -> None:
         """A fit begins, or goes on; those before it are done."""

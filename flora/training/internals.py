@@ -97,9 +97,12 @@ class Loop(transformers.Trainer):
 
     Attributes:
         seconds_before: time that earlier processes took for this fit.
+        loss_before_closing, closing_loss: of ``flora.training.callbacks.ClosingLoss``.
     """
 
     seconds_before = 0.0
+    loss_before_closing = 0.0
+    closing_loss: float | None = None
 
     # ------------------------------------------------------------------ for a subclass to fill in
 
@@ -146,18 +149,24 @@ class Loop(transformers.Trainer):
         """The sum of the losses since the last log."""
         return self._tr_loss
 
+    def total_loss(self) -> float:
+        """The sum of the losses of all steps; all processes must ask."""
+        return self._total_loss_scalar + self.accelerator.reduce(self._tr_loss, "mean").item()
+
     def loss_sums(self) -> dict[str, Any]:
         """What the loop has added up so far, for a checkpoint; all processes must ask."""
         return {
             "since_log": self.accelerator.reduce(self._tr_loss, "mean").item(),
             "before": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
+            "before_closing": self.loss_before_closing,
         }
 
     def restore_loss_sums(self, saved: dict[str, Any]) -> None:
         """Put back what ``loss_sums`` gave, when a fit begins."""
         self._tr_loss.fill_(saved["since_log"])
         self._total_loss_scalar, self._globalstep_last_logged = saved["before"], saved["last_logged"]
+        self.loss_before_closing = saved.get("before_closing", 0.0)  # older checkpoints have none
         self._initial_global_step = 0
 
     # ------------------------------------------------------------------ transformers' side

@@ -102,7 +102,8 @@ class Log(TrainerCallback):
 
     def result(self, metrics: dict[str, float], selection: dict[str, Any], step: int) -> None:
         """Log what came out: test metrics, and what each learning rate reached on validation."""
-        chosen = {f"selection/lr {lr}": value for lr, value in selection.get("values", {}).items()}
+        values = selection.get("values", {}).items()
+        chosen = {f"selection/lr {lr}": value for lr, value in values if value is not None}  # None: it diverged
         self.write({f"test/{name}": value for name, value in metrics.items()} | chosen, step)
 
     def write(self, numbers: dict[str, float], step: int, epoch: float = 0.0) -> None:

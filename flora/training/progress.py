@@ -176,11 +176,13 @@ class Fit:
         state: transformers' state at its end: the history, the best metric.
         meters: what it took.
         weights: gives what it trained, or None where nobody will need it.
+        lost: why it counts for nothing, as it diverged or collapsed; None: it counts.
     """
 
     state: dict[str, Any]
     meters: dict[str, Any]
     weights: Callable[[], Any] | None
+    lost: str | None = None
 
 
 @dataclass
@@ -204,7 +206,7 @@ class Progress:
     claim: Claim | None = None
     inputs: str = ""
     done: dict[str, Fit] = field(default_factory=dict)
-    notes: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     unfinished: dict[str, Any] | None = None
     newest: Path | None = None
 
@@ -226,6 +228,8 @@ class Progress:
             self.notes = state["notes"]
             for label, (facts, meters, weights) in state["done"].items():
                 self.done[label] = Fit(json.loads(facts), meters, None if weights is None else partial(dict, weights))
+            for label, reason in state.get("lost", {}).items():  # older checkpoints know of none
+                self.done[label].lost = reason
             self.unfinished = state["fit"]
 
     @property
@@ -252,7 +256,9 @@ class Progress:
             label: (json.dumps(fit.state), fit.meters, None if fit.weights is None else fit.weights())
             for label, fit in self.done.items()
         }
-        state = {"seconds": self.seconds, "notes": self.notes, "done": done, "fit": unfinished, "inputs": self.inputs}
+        lost = {label: fit.lost for label, fit in self.done.items() if fit.lost}
+        state = {"seconds": self.seconds, "notes": self.notes, "done": done, "lost": lost, "fit": unfinished}
+        state |= {"inputs": self.inputs}
         if processes.first():
             self.newest = self.checkpoints.write(state, trainer_state)
         self.unfinished = None

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from flora.errors import CheckpointError, ConfigError, TrainingDiverged
 from flora.launch import preemption, processes
+from flora.training.callbacks import StopOnDivergence
 from flora.training.progress import Fit, Progress
 from flora.training.settings import LOSS
 from flora.training.sharding import like, local, reshard, whole
@@ -225,4 +226,12 @@ def facts(state: Any) -> str:
 def finished(trainer: Any, keep_weights: bool) -> Fit:
     """What a run remembers of a fit that is done."""
     take = (lambda: weights(trainer.model)) if keep_weights else None
-    return Fit(json.loads(facts(trainer.state)), trainer.meter.state_dict() | {"execution": trainer.execution}, take)
+    meters = trainer.meter.state_dict() | {"execution": trainer.execution, "closing_loss": trainer.closing_loss}
+    return Fit(json.loads(facts(trainer.state)), meters, take)
+
+
+def lost(trainer: Any, reason: str) -> Fit:
+    """What a run remembers of a fit that diverged; its history is what was logged before."""
+    state = json.loads(facts(trainer.state))
+    sound = [row for row in state["log_history"] if StopOnDivergence.wrong(row) is None]
+    return Fit(state | {"log_history": sound}, {}, None, reason)

@@ -1,42 +1,39 @@
 """One run: build, choose the learning rate, train, test once."""
 
 import contextlib
-import gc
 import hashlib
 import json
 import re
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback
 
-from flora.errors import ConfigError, TrainingDiverged, WorkerLost
+from flora.errors import ConfigError, TrainingDiverged
 from flora.launch import preemption, processes
 from flora.methods.base import Adapted, Method, effective_ranks, load
-from flora.methods.heads import trained
+from flora.methods.heads import start_at_zero, trained
 from flora.models.spec import ModelSpec
 from flora.results.lock import Claim
 from flora.tasks.base import Split, Splits, Task
 from flora.tasks.portions import write_drawn
+from flora.training import selection
 from flora.training.display import Display
 from flora.training.finite import check_metrics, check_weights, masks
-from flora.training.internals import raise_for_killed_workers
 from flora.training.loggers import Log
 from flora.training.norms import DeltaNorms
 from flora.training.progress import Progress
-from flora.training.resume import Keeper, facts, finished, worth
+from flora.training.resume import Keeper, facts, finished, lost
 from flora.training.saved import check_whole
 from flora.training.settings import CHECKPOINTS, LOSS, Protocol, TrainerSettings
+from flora.training.start import Start
 from flora.training.trainer import Trainer
 
 
@@ -90,13 +87,17 @@ class Run:
     watching: list[TrainerCallback] = field(default_factory=list)
     progress: Progress = field(init=False)
     _display: Display | None = field(init=False, default=None)
+    _starts: dict[str, Any] = field(init=False, default_factory=dict)
 
     def train(self) -> Outcome:
         """Choose the learning rate if the protocol has a grid, train, test once."""
         splits, protocol, settings = self.splits, self.protocol, self.settings
         if settings.max_steps == 0:
-            adapted = self._adapt()
+            start = self._start(splits.train, splits.validation, settings.lr)
+            adapted = self._adapt(start)
             trainer = self._trainer(adapted, settings, None, None)
+            if start is not None:
+                start.begin(adapted.model)
             return Outcome(adapted, trainer, self._test(trainer))
         if not len(splits.train):
             raise ConfigError(
@@ -106,27 +107,24 @@ class Run:
         folder = self.folder / CHECKPOINTS
         resume = settings.resume == "auto"
         self.progress = Progress(folder, settings.checkpoint_every, resume, self.claim, self._inputs())
+        self._starts = self.progress.notes.setdefault("starts", {})
         with contextlib.ExitStack() as shown:
             self._display = shown.enter_context(self._shown()) if processes.first() else None
-            lr, selection, chosen = self._select() if protocol.lr_grid else (settings.lr, {}, None)
-            if chosen is not None:
-                adapted, trainer = chosen
+            lr, recorded = settings.lr, dict[str, Any]()
+            if protocol.lr_grid:
+                adapted, trainer, lr, recorded = selection.choose_and_train(self)
             elif protocol.final_train == "train":
-                adapted, trainer = self._fit(lr, splits.train, splits.validation, "train")
+                adapted, trainer = self.fit(lr, splits.train, splits.validation, selection.LAST)
             else:
                 both = splits.train.concat(splits.validation)
-                adapted, trainer = self._fit(lr, both, None, "train")
-        return Outcome(adapted, trainer, self._test(trainer), lr, selection)
+                adapted, trainer = self.fit(lr, both, None, selection.LAST)
+        return Outcome(adapted, trainer, self._test(trainer), lr, recorded)
 
     def _shown(self) -> Display:
         """What shows how far training is: the fits of all rates, and one more where the chosen one trains on both."""
-        protocol, train = self.protocol, len(self.splits.train)
-        fits = {_label(lr): train for lr in sorted(protocol.lr_grid or [])}
-        if not fits or protocol.final_train != "train":
-            fits["train"] = train if protocol.final_train == "train" else train + len(self.splits.validation)
         limit = self.settings.max_eval_examples
         seen = [min(len(part), limit or len(part)) for part in (self.splits.validation, self.splits.test)]
-        return Display(fits, self.settings.max_steps is not None, self.settings.batch_size, *seen)
+        return Display(selection.fits(self), self.settings.max_steps is not None, self.settings.batch_size, *seen)
 
     def _inputs(self) -> str:
         run_id = None if self.claim is None else self.claim.run_id
@@ -158,53 +156,29 @@ class Run:
         }
 
     @property
-    def _chosen_by(self) -> str:
+    def chosen_by(self) -> str:
         """The value of an evaluation that chooses."""
         return LOSS if self.protocol.select_by == "loss" else self.task.metric
 
-    def _select(self) -> tuple[float, dict[str, Any], tuple[Adapted, Trainer] | None]:
-        """Train once per learning rate of the grid; the best value on validation wins, the smaller rate on a tie."""
-        name = f"eval_{self._chosen_by}"
-        best, kept = (-float("inf"), 0.0), None
-        values: dict[str, float] = {}
-        reuse, done = self.protocol.final_train == "train", self.progress.done
-        for lr in sorted(self.protocol.lr_grid or []):
-            label, fitted = _label(lr), None
-            if label not in done:
-                fitted = self._fit(lr, self.splits.train, self.splits.validation, label, reuse)
-            elif reuse and self.log is not None:
-                self.log.fit(label).repeat(done[label].state["log_history"])
-            history = [row[name] for row in done[label].state["log_history"] if name in row]
-            best_first = sorted(history, key=partial(worth, self._chosen_by), reverse=True)
-            value = best_first[0] if self.protocol.select == "best" else history[-1]
-            values[f"{lr:g}"] = value
-            if worth(self._chosen_by, value) > best[0]:
-                loser, best, kept = best[1], (worth(self._chosen_by, value), lr), fitted
-            else:
-                loser = lr
-            if _label(loser) in done:
-                done[_label(loser)].weights = None
-            if not reuse:
-                kept = None
-            del fitted
-            _free()
-        if reuse and kept is None:  # an earlier process did it
-            kept = self._fit(best[1], self.splits.train, self.splits.validation, _label(best[1]), False)
-        selection = {
-            "split": "validation",
-            "metric": self._chosen_by,
-            "values": values,
-            "chosen": best[1],
-            "seconds": round(self.progress.notes.setdefault("selection_seconds", self.progress.seconds), 3),
-        }
-        print(f"learning rate {best[1]:g} chosen on validation: {values}", file=sys.stderr)
-        return best[1], selection, kept
+    def show(self, label: str, examples: int) -> None:
+        """Show a fit among those of the run, of which not all may have been foreseen."""
+        if self._display is not None:
+            self._display.next(label, examples)
 
-    def _fit(
+    def between_fits(self, trainer_state: str) -> None:
+        """After a fit write a checkpoint if one is due, and end if the machine is wanted back."""
+        with preemption.held():
+            stop, due = processes.anywhere(preemption.wanted(), processes.first() and self.progress.due())
+            if stop or due:
+                self.progress.write(None, trainer_state)
+            preemption.check(stop)
+
+    def fit(
         self, lr: float, train: Split, validation: Split | None, label: str, reported: bool = True
     ) -> tuple[Adapted, Trainer]:
         """Train, or go on where an earlier process was; ``reported``: this fit may become the run's result."""
-        adapted = self._adapt()
+        start = self._start(train, validation, lr)
+        adapted = self._adapt(start)
         known = masks(adapted.model)
         if self.settings.gradient_checkpointing and not hasattr(adapted.model, "gradient_checkpointing_enable"):
             raise ConfigError("trainer.gradient_checkpointing is for networks of transformers: leave it false")
@@ -228,6 +202,8 @@ class Run:
             if self.settings.distributed == "fsdp":
                 raise ConfigError("analysis.every_n_steps looks at whole weights: leave it null with trainer=fsdp")
             trainer.add_callback(DeltaNorms(trainer, self.model.classifier, **self.analysis))
+        if start is not None:
+            trainer.start = start.begin(adapted.model)
         keeper = Keeper(trainer, self.progress, label)
         trainer.add_callback(keeper)
         with preemption.held():
@@ -243,24 +219,36 @@ class Run:
                     "trainer.batch_size (the last batch of an epoch holds what is left), or raise model.image_size"
                 ) from error
             except TrainingDiverged as error:
+                self.progress.done[label] = lost(trainer, str(error))
                 good = self.progress.newest
                 raise TrainingDiverged(f"{error} (last good checkpoint: {good})" if good else str(error)) from error
             self.progress.done[label] = finished(trainer, reported)
-            stop, due = processes.anywhere(preemption.wanted(), processes.first() and self.progress.due())
-            if stop or due:
-                self.progress.write(None, facts(trainer.state))
-            preemption.check(stop)
+            self.between_fits(facts(trainer.state))
         return adapted, trainer
 
     def _base(self) -> nn.Module:
         transformers.set_seed(self.seed)
         return self.model.build(self.splits.num_classes, drop_path=self.settings.drop_path)
 
-    def _adapt(self) -> Adapted:
+    def _start(self, train: Split, validation: Split | None, lr: float) -> Start | None:
+        """What the method looks at before a fit: one for all fits on the same data, but for a head that follows lr."""
+        if getattr(self.method, "gradient", None) is None:
+            return None
+        key = "all" if validation is None else "train"
+        kept = self._starts.setdefault(key if self.settings.head_lr else f"{key}, {selection.label(lr)}", {})
+        return Start(self, _limited(train, self.settings.max_train_examples), lr, kept)
+
+    def _adapt(self, start: Start | None = None) -> Adapted:
         base = self._base()
+        if self.settings.head_init is not None:
+            try:
+                start_at_zero(base, self.model.classifier, self.splits.num_classes)
+            except ValueError as error:
+                raise ConfigError(f"trainer.head_init: {error}: leave it null") from error
+        beside = {} if start is None else start.for_ranks(base)
         transformers.set_seed(self.seed)
         try:
-            return self.method.apply(base, self.model.classifier)
+            return self.method.apply(base, self.model.classifier, **beside)
         except (ValueError, TypeError, re.error) as error:
             raise ConfigError(f"adapter: {error}") from error
 
@@ -278,7 +266,7 @@ class Run:
             forward=self.task.forward(self.model),
             head=self.model.classifier,
             metric=self.task.metrics(),
-            metric_name=self._chosen_by,
+            metric_name=self.chosen_by,
             folder=self.folder,
             train=_limited(train, settings.max_train_examples),
             validation=_limited(validation, settings.max_eval_examples),
@@ -323,34 +311,6 @@ def restored(base: nn.Module, head: Sequence[str], folder: Path, method: str | N
     return adapted
 
 
-@contextlib.contextmanager
-def data_workers() -> Iterator[None]:
-    """Around training: WorkerLost where a data-loading process was killed."""
-    try:
-        yield
-    except (RuntimeError, OSError, EOFError) as error:
-        # A line to the process may break before torch is told of its end.
-        killed = str(error) if isinstance(error, RuntimeError) else _killed_worker()
-        if not killed.startswith("DataLoader worker"):
-            raise
-        preemption.check()  # Ctrl-C may reach that process too
-        raise WorkerLost(
-            f"a data-loading process was killed ({killed.splitlines()[0].rstrip('. ')}): "
-            "start the run again to go on, with more memory or a smaller trainer.num_workers"
-        ) from error
-
-
-def _killed_worker() -> str:
-    """What torch says of a data-loading process that has ended by a signal, if one does within a second."""
-    try:
-        for _ in range(10):
-            raise_for_killed_workers()
-            time.sleep(0.1)
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
 def evaluate(
     module: nn.Module, model: ModelSpec, task: Task[Any], dataset: Split, batch_size: int = 256, device: str = "auto"
 ) -> dict[str, float]:
@@ -382,13 +342,3 @@ def _metrics(evaluated: dict[str, float]) -> dict[str, float]:
 
 def _limited(dataset: Any, limit: int | None) -> Any:
     return dataset if dataset is None or limit is None or limit >= len(dataset) else dataset.subset(limit)
-
-
-def _label(lr: float) -> str:
-    return f"lr {lr:g}"
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flora.errors import ConfigError
 from flora.launch import processes
+from flora.training.grid import FURTHER, distinct, onward
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -27,6 +28,8 @@ class TrainerSettings:
         batch_size: examples per optimiser step, split over ``gradient_accumulation`` forward passes and all processes.
         eval_batch_size: examples per forward pass of an evaluation, in each process.
         lr, head_lr: peak learning rates of the adapter (or backbone) and of the head; null: the head takes ``lr``.
+        head_init: ``zero`` starts the last layer of a fresh head at zero, as large rates need where the network's own
+            start gives huge logits (``flora.methods.heads.start_at_zero``); null: as the network has it.
         warmup_ratio: share of the steps with rising learning rate; then ``schedule`` (a transformers scheduler name).
         warmup_steps: their number, wins over ``warmup_ratio`` when given.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them; networks of
@@ -91,6 +94,7 @@ class TrainerSettings:
     resume: str | bool = "auto"
     checkpoint_every: int | None = None
     group_by_modality: bool = False
+    head_init: str | None = None
 
     def __post_init__(self) -> None:
         counted = ("max_steps", "max_eval_examples", "max_train_examples", "warmup_steps", "eval_steps")
@@ -116,6 +120,8 @@ class TrainerSettings:
         for name, most in (("layer_decay", 1), ("ema_decay", 0.999999)):
             if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) <= most:
                 raise ConfigError(f"trainer.{name} must lie in [0, {most:g}], got {getattr(self, name)!r}")
+        if self.head_init not in (None, "zero"):
+            raise ConfigError(f"trainer.head_init must be zero or null, got {self.head_init!r}")
         if self.layer_decay_type not in (None, "single", "group"):
             raise ConfigError(f"trainer.layer_decay_type must be single or group, got {self.layer_decay_type!r}")
         if self.dtype not in _DTYPES:
@@ -244,6 +250,11 @@ class Protocol:
             on, so ``select`` must be ``last``).
         lr_grid: learning rates to choose from on the validation split before the reported run, in place of
             ``trainer.lr``; where the head alone is trained, of its own (``trainer.head_lr``). Null takes those.
+        extend: where the best rate of a grid is its smallest or its largest, try further ones by the grid's own step
+            (``flora.training.grid.onward``), at most three each way.
+        head_lr_grid: rates of the head beside an adapter to choose from, before ``lr_grid``: the head alone is trained
+            at each, and the best on validation takes the place of ``trainer.head_lr``. That costs the fits of a linear
+            probe, where a grid over both rates would multiply the adapter's. Null takes ``trainer.head_lr``.
         held_out: share of train that becomes validation where the data has no labelled test split and its development
             set is the test; 0: the development set is both.
     """
@@ -254,6 +265,8 @@ class Protocol:
     lr_grid: list[float] | None = None
     held_out: float = 0.0
     select_by: str = "metric"
+    extend: bool = False
+    head_lr_grid: list[float] | None = None
 
     def __post_init__(self) -> None:
         if self.select not in ("best", "last"):
@@ -266,10 +279,27 @@ class Protocol:
             raise ConfigError("protocol.select=best needs a validation split: set protocol.final_train=train")
         if not isinstance(self.held_out, int | float) or not 0 <= self.held_out < 1:
             raise ConfigError(f"protocol.held_out must lie in [0, 1), got {self.held_out!r}")
-        if self.lr_grid is not None and not (
-            isinstance(self.lr_grid, list) and self.lr_grid and all(_positive(lr) for lr in self.lr_grid)
-        ):
-            raise ConfigError(f"protocol.lr_grid must be a list of positive numbers, got {self.lr_grid!r}")
+        for key in ("lr_grid", "head_lr_grid"):
+            self._check_grid(key, getattr(self, key))
+        if (self.extend or self.head_lr_grid) and not self.lr_grid:
+            key = "extend" if self.extend else "head_lr_grid"
+            raise ConfigError(f"protocol.{key} needs protocol.lr_grid: give it the rates to choose from")
+
+    def _check_grid(self, key: str, grid: object) -> None:
+        if grid is None:
+            return
+        if not (isinstance(grid, list) and grid and all(_positive(lr) for lr in grid)):
+            raise ConfigError(f"protocol.{key} must be a list of positive numbers, got {grid!r}")
+        rates = distinct(grid)
+        if not self.extend:
+            return
+        if len(rates) < 2:
+            raise ConfigError(
+                f"protocol.extend needs two rates in protocol.{key}, whose ratio is its step: got {grid!r}"
+            )
+        further = [onward(rates, steps) for steps in (*range(-FURTHER, 0), *range(1, FURTHER + 1))]
+        if distinct(reached := [*further[:FURTHER], *rates, *further[FURTHER:]]) != reached:
+            raise ConfigError(f"protocol.extend: the rates of protocol.{key} lie too close to go on by their ratio")
 
 
 def _positive(value: object) -> bool:

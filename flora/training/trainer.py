@@ -20,7 +20,7 @@ from flora.errors import TrainingDiverged
 from flora.launch import processes
 from flora.tasks.base import Forward, Split, cross_entropy
 from flora.training import internals, parts, sharding
-from flora.training.callbacks import StepMeter, StopOnDivergence, TellEpoch
+from flora.training.callbacks import ClosingLoss, StepMeter, StopOnDivergence, TellEpoch
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once
 from flora.training.ema import Ema
 from flora.training.groups import layer_scales, parameter_groups
@@ -110,6 +110,7 @@ class Trainer(internals.Loop):
         self._saved: dict[str, Any] | None = None
         self._ran: dict[str, Any] | None = None  # how the steps were run, where that was in another process
         self.resumed_at: list[int] = []
+        self.start: dict[str, Any] = {}  # what a start from gradients took
         super().__init__(
             model=model,
             args=arguments,
@@ -120,6 +121,7 @@ class Trainer(internals.Loop):
             callbacks=[
                 self.meter,
                 StopOnDivergence(),
+                ClosingLoss(self),
                 TellEpoch(),
                 *([progress] if progress else []),
                 *([self.ema] if self.ema else []),
@@ -276,6 +278,7 @@ class Trainer(internals.Loop):
             "cuda_graph": self.captured is not None and self.captured.captured,
             "compile": self.settings.compile,
             "cached_on_device": any(placed is not dataset for dataset, placed in self._placed.items()),
+            **({"start": self.start} if self.start else {}),
             **({"resumed_at_steps": self.resumed_at} if self.resumed_at else {}),
             **({"processes": processes.count(), "distributed": self.settings.distributed or "ddp"} if several else {}),
         }

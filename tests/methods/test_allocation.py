@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from flora.adapters import gradients
 from flora.errors import ConfigError
-from flora.methods.allocation import climb
+from flora.methods import allocation
+from flora.methods.allocation import climb, gradient_spectra
 from flora.methods.ladders import Ladder, Rung
 from tests.methods.small import Small, method
 
@@ -70,6 +72,59 @@ def test_spectral_reads_the_modes_of_a_convolution():
     adapted = method("flora", "adapter.budget=572", "adapter.allocation=spectral").apply(model, ["none"])
     assert adapted.ranks["0"][:2] == [1, 1]
     assert adapted.ranks["1"][0] > 5
+
+
+def pulled(model, gradients):
+    """Spectra of layers whose gradients in each of two batches are these matrices times 1 and 2."""
+    layers = [layer.weight for layer in model]
+
+    def loss(model, times):
+        return times * sum((weight * matrix).sum() for weight, matrix in zip(layers, gradients, strict=True))
+
+    return lambda model, ladders: gradient_spectra(ladders, model, [1.0, 2.0], loss)
+
+
+def test_gradient_follows_the_energy_of_the_gradients_and_not_their_size():
+    """Two layers whose gradients have known spectra: each keeps the same share of its own."""
+    torch.manual_seed(0)
+    spectra = [torch.tensor([10.0] * 3 + [1e-3] * 61), torch.tensor([1.0] * 40 + [1e-3] * 24)]
+    turned = [(torch.linalg.qr(torch.randn(64, 64))[0] * spectrum).T for spectrum in spectra]
+    for size in (1.0, 1e-4):
+        gradients = [turned[0] * size, turned[1]]
+        for budget, expected in ((128 * 43, [3, 40]), (128 * 22, [2, 20])):
+            model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+            chosen = method("lora", f"adapter.budget={budget}", "adapter.allocation=gradient")
+            adapted = chosen.apply(model, ["none"], pulled(model, gradients))
+            assert [rank for (rank,) in adapted.ranks.values()] == pytest.approx(expected, abs=1)
+
+
+def test_a_mode_too_large_for_a_whole_sum_is_known_in_part(monkeypatch):
+    """What a sketch tells is right, and beyond it the share is a lower bound that ends at 1."""
+    monkeypatch.setattr(gradients, "EXACT", 100)
+    monkeypatch.setattr(allocation, "EXACT", 100)
+    monkeypatch.setattr(allocation, "KNOWN", 8)
+    torch.manual_seed(0)
+    spectrum = torch.arange(1, 151, dtype=torch.float32) ** -1.0
+    matrix = torch.linalg.qr(torch.randn(300, 150))[0] * spectrum
+    model = nn.Sequential(nn.Linear(150, 300))
+    ladder = Ladder("0", "0.weight", (300, 150), (0,), ())
+    ((shares,),) = pulled(model, [matrix])(model, [ladder])
+    exact = (spectrum.square().cumsum(0) / spectrum.square().sum()).double()
+    assert len(shares) == 300
+    torch.testing.assert_close(shares[:8], exact[:8], rtol=1e-2, atol=0)
+    assert (shares[8:150] <= exact[8:] + 1e-2).all()
+    assert (shares.diff() >= 0).all()
+    assert shares[-1] == 1
+
+
+def test_gradient_needs_data_and_weights_that_have_gradients():
+    chosen = method("lora", "adapter.budget=2000", "adapter.allocation=gradient")
+    with pytest.raises(ValueError, match=r"adapter\.allocation=gradient reads gradients of training data"):
+        chosen.apply(Small(), ["head"])
+    model = nn.Sequential(nn.Linear(8, 8))
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(ValueError, match=r"allocation=gradient: 0\.weight is quantised or computed from others"):
+        gradient_spectra([Ladder("0", "0.weight", (8, 8), (0,), ())], model, [1.0], lambda model, batch: batch)
 
 
 def test_spectral_needs_values():

@@ -31,7 +31,10 @@ def test_sizes(size, parameters):
 
 @pytest.mark.parametrize(
     "size",
-    ["2%%", "-1%", "0", "0%", "", "lots", "1.33 MB", "match:", "match:lora:0", "match:lora:x", True, "nan", "inf"],
+    [
+        *("2%%", "-1%", "0", "0%", "", "lots", "1.33 MB", "match:", "match:lora:0", "match:lora:x", True, "nan", "inf"),
+        *("0*match:lora:1", "-1*match:lora:1", "0.25*", "2*500k", "25% of match:lora:1", "1/4*match:lora:1"),
+    ],
 )
 def test_malformed_sizes_name_the_setting(size):
     with pytest.raises(ValueError, match=r"^adapter\.budget must be"):
@@ -217,6 +220,8 @@ def test_match_takes_the_parameters_of_the_other_config():
         return Budget(size, matched=matched_method).parameters(model, ["classifier"], targets)
 
     assert matching("match:lora:6") == lora
+    assert matching("0.25*match:lora:6") == math.floor(lora / 4)
+    assert matching("2 * match:lora:6") == 2 * lora
     assert matching("match:linear_probe") == 0
     assert matching("match:full") == sum(
         p.numel() for n, p in model.named_parameters() if not n.startswith("classifier")

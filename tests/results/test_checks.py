@@ -105,9 +105,21 @@ def test_broken_records_are_reported_and_left_out(tmp_path):
     assert all(store.finished(name) is None for name in planted)
 
 
+GRID = "protocol.lr_grid=[1e-3,1e-2]"
+VALUES = {"0.001": 0.5, "0.01": 0.6, "0.1": 0.7, "1": None}  # the last one diverged
+ADDED = {
+    "lr": 0.1,
+    "selection": {"values": VALUES, "chosen": 0.1, "added": [0.1, 1.0], "diverged": [1.0], "seconds": 1},
+}
+LOST = {"lr": 1e-2, "selection": {"values": {"0.001": 0.5, "0.01": None}, "chosen": 1e-2, "seconds": 1}}
+
+
 @pytest.mark.parametrize(
     ("overrides", "wrong", "line"),
     [
+        ([GRID, "protocol.extend=true"], ADDED, None),
+        ([GRID], ADDED, "lr is 0.1, its config says [0.001, 0.01]"),
+        ([GRID], LOST, "lr is 0.01, its selection chose 0.01 of ['0.001', '0.01']"),
         (["adapter=full"], {"trainable_params": 995}, "1005 parameters of the model were trained, it has 1000"),
         (["adapter=flora"], {"trainable_params": 995}, None),  # an adapter's stand beside the model's
         (["model=timm", "model.timm_name=resnet10t"], {"model": "resnet10t"}, None),

@@ -184,6 +184,18 @@ def test_a_grid_whose_rates_all_score_the_same_chose_nothing():
     assert not row("lora", 0.8).tuned
 
 
+def test_a_choice_at_an_edge_and_a_rate_that_fell_are_counted():
+    top, bottom = CHOSEN | {"edge": "top"}, CHOSEN | {"edge": "bottom"}
+    fallen = CHOSEN | {"edge": None, "fallen": [{"lr": 1e-2, "why": "its training loss ended at 2.3"}]}
+    line = row("lora", 0.8, 0.8, 0.8, changes=[{"selection": choice} for choice in (top, bottom, fallen)])
+    said = [
+        "the chosen rate is the largest that was tried",
+        "the chosen rate is the smallest that was tried",
+        "the rate that validation chose diverged or collapsed in the last fit, and a smaller one was taken",
+    ]
+    assert [text.partition(" ")[2] for text in footnotes(line)] == [f"in 1 of 3 runs, {what}" for what in said]
+
+
 def test_footnotes_are_numbered_by_their_text():
     shown = [row("lora", 0.8, note="a"), row("dora", 0.8), row("flora", 0.8, note="b"), row("full", 0.8, note="a")]
     text = markdown(Table("t", "mini", {"title": "T", "notes": ["Stand-ins * all."]}, []), shown)
