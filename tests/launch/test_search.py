@@ -100,6 +100,7 @@ def test_the_validation_metric_and_never_the_test_is_searched_by():
     record = {"run_id": "r", "metric": "accuracy", "value": 0.99, "history": history, "selection": {}}
     for select, value in (("best", 0.7), ("last", 0.6)):
         assert validation_value(record | {"config": {"protocol": {"select": select}}}) == value
-    assert validation_value(record | {"selection": {"values": {"0.1": 0.3, "0.2": 0.4}}}) == 0.4
+    values = {"0.1": 0.3, "0.2": 0.4, "0.3": 0.5, "0.4": None}  # the last diverged, the best one in the last fit
+    assert validation_value(record | {"selection": {"values": values, "chosen": 0.2}}) == 0.4
     with pytest.raises(ConfigError, match="never looked at validation"):
         validation_value(record | {"history": [], "config": {"protocol": {"select": "best"}}})

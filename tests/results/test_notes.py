@@ -193,7 +193,7 @@ def test_a_choice_at_an_edge_and_a_rate_that_fell_are_counted():
         "the chosen rate is the smallest that was tried",
         "the rate that validation chose diverged or collapsed in the last fit, and a smaller one was taken",
     ]
-    assert [text.partition(" ")[2] for text in footnotes(line)] == [f"in 1 of 3 runs, {what}" for what in said]
+    assert line.footnotes == [f"in 1 of 3 runs, {what}" for what in said]
 
 
 def test_footnotes_are_numbered_by_their_text():
