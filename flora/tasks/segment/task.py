@@ -208,7 +208,8 @@ class Segment(Task[UperNet]):
 
     def preprocessing(self, model: UperNet) -> dict[str, Any]:
         """See Task.preprocessing."""
-        return super().preprocessing(model) | {"image_size": None, "short_side": self.size, "orientation": "stored"}
+        said = super().preprocessing(model) | {"short_side": self.size, "orientation": "stored"}
+        return {name: value for name, value in said.items() if name != "image_size"}
 
     def report(self, metric: Any, splits: Splits, folder: Path) -> None:
         """Write ``predictions.png``, some test images with truth and prediction; say what was not readable."""

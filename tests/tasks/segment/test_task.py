@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import flora
 import train
+from flora.config import matched_method
 from flora.errors import ConfigError
 from flora.launch.entry import main
-from flora.methods import LinearProbe
+from flora.methods import LinearProbe, heads
 from flora.methods.base import load
-from flora.models import get
+from flora.models import TimmModel, get
 from flora.models.segmentation import Segmenter, UperNet
 from flora.tasks.segment.sheet import palette
 from flora.training import Protocol, Run, TrainerSettings, evaluate
@@ -41,6 +43,28 @@ def run(tmp_path, monkeypatch, script):
 
 def record_of(out):
     return json.loads(Path(out.strip().splitlines()[-1].removeprefix("record: ")).read_text())
+
+
+def test_a_saved_run_is_loaded_as_its_card_says(run):
+    code, out, err = run("adapter=lora")
+    assert code == 0, err
+    record = record_of(out)
+    card = Path(record["adapter_path"], "README.md").read_text()
+    assert "predictor.model  # floats [B, 3, H, W], normalised as above, to logits [B, 11, ~H / 4, ~W / 4]" in card
+    predictor = flora.load(record["adapter_path"])
+    with torch.no_grad():
+        assert predictor.model(torch.zeros(1, 3, 64, 96)).shape == (1, 11, 16, 24)
+    with pytest.raises(ConfigError, match="task=segment takes no inputs but its own"):
+        predictor.predict("photo.jpg")
+
+
+@pytest.mark.parametrize(("rank", "count"), [(8, 12_946_080), (16, 25_892_160), (32, 51_784_320)])
+def test_lora_flat_over_convnextv2_large_has_the_sizes_of_table_1(rank, count):
+    spec = task(dataset="ade20k", hidden_size=None).network(TimmModel("convnextv2_large"))
+    method = matched_method("lora_flat", rank, "all")
+    with torch.device("meta"):
+        adapted = method.apply(spec.skeleton(150), spec.classifier)
+    assert heads.trained(adapted.model, spec.classifier)[0] == count
 
 
 @pytest.mark.parametrize("adapter", ["flora", "linear_probe"])
