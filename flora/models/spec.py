@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flora.models.chat import Chat
 
-Kind = Literal["image", "sequence_classification", "causal_lm", "image_text", "detection"]
+Kind = Literal["image", "sequence_classification", "causal_lm", "image_text", "segmentation", "detection"]
 
 
 @runtime_checkable
@@ -17,7 +17,7 @@ class ModelSpec(Protocol):
     Attributes:
         name: the name in records.
         kind: ``image`` (an ImageSpec), ``sequence_classification`` or ``causal_lm`` (TextSpecs), ``image_text`` (an
-            ImageTextSpec), or ``detection`` (an image and its objects: ``flora.models.detection``).
+            ImageTextSpec), ``segmentation`` or ``detection`` (heads over an ImageSpec's, flora.models.feature_maps).
         classifier: names of the modules trained in full beside the adapter, the head; none for a language model.
         adapter_targets: what adapters adapt by default: ``all``, or names or a regular expression as PEFT reads them.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,8 +13,8 @@ from torch.utils.data import Dataset
 from flora.errors import DataError
 from flora.tasks.base import COUNTS, Batch, draw
 from flora.tasks.detect.objects import Annotated, mask_of
+from flora.tasks.imagefolder.dataset import threads
 from flora.tasks.images.decode import as_rgb, stand_in
-from flora.tasks.images.threads import threads
 
 
 class AnnotatedImages(Dataset[Batch]):
@@ -57,7 +58,7 @@ class AnnotatedImages(Dataset[Batch]):
             DataError: an image that cannot be decoded or is of another size than its annotations say.
         """
         rows = self.rows[list(indices)]
-        decoded = list(threads().map(self._decoded, rows))
+        decoded = list(threads(os.getpid()).map(self._decoded, rows))
         kept = [(image, int(row)) for image, row in zip(decoded, rows, strict=True) if image is not None]
         if not kept:
             instead = stand_in(indices[-1], len(self), lambda index: self._decoded(self.rows[index]) is not None)

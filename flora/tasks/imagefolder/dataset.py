@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -17,7 +20,6 @@ from torch.utils.data import Dataset
 from flora.errors import DataError
 from flora.tasks.base import COUNTS, Batch, draw
 from flora.tasks.images.decode import as_rgb, stand_in
-from flora.tasks.images.threads import threads
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class LazyImages(Dataset[Batch]):
         """
         rows = self.rows[list(indices)]
         with _generators_kept() if self.draws else contextlib.nullcontext():
-            decoded = list(threads().map(self._decode, rows))
+            decoded = list(threads(os.getpid()).map(self._decode, rows))
         kept = [(pixels, row) for pixels, row in zip(decoded, rows, strict=True) if pixels is not None]
         if not kept:
             instead = stand_in(indices[-1], len(self), lambda index: self._decode(self.rows[index]) is not None)
@@ -159,3 +161,10 @@ def _generators_kept() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(own)
+
+
+@cache
+def threads(process: int) -> ThreadPoolExecutor:
+    """What opens images in a process, ``os.getpid()``."""
+    # A process that is forked has its parent's pool, but not the pool's threads.
+    return ThreadPoolExecutor(max_workers=min(32, os.cpu_count() or 1))
