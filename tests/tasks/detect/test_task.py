@@ -12,10 +12,13 @@ from PIL import Image
 import train
 from flora.errors import ConfigError, DataError
 from flora.launch.entry import main
+from flora.methods import Peft
 from flora.models import TimmModel, get
 from flora.tasks import Detect
 from flora.tasks.detect.task import _mirrored
+from flora.training import Protocol, Run, TrainerSettings, evaluate
 from tests.tasks.detect.made import squares, write_coco, write_parquet
+from tests.training.processes import together
 
 SMALL = {"short_sides": [64], "longest_side": 96, "anchors": [8, 16, 32, 64, 128], "channels": 8, "hidden": 16}
 TINY = (
@@ -99,10 +102,9 @@ def test_images_that_cannot_be_read_are_counted(run, folder):
         ("task.masks=true", "not all objects have a mask: set task.masks=false"),
         ("task.dataset=cells", "there is no folder"),
         ("task.anchors=[8,16]", "there are five levels"),
-        ("task.flip=2", "task.flip=2 must lie in [0, 1]"),
-        ("task.unreadable=no", "task.unreadable=False must be error or skip"),
+        ("task.flip=2", "task.flip=2.0 must lie in [0, 1]"),
+        ("task.unreadable=no", "task.unreadable=no must be error or skip"),
         ("trainer.label_smoothing=0.1", "trainer.label_smoothing=0.1 is for classification"),
-        ("model=minilm_l6", "has no feature maps"),
     ],
 )
 def test_bad_settings_are_one_line(run, override, said):
@@ -186,3 +188,74 @@ def test_a_classifier_is_no_detector():
 
     with pytest.raises(ConfigError, match="model=resnet does not detect"):
         task.accepts(get("resnet"))
+
+
+def test_a_network_without_feature_maps_is_refused():
+    task = Detect(name="detect", dataset="bccd", epochs=1, **SMALL)
+
+    with pytest.raises(ConfigError, match="has feature maps at strides"):
+        task.network(TimmModel("vit_tiny_patch16_224", pretrained=False))
+
+
+def trained(place, data, workers=0, **settings):
+    """A run of two epochs of two steps."""
+    task, spec, splits = read(data)
+    options = {"epochs": 2, "lr": 1e-2, "batch_size": 3, "num_workers": workers, "device": "cpu", **settings}
+    method = Peft("lora", "peft.LoraConfig", "all", r=2)
+    return Run(task, spec, method, TrainerSettings(**options), Protocol("holdout", "best", "train"), splits, 0, place)
+
+
+def state(outcome):
+    return {name: tensor.numpy().tobytes() for name, tensor in outcome.adapted.model.state_dict().items()}
+
+
+def test_runs_are_bit_equal_whoever_reads_the_images_and_wherever_they_were_resumed(tmp_path, folder):
+    for name in "012":
+        (tmp_path / name).mkdir()
+    calm = trained(tmp_path / "0", folder).train()
+    assert state(trained(tmp_path / "1", folder, 2).train()) == state(calm)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(callback, args, state, control, **kwargs):
+        if state.global_step == 3:  # within the second epoch
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flora.training.callbacks.StepMeter.on_step_end", kill, raising=False)
+        with pytest.raises(Killed):
+            trained(tmp_path / "2", folder, checkpoint_every=1).train()
+    resumed = trained(tmp_path / "2", folder, checkpoint_every=1).train()
+    assert resumed.trainer.resumed_at == [2]
+    assert state(resumed) == state(calm)
+    assert resumed.metrics == calm.metrics
+
+
+def scored(data, size):
+    """Test metrics of a random network in one of several processes."""
+    task, spec, splits = read(data, unreadable="skip")
+    torch.manual_seed(0)
+    return evaluate(spec.build(3), spec, task, splits.test, size, "cpu")
+
+
+@pytest.mark.dist
+def test_two_processes_count_each_image_once(tmp_path, folder):
+    alone = scored(folder, 2)  # five images: the last batch is of one process
+    for metrics in together(tmp_path / "said", scored, folder, 2):
+        assert {k: v for k, v in metrics.items() if k != "loss"} == {k: v for k, v in alone.items() if k != "loss"}
+
+
+def steps(data, place):
+    """An epoch in one of several processes: what of the pyramid it has learnt."""
+    run = trained(place, data, epochs=1, batch_size=2)
+    return run.train().adapted.model.base_model.model.fpn.modules_to_save["default"].inner_blocks[0][0].weight.tolist()
+
+
+@pytest.mark.dist
+def test_two_processes_train_on_uneven_parts_and_agree(tmp_path, folder):
+    (tmp_path / "run").mkdir()  # five images: the last batch is of one process
+
+    one, other = together(tmp_path / "said", steps, folder, tmp_path / "run")
+
+    assert one == other
