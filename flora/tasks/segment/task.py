@@ -266,5 +266,6 @@ def _over_pixels(logits: Tensor, targets: Tensor, label_smoothing: float) -> Ten
     logits = logits.float()
     if logits.shape[-2:] != targets.shape[-2:]:
         logits = F.interpolate(logits, size=targets.shape[-2:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing)
-    return total / (targets != IGNORED).sum().clamp(min=1)
+    # Summed apart: torch's own sum over pixels is not deterministic on a GPU.
+    each = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing)
+    return each.sum() / (targets != IGNORED).sum().clamp(min=1)
