@@ -92,7 +92,7 @@ class Segment(Task[UperNet]):
         if not numbers or len(scales) != 2 or not 0.05 <= scales[0] <= scales[1] <= 20:
             raise ConfigError(f"task.scales={scales} must be two factors between 0.05 and 20, the least first")
         self.scales = float(scales[0]), float(scales[1])
-        self._tested: frozenset[int] = frozenset()  # rows of the test
+        self._turns: dict[int, int] = {}  # of the test's rows: which are shown first, as neighbours look alike
         self._called: dict[int, np.ndarray] = {}  # what was said of some of them
 
     def network(self, model: ModelSpec) -> ModelSpec:
@@ -146,7 +146,8 @@ class Segment(Task[UperNet]):
             options: dict[str, Any] = {"size": self.size, "crop": self.crop, "scales": self.scales, "flip": self.flip}
             return random_crop(image, labels, random, interpolation=model.interpolation, fill=fill, **options)
 
-        self._tested, self._called = frozenset(rows["test"].tolist()), {}
+        turns = draw(len(rows["test"]), 0)
+        self._turns, self._called = dict(zip(rows["test"].tolist(), turns.tolist(), strict=True)), {}
         facts = {
             "source": "paths.data",
             "sha256": self.contents(data_dir),
@@ -229,15 +230,16 @@ class Segment(Task[UperNet]):
         draw_sheet(shown, splits.class_names, folder / "predictions.png")
 
     def _note(self, logits: Tensor, batch: Batch) -> None:
-        """Keep, small, what was said of the first images of the test."""
-        if len(self._called) >= _DRAWN:
-            return
+        """Keep, small, what was said of some images of the test."""
         for index, row in enumerate(batch["rows"].tolist()):
-            if row in self._tested and len(self._called) < _DRAWN:
-                height, width = batch["sizes"][index, 2:].tolist()
-                step = max(1, max(height, width) // _SIDE)
-                called = logits[index, :, :height:step, :width:step].argmax(dim=0)
-                self._called[row] = called.cpu().numpy()
+            turns = [self._turns[other] for other in self._called]
+            if row not in self._turns or (len(turns) >= _DRAWN and self._turns[row] > max(turns)):
+                continue
+            height, width = batch["sizes"][index, 2:].tolist()
+            step = max(1, max(height, width) // _SIDE)
+            self._called[row] = logits[index, :, :height:step, :width:step].argmax(dim=0).cpu().numpy()
+            if len(turns) == _DRAWN:
+                del self._called[max(self._called, key=self._turns.__getitem__)]
 
 
 def _logits(module: nn.Module, images: Tensor, sizes: Sequence[Sequence[int]], side: Sequence[int]) -> Tensor:
@@ -266,5 +268,6 @@ def _over_pixels(logits: Tensor, targets: Tensor, label_smoothing: float) -> Ten
     logits = logits.float()
     if logits.shape[-2:] != targets.shape[-2:]:
         logits = F.interpolate(logits, size=targets.shape[-2:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing)
-    return total / (targets != IGNORED).sum().clamp(min=1)
+    # Summed apart: torch's own sum over pixels is not deterministic on a GPU.
+    each = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing)
+    return each.sum() / (targets != IGNORED).sum().clamp(min=1)

@@ -158,3 +158,12 @@ def test_what_an_image_does_not_fill_does_not_count():
 def test_settings_out_of_range_are_refused(options, said):
     with pytest.raises(ConfigError, match=said):
         task(**options)
+
+
+@pytest.mark.data
+def test_camvids_own_tables_have_the_published_split_and_known_classes(data_folder):
+    loaded = task(size=None, crop=None).load_for(network(), data_folder)
+    assert loaded.facts["counts"] == {"train": 367, "validation": 101, "test": 233}
+    batch = loaded.test.__getitems__(range(0, 233, 29))
+    assert batch["pixel_values"].shape == (9, 3, 360, 480)
+    assert set(batch["labels"].unique().tolist()) == {IGNORED, *range(11)}

@@ -134,6 +134,24 @@ def test_images_of_several_sizes_are_each_seen_as_if_alone(tmp_path):
     assert scores[0]["mIoU"] == scores[1]["mIoU"]
 
 
+def test_eight_images_are_shown_that_are_no_neighbours(tmp_path):
+    write_camvid(tmp_path, {"train": 2, "validation": 2, "test": 40})
+    segment, spec = task(), network()
+    splits = segment.load_for(spec, tmp_path)
+    module, forward = spec.build(11).eval(), segment.forward(spec)
+    shown = []
+    for order in (range(40), range(39, -1, -1)):
+        segment._called.clear()
+        forward(module, splits.validation.__getitems__([0, 1]), False)
+        for start in range(0, 40, 8):
+            forward(module, splits.test.__getitems__([*order][start : start + 8]), False)
+        shown.append(sorted(segment._called))
+    assert shown[0] == shown[1], "in whatever order they are tested"
+    assert len(shown[0]) == 8
+    assert shown[0][-1] - shown[0][0] > 20
+    assert all(called.shape == (48, 64) for called in segment._called.values())
+
+
 def test_the_loss_is_over_the_pixels_that_count(tmp_path):
     targets = torch.tensor([[[0, 1, -100, -100]]])
     logits = torch.tensor([[[[2.0, 0.0, 9.0, 9.0]], [[0.0, 0.0, -9.0, -9.0]]]])
