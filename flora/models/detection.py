@@ -126,13 +126,13 @@ class Detector(nn.Module):
         self.transform, self.rpn, self.roi_heads = whole.transform, whole.rpn, whole.roi_heads
         self.masks = masks
 
-    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
         """Losses of images, and where the network is not training what it finds in them.
 
         Args:
             images: floats in [0, 1] ``[3, H, W]``, of any size.
             targets: of each: ``boxes`` ``[N, 4]``, corners in pixels, ``labels`` int64 ``[N]`` from 1, and with masks
-                ``masks`` uint8 ``[N, H, W]``.
+                ``masks`` uint8 ``[N, H, W]``. None: there are no losses, of a network that is not training.
 
         Returns:
             ``losses`` ``[4]``, of Mask R-CNN ``[5]``: proposals, their boxes, classes, boxes and masks. Not training:
@@ -146,10 +146,10 @@ class Detector(nn.Module):
             return {"losses": self._losses(resized, levels, wanted)}
         proposals, _ = self.rpn(resized, levels)
         found, _ = self.roi_heads(levels, proposals, resized.image_sizes)
-        return {
-            "detections": self._as_rows(found, resized.image_sizes, stored),
-            "losses": self._losses_in_evaluation(resized, levels, wanted),
-        }
+        outputs = {"detections": self._as_rows(found, resized.image_sizes, stored)}
+        if targets is not None:
+            outputs["losses"] = self._losses_in_evaluation(resized, levels, wanted)
+        return outputs
 
     def _losses(self, images: Any, levels: Any, targets: Any) -> Tensor:
         proposals, of_proposals = self.rpn(images, levels, targets)

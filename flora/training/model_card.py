@@ -16,6 +16,10 @@ predictor = flora.load({folder!r})
 """
 _PREDICT = "print(predictor.predict({example}))"
 _MAPS = "predictor.model  # floats [B, 3, H, W], normalised as above, to logits [B, {classes}, ~H / 4, ~W / 4]"
+_BOXES = """predictor.model.eval()
+# A list of floats [3, H, W] in [0, 1], of any size; rows of left, top, right, bottom, score and class, or of -100.
+found = predictor.model(images)["detections"]"""
+_USES = {"segment": _MAPS, "detect": _BOXES}  # by task; others take inputs as they lie on a disk
 _SHOWN = 20  # names of classes
 
 
@@ -30,7 +34,7 @@ def write_card(record: Record, facts: Mapping[str, Any], folder: Path) -> None:
     """
     is_peft = (folder / "adapter_config.json").exists()
     inputs, names = facts["inputs"], facts["class_names"]
-    use = _MAPS if record.task == "segment" else _PREDICT
+    use = _USES.get(record.task, _PREDICT)
     use = use.format(example=_example(inputs, facts["num_classes"]), classes=len(names))
     lines_to_load = _LOAD.format(folder=record.adapter_path) + use
     seen = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in inputs.items())

@@ -103,6 +103,16 @@ def test_the_loss_of_an_evaluation_is_the_same_each_time_and_draws_from_nobody()
     assert not any(module.training for module in detector.modules())
 
 
+def test_it_detects_without_being_told_what_is_there():
+    detector, (images, targets) = built().eval(), examples()
+
+    with torch.no_grad():
+        told, alone = detector(images, targets), detector(images)
+
+    assert alone.keys() == {"detections"}
+    assert torch.equal(alone["detections"], told["detections"])
+
+
 @pytest.mark.parametrize("method", ["flora.FloraConfig", "peft.LoraConfig"])
 @pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
 def test_adapters_go_to_the_backbone_alone_and_what_was_trained_comes_back(tmp_path, method, masks):

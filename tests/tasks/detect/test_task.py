@@ -70,6 +70,11 @@ def test_two_steps_leave_a_record_a_picture_and_what_was_trained(run, adapter):
     with Image.open(Path(record["adapter_path"]).parent / "detections.png") as picture:
         assert picture.width > 100
 
+    card = Path(record["adapter_path"], "README.md").read_text()
+    loaded = {"images": [torch.rand(3, 48, 64), torch.rand(3, 70, 40)]}
+    exec(card.partition("```python\n")[2].partition("```")[0], loaded)
+    assert loaded["found"].shape == (2, 100, 6)
+
     _, again, err = run(f"adapter={adapter}", "mode=eval", f"checkpoint={record['adapter_path']}")
     assert again["metrics"] == pytest.approx(record["metrics"], abs=1e-9), err
 
