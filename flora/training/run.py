@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from flora.errors import ConfigError, TrainingDiverged
 from flora.launch import preemption, processes
 from flora.methods.base import Adapted, Method, effective_ranks, load
-from flora.methods.heads import start_at_zero, trained
+from flora.methods.heads import trained
 from flora.models.spec import ModelSpec
 from flora.results.lock import Claim
 from flora.tasks.base import Split, Splits, Task
@@ -240,11 +240,6 @@ class Run:
 
     def _adapt(self, start: Start | None = None) -> Adapted:
         base = self._base()
-        if self.settings.head_init is not None:
-            try:
-                start_at_zero(base, self.model.classifier, self.splits.num_classes)
-            except ValueError as error:
-                raise ConfigError(f"trainer.head_init: {error}: leave it null") from error
         beside = {} if start is None else start.for_ranks(base)
         transformers.set_seed(self.seed)
         try:

@@ -28,8 +28,6 @@ class TrainerSettings:
         batch_size: examples per optimiser step, split over ``gradient_accumulation`` forward passes and all processes.
         eval_batch_size: examples per forward pass of an evaluation, in each process.
         lr, head_lr: peak learning rates of the adapter (or backbone) and of the head; null: the head takes ``lr``.
-        head_init: ``zero`` starts the last layer of a fresh head at zero, as large rates need where the network's own
-            start gives huge logits (``flora.methods.heads.start_at_zero``); null: as the network has it.
         warmup_ratio: share of the steps with rising learning rate; then ``schedule`` (a transformers scheduler name).
         warmup_steps: their number, wins over ``warmup_ratio`` when given.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them; networks of
@@ -94,7 +92,6 @@ class TrainerSettings:
     resume: str | bool = "auto"
     checkpoint_every: int | None = None
     group_by_modality: bool = False
-    head_init: str | None = None
 
     def __post_init__(self) -> None:
         counted = ("max_steps", "max_eval_examples", "max_train_examples", "warmup_steps", "eval_steps")
@@ -120,8 +117,6 @@ class TrainerSettings:
         for name, most in (("layer_decay", 1), ("ema_decay", 0.999999)):
             if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) <= most:
                 raise ConfigError(f"trainer.{name} must lie in [0, {most:g}], got {getattr(self, name)!r}")
-        if self.head_init not in (None, "zero"):
-            raise ConfigError(f"trainer.head_init must be zero or null, got {self.head_init!r}")
         if self.layer_decay_type not in (None, "single", "group"):
             raise ConfigError(f"trainer.layer_decay_type must be single or group, got {self.layer_decay_type!r}")
         if self.dtype not in _DTYPES:

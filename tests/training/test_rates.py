@@ -10,7 +10,6 @@ from transformers import TrainerCallback
 
 from flora.errors import ConfigError, TrainingDiverged
 from flora.methods import Full, LinearProbe
-from flora.methods.heads import start_at_zero
 from flora.tasks import ImageDataset
 from flora.training import Protocol, selection
 from flora.training.grid import Grid, onward
@@ -288,21 +287,6 @@ def test_the_rate_of_the_head_is_chosen_as_the_probe_chooses_it(tmp_path):
     assert outcome.metrics == fixed.metrics
     state = fixed.adapted.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in outcome.adapted.model.state_dict().items())
-
-
-def test_a_head_that_starts_at_zero_finds_all_classes_equally_likely(tmp_path):
-    outcome = toy_run(tmp_path, lora(), max_steps=0, head_init="zero").train()
-    assert outcome.metrics["loss"] == pytest.approx(math.log(3), rel=1e-6)
-    state = toy_run(tmp_path, lora(), max_steps=0).train().adapted.model.state_dict()
-    changed = {n for n, t in outcome.adapted.model.state_dict().items() if not torch.equal(t, state[n])}
-    assert changed == {n for n in state if "7.fc" in n}, "all else is drawn as without it"
-
-
-def test_a_head_without_an_output_for_each_class_is_refused():
-    with pytest.raises(ValueError, match="an output for each class"):
-        start_at_zero(torch.nn.Sequential(torch.nn.Linear(4, 4)), ["0"], 3)
-    with pytest.raises(ValueError, match="an output for each class"):
-        start_at_zero(torch.nn.Sequential(torch.nn.Linear(4, 4)), [], 0)
 
 
 def test_the_record_says_why_the_rate_of_the_head_was_not_chosen(tmp_path):
