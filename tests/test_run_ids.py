@@ -9,7 +9,7 @@ VTAB = ["task=vtab", "task.augment=auto"]  # measured with crop and flip; VTAB-1
 GRID = [*VTAB, "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]"]  # tables eurosat and first_table
 MATCHED = [*GRID, "adapter.budget=match:lora:8"]
 ALPHA_16 = [*MATCHED, "adapter.lora_alpha=16"]
-FLORA = ["adapter=flora", "adapter.init=orthogonal"]  # the default when these ran
+FLORA = ["adapter=flora", "adapter.init=orthogonal", "adapter.scale=1.0"]  # the defaults when these ran
 GLUE = ["task=glue", "model=minilm_l6", "task.stratify=false"]  # as they were before it was a setting
 GLUE_RATES = [*GLUE, "adapter.r=8", "protocol.lr_grid=[2e-4,5e-4,1e-3]"]
 BOOLQ = [
