@@ -181,3 +181,10 @@ def test_a_value_that_the_constructor_rejects_keeps_its_own_message():
 
 def test_error_messages_become_one_line():
     assert one_line(ValueError("first\n\n  second\nfirst")) == "first; second"
+
+
+def test_flora_takes_smaller_steps_on_texts_unless_told_otherwise():
+    for task in ("text", "glue", "commonsense", "instruct"):
+        assert composed([f"task={task}", "adapter=flora"]).adapter.scale == 0.25
+    assert composed(["task=vtab", "adapter=flora"]).adapter.scale == 1.0
+    assert composed(["task=glue", "adapter=flora", "adapter.scale=2"]).adapter.scale == 2

@@ -208,7 +208,7 @@ def test_the_first_command_of_the_readme_trains_though_a_record_of_ours_exists(t
     said = (ROOT / "README.md").read_text()
     command = ["task=vtab", "model=convnext", "adapter=flora"]
     assert f"python train.py {' '.join(command)}" in said
-    cfg = composed(command)
+    cfg = composed([*command, "adapter.init=orthogonal"])  # the default when ours ran
     asks = identify(cfg)
     assert finished(asks, Store(cfg.paths.results), cfg) is None
     assert not (ROOT / cfg.paths.results).resolve().is_relative_to(SHIPPED.resolve())
@@ -222,7 +222,8 @@ def test_the_first_command_of_the_readme_trains_though_a_record_of_ours_exists(t
 def test_a_run_of_ours_is_told_as_ours_and_is_not_written(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in SHIPPED.glob("*.json")}
-    code, out, err = script(partial(main, train.job, trace=lambda: False), "train.py", "reuse=reference")
+    words = ("adapter.init=orthogonal", "reuse=reference")
+    code, out, err = script(partial(main, train.job, trace=lambda: False), "train.py", *words)
     assert code == 0, err
     assert "a record that ships with flora" in err
     assert Path(out.split()[-1]).parent == SHIPPED

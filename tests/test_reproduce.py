@@ -149,7 +149,7 @@ def test_each_cell_is_told_its_table_and_what_it_is_called_apart_from_its_seed(s
     assert {words["table"] for words in told.values()} == {"first_table"}
     named = {(c.task, c.model, c.method): words["cell"] for c, words in told.items()}
     assert len(named) == len(set(named.values())) == 30
-    assert named["eurosat", "convnext", "flora"] == '"eurosat convnext flora budget=match:lora:8"'
+    assert named["eurosat", "convnext", "flora"] == '"eurosat convnext flora budget=match:lora:8, init=orthogonal"'
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
         cell, extra = ran[-1]
         cfg = compose("train", overrides=[*cell.overrides, *extra, "logger=wandb"])

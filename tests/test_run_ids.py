@@ -8,6 +8,7 @@ VTAB = ["task=vtab", "task.augment=auto"]  # measured with crop and flip; VTAB-1
 GRID = [*VTAB, "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]"]  # tables eurosat and first_table
 MATCHED = [*GRID, "adapter.budget=match:lora:8"]
 ALPHA_16 = [*MATCHED, "adapter.lora_alpha=16"]
+FLORA = ["adapter=flora", "adapter.init=orthogonal", "adapter.scale=1.0"]  # the defaults when these ran
 GLUE = ["task=glue", "model=minilm_l6", "task.stratify=false"]  # as they were before it was a setting
 GLUE_RATES = [*GLUE, "adapter.r=8", "protocol.lr_grid=[2e-4,5e-4,1e-3]"]
 BOOLQ = [
@@ -23,26 +24,26 @@ INSTRUCT = [
 ]
 
 MEASURED = {
-    "04254c231c72": [*VTAB, "task.dataset=cifar10", "model=efficientnet_lite0", "adapter=flora", "seed=0"],
+    "04254c231c72": [*VTAB, "task.dataset=cifar10", "model=efficientnet_lite0", *FLORA, "seed=0"],
     "0ed77ea1ad5f": [*VTAB, "task.dataset=caltech101", "model=convnext", "adapter=full", "seed=0"],
     "195050655ee6": [*GRID, "task.dataset=eurosat", "adapter=lora", "model=efficientnet_lite0", "seed=2"],
-    "26a26d25a9c8": [*GRID, "task.dataset=eurosat", "adapter=flora", "model=convnext", "seed=1"],
+    "26a26d25a9c8": [*GRID, "task.dataset=eurosat", *FLORA, "model=convnext", "seed=1"],
     "5565bea3a100": [*GRID, "task.dataset=eurosat", "adapter=linear_probe", "model=convnext", "seed=1"],
     # one alpha for layers of ranks 7 to 9, which is no longer the default
     "14fd4897e270": [*ALPHA_16, "task.dataset=dsprites_location", "model=convnext", "adapter=dora", "seed=2"],
-    "1d12f83d5730": [*MATCHED, "task.dataset=dsprites_location", "model=convnext", "adapter=flora", "seed=2"],
-    "242a650324d5": [*GLUE, "task.dataset=cola", "adapter=flora", "adapter.r=8", "seed=0"],
+    "1d12f83d5730": [*MATCHED, "task.dataset=dsprites_location", "model=convnext", *FLORA, "seed=2"],
+    "242a650324d5": [*GLUE, "task.dataset=cola", *FLORA, "adapter.r=8", "seed=0"],
     "37df4b079a48": [*GLUE, "trainer.lr=2e-5", "task.dataset=mrpc", "adapter=full", "seed=0"],
     "055a4711ae9c": [*GLUE, "trainer.max_steps=4000", "task.dataset=sst2", "adapter=linear_probe", "seed=1"],
-    "37e8bdbf3f16": [*GLUE_RATES, "task.dataset=stsb", "adapter=flora", "seed=1"],
-    "293cca69d488": [*BOOLQ, "adapter=flora", "seed=2"],
+    "37e8bdbf3f16": [*GLUE_RATES, "task.dataset=stsb", *FLORA, "seed=1"],
+    "293cca69d488": [*BOOLQ, *FLORA, "seed=2"],
     "cc637c55e377": [*BOOLQ, "adapter=dora", "seed=0"],
     "d60ac3e0cc8d": [*LLAVA, "trainer.max_steps=80", "task.dataset=easy_vqa", "adapter=linear_probe", "seed=0"],
     "1c424ee305f2": [*STARTED, "task.dataset=easy_vqa", "adapter=lora", "trainer.lr=1e-3", "seed=0"],
 }
 # Measured when NLVR's test still had images of train and validation.
 LEAKED = {
-    "50b873c6774b": [*STARTED, "task.dataset=nlvr", "adapter=flora", "trainer.lr=1e-3", "seed=0"],
+    "50b873c6774b": [*STARTED, "task.dataset=nlvr", *FLORA, "trainer.lr=1e-3", "seed=0"],
     "022dc8efdb9a": [*INSTRUCT, "task.dataset=nlvr", "adapter=lora", "seed=2"],
 }
 
@@ -66,11 +67,11 @@ METHODS = {
     "bitfit": "8c8140d93846",
     "dora": "8d906d2b8342",
     "dora_flat": "ea08e4e501be",
-    "flora": "b0cd355a89a3",
-    "flora_flat": "0c38e7efbec1",
-    "flora_kernelfree": "f3a64d4efb97",
+    "flora": "904771d66faf",  # revised: starts with a zero output factor
+    "flora_flat": "3acf625b2769",  # revised: starts with a zero output factor
+    "flora_kernelfree": "9c0d8847d67b",  # revised: starts with a zero output factor
     "flora_nocore": "2dbf3b6b9733",
-    "flora_shuffled": "63085f8abdb0",  # revised: before, whole models ran unshuffled
+    "flora_shuffled": "0810da553fa0",  # revised: as flora; and before, whole models ran unshuffled
     "full": "b692591c1ff0",
     "houlsby": "2241eac94156",
     "ia3": "88c88be1e332",
@@ -95,6 +96,19 @@ METHODS = {
 
 def test_every_method_keeps_its_id():
     assert {name: cell_id(composed([f"adapter={name}"])) for name in METHODS} == METHODS
+
+
+# With the start that was theirs before: the ids of runs from then.
+ZERO_CORE = {
+    "flora": "b0cd355a89a3",
+    "flora_flat": "0c38e7efbec1",
+    "flora_kernelfree": "f3a64d4efb97",
+    "flora_shuffled": "63085f8abdb0",
+}
+
+
+def test_a_run_from_a_zero_core_keeps_its_id():
+    assert {n: cell_id(composed([f"adapter={n}", "adapter.init=orthogonal"])) for n in ZERO_CORE} == ZERO_CORE
 
 
 def test_a_new_class_counts_by_its_public_name():

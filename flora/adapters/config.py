@@ -15,7 +15,7 @@ from flora.replaced.config import (
     is_number,
 )
 
-INITS = ("orthogonal", "zero_output", "paper", "nlu", "llm", "hosvd")
+INITS = ("zero_output", "orthogonal", "paper", "nlu", "llm", "hosvd")
 FLORA = PeftMethod("FLORA")
 
 
@@ -66,16 +66,16 @@ class FloraConfig(ReplacedConfig):
             "only (mode), or not at all (none). The last two exist to count layers as published."
         },
     )
-    init: Literal["orthogonal", "zero_output", "paper", "nlu", "llm", "hosvd"] = field(
-        default="orthogonal",
+    init: Literal["zero_output", "orthogonal", "paper", "nlu", "llm", "hosvd"] = field(
+        default="zero_output",
         metadata={
-            "help": "How the adapter starts; its update is zero. orthogonal: zero core, factors with orthonormal "
-            "columns. zero_output: zero output factor, core with orthonormal rows along it, other factors as before; "
-            "weights without an output mode (bare parameters, folds across it, a single output) keep the zero core. "
-            "The others have a zero core too. paper: normal, std sqrt(0.5 / r) (FLoRA repository). nlu: normal, std "
-            "0.02 (Subspace-Tuning, loralib). llm: uniform in +-1/sqrt(fan-in) (Subspace-Tuning, commonsense). hosvd: "
-            "leading subspaces of the pretrained weight. nlu and llm are published for matrices; beyond two modes they "
-            "are our extension."
+            "help": "How the adapter starts; its update is zero. zero_output: zero output factor, as LoRA's B, core "
+            "with orthonormal rows along it, other factors with orthonormal columns; weights without an output mode "
+            "(bare parameters, folds across it, a single output) start as orthogonal. All others have a zero core. "
+            "orthogonal: factors with orthonormal columns. paper: normal, std sqrt(0.5 / r) (FLoRA repository). nlu: "
+            "normal, std 0.02 (Subspace-Tuning, loralib). llm: uniform in +-1/sqrt(fan-in) (Subspace-Tuning, "
+            "commonsense). hosvd: leading subspaces of the pretrained weight. nlu and llm are published for matrices; "
+            "beyond two modes they are our extension."
         },
     )
     init_weights: bool = field(

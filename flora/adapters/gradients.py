@@ -205,13 +205,13 @@ def init_from_gradients(
 ) -> dict[str, dict[int, float]]:
     """Start an adapter from the gradients of a few batches; its update stays exactly zero.
 
-    Every factor but the one that is zero becomes the leading eigenvectors of its mode: with ``init="zero_output"``
-    those of the input and kernel modes, with a zero core all of them. Factors as large as their mode span it already
-    and stay. A fresh head should be trained a little first, since the gradients go through it. The base is not changed,
-    so saving, loading and merging need nothing special. Nothing is drawn; the processes of
+    Every factor but the one that is zero becomes the leading eigenvectors of its mode: with ``init="zero_output"``, the
+    default, those of the input and kernel modes, with a zero core all of them. Factors as large as their mode span it
+    already and stay. A fresh head should be trained a little first, since the gradients go through it. The base is not
+    changed, so saving, loading and merging need nothing special. Nothing is drawn; the processes of
     ``torch.distributed`` share what they find.
 
-        model = peft.get_peft_model(network, flora.FloraConfig(init="zero_output", target_modules="all"))
+        model = peft.get_peft_model(network, flora.FloraConfig(target_modules="all"))
         kept = flora.init_from_gradients(model, batches, lambda model, batch: model(**batch).loss)
 
     Args:

@@ -1,7 +1,8 @@
 """How cores and factors start: three published conventions and three of ours. The update is zero in all of them.
 
-The published ones, ``orthogonal`` and ``hosvd`` have a zero core, so that the core alone gets a gradient in the first
-step. ``zero_output`` has a zero output factor instead, as LoRA has a zero B: the update moves the outputs at once.
+``zero_output``, the default, has a zero output factor, as LoRA has a zero B: it alone gets a gradient in the first
+step, and the update moves the outputs at once. The published ones, ``orthogonal`` and ``hosvd`` have a zero core
+instead, whose gradient is seen through factors on every side.
 """
 
 import math

@@ -169,11 +169,18 @@ def set_marks(rows: Sequence[Row]) -> list[Row]:
         scores = {row.name: {seed: r["value"] for seed, r in row.records.items()} for row in block}
         best, tied = first_places(scores) if not_compared(block) is None else (None, set())
         references = [r for r in block if r.method in ("lora", "lora_flat")]
+        shared = {key for r in references for key in _settings(r)}  # other methods have some of their own, as init
         for row in block:
             row.mark = "best" if row.name == best else "tied" if row.name in tied else ""
-            same = [r for r in references if r.settings == row.settings] or references
+            asked = {key: value for key, value in _settings(row).items() if key in shared}
+            same = [r for r in references if _settings(r) == asked] or references
             row.lora = same[0].records if len({r.name for r in same}) == 1 else {}
     return [row for block in every for row in block]
+
+
+def _settings(row: Row) -> dict[str, str]:
+    pairs = [word.partition("=") for word in row.settings.split(", ") if word]
+    return {key: value for key, _, value in pairs}
 
 
 def not_compared(block: Sequence[Row]) -> str | None:

@@ -15,14 +15,18 @@ from transformers.pytorch_utils import Conv1D
 
 import flora
 from flora.adapters import FloraLayer
+from flora.adapters.config import INITS
 
 from .layer_cases import LAYERS, Holder
 
 ZERO_CORE = ("orthogonal", "paper", "nlu", "llm", "hosvd")
-PRESETS = (*ZERO_CORE, "zero_output")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+def test_the_default_is_the_one_start_whose_core_is_not_zero():
+    assert {*INITS} - {*ZERO_CORE} == {"zero_output"} == {flora.FloraConfig().init}
+
+
+@pytest.mark.parametrize("preset", INITS)
 @pytest.mark.parametrize("kind", LAYERS)
 @hypothesis.settings(max_examples=4, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data(), seed=st.integers(0, 2**16))
@@ -91,7 +95,7 @@ def test_llm_preset_has_the_spread_of_two_linear_layers():
 
 
 def test_orthogonal_preset_has_orthonormal_columns():
-    for factor in factors_of(flora.FloraConfig(r=16), 300):
+    for factor in factors_of(flora.FloraConfig(r=16, init="orthogonal"), 300):
         torch.testing.assert_close(factor.T @ factor, torch.eye(16), atol=1e-5, rtol=0)
 
 
@@ -146,9 +150,9 @@ OUTPUT_MODES = {
 
 
 @pytest.mark.parametrize("kind", OUTPUT_MODES)
-def test_zero_output_is_zero_along_the_outputs_and_orthonormal_elsewhere(kind):
+def test_the_default_is_zero_along_the_outputs_and_orthonormal_elsewhere(kind):
     layer, fold, name, mode = OUTPUT_MODES[kind]
-    config = flora.FloraConfig(target_modules=["layer"], r=4, init="zero_output", fold_pattern=fold)
+    config = flora.FloraConfig(target_modules=["layer"], r=4, fold_pattern=fold)
     adapted = peft.get_peft_model(Holder(copy.deepcopy(layer)), config).base_model.model.layer
     core, factors = adapted.core("default", name).detach(), adapted.factors("default", name)
     for n, factor in enumerate(factors):
@@ -163,11 +167,11 @@ def test_zero_output_is_zero_along_the_outputs_and_orthonormal_elsewhere(kind):
         torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-5, rtol=0)
 
 
-def test_the_first_gradient_of_zero_output_reaches_only_the_output_factor_and_is_that_of_w():
+def test_by_default_the_first_gradient_reaches_only_the_output_factor_and_is_that_of_w():
     torch.manual_seed(0)
     conv, x = nn.Conv2d(6, 8, 3).double(), torch.randn(2, 6, 7, 7, dtype=torch.double)
     conv(x).square().sum().backward()
-    config = flora.FloraConfig(target_modules=["0"], r=4, scale=3.0, init="zero_output")
+    config = flora.FloraConfig(target_modules=["0"], r=4, scale=3.0)
     layer = peft.get_peft_model(nn.Sequential(copy.deepcopy(conv)), config).double().base_model.model[0]
     layer(x).square().sum().backward()
     core, (out, inward, rows, columns) = layer.core("default"), layer.factors("default")

@@ -37,6 +37,12 @@ def test_a_configuration_of_flora_keeps_its_fields():
     now = config.to_dict()
     assert {name: now[name] for name in fields} == fields
     assert not any(now[name] for name in now.keys() - fields.keys())  # what came later is off
+    assert config.init == "orthogonal"  # the default when it was saved, and not today's
+
+
+def test_a_default_start_is_written_down_so_that_another_default_changes_no_adapter(tmp_path):
+    flora.FloraConfig().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["init"] == "zero_output"
 
 
 def test_the_updates_are_those_of_the_saved_parameters():

@@ -86,6 +86,17 @@ def test_costs_are_related_to_lora_only_where_both_ran_in_the_same_way(store):
     )  # of the one seed that was not captured, as LoRA's was not: 1 s to 2 s
 
 
+def test_costs_are_related_to_lora_of_the_same_rank_whatever_else_a_method_sets(store):
+    table = load("rank_sweep")
+    some = [c for c in table.cells if c.task == "eurosat" and c.settings["adapter.r"] in ("4", "8")]
+    for cell in some:
+        seconds = float(cell.settings["adapter.r"]) if cell.method == "lora" else 2.0
+        write(store, cell, 0.9, train_seconds=seconds)
+    flora = [row for row in rows(table, store.read_all()) if row.method == "flora" and row.records]
+    found = {row.settings: row.relative("train_seconds") for row in flora}
+    assert found == {"r=4, init=orthogonal": 2 / 4, "r=8, init=orthogonal": 2 / 8}
+
+
 def test_the_footer_says_where_the_numbers_come_from(store):
     text = markdown(load("eurosat"), rows(load("eurosat"), store.read_all()))
     for words in (
@@ -113,7 +124,7 @@ def test_the_table_at_a_glance_has_a_column_per_data_set(store):
     text = compact(table, rows(table, store.read_all()))
     lines = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("|")]
     assert lines[0] == ["model", "method", "adapter params", "eurosat"]
-    assert ["convnext", "flora", "50", "0.9100 ± 0.0100"] in lines
+    assert ["convnext", "flora (init=orthogonal)", "50", "0.9100 ± 0.0100¹"] in lines
     assert ["convnext", "linear_probe", "-", "-"] in lines
     assert len(lines) == 2 + 8
     other = Row("dtd10", "convnext", "dora", "", {}, cells=3)  # a method that has one of the two sets
@@ -134,7 +145,7 @@ def test_the_readme_shows_a_table_between_its_markers_and_nothing_else_changes(s
     assert begin == "a\n<!-- table eurosat, rendered by scripts/make_tables.py -->\n"
     assert end == "<!-- end of table -->\nb\n"
     assert render("--check")[0] == 0
-    assert "| convnext | flora | 50 |" in readme.read_text()
+    assert "| convnext | flora (init=orthogonal) | 50 |" in readme.read_text()
 
 
 def test_latex_is_a_booktabs_table_with_nothing_left_to_escape(store):

@@ -1,4 +1,7 @@
-"""Ablations spend what FLoRA would."""
+"""Ablations spend what FLoRA would, and start as it does."""
+
+import re
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -10,6 +13,8 @@ from torch import nn
 
 from flora.methods.rivals import FloraFlatConfig
 from flora.methods.rivals.matched_ranks import solve_ranks
+from flora.results import cells
+from tests.methods.families import adapter
 from tests.methods.rivals.ablated import counted
 
 
@@ -20,6 +25,27 @@ def test_they_spend_what_flora_spends(name, model, ranks):
     budget, _ = counted("flora", model, **ranks)
     spent, _ = counted(name, model, **ranks)
     assert 0.99 * budget <= spent <= budget
+
+
+FORMS = cells.read_definition("structure_ablation")["scales"]["mini"]["grid"]["adapter"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_that_are_compared_start_alike(name):
+    """From zero, with only the factor of the outputs moving in the first step: else a start could pass for a form."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(6, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(32, 9)]
+    network = nn.Sequential(OrderedDict(body=nn.Sequential(*layers), head=nn.Linear(9, 2)))
+    model = adapter(name, r=3).apply(network, ["head"]).model
+    before = model(x := torch.randn(4, 6, 6, 6))
+    before.square().sum().backward()
+    moving = {n for n, p in model.named_parameters() if "tucker_" in n and p.grad.any()}
+    zero = {n for n, p in model.named_parameters() if "tucker_" in n and not p.any()}
+    outputs = {n for n, _ in model.named_parameters() if re.search(r"tucker_factors\.default\.(weight_)?0$", n)}
+    assert moving == zero == outputs
+    assert len(outputs) == 3
+    with model.disable_adapter():
+        assert torch.equal(model(x), before)
 
 
 def test_a_given_rank_pattern_is_not_solved_for():
