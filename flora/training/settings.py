@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 LOSS = "loss"  # the one value of an evaluation that is better the lower it is
 CHECKPOINTS = "checkpoints"  # their folder in a run's folder
+FOLLOW_METRICS = ("reduce_lr_on_plateau", "greedy")  # schedules that look at validation
 _DTYPES = ("fp32", "bf16", "fp16")
 _DEVICES = ("auto", "cuda", "cpu")
+_WANTS_MORE = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")  # arguments of their own
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class TrainerSettings:
             raise ConfigError("trainer.device=cuda, but torch finds no GPU here: leave it auto to train on the CPU")
         from transformers import SchedulerType  # here, as what only reads records and paths needs no transformers
 
-        if self.schedule not in (schedules := [kind.value for kind in SchedulerType]):
+        schedules = [kind.value for kind in SchedulerType if kind.value not in _WANTS_MORE]
+        if self.schedule not in schedules:
             raise ConfigError(f"trainer.schedule must be one of {', '.join(schedules)}, got {self.schedule!r}")
         for name in ("cuda_graph", "compile", "gradient_checkpointing", "deterministic", "group_by_modality"):
             if not isinstance(getattr(self, name), bool):

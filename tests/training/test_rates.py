@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from flora.adapters.gradients import UnusableGradient
 from flora.errors import ConfigError, TrainingDiverged
 from flora.methods import Full, LinearProbe
 from flora.tasks import ImageDataset
@@ -16,6 +17,7 @@ from flora.training.grid import Grid, onward
 from flora.training.progress import Fit
 from tests.training.test_resume import checkpointed_run, interrupted, result
 from tests.training.test_run import HOLDOUT, SPLITS, VTAB, lora, toy_run
+from tests.training.test_start import method as starting
 
 BY_LOSS = {"select_by": "loss"}  # which tells close rates apart
 DIVERGES = 1e6
@@ -173,7 +175,28 @@ def test_a_collapse_is_an_end_far_above_that_of_the_fit_that_was_chosen():
         selection.collapse(fit(2.3, 2.6), chosen) == "its training loss ended at 2.3, at 0.02 when this rate was chosen"
     )
     assert selection.collapse(fit(2.4, 2.3), fit(2.3, 2.3)) is None, "neither has learned"
+    assert selection.collapse(fit(0.121, 0.213), fit(0.057, 0.177)) is None, "both learn wrong labels, at their pace"
     assert selection.collapse(fit(None, 2.6), chosen) is None, "an older checkpoint does not tell"
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 300}], ids=["start", "ranks"])
+@pytest.mark.parametrize("protocol", [HOLDOUT, VTAB])
+def test_a_rate_at_which_the_start_trains_its_head_to_nothing_has_lost(tmp_path, protocol, options):
+    run = toy_run(tmp_path, starting(**options), grid(1e-2, 1e30, protocol=protocol), epochs=1, head_lr=None)
+    outcome = run.train()
+    assert (outcome.lr, outcome.selection["diverged"]) == (1e-2, [1e30])
+    assert "the head alone diverges at a rate of 1e+30" in run.progress.done["lr 1e+30"].lost
+    with pytest.raises(ConfigError, match="the head alone diverges"):  # which no other rate of the grid would mend
+        toy_run(tmp_path, starting(**options), grid(1e-3, 1e-2, protocol=protocol), epochs=1, head_lr=1e30).train()
+
+
+def test_a_rate_at_which_the_start_has_no_gradients_has_lost(tmp_path, monkeypatch):
+    def none(model, batches, loss):
+        raise UnusableGradient("the gradient of it is zero")
+
+    monkeypatch.setattr("flora.training.start.init_from_gradients", none)
+    with pytest.raises(TrainingDiverged, match=r"all .* diverged .*: give smaller ones; the gradient of it is zero"):
+        toy_run(tmp_path, starting(), grid(1e-3, 1e-2), epochs=1, head_lr=None).train()
 
 
 def test_a_rate_whose_last_fit_collapses_falls(tmp_path, monkeypatch, capsys):
