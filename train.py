@@ -83,7 +83,8 @@ def execute(
     from flora.training.loggers import about, opened
     from flora.training.workers import data_workers
 
-    task, model, method = instantiate(cfg.task), instantiate(cfg.model), instantiate_method(cfg.adapter)
+    task, method = instantiate(cfg.task), instantiate_method(cfg.adapter)
+    model = task.network(instantiate(cfg.model))
     settings, protocol, logger = instantiate(cfg.trainer), instantiate(cfg.protocol), instantiate(cfg.logger)
     logger = logger if processes.first() else NoLogger()
     label = f"{named(task.name, task.dataset)} {model.name} {method.name} seed {cfg.seed}"

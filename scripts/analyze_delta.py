@@ -51,9 +51,11 @@ def analyze_delta() -> None:
         raise DataError(problem or f"{path}: no record")
     if record.get("weights", {}).get("pretrained") is False:
         raise ConfigError(f"{arguments.run} started from random weights, which are not kept: choose a pretrained model")
-    model = instantiate(OmegaConf.create(record.get("config", {})).get("model"))
-    if not hasattr(model, "build"):
-        raise DataError(f"{path}: config.model is of no model")
+    config = OmegaConf.create(record.get("config", {}))
+    model, task = instantiate(config.get("model")), instantiate(config.get("task"))
+    if not hasattr(model, "build") or not hasattr(task, "network"):
+        raise DataError(f"{path}: config.model is of no model, or config.task of no task")
+    model = task.network(model)
     weights = folder / "model.safetensors"
     trained = weights_of(weights)
     if classes > max((weight.numel() for weight in trained.values()), default=0):

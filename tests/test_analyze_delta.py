@@ -22,7 +22,8 @@ def analyze(tmp_path, monkeypatch, script):
     cell = next(cell for cell in load("eurosat").cells if cell.method == "full")
     base = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3), "fc": nn.Linear(6, 2), "fc_norm": nn.Linear(6, 6)})
     network = types.SimpleNamespace(build=lambda classes: base, classifier=["fc"])
-    monkeypatch.setattr(analyze_delta, "instantiate", lambda config: network)
+    task = types.SimpleNamespace(network=lambda model: model)
+    monkeypatch.setattr(analyze_delta, "instantiate", lambda config: network if "convnext" in str(config) else task)
 
     def run(*arguments, moved=(), pretrained=True, facts=None, record=None, weights=None, without=()):
         made = {"weights": {"pretrained": pretrained}} | (record or {})

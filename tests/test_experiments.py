@@ -16,12 +16,13 @@ from flora.methods import LinearProbe
 from flora.tasks.commonsense.questions import EIGHT
 from tests.tasks.chats import architecture, vicuna_and_clip, vicuna_tokenizer
 from tests.tasks.conftest import png
+from tests.tasks.segment.made import write_ade20k, write_camvid
 from tests.tasks.texts import SPECIAL, WORDS, word_tokenizer, write_rows
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
 # One of each family, to save seconds.
-EVALUATED = ("glue_minilm", "commonsense_llama_7b", "cifar10_convnext", "llava_1_5_7b")
+EVALUATED = ("glue_minilm", "commonsense_llama_7b", "cifar10_convnext", "camvid_convnext", "llava_1_5_7b")
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 STAND_INS = {"flora.models.minilm_l6": "bert_large", "flora.models.smollm2_135m": "llama_7b"}
 
@@ -73,6 +74,8 @@ def write_data(task, folder):
                     path = folder / task.dataset / split / f"class {name:02d}" / f"{number}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(png(name))
+    if task.name == "segment":
+        write_camvid(folder) if task.dataset == "camvid" else write_ade20k(folder)
     if task.name == "commonsense":
         for split in ("train", "validation"):
             write_rows(folder / "sst2" / f"{split}.parquet", {"sentence": sentences, "label": labels})
@@ -129,6 +132,8 @@ def test_an_experiment_runs_two_steps_and_leaves_its_record(name, tmp_path, monk
         small += ["task.validation_size=4"]
     if cfg.task.name == "instruct":
         small += ["task.validation_size=4", "task.max_new_tokens=4", "trainer.gradient_accumulation=2"]
+    if cfg.task.name == "segment":
+        small += ["task.size=48", "task.crop=32", "task.hidden_size=8", "task.held_out=0.2", "trainer.num_workers=0"]
     if cfg.task.name == "imagefolder":
         small += ["task.classes=null", "trainer.gradient_accumulation=1", "task.held_out=0.2"]
     places = ["paths.data=data", "paths.output=outputs", "paths.results=results", "logger=none"]

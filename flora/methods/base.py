@@ -102,8 +102,15 @@ def _holds_parameters(module: nn.Module) -> bool:
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Write the parameters that train, under the model's names for them, to ``model.safetensors``."""
-    tensors = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters() if p.requires_grad}
+    """Write the parameters that train, under the model's names for them, to ``model.safetensors``.
+
+    Buffers of modules with such parameters are written too: statistics of a batch norm move while it trains.
+    """
+    state = model.state_dict()
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    owners = {name.rpartition(".")[0] for name in trained}
+    own = {*trained} | {n for n, _ in model.named_buffers() if n in state and n.rpartition(".")[0] in owners}
+    tensors = {n: t.detach().contiguous().cpu() for n, t in state.items() if n in own}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -15,6 +15,7 @@ _HOMES = {
     "Source": "weights",
     "TimmModel": "vision",
     "TransformersModel": "text",
+    "UperNet": "segmentation",
     "convnext": "presets",
     "efficientnet_lite0": "presets",
     "get": "presets",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flora.models.chat import Chat
 
-Kind = Literal["image", "sequence_classification", "causal_lm", "image_text"]
+Kind = Literal["image", "sequence_classification", "causal_lm", "image_text", "segmentation"]
 
 
 @runtime_checkable
@@ -16,8 +16,8 @@ class ModelSpec(Protocol):
 
     Attributes:
         name: the name in records.
-        kind: ``image`` (an ImageSpec), ``sequence_classification`` or ``causal_lm`` (TextSpecs), or ``image_text`` (an
-            ImageTextSpec).
+        kind: ``image`` (an ImageSpec), ``sequence_classification`` or ``causal_lm`` (TextSpecs), ``image_text`` (an
+            ImageTextSpec) or ``segmentation`` (heads over an ImageSpec's backbone, flora.models.feature_maps).
         classifier: names of the modules trained in full beside the adapter, the head; none for a language model.
         adapter_targets: what adapters adapt by default: ``all``, or names or a regular expression as PEFT reads them.
     """

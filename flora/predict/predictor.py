@@ -103,7 +103,8 @@ class Predictor:
     def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
         groups: Any = OmegaConf.create({key: config[key] for key in ("task", "model", "trainer")})
         facts = saved.facts(folder)
-        self.spec, self.task = instantiate(groups.model), instantiate(groups.task)
+        self.task = instantiate(groups.task)
+        self.spec = self.task.network(instantiate(groups.model))
         if groups.trainer.get("lr") is None:  # it was chosen from a grid
             groups.trainer.lr = 1.0
         settings: TrainerSettings = instantiate(groups.trainer)

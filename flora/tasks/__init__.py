@@ -15,6 +15,7 @@ _HOMES = {
     "ImageFolder": "imagefolder.task",
     "ImageTask": "images.task",
     "Instruct": "vqa.task",
+    "Segment": "segment.task",
     "Splits": "base",
     "Task": "base",
     "Text": "text.own",

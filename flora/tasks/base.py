@@ -21,8 +21,8 @@ from flora.models.spec import ModelSpec
 COUNTS = "counts"  # in a batch of an evaluation: False where it is only there because a batch cannot be empty
 
 Batch = dict[str, Tensor]
-# (module, batch, training) -> (outputs, targets): see Task.forward.
-Forward = Callable[[nn.Module, Batch, bool], tuple[Tensor, Tensor]]
+# (module, batch, training) -> (outputs, targets): see Task.forward. Outputs are a tensor, or a tuple or dict of some.
+Forward = Callable[[nn.Module, Batch, bool], tuple[Any, Tensor]]
 Spec = TypeVar("Spec", bound=ModelSpec)
 
 
@@ -102,6 +102,19 @@ class Task(ABC, Generic[Spec]):
     trained_classes: list[str] | None = None
     usual_class: str | None = None
 
+    def network(self, model: ModelSpec) -> ModelSpec:
+        """The model spec to train for this task; by default the one that is given.
+
+        Dense prediction puts its heads over a classifier's backbone (``flora.models.feature_maps.DenseModel``).
+
+        Args:
+            model: what ``configs/model`` describes.
+
+        Raises:
+            ConfigError: nothing for this task can be made of it; one line that says what to choose.
+        """
+        return model
+
     @abstractmethod
     def accepts(self, model: ModelSpec) -> None:
         """Raise ConfigError, one line that says what to choose, for a model that cannot do this task."""
@@ -150,12 +163,26 @@ class Task(ABC, Generic[Spec]):
         """The forward pass ``(module, batch, training) -> (outputs, targets)`` of a model spec.
 
         The batch is on the device and stays as it is. Outputs go to ``loss`` with the targets, and to the metric with
-        the batch's ``labels``; while training, targets may be other than those: mixed, or of tokens.
+        the batch's ``labels``, as ``condensed`` leaves them; while training, targets may be other than those: mixed, or
+        of tokens.
         """
 
-    def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    def loss(self, outputs: Any, targets: Tensor, label_smoothing: float) -> Tensor:
         """The loss, a mean over examples or tokens; by default of a classifier."""
         return cross_entropy(outputs, targets, label_smoothing)
+
+    def condensed(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What an evaluation keeps of a batch for the metric, on the device; by default all of it.
+
+        Args:
+            outputs: of ``forward``.
+            labels: ``batch["labels"]``.
+
+        Returns:
+            what becomes the metric's predictions and its references. Both have a row for each example. Rows of
+            different batches may differ in their second dimension alone, and are filled up with -100.
+        """
+        return outputs, labels
 
     @abstractmethod
     def metrics(self) -> evaluate.Metric:

@@ -152,6 +152,35 @@ class Numbers(_Scored):
         }
 
 
+class Regions(_Scored):
+    """Of regions of pixels: ``mIoU``, ``mean_accuracy``, ``pixel_accuracy``, and ``IoU_NAME`` of each class.
+
+    The pixels of all images count together, as on ADE20K's and CamVid's boards. Means are over the classes that occur:
+    for IoU among pixels or predictions, for the accuracy among pixels. All lie in [0, 1].
+
+    Args:
+        names: of the classes.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        super().__init__()
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
+        """Score ``flora.tasks.segment.areas`` of images ``[N, 3, C]``; they hold the truth, references are not read."""
+        right, called, true = np.asarray(predictions, np.int64).sum(axis=0)
+        union = called + true - right
+        iou = right / np.maximum(union, 1)
+        there = true > 0
+        each = {f"IoU_{name}": float(iou[i]) for i, name in enumerate(self.names) if union[i]}
+        return {
+            "mIoU": float(iou[union > 0].mean()) if (union > 0).any() else 0.0,
+            "mean_accuracy": float((right[there] / true[there]).mean()) if there.any() else 0.0,
+            "pixel_accuracy": float(right.sum() / max(true.sum(), 1)),
+            **each,
+        }
+
+
 class Glue(_Scored):
     """What GLUE reports of a task: Matthews' correlation (cola), Pearson's and Spearman's (stsb), accuracy (others).
 

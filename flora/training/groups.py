@@ -11,6 +11,7 @@ from torch import nn
 
 from flora.errors import ConfigError
 from flora.methods.heads import in_head
+from flora.models.feature_maps import FeatureMaps
 from flora.training.settings import TrainerSettings
 
 
@@ -50,7 +51,7 @@ def layer_scales(model: nn.Module, decay: float, kind: str | None = None) -> dic
     counts. Without decay there is nothing to scale.
 
     Args:
-        model: a network of timm.
+        model: a network of timm, or one with ``FeatureMaps`` of it as ``backbone``; heads and norms over those have 1.
         decay: the factor, 0 or 1 for none.
         kind: ``single``, which None means too, or ``group``.
 
@@ -59,6 +60,10 @@ def layer_scales(model: nn.Module, decay: float, kind: str | None = None) -> dic
     """
     if decay in (0, 1):
         return {}
+    if isinstance(backbone := getattr(model, "backbone", None), FeatureMaps):
+        below = layer_scales(backbone.network, decay, kind)  # ConvNeXt's count a head, others' what is there
+        last = 1.0 if isinstance(backbone.network, ConvNeXt) else decay
+        return {f"backbone.network.{name}": scale * last for name, scale in below.items()}
     if isinstance(model, ConvNeXt):
         depths = [len(stage.blocks) for stage in model.stages]  # type: ignore[union-attr, arg-type]
         last = _GROUPS if kind == "group" else sum(depths)

@@ -52,7 +52,8 @@ def identify(cfg: DictConfig) -> Identity:
     data, places = Path(cfg.paths.data), list(_places(semantic_config(cfg)["model"]))
 
     def find() -> dict[str, Any]:
-        task, model = instantiate(cfg.task), instantiate(cfg.model)  # only now: what trains takes seconds to import
+        task = instantiate(cfg.task)  # only now: what trains takes seconds to import
+        model = task.network(instantiate(cfg.model))
         task.accepts(model)
         return {"dataset": task.dataset, "inputs": inputs.of(task.contents(data), model.facts)}
 

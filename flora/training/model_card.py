@@ -13,8 +13,9 @@ from flora.secrets import without_secrets
 _LOAD = """import flora
 
 predictor = flora.load({folder!r})
-print(predictor.predict({example}))
 """
+_PREDICT = "print(predictor.predict({example}))"
+_MAPS = "predictor.model  # floats [B, 3, H, W], normalised as above, to logits [B, {classes}, ~H / 4, ~W / 4]"
 _SHOWN = 20  # names of classes
 
 
@@ -29,7 +30,9 @@ def write_card(record: Record, facts: Mapping[str, Any], folder: Path) -> None:
     """
     is_peft = (folder / "adapter_config.json").exists()
     inputs, names = facts["inputs"], facts["class_names"]
-    lines_to_load = _LOAD.format(folder=record.adapter_path, example=_example(inputs, facts["num_classes"]))
+    use = _MAPS if record.task == "segment" else _PREDICT
+    use = use.format(example=_example(inputs, facts["num_classes"]), classes=len(names))
+    lines_to_load = _LOAD.format(folder=record.adapter_path) + use
     seen = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in inputs.items())
     classes = f"{', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
     source = record.data.get("source", "unknown")
@@ -53,7 +56,7 @@ def write_card(record: Record, facts: Mapping[str, Any], folder: Path) -> None:
         "",
         "## Load",
         "```python",
-        lines_to_load.rstrip(),
+        lines_to_load,
         "```",
         "",
         "The base weights must be those above: `flora.load(..., model={'weights': PATH})` says where else they lie.",

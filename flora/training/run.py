@@ -287,6 +287,7 @@ class Run:
             penalty=adapted.penalty,
             lr_scales=adapted.lr_scales,
             loss=self.task.loss,
+            condense=self.task.condensed,
         )
 
     def _test(self, trainer: Trainer) -> dict[str, float]:
@@ -337,9 +338,8 @@ def evaluate(
     settings = TrainerSettings(epochs=1, lr=1, eval_batch_size=batch_size, device=device)
     with tempfile.TemporaryDirectory() as folder:  # transformers' trainer wants one even where it writes nothing
         forward, metric = task.forward(model), task.metrics()
-        trainer = Trainer(
-            module, settings, forward, model.classifier, metric, task.metric, Path(folder), loss=task.loss
-        )
+        hooks: dict[str, Any] = {"loss": task.loss, "condense": task.condensed}
+        trainer = Trainer(module, settings, forward, model.classifier, metric, task.metric, Path(folder), **hooks)
         return _metrics(trainer.evaluate(dataset, metric_key_prefix="test"))
 
 

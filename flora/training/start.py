@@ -179,8 +179,7 @@ class Start:
         kind = next(iter(batch.values())).device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.settings.dtype == "bf16"):
             outputs, targets = self.forward(model, batch, True)
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        return self.run.task.loss(outputs, targets, self.settings.label_smoothing)
+        return self.run.task.loss(_in_full(outputs), targets, self.settings.label_smoothing)
 
     def _batches(self, model: nn.Module, once: bool = False) -> Iterator[Batch]:
         """Micro-batches on the model's device, epoch after epoch; once: this process's part of those of the start."""
@@ -255,6 +254,15 @@ def _fill(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)
+
+
+def _in_full(outputs: Any) -> Any:
+    """Outputs in float32 at the least."""
+    if isinstance(outputs, Tensor):
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    if isinstance(outputs, dict):
+        return {name: _in_full(value) for name, value in outputs.items()}
+    return tuple(_in_full(value) for value in outputs)
 
 
 def _as_is(batch: Any) -> Any:

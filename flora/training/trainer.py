@@ -30,7 +30,8 @@ from flora.training.resume import KeepBest, load_optimizer, load_weights, set_rn
 from flora.training.settings import TrainerSettings
 
 CACHED_SHARE = 0.1  # of the free GPU memory, that a dataset may take by itself
-Loss = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+Loss = Callable[[Any, torch.Tensor, float], torch.Tensor]
+Condense = Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Trainer(internals.Loop):
@@ -51,6 +52,7 @@ class Trainer(internals.Loop):
         penalty: ``model -> scalar`` that the fine-tuning method adds to the training loss.
         loss: ``(outputs, targets, label_smoothing) -> scalar``.
         lr_scales: factors of the learning rate by parameter's name, from the fine-tuning method.
+        condense: what an evaluation keeps of a batch (``flora.tasks.base.Task.condensed``); None: all.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Trainer(internals.Loop):
         penalty: Callable[[nn.Module], torch.Tensor] | None = None,
         loss: Loss = cross_entropy,
         lr_scales: dict[str, float] | None = None,
+        condense: Condense | None = None,
     ) -> None:
         self.lr_scales = lr_scales or {}
         self.settings = settings
@@ -79,6 +82,7 @@ class Trainer(internals.Loop):
         # Layers that are computed again in the backward pass build their own weights.
         self._together = contextlib.nullcontext() if settings.gradient_checkpointing else flora.batched(model)
         self.loss = loss
+        self.condense = condense
         self.metric = metric
         self.head = list(head)
         self.captured: CapturedStep | None = None
@@ -161,9 +165,11 @@ class Trainer(internals.Loop):
         """Loss, outputs and labels of a batch; of several processes, those of all of theirs."""
         counts = inputs.pop(parts.COUNTS, None)
         prediction: Any = super().prediction_step(model, inputs, *args, **kwargs)
-        if counts is None:
-            return prediction
         loss, outputs, labels = prediction
+        if self.condense is not None and outputs is not None:
+            outputs, labels = self.condense(outputs, labels)
+        if counts is None:
+            return loss, outputs, labels
         return parts.joined(counts, [loss.repeat(len(labels)), outputs, labels])
 
     def training_step(self, model, inputs, num_items_in_batch=None):

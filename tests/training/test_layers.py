@@ -7,6 +7,8 @@ from peft import LoraConfig, get_peft_model
 
 from flora.config import composed
 from flora.errors import ConfigError
+from flora.models import TimmModel
+from flora.models.feature_maps import DenseModel
 from flora.results import cells
 from flora.training.groups import layer_scales
 
@@ -58,6 +60,23 @@ def test_base_and_large_have_twelve_groups_and_a_stem(name):
     assert {name: scales[name] for name in GROUPS} == pytest.approx({n: 0.6 ** (13 - g) for n, g in GROUPS.items()})
     assert len(set(scales.values())) == 14
     assert min(scales.values()) == pytest.approx(1.306e-3, rel=1e-3), "0.6 to the thirteenth"
+
+
+class Unheaded(DenseModel):
+    heads = ("head",)
+
+    def network(self, features, num_classes):
+        model = torch.nn.Module()
+        model.backbone, model.head = features, torch.nn.Linear(1, num_classes)
+        return model
+
+
+@pytest.mark.parametrize("name", ["convnextv2_atto", "resnet18"])
+def test_a_backbone_under_other_heads_has_the_scales_that_it_has_under_its_own(name):
+    scales = layer_scales(Unheaded(TimmModel(name, pretrained=False)).skeleton(), 0.9)
+    own = layer_scales(on_meta(name), 0.9)
+    kept = {n: scale for n, scale in own.items() if not n.startswith(("head.", "fc."))}
+    assert scales == pytest.approx({f"backbone.network.{n}": scale for n, scale in kept.items()})
 
 
 def test_atto_and_tiny_have_a_layer_for_each_block():

@@ -99,7 +99,7 @@ class LazyImages(Dataset[Batch]):
         """
         rows = self.rows[list(indices)]
         with _generators_kept() if self.draws else contextlib.nullcontext():
-            decoded = list(_threads(os.getpid()).map(self._decode, rows))
+            decoded = list(threads(os.getpid()).map(self._decode, rows))
         kept = [(pixels, row) for pixels, row in zip(decoded, rows, strict=True) if pixels is not None]
         if not kept:
             instead = stand_in(indices[-1], len(self), lambda index: self._decode(self.rows[index]) is not None)
@@ -164,6 +164,7 @@ def _generators_kept() -> Iterator[None]:
 
 
 @cache
-def _threads(process: int) -> ThreadPoolExecutor:
+def threads(process: int) -> ThreadPoolExecutor:
+    """What opens images in a process, ``os.getpid()``."""
     # A process that is forked has its parent's pool, but not the pool's threads.
     return ThreadPoolExecutor(max_workers=min(32, os.cpu_count() or 1))
