@@ -17,7 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from flora.config import check_shape, instantiate, instantiate_method, unread
+from flora.config import check_shape, idle, instantiate, instantiate_method, unread
 from flora.errors import MENDABLE, AlreadyRunning, ConfigError, WeightsError, enough_memory
 from flora.launch import processes
 from flora.launch.entry import main, quietly
@@ -47,6 +47,8 @@ def run(cfg: DictConfig, typed: Sequence[str] | None = None) -> Path:
     if (dataset := aliases.canonical(cfg.task)) is not None:
         cfg.task.dataset = dataset  # an alias and the name it stands for are one run
     processes.start(cfg.trainer.get("device") == "cpu")
+    for word in () if tested else idle(cfg, typed or ()):
+        say(f"warning: {word}: neither adapter.init nor adapter.allocation is gradient, so nothing reads it")
     paths = instantiate(cfg.paths)
     store = Store(paths.results)
     asked = processes.once(lambda: identity.identify(cfg))

@@ -139,6 +139,13 @@ def unread(words: Sequence[str]) -> list[str]:
     ]
 
 
+def idle(cfg: DictConfig, words: Sequence[str]) -> list[str]:
+    """Overrides that say how to look at gradients (``adapter.gradient``), where neither start nor ranks do that."""
+    if _looks(cfg.adapter):
+        return []
+    return [word for word in words if word.lstrip("+").startswith("adapter.gradient.")]
+
+
 def _check_allowed(cfg: DictConfig) -> None:
     """Believe ``model.allow``, which lets code run, only of who starts the run: not of configs that others wrote."""
     if not cfg.model.get("allow") or not HydraConfig.initialized():  # else Python code composed it
@@ -320,8 +327,11 @@ def _decisive(resolved: dict[str, Any]) -> dict[str, Any]:
 
 def _looking(adapter: dict[str, Any]) -> dict[str, Any]:
     """Settings of a method without those of looking at gradients, where neither its start nor its ranks do that."""
-    looks = "gradient" in (adapter.get("init"), adapter.get("allocation"))
-    return {key: value for key, value in adapter.items() if looks or key != "gradient"}
+    return {key: value for key, value in adapter.items() if key != "gradient" or _looks(adapter)}
+
+
+def _looks(adapter: Any) -> bool:
+    return "gradient" in (adapter.get("init"), adapter.get("allocation"))
 
 
 def cell_id(cfg: DictConfig, checkpoint_digest: str | None = None, method_version: int | None = None) -> str:

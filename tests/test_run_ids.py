@@ -4,6 +4,7 @@ import pytest
 
 from flora.config import cell_id, composed, identity, semantic_config
 
+OWN_HEAD = ["model=efficientnet_lite0", "model.head_init=null"]  # measured with the head that timm draws
 VTAB = ["task=vtab", "task.augment=auto"]  # measured with crop and flip; VTAB-1K has neither
 GRID = [*VTAB, "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]"]  # tables eurosat and first_table
 MATCHED = [*GRID, "adapter.budget=match:lora:8"]
@@ -24,9 +25,9 @@ INSTRUCT = [
 ]
 
 MEASURED = {
-    "04254c231c72": [*VTAB, "task.dataset=cifar10", "model=efficientnet_lite0", *FLORA, "seed=0"],
+    "04254c231c72": [*VTAB, "task.dataset=cifar10", *OWN_HEAD, *FLORA, "seed=0"],
     "0ed77ea1ad5f": [*VTAB, "task.dataset=caltech101", "model=convnext", "adapter=full", "seed=0"],
-    "195050655ee6": [*GRID, "task.dataset=eurosat", "adapter=lora", "model=efficientnet_lite0", "seed=2"],
+    "195050655ee6": [*GRID, "task.dataset=eurosat", "adapter=lora", *OWN_HEAD, "seed=2"],
     "26a26d25a9c8": [*GRID, "task.dataset=eurosat", *FLORA, "model=convnext", "seed=1"],
     "5565bea3a100": [*GRID, "task.dataset=eurosat", "adapter=linear_probe", "model=convnext", "seed=1"],
     # one alpha for layers of ranks 7 to 9, which is no longer the default
@@ -59,6 +60,14 @@ def test_a_record_of_other_splits_is_of_another_run(identifier):
     assert semantic.pop("data_version") == 2
     assert identity(semantic) == identifier
     assert cell_id(composed(LEAKED[identifier])) != identifier
+
+
+def test_another_start_of_the_head_is_another_run():
+    starts = ("null", "zero", "linear")
+    made = [cell_id(composed(["model=efficientnet_lite0", f"model.head_init={start}"])) for start in starts]
+    assert len(set(made)) == 3
+    assert cell_id(composed(["model=efficientnet_lite0"])) in made[1:]
+    assert cell_id(composed(["model=resnet"])) == cell_id(composed(["model=resnet", "~model.head_init"]))
 
 
 # `python train.py adapter=NAME`, as of the first release

@@ -32,6 +32,10 @@ from flora.replaced.precision import full_precision
 EXACT = 1024  # the largest mode whose d x d sum is kept; a sketch of 4 r columns is smaller, and exact to about 1e-3
 
 
+class UnusableGradient(ValueError):
+    """The gradient of a weight is zero or not finite."""
+
+
 class ModeSum:
     """The sum over gradients of their unfolding times its transpose, d x d, of one mode.
 
@@ -135,7 +139,7 @@ def mode_sums(
     ):
         for weight, views in sums.items():
             if any(bad(mode_sum.energy) for by_mode in views for mode_sum in by_mode.values()):
-                raise ValueError(f"the gradient of {names.get(weight, 'a weight')} {problem}")
+                raise UnusableGradient(f"the gradient of {names.get(weight, 'a weight')} {problem}")
     return sums
 
 

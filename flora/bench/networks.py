@@ -152,6 +152,7 @@ def network(
         if value is not None and value < 1:
             raise ConfigError(f"--{option} must be at least 1, got {value}")
     if isinstance(spec, TimmModel):
+        spec.head_init = None  # of a thousand classes, as timm starts it
         if tokens is not None:
             raise ConfigError(f"--tokens: {name} reads images; leave it out")
         if size is not None:

@@ -1,5 +1,6 @@
 """What belongs to a model's head, and how many parameters a method trains in it and outside it."""
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -17,19 +18,40 @@ def trained(model: nn.Module, head: Sequence[str]) -> tuple[int, int]:
     return sum(size for inside, size in sizes if not inside), sum(size for inside, size in sizes if inside)
 
 
-def start_at_zero(model: nn.Module, head: Sequence[str], classes: int) -> None:
-    """Set the last linear layer of a fresh head to zero, so that all classes are equally likely before training.
+def start(model: nn.Module, head: Sequence[str], classes: int, how: str) -> None:
+    """Start the linear layers of a fresh head that have an output for each class: one in each module of the head.
 
-    Some networks of timm give a fresh head weights of up to 1 / sqrt(classes), and logits far too large. The shortest
-    way down is then to switch features off, which at large rates leaves bounded activations behind frozen batch norms
-    constant, and the network dead.
+    Args:
+        model: with the fresh head, changed in place.
+        head: names of its modules.
+        classes: outputs of the head.
+        how: ``zero``: all classes are equally likely before training. ``linear``: uniform in
+            +-1 / sqrt(inputs), as torch starts an ``nn.Linear``, from torch's global seed.
 
     Raises:
-        ValueError: the head does not end in a linear layer with an output for each class.
+        ValueError: no module of the head ends in such a layer.
     """
-    layers = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and in_head(name, head)]
-    if not layers or layers[-1].out_features != classes:
+    layers = _last_layers(model, head, classes)
+    if not layers:
         raise ValueError("the head does not end in a linear layer with an output for each class")
-    nn.init.zeros_(layers[-1].weight)
-    if layers[-1].bias is not None:
-        nn.init.zeros_(layers[-1].bias)
+    for layer in layers:
+        if how == "linear":
+            layer.reset_parameters()
+            continue
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+
+
+def spread(model: nn.Module, head: Sequence[str], classes: int) -> float:
+    """Largest standard deviation of the last weights of a head, in units of 1 / sqrt(inputs); 0 without such a layer.
+
+    Torch starts an ``nn.Linear`` with 0.58.
+    """
+    layers = _last_layers(model, head, classes)
+    return max((float(x.weight.detach().std(correction=0)) * math.sqrt(x.in_features) for x in layers), default=0.0)
+
+
+def _last_layers(model: nn.Module, head: Sequence[str], classes: int) -> list[nn.Linear]:
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ends = [[layer for name, layer in linear.items() if in_head(name, [part])][-1:] for part in head]
+    return [layer for end in ends for layer in end if layer.out_features == classes]

@@ -39,7 +39,7 @@ class InternVit(TimmModel):
             ``model.safetensors.index.json``) with these beside it.
         image_size: side of the square input in pixels; the published weights have positions for 224.
         architecture: sizes other than the published ones, by timm's names.
-        name, pretrained, mean, std, interpolation, adapter_targets: see ``TimmModel``.
+        name, pretrained, mean, std, interpolation, adapter_targets, head_init: see ``TimmModel``.
     """
 
     def __init__(
@@ -53,9 +53,12 @@ class InternVit(TimmModel):
         interpolation: str | None = None,
         adapter_targets: str | Sequence[str] = "all",
         architecture: Mapping[str, Any] | None = None,
+        head_init: str | None = None,
     ) -> None:
         images = (image_size, mean, std, interpolation)
-        super().__init__("vit_intern300m_patch14_448", name, pretrained, weights, *images, adapter_targets)
+        super().__init__(
+            "vit_intern300m_patch14_448", name, pretrained, weights, *images, adapter_targets, head_init=head_init
+        )
         kinds = {"qkv_bias": False, "qk_norm": True, "norm_layer": "rmsnorm", "attn_layer": _Attention}
         self.architecture = _SIZES | dict(architecture or {}) | kinds
 

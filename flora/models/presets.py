@@ -21,14 +21,17 @@ _AS_PRETRAINED: dict[str, Any] = {
 
 
 def convnext(
-    weights: Weights | None = None, image_size: int | None = None, adapter_targets: str | Sequence[str] = "all"
+    weights: Weights | None = None,
+    image_size: int | None = None,
+    adapter_targets: str | Sequence[str] = "all",
+    head_init: str | None = None,
 ) -> TimmModel:
     """ConvNeXt-V2-Atto, 3.4M parameters, pretrained by ``scripts/pretrain.py`` on Tiny-ImageNet; ships with flora.
 
     Args:
         weights: a file of the same network, as ``TimmModel`` takes it, instead of the one that ships.
         image_size: pixels; None: 64, as in pretraining.
-        adapter_targets: see ``TimmModel``.
+        adapter_targets, head_init: see ``TimmModel``.
     """
     shipped = Source(
         bundled="convnextv2_atto_tiny_imagenet.safetensors",
@@ -40,19 +43,23 @@ def convnext(
         weights=weights or shipped,
         image_size=64 if image_size is None else image_size,
         adapter_targets=adapter_targets,
+        head_init=head_init,
         **_AS_PRETRAINED,
     )
 
 
 def resnet(
-    weights: Weights | None = None, image_size: int | None = None, adapter_targets: str | Sequence[str] = "all"
+    weights: Weights | None = None,
+    image_size: int | None = None,
+    adapter_targets: str | Sequence[str] = "all",
+    head_init: str | None = None,
 ) -> TimmModel:
     """A ResNet-18 of 5/8 the width, 4.4M parameters, regular convolutions; pretrained and shipped as ``convnext`` is.
 
     Args:
         weights: a file of the same network, as ``TimmModel`` takes it, instead of the one that ships.
         image_size: pixels; None: 64, as in pretraining.
-        adapter_targets: see ``TimmModel``.
+        adapter_targets, head_init: see ``TimmModel``.
     """
     shipped = Source(
         bundled="resnet18_narrow_tiny_imagenet.safetensors",
@@ -65,12 +72,16 @@ def resnet(
         image_size=64 if image_size is None else image_size,
         adapter_targets=adapter_targets,
         architecture={"channels": (40, 80, 160, 320)},
+        head_init=head_init,
         **_AS_PRETRAINED,
     )
 
 
 def efficientnet_lite0(
-    weights: Weights | None = None, image_size: int | None = None, adapter_targets: str | Sequence[str] = "all"
+    weights: Weights | None = None,
+    image_size: int | None = None,
+    adapter_targets: str | Sequence[str] = "all",
+    head_init: str | None = "zero",
 ) -> TimmModel:
     """EfficientNet-Lite0, 3.4M parameters without head, pretrained on ImageNet at 224 px (Apache-2.0).
 
@@ -81,6 +92,7 @@ def efficientnet_lite0(
         weights: a file of the same network, as ``TimmModel`` takes it, instead of the package's.
         image_size: pixels; None: 128, which two CPU cores can train.
         adapter_targets: see ``TimmModel``.
+        head_init: see ``TimmModel``; zero by default, as timm's start is far too large for few classes.
     """
     return TimmModel(
         "tf_efficientnet_lite0",
@@ -97,6 +109,7 @@ def efficientnet_lite0(
         std=(0.5, 0.5, 0.5),
         interpolation="bicubic",
         adapter_targets=adapter_targets,
+        head_init=head_init,
     )
 
 

@@ -1,6 +1,7 @@
 """Image classifiers from timm: which network, which weights, how images enter it."""
 
 import difflib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 
 from flora.errors import ConfigError, WeightsError, first_line
 from flora.launch import processes
+from flora.methods import heads
 from flora.methods.heads import in_head
 from flora.models.spec import Kind
 from flora.models.weights import Source, Weights, as_source, facts_of, read, resolve
 
 UNTRAINED = "model.pretrained=false"
+_HEAD_INITS = ("zero", "linear")
+_LARGE = 2  # standard deviation of a fresh head, times sqrt(inputs), from which on it is worth a line
 
 
 class Pictures:
@@ -68,6 +72,9 @@ class TimmModel(Pictures):
             classifier, stem included), or names or a regular expression as PEFT reads them.
         architecture: arguments of timm's constructor for a network of other sizes than the name's; its weights, if
             any, must then be named.
+        head_init: how the fresh head starts: ``zero``, or ``linear``, as torch starts an ``nn.Linear``; None: as timm
+            does. For EfficientNets and MobileNets that is uniform in +-1 / sqrt(classes), meant for ImageNet's thousand
+            and far too large for ten.
 
     Raises:
         ConfigError: an unknown name, one without a classifier, or values out of range.
@@ -87,6 +94,7 @@ class TimmModel(Pictures):
         interpolation: str | None = None,
         adapter_targets: str | Sequence[str] = "all",
         architecture: Mapping[str, Any] | None = None,
+        head_init: str | None = None,
     ) -> None:
         published = _published(timm_name)
         self.timm_name = timm_name
@@ -95,12 +103,15 @@ class TimmModel(Pictures):
         self.weights = as_source(weights) if weights else None
         self.adapter_targets = adapter_targets
         self.architecture = dict(architecture or {})
+        self.head_init = head_init
         self._published = published
         if not published.classifier:
             raise ConfigError(f"model.timm_name={timm_name} has no classifier to train: choose an image classifier")
         size = published.input_size[1] if image_size is None else image_size
         way = interpolation or published.interpolation
         super().__init__(size, mean or published.mean, std or published.std, way)
+        if head_init not in (None, *_HEAD_INITS):
+            raise ConfigError(f"model.head_init must be null, {' or '.join(_HEAD_INITS)}, got {head_init!r}")
         if self.architecture and pretrained and self.weights is None:
             raise ConfigError(f"model.architecture: timm has no weights for it; name a file or set {UNTRAINED}")
 
@@ -149,6 +160,7 @@ class TimmModel(Pictures):
         model = self._create(options)
         if self.pretrained and self.weights is not None:
             self._load(model, resolve(self.weights), self.weights.by_order)
+        self._start_head(model, num_classes)
         return model
 
     def skeleton(self, num_classes: int | None = None) -> nn.Module:
@@ -169,6 +181,15 @@ class TimmModel(Pictures):
         except Exception as error:  # timm raises almost any type on arguments that do not fit
             raise ConfigError(f"model {self.timm_name} cannot be built with {options}: {first_line(error)}") from error
 
+    def _start_head(self, model: nn.Module, num_classes: int) -> None:
+        if self.head_init is not None:
+            try:
+                heads.start(model, self.classifier, num_classes, self.head_init)
+            except ValueError as error:
+                raise ConfigError(f"model.head_init={self.head_init}: {error}: leave it null") from error
+        elif (spread := heads.spread(model, self.classifier, num_classes)) > _LARGE:
+            _say_large(self.name, num_classes, round(spread * math.sqrt(3)))
+
     def _hub(self) -> Source:
         if not self._published.hf_hub_id:
             raise WeightsError(f"timm has no weights for {self.timm_name}: set {UNTRAINED} or model.weights=PATH")
@@ -186,6 +207,17 @@ class TimmModel(Pictures):
 def _say_random(name: str) -> None:
     if processes.first():
         print(f"model {name}: random weights, nothing in it is pretrained", file=sys.stderr, flush=True)
+
+
+@cache
+def _say_large(name: str, classes: int, times: int) -> None:
+    if processes.first():
+        print(
+            f"model {name}: its fresh head of {classes} outputs has weights {times} times as large as torch's own, "
+            "and can collapse at large learning rates; model.head_init=linear starts it as torch does",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def load_backbone(model: nn.Module, stored: Mapping[str, Tensor], head: Sequence[str], path: Path, name: str) -> None:

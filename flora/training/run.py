@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from flora.errors import ConfigError, TrainingDiverged
 from flora.launch import preemption, processes
 from flora.methods.base import Adapted, Method, effective_ranks, load
-from flora.methods.heads import start_at_zero, trained
+from flora.methods.heads import trained
 from flora.models.spec import ModelSpec
 from flora.results.lock import Claim
 from flora.tasks.base import Split, Splits, Task
@@ -29,7 +29,7 @@ from flora.training.display import Display
 from flora.training.finite import check_metrics, check_weights, masks
 from flora.training.loggers import Log
 from flora.training.norms import DeltaNorms
-from flora.training.progress import Progress
+from flora.training.progress import Fit, Progress
 from flora.training.resume import Keeper, facts, finished, lost
 from flora.training.saved import check_whole
 from flora.training.settings import CHECKPOINTS, LOSS, Protocol, TrainerSettings
@@ -93,7 +93,7 @@ class Run:
         """Choose the learning rate if the protocol has a grid, train, test once."""
         splits, protocol, settings = self.splits, self.protocol, self.settings
         if settings.max_steps == 0:
-            start = self._start(splits.train, splits.validation, settings.lr)
+            start = self._start(*self._last_splits(), settings.lr)
             adapted = self._adapt(start)
             trainer = self._trainer(adapted, settings, None, None)
             if start is not None:
@@ -113,12 +113,16 @@ class Run:
             lr, recorded = settings.lr, dict[str, Any]()
             if protocol.lr_grid:
                 adapted, trainer, lr, recorded = selection.choose_and_train(self)
-            elif protocol.final_train == "train":
-                adapted, trainer = self.fit(lr, splits.train, splits.validation, selection.LAST)
             else:
-                both = splits.train.concat(splits.validation)
-                adapted, trainer = self.fit(lr, both, None, selection.LAST)
+                adapted, trainer = self.fit(lr, *self._last_splits(), selection.LAST)
         return Outcome(adapted, trainer, self._test(trainer), lr, recorded)
+
+    def _last_splits(self) -> tuple[Split, Split | None]:
+        """What the reported fit trains on, and what it looks at meanwhile."""
+        train, validation = self.splits.train, self.splits.validation
+        if self.protocol.final_train == "train" or not len(train):
+            return train, validation
+        return train.concat(validation), None
 
     def _shown(self) -> Display:
         """What shows how far training is: the fits of all rates, and one more where the chosen one trains on both."""
@@ -178,7 +182,8 @@ class Run:
     ) -> tuple[Adapted, Trainer]:
         """Train, or go on where an earlier process was; ``reported``: this fit may become the run's result."""
         start = self._start(train, validation, lr)
-        adapted = self._adapt(start)
+        with self._losing(label):
+            adapted = self._adapt(start)
         known = masks(adapted.model)
         if self.settings.gradient_checkpointing and not hasattr(adapted.model, "gradient_checkpointing_enable"):
             raise ConfigError("trainer.gradient_checkpointing is for networks of transformers: leave it false")
@@ -203,7 +208,8 @@ class Run:
                 raise ConfigError("analysis.every_n_steps looks at whole weights: leave it null with trainer=fsdp")
             trainer.add_callback(DeltaNorms(trainer, self.model.classifier, **self.analysis))
         if start is not None:
-            trainer.start = start.begin(adapted.model)
+            with self._losing(label):
+                trainer.start = start.begin(adapted.model)
         keeper = Keeper(trainer, self.progress, label)
         trainer.add_callback(keeper)
         with preemption.held():
@@ -226,6 +232,15 @@ class Run:
             self.between_fits(facts(trainer.state))
         return adapted, trainer
 
+    @contextlib.contextmanager
+    def _losing(self, label: str) -> Iterator[None]:
+        """Inside, a fit that diverges before its first step has lost."""
+        try:
+            yield
+        except TrainingDiverged as error:
+            self.progress.done[label] = Fit({"log_history": []}, {}, None, str(error))
+            raise
+
     def _base(self) -> nn.Module:
         transformers.set_seed(self.seed)
         return self.model.build(self.splits.num_classes, drop_path=self.settings.drop_path)
@@ -240,11 +255,6 @@ class Run:
 
     def _adapt(self, start: Start | None = None) -> Adapted:
         base = self._base()
-        if self.settings.head_init is not None:
-            try:
-                start_at_zero(base, self.model.classifier, self.splits.num_classes)
-            except ValueError as error:
-                raise ConfigError(f"trainer.head_init: {error}: leave it null") from error
         beside = {} if start is None else start.for_ranks(base)
         transformers.set_seed(self.seed)
         try:

@@ -80,11 +80,16 @@ def collapse(last: Fit, chosen: Fit) -> str | None:
     """What says that a fit collapsed, where another at the same rate learned; None if nothing does.
 
     Over the last tenth of the steps its mean loss is more than halfway from the other's back to the other's mean over
-    all of its steps, and more than half above it. A network whose activations have left the range that frozen batch
-    norms and bounded activations were made for does not come back, and its loss stays that of guessing.
+    all of its steps, and more than half above it. Its mean over all steps is more than half above the other's too,
+    which it is not where both learn alike and one ends a little higher, as on a few wrong labels. A network whose
+    activations have left the range that frozen batch norms and bounded activations were made for does not come back,
+    and its loss stays that of guessing.
     """
-    ended, before, mean = last.meters.get("closing_loss"), chosen.meters.get("closing_loss"), _mean_loss(chosen)
-    if ended is None or before is None or mean is None or ended <= max((before + mean) / 2, 1.5 * before):
+    ended, before = last.meters.get("closing_loss"), chosen.meters.get("closing_loss")
+    own, mean = _mean_loss(last), _mean_loss(chosen)
+    if ended is None or before is None or own is None or mean is None:
+        return None
+    if ended <= max((before + mean) / 2, 1.5 * before) or own <= 1.5 * mean:
         return None
     return f"its training loss ended at {ended:.3g}, at {before:.3g} when this rate was chosen"
 

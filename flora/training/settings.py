@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 LOSS = "loss"  # the one value of an evaluation that is better the lower it is
 CHECKPOINTS = "checkpoints"  # their folder in a run's folder
+FOLLOW_METRICS = ("reduce_lr_on_plateau", "greedy")  # schedules that look at validation
 _DTYPES = ("fp32", "bf16", "fp16")
 _DEVICES = ("auto", "cuda", "cpu")
+_WANTS_MORE = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")  # arguments of their own
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,6 @@ class TrainerSettings:
         batch_size: examples per optimiser step, split over ``gradient_accumulation`` forward passes and all processes.
         eval_batch_size: examples per forward pass of an evaluation, in each process.
         lr, head_lr: peak learning rates of the adapter (or backbone) and of the head; null: the head takes ``lr``.
-        head_init: ``zero`` starts the last layer of a fresh head at zero, as large rates need where the network's own
-            start gives huge logits (``flora.methods.heads.start_at_zero``); null: as the network has it.
         warmup_ratio: share of the steps with rising learning rate; then ``schedule`` (a transformers scheduler name).
         warmup_steps: their number, wins over ``warmup_ratio`` when given.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them; networks of
@@ -94,7 +94,6 @@ class TrainerSettings:
     resume: str | bool = "auto"
     checkpoint_every: int | None = None
     group_by_modality: bool = False
-    head_init: str | None = None
 
     def __post_init__(self) -> None:
         counted = ("max_steps", "max_eval_examples", "max_train_examples", "warmup_steps", "eval_steps")
@@ -120,8 +119,6 @@ class TrainerSettings:
         for name, most in (("layer_decay", 1), ("ema_decay", 0.999999)):
             if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) <= most:
                 raise ConfigError(f"trainer.{name} must lie in [0, {most:g}], got {getattr(self, name)!r}")
-        if self.head_init not in (None, "zero"):
-            raise ConfigError(f"trainer.head_init must be zero or null, got {self.head_init!r}")
         if self.layer_decay_type not in (None, "single", "group"):
             raise ConfigError(f"trainer.layer_decay_type must be single or group, got {self.layer_decay_type!r}")
         if self.dtype not in _DTYPES:
@@ -132,7 +129,8 @@ class TrainerSettings:
             raise ConfigError("trainer.device=cuda, but torch finds no GPU here: leave it auto to train on the CPU")
         from transformers import SchedulerType  # here, as what only reads records and paths needs no transformers
 
-        if self.schedule not in (schedules := [kind.value for kind in SchedulerType]):
+        schedules = [kind.value for kind in SchedulerType if kind.value not in _WANTS_MORE]
+        if self.schedule not in schedules:
             raise ConfigError(f"trainer.schedule must be one of {', '.join(schedules)}, got {self.schedule!r}")
         for name in ("cuda_graph", "compile", "gradient_checkpointing", "deterministic", "group_by_modality"):
             if not isinstance(getattr(self, name), bool):

@@ -22,8 +22,8 @@ import transformers
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
-from flora.adapters.gradients import init_from_gradients
-from flora.errors import ConfigError
+from flora.adapters.gradients import UnusableGradient, init_from_gradients
+from flora.errors import ConfigError, TrainingDiverged
 from flora.launch import processes
 from flora.methods.allocation import gradient_spectra
 from flora.methods.gradient import GradientSettings
@@ -33,6 +33,7 @@ from flora.tasks.base import Batch
 from flora.training.groups import parameter_groups
 from flora.training.meters import PeakMemory
 from flora.training.resume import load_weights, rng_state, set_rng_state, weights
+from flora.training.settings import FOLLOW_METRICS
 
 if TYPE_CHECKING:
     from flora.training.run import Run
@@ -52,7 +53,8 @@ class Start:
             in it are on the CPU: it is part of the run's checkpoints.
 
     Raises:
-        ConfigError: there is no example, or the model is to be in shards.
+        ConfigError: there is no example, or the model is to be in shards. From the methods: gradients cannot be used.
+        TrainingDiverged: from the methods: the head took the rate of the fit, and came to nothing at it.
     """
 
     def __init__(self, run: Run, train: Any, lr: float, kept: dict[str, Any]) -> None:
@@ -99,7 +101,7 @@ class Start:
                 head = self._head_of(base)
                 fresh = _copies(head)
                 _fill(head, self.kept["head"])
-                with self._checkpointing(base):
+                with self._checkpointing(base), self._usable():
                     found = gradient_spectra(ladders, base, self._batches(base, once=True), self._loss)
                 self.kept["spectra"] = processes.once(lambda: found)
                 _fill(head, fresh)
@@ -110,7 +112,7 @@ class Start:
         fresh = _copies(head)
         _fill(head, self.kept["head"])
         try:
-            with self._checkpointing(model):
+            with self._checkpointing(model), self._usable():
                 kept = init_from_gradients(model, self._batches(model, once=True), self._loss)
         except ValueError as error:
             raise ConfigError(f"adapter.init=gradient: {error}") from error
@@ -131,7 +133,8 @@ class Start:
         groups = parameter_groups(base.named_parameters(), self.run.model.classifier, {}, settings)
         optimizer, steps = torch.optim.AdamW(groups), self.gradient.head_steps
         warmup = math.ceil(settings.warmup_ratio * steps) if settings.warmup_steps is None else settings.warmup_steps
-        schedule = transformers.get_scheduler(settings.schedule, optimizer, min(warmup, steps), steps)
+        kind = "constant" if settings.schedule in FOLLOW_METRICS else settings.schedule  # there is none here
+        schedule = transformers.get_scheduler(kind, optimizer, min(warmup, steps), steps)
         batches = self._batches(base)
         for _ in range(steps):
             for batch in itertools.islice(batches, settings.gradient_accumulation):
@@ -149,10 +152,21 @@ class Start:
             for parameter in head:
                 distributed.broadcast(parameter.data, 0)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in head):
-            raise ConfigError(f"adapter.gradient: the head alone diverges at a rate of {settings.head_lr:g}: lower it")
+            why = f"the head alone diverges at a rate of {settings.head_lr:g}: lower it"
+            raise (TrainingDiverged if self.run.settings.head_lr is None else ConfigError)(f"adapter.gradient: {why}")
         found = [tensor.cpu() for tensor in _copies(head)]
         _fill(head, fresh)
         return found
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Where the head was trained at the rate of the fit, that is what unusable gradients are laid to."""
+        try:
+            yield
+        except UnusableGradient as error:
+            if self.run.settings.head_lr is None and self.gradient.head_steps and self.run.model.classifier:
+                raise TrainingDiverged(f"{error}, or lower the rate of the head alone") from error
+            raise
 
     def _head_of(self, model: nn.Module) -> list[nn.Parameter]:
         """Parameters of the head; of an adapted model those of the copy that trains. The order is that of the base."""
@@ -216,7 +230,7 @@ class Start:
         on_gpu, report = self.settings.on_gpu, self.kept.setdefault("report", {"seconds": 0.0, "peak_memory_bytes": 0})
         memory, began, state = PeakMemory(on_gpu), time.perf_counter(), rng_state(on_gpu)
         memory.reset()
-        transformers.set_seed(self.run.seed)
+        (transformers.enable_full_determinism if self.settings.deterministic else transformers.set_seed)(self.run.seed)
         try:
             yield
         finally:

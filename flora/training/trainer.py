@@ -103,8 +103,9 @@ class Trainer(internals.Loop):
         if processes.count() == 1 and self.on_gpu and (gpus := torch.cuda.device_count()) > 1:
             say_once(f"one of {gpus} GPUs is used: torchrun --nproc-per-node {gpus} train.py ... uses all")
         if settings.frozen_dtype == "bf16":
+            as_statistics = {id(p) for norm in norms for p in norm.parameters()}  # torch takes both of one precision
             for parameter in model.parameters():
-                if not parameter.requires_grad and parameter.is_floating_point():
+                if not parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in as_statistics:
                     parameter.data = parameter.data.bfloat16()
         if settings.distributed == "fsdp":
             sharding.shard(model, arguments.device)

@@ -8,15 +8,16 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from flora.adapters.gradients import UnusableGradient
 from flora.errors import ConfigError, TrainingDiverged
 from flora.methods import Full, LinearProbe
-from flora.methods.heads import start_at_zero
 from flora.tasks import ImageDataset
 from flora.training import Protocol, selection
 from flora.training.grid import Grid, onward
 from flora.training.progress import Fit
 from tests.training.test_resume import checkpointed_run, interrupted, result
 from tests.training.test_run import HOLDOUT, SPLITS, VTAB, lora, toy_run
+from tests.training.test_start import method as starting
 
 BY_LOSS = {"select_by": "loss"}  # which tells close rates apart
 DIVERGES = 1e6
@@ -174,7 +175,28 @@ def test_a_collapse_is_an_end_far_above_that_of_the_fit_that_was_chosen():
         selection.collapse(fit(2.3, 2.6), chosen) == "its training loss ended at 2.3, at 0.02 when this rate was chosen"
     )
     assert selection.collapse(fit(2.4, 2.3), fit(2.3, 2.3)) is None, "neither has learned"
+    assert selection.collapse(fit(0.121, 0.213), fit(0.057, 0.177)) is None, "both learn wrong labels, at their pace"
     assert selection.collapse(fit(None, 2.6), chosen) is None, "an older checkpoint does not tell"
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 300}], ids=["start", "ranks"])
+@pytest.mark.parametrize("protocol", [HOLDOUT, VTAB])
+def test_a_rate_at_which_the_start_trains_its_head_to_nothing_has_lost(tmp_path, protocol, options):
+    run = toy_run(tmp_path, starting(**options), grid(1e-2, 1e30, protocol=protocol), epochs=1, head_lr=None)
+    outcome = run.train()
+    assert (outcome.lr, outcome.selection["diverged"]) == (1e-2, [1e30])
+    assert "the head alone diverges at a rate of 1e+30" in run.progress.done["lr 1e+30"].lost
+    with pytest.raises(ConfigError, match="the head alone diverges"):  # which no other rate of the grid would mend
+        toy_run(tmp_path, starting(**options), grid(1e-3, 1e-2, protocol=protocol), epochs=1, head_lr=1e30).train()
+
+
+def test_a_rate_at_which_the_start_has_no_gradients_has_lost(tmp_path, monkeypatch):
+    def none(model, batches, loss):
+        raise UnusableGradient("the gradient of it is zero")
+
+    monkeypatch.setattr("flora.training.start.init_from_gradients", none)
+    with pytest.raises(TrainingDiverged, match=r"all .* diverged .*: give smaller ones; the gradient of it is zero"):
+        toy_run(tmp_path, starting(), grid(1e-3, 1e-2), epochs=1, head_lr=None).train()
 
 
 def test_a_rate_whose_last_fit_collapses_falls(tmp_path, monkeypatch, capsys):
@@ -288,21 +310,6 @@ def test_the_rate_of_the_head_is_chosen_as_the_probe_chooses_it(tmp_path):
     assert outcome.metrics == fixed.metrics
     state = fixed.adapted.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in outcome.adapted.model.state_dict().items())
-
-
-def test_a_head_that_starts_at_zero_finds_all_classes_equally_likely(tmp_path):
-    outcome = toy_run(tmp_path, lora(), max_steps=0, head_init="zero").train()
-    assert outcome.metrics["loss"] == pytest.approx(math.log(3), rel=1e-6)
-    state = toy_run(tmp_path, lora(), max_steps=0).train().adapted.model.state_dict()
-    changed = {n for n, t in outcome.adapted.model.state_dict().items() if not torch.equal(t, state[n])}
-    assert changed == {n for n in state if "7.fc" in n}, "all else is drawn as without it"
-
-
-def test_a_head_without_an_output_for_each_class_is_refused():
-    with pytest.raises(ValueError, match="an output for each class"):
-        start_at_zero(torch.nn.Sequential(torch.nn.Linear(4, 4)), ["0"], 3)
-    with pytest.raises(ValueError, match="an output for each class"):
-        start_at_zero(torch.nn.Sequential(torch.nn.Linear(4, 4)), [], 0)
 
 
 def test_the_record_says_why_the_rate_of_the_head_was_not_chosen(tmp_path):

@@ -124,6 +124,13 @@ def test_only_adapter_and_head_move_and_frozen_statistics_stay(tmp_path):
     assert set(before) - unchanged == {"7.fc.weight", "7.fc.bias"}
 
 
+def test_frozen_norms_keep_the_precision_of_their_statistics(tmp_path):
+    outcome = toy_run(tmp_path, lora(), max_steps=2, dtype="bf16", frozen_dtype="bf16", device="cpu").train()
+    frozen = outcome.adapted.model.unload()
+    assert {p.dtype for p in frozen[1].parameters()} == {torch.float32}
+    assert {p.dtype for p in frozen[0].parameters()} == {torch.bfloat16}
+
+
 def test_full_fine_tuning_moves_the_statistics(tmp_path):
     run = toy_run(tmp_path, Full("full"), max_steps=2)
     before = run._base().state_dict()
@@ -233,6 +240,7 @@ def test_gradient_accumulation_equals_the_large_batch(tmp_path):
         ({"lr": -1}, "trainer.lr"),
         ({"dtype": "fp8"}, "trainer.dtype"),
         ({"warmup_ratio": 1.5}, "trainer.warmup_ratio"),
+        ({"schedule": "warmup_stable_decay"}, "trainer.schedule must be one of linear, "),
         ({"batch_size": 10, "gradient_accumulation": 3}, "multiple"),
         ({"max_steps": -1}, "trainer.max_steps"),
         ({"batch_size": "many"}, "trainer.batch_size"),

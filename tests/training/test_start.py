@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 import flora
-from flora.config import cell_id, composed, instantiate_method
+from flora.config import cell_id, composed, idle, instantiate_method
 from flora.errors import ConfigError
 from flora.methods import Peft
 from flora.methods.gradient import GradientSettings
@@ -219,6 +219,40 @@ def test_what_is_saved_is_an_adapter_like_any_other(tmp_path):
         torch.testing.assert_close(outcome.adapted.model.merge_and_unload()(images), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "constant"])
+def test_a_schedule_that_follows_validation_is_a_constant_one_for_the_head(tmp_path, schedule):
+    head = begun(tmp_path, method(), schedule=schedule)[2]._starts["train"]["head"]
+    constant = begun(tmp_path, method(), schedule="constant")[2]._starts["train"]["head"]
+    assert all(torch.equal(a, b) for a, b in zip(head, constant, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "zero_output", "budget": 300}], ids=["start", "ranks"])
+def test_a_deterministic_run_starts_so(tmp_path, monkeypatch, options):
+    seen, loss = [], Start._loss
+
+    def watched(*arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return loss(*arguments)
+
+    monkeypatch.setattr(Start, "_loss", watched)
+    for name in ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(name, "0")  # put back afterwards
+    torch.use_deterministic_algorithms(False)
+    try:
+        begun(tmp_path, method(**options), deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(seen) == {True}
+
+
+def test_an_untrained_run_starts_as_its_reported_fit_would(tmp_path):
+    run = toy_run(tmp_path, method(look={"put_back": False}), VTAB, max_steps=2)
+    run.watching.append(begin := Begin())
+    run.train()
+    state = toy_run(tmp_path, method(look={"put_back": False}), VTAB, max_steps=0).train().adapted.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in begin.weights.items())
+
+
 def test_an_untrained_run_has_its_start_too(tmp_path):
     outcome = toy_run(tmp_path, method(), max_steps=0).train()
     begin = begun(tmp_path, method())[0]
@@ -351,3 +385,5 @@ def test_only_runs_that_look_at_gradients_are_named_by_how():
         made = instantiate_method(composed([*looks, "adapter.gradient.batches=4"]).adapter)
         assert made.gradient == GradientSettings(batches=4)
     assert instantiate_method(composed([]).adapter).gradient is None
+    assert idle(composed([]), ["seed=1", "adapter.gradient.batches=4"]) == ["adapter.gradient.batches=4"]
+    assert idle(composed(["adapter.init=gradient"]), ["adapter.gradient.batches=4"]) == []
