@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from flora.bench.methods import Methods, Ranks
-from flora.bench.networks import Network, add_options, network, unlabelled
-from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
+from flora.bench.methods import Methods, asked_for
+from flora.bench.networks import Network, add_options, unlabelled
+from flora.bench.report import device_of, facts, main, options, positive, table, write
 from flora.bench.timing import spread, summary, timed
-from flora.errors import ConfigError
 
 SPREAD = "interquartile range over the rounds"
 
@@ -30,27 +29,15 @@ def bench_infer() -> None:
     arguments = parsed()
     positive(r=arguments.r, kernel_rank=arguments.kernel_rank, rounds=arguments.rounds, steps=arguments.steps)
     device = device_of(arguments.device)
-    dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    shape = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
-    try:
-        net = network(arguments.model, arguments.batch, DTYPES[dtype], **shape)
-        methods = Methods(net, Ranks(arguments.r, arguments.kernel_rank))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    methods, said = asked_for(arguments, device)
     torch.manual_seed(arguments.seed)
     models = made(methods, device)
+    net = methods.network
     inputs = unlabelled(net.inputs(device))
     rounds = taken_in_turn(models, net, inputs, arguments.rounds, arguments.steps, arguments.seed)
     result = {
         **facts("infer", device),
-        "model": arguments.model,
-        "batch": net.batch,
-        "size": net.spec.image_size if net.kind == "image" else None,
-        "tokens": net.tokens,
-        "dtype": dtype,
-        "channels_last": arguments.channels_last,
-        "r": arguments.r,
-        "kernel_rank": arguments.kernel_rank,
+        **said,
         "rounds": arguments.rounds,
         "steps": arguments.steps,
         "spread": SPREAD,

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 import flora
-from flora.bench.methods import Methods, Ranks
-from flora.bench.networks import add_options, network
-from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
+from flora.bench.methods import Methods, asked_for
+from flora.bench.networks import add_options
+from flora.bench.report import device_of, facts, main, options, positive, table, write
 from flora.bench.timing import Step
 from flora.errors import ConfigError
 from flora.results.markdown import formatted
@@ -34,15 +34,9 @@ def bench_start() -> None:
     arguments = parsed()
     positive(r=arguments.r, kernel_rank=arguments.kernel_rank, batches=arguments.batches)
     device = device_of(arguments.device)
-    dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    shape = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
-    try:
-        net = network(arguments.model, arguments.batch, DTYPES[dtype], **shape)
-        methods = Methods(net, Ranks(arguments.r, arguments.kernel_rank))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    methods, said = asked_for(arguments, device)
     torch.manual_seed(arguments.seed)
-    base = net.build(device)
+    base = methods.network.build(device)
     if arguments.gradient_checkpointing and not hasattr(base, "gradient_checkpointing_enable"):
         raise ConfigError(f"--gradient-checkpointing: {arguments.model} has none; leave it out")
     rows = []
@@ -51,15 +45,8 @@ def bench_start() -> None:
         print(rows[-1], flush=True)
     result = {
         **facts("start", device),
-        "model": arguments.model,
-        "batch": net.batch,
-        "size": net.spec.image_size if net.kind == "image" else None,
-        "tokens": net.tokens,
-        "dtype": dtype,
-        "channels_last": arguments.channels_last,
+        **said,
         "gradient_checkpointing": arguments.gradient_checkpointing,
-        "r": arguments.r,
-        "kernel_rank": arguments.kernel_rank,
         "batches": arguments.batches,
         "rows": rows,
     }

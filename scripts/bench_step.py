@@ -11,9 +11,9 @@ import statistics
 import sys
 from typing import Any
 
-from flora.bench.methods import METHODS, Methods, Ranks
-from flora.bench.networks import add_options, network
-from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
+from flora.bench.methods import METHODS, asked_for
+from flora.bench.networks import add_options
+from flora.bench.report import device_of, facts, main, options, positive, table, write
 from flora.bench.timing import SPREAD, Measured, TimingSettings, measure, spread
 from flora.errors import ConfigError
 from flora.results.markdown import formatted
@@ -31,34 +31,21 @@ def bench_step() -> None:
     device = device_of(arguments.device)
     if arguments.capture and device.type != "cuda":
         raise ConfigError("--capture: only a GPU replays CUDA graphs; leave it out")
-    dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    ranks = Ranks(arguments.r, arguments.kernel_rank, arguments.match)
-    shape = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
     settings = TimingSettings(
         arguments.rounds, arguments.steps, arguments.warmup, arguments.capture, arguments.stay, arguments.seed
     )
-    try:
-        net = network(arguments.model, arguments.batch, DTYPES[dtype], **shape)
-        methods = Methods(net, ranks, arguments.layers)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    say(f"{arguments.model}, batch {net.batch}, {dtype}, on {device_name(device.type == 'cpu')}: {', '.join(names)}")
+    methods, said = asked_for(arguments, device, arguments.match, arguments.layers)
+    where = device_name(device.type == "cpu")
+    say(f"{said['model']}, batch {said['batch']}, {said['dtype']}, on {where}: {', '.join(names)}")
     say(f"of each {settings.warmup} steps of warm-up, then {settings.rounds} rounds of {settings.steps}; a line each")
     if device.type == "cpu":
         say("on a CPU a step of a large network takes minutes: --batch, --size, --rounds and --steps make it shorter")
     measured = measure(methods, names, settings, device, say)
     result = {
         **facts("step", device),
-        "model": arguments.model,
-        "batch": net.batch,
-        "size": net.spec.image_size if net.kind == "image" else None,
-        "tokens": net.tokens,
-        "dtype": dtype,
+        **said,
         "captured": arguments.capture,
-        "channels_last": arguments.channels_last,
         "layers": arguments.layers,
-        "r": arguments.r,
-        "kernel_rank": arguments.kernel_rank,
         "match": arguments.match,
         "stay": arguments.stay,
         "rounds": arguments.rounds,

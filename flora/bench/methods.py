@@ -1,5 +1,6 @@
 """What is compared: the frozen model, full fine-tuning, PEFT's LoRA, FLoRA's forms, and the published layer."""
 
+import argparse
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from flora.bench.dense import make_dense
-from flora.bench.networks import Network
+from flora.bench.networks import Network, network
+from flora.bench.report import DTYPES
+from flora.errors import ConfigError
 from flora.methods.full import Full
 from flora.methods.heads import trained
 from flora.methods.peft import Peft
@@ -149,6 +152,27 @@ class Methods:
         tuning = Peft("flora", "flora.FloraConfig", self.targets, forward=forward, **options)
         tuning.set_budget(budget)
         return tuning
+
+
+def asked_for(
+    arguments: argparse.Namespace, device: torch.device, match: bool = False, layers: str = "all"
+) -> tuple[Methods, dict[str, Any]]:
+    """Methods on the network that a script's options name, and what its result says of them.
+
+    Raises:
+        ConfigError: an option that cannot be used.
+    """
+    dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    shape = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
+    try:
+        net = network(arguments.model, arguments.batch, DTYPES[dtype], **shape)
+        methods = Methods(net, Ranks(arguments.r, arguments.kernel_rank, match), layers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    size = net.spec.image_size if net.kind == "image" else None
+    said = {"model": arguments.model, "batch": net.batch, "size": size, "tokens": net.tokens, "dtype": dtype}
+    said |= {"channels_last": arguments.channels_last, "r": arguments.r, "kernel_rank": arguments.kernel_rank}
+    return methods, said
 
 
 def _still(model: nn.Module) -> nn.Module:

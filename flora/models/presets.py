@@ -33,19 +33,10 @@ def convnext(
         image_size: pixels; None: 64, as in pretraining.
         adapter_targets, head_init: see ``TimmModel``.
     """
-    shipped = Source(
-        bundled="convnextv2_atto_tiny_imagenet.safetensors",
-        sha256="ab3034d162576c14eeb555015d2a6e09af8c0cffd96c31899f8d71481183b305",
-    )
-    return TimmModel(
-        "convnextv2_atto",
-        name="convnext",
-        weights=weights or shipped,
-        image_size=64 if image_size is None else image_size,
-        adapter_targets=adapter_targets,
-        head_init=head_init,
-        **_AS_PRETRAINED,
-    )
+    sha256 = "ab3034d162576c14eeb555015d2a6e09af8c0cffd96c31899f8d71481183b305"
+    shipped = Source(bundled="convnextv2_atto_tiny_imagenet.safetensors", sha256=sha256)
+    settings = {"adapter_targets": adapter_targets, "head_init": head_init}
+    return _pretrained_here("convnextv2_atto", "convnext", weights or shipped, image_size, **settings)
 
 
 def resnet(
@@ -61,20 +52,17 @@ def resnet(
         image_size: pixels; None: 64, as in pretraining.
         adapter_targets, head_init: see ``TimmModel``.
     """
-    shipped = Source(
-        bundled="resnet18_narrow_tiny_imagenet.safetensors",
-        sha256="2ec6a6809fbf03c771caa757db2c8af871d1c0c4da18556a08eab7f2e9c9d57d",
-    )
-    return TimmModel(
-        "resnet18",
-        name="resnet",
-        weights=weights or shipped,
-        image_size=64 if image_size is None else image_size,
-        adapter_targets=adapter_targets,
-        architecture={"channels": (40, 80, 160, 320)},
-        head_init=head_init,
-        **_AS_PRETRAINED,
-    )
+    sha256 = "2ec6a6809fbf03c771caa757db2c8af871d1c0c4da18556a08eab7f2e9c9d57d"
+    shipped = Source(bundled="resnet18_narrow_tiny_imagenet.safetensors", sha256=sha256)
+    architecture = {"channels": (40, 80, 160, 320)}
+    settings = {"adapter_targets": adapter_targets, "head_init": head_init, "architecture": architecture}
+    return _pretrained_here("resnet18", "resnet", weights or shipped, image_size, **settings)
+
+
+def _pretrained_here(timm_name: str, name: str, weights: Weights, image_size: int | None, **settings: Any) -> TimmModel:
+    """A network that ``scripts/pretrain.py`` trained at 64 px, which sees images as it did there."""
+    size = 64 if image_size is None else image_size
+    return TimmModel(timm_name, name=name, weights=weights, image_size=size, **settings, **_AS_PRETRAINED)
 
 
 def efficientnet_lite0(

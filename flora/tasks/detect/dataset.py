@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from flora.errors import DataError
-from flora.tasks.base import COUNTS, Batch, draw
+from flora.tasks.base import Batch
 from flora.tasks.detect.objects import Annotated, mask_of
-from flora.tasks.imagefolder.dataset import threads
-from flora.tasks.images.decode import as_rgb, stand_in
+from flora.tasks.images.decode import as_rgb
+from flora.tasks.images.lazy import LazyRows
 
 
-class AnnotatedImages(Dataset[Batch]):
+class AnnotatedImages(LazyRows):
     """Annotated images that are opened when a batch asks for them.
 
     Args:
-        annotated: where they are.
+        catalogue: where they are.
         rows: which of them, int64 ``[N]``.
         masks: give the masks of objects as well.
         skip: leave out images that cannot be decoded; otherwise they are an error.
         once: whether each image counts once, as in an evaluation, so that one which stands in does not.
     """
 
+    catalogue: Annotated
+
     def __init__(
-        self, annotated: Annotated, rows: np.ndarray, masks: bool = False, skip: bool = False, once: bool = False
+        self, catalogue: Annotated, rows: np.ndarray, masks: bool = False, skip: bool = False, once: bool = False
     ) -> None:
-        self.annotated, self.rows, self.masks, self.skip, self.once = annotated, rows, masks, skip, once
-
-    @property
-    def unreadable(self) -> Tensor:
-        """Of all images, which were met and could not be decoded."""
-        return self.annotated.unreadable
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        super().__init__(catalogue, rows, once)
+        self.masks, self.skip = masks, skip
 
     def __getitem__(self, index: int) -> Batch:
         """A batch of one."""
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def _batch(self, examples: Sequence[np.ndarray], rows: Sequence[int]) -> Batch:
         """The images of a batch, and the ``N`` objects in them to learn from: those with an area that are no crowds.
 
         Returns:
@@ -53,28 +45,12 @@ class AnnotatedImages(Dataset[Batch]):
             ``[B, 2]``, height and width; ``labels`` int64 ``[B]``, numbers of the images; ``found`` int64 ``[B]``, how
             many of the objects are in each; ``boxes`` float32 ``[N, 4]``, left, top, right, bottom; ``classes`` int64
             ``[N]``; with ``masks``: those, uint8 ``[N, H, W]``.
-
-        Raises:
-            DataError: an image that cannot be decoded or is of another size than its annotations say.
         """
-        rows = self.rows[list(indices)]
-        decoded = list(threads(os.getpid()).map(self._decoded, rows))
-        kept = [(image, int(row)) for image, row in zip(decoded, rows, strict=True) if image is not None]
-        if not kept:
-            instead = stand_in(indices[-1], len(self), lambda index: self._decoded(self.rows[index]) is not None)
-            if instead:
-                return self.__getitems__(instead) | ({COUNTS: torch.tensor(False)} if self.once else {})
-            name = self.annotated.images.names[rows[0]]
-            raise DataError(f"{name}, {len(rows) - 1} more of its batch and those after it: none can be decoded")
-        images, whole = zip(*kept, strict=True)
-        return self._batch(images, whole)
-
-    def _batch(self, images: Sequence[np.ndarray], rows: Sequence[int]) -> Batch:
-        objects = self.annotated.objects
-        sizes = np.array([image.shape[:2] for image in images])
+        objects = self.catalogue.objects
+        sizes = np.array([image.shape[:2] for image in examples])
         height, width = sizes.max(axis=0)
-        pixels = np.zeros((len(images), height, width, 3), np.uint8)
-        for place, image in zip(pixels, images, strict=True):
+        pixels = np.zeros((len(examples), height, width, 3), np.uint8)
+        for place, image in zip(pixels, examples, strict=True):
             place[: image.shape[0], : image.shape[1]] = image
         taken = [self._learnt(row, size) for row, size in zip(rows, sizes, strict=True)]
         batch = {
@@ -96,7 +72,7 @@ class AnnotatedImages(Dataset[Batch]):
 
     def _learnt(self, row: int, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which objects of an image are learnt from, and their corners ``[n, 4]`` within the image."""
-        objects, (height, width) = self.annotated.objects, size
+        objects, (height, width) = self.catalogue.objects, size
         which = np.arange(*objects.of(row).indices(len(objects.boxes)))
         boxes = objects.boxes[which]
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
@@ -104,26 +80,20 @@ class AnnotatedImages(Dataset[Batch]):
         good = ~objects.crowds[which] & (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])
         return which[good], corners[good]
 
-    def concat(self, other: AnnotatedImages) -> AnnotatedImages:
-        """Both after each other, as this one gives its images; of one data set."""
-        assert other.annotated is self.annotated
-        return self._with(np.concatenate([self.rows, other.rows]))
-
-    def subset(self, count: int, seed: int = 0) -> AnnotatedImages:
-        """``count`` images in their old order, drawn with ``seed``."""
-        return self if count >= len(self) else self._with(self.rows[np.sort(draw(len(self), seed)[:count])])
+    def _name(self, row: int) -> str:
+        return self.catalogue.images.names[row]
 
     def _with(self, rows: np.ndarray) -> AnnotatedImages:
-        return AnnotatedImages(self.annotated, rows, self.masks, self.skip, self.once)
+        return AnnotatedImages(self.catalogue, rows, self.masks, self.skip, self.once)
 
-    def _decoded(self, row: int) -> np.ndarray | None:
-        images = self.annotated.images
+    def _decode(self, row: int) -> np.ndarray | None:
+        images = self.catalogue.images
         try:  # as they are stored: boxes are counted from there
             image = np.asarray(as_rgb(images.openers[row], images.names[row], "stored"))
         except DataError:
             if not self.skip:
                 raise
-            self.annotated.unreadable[row] = True
+            self.catalogue.unreadable[row] = True
             return None
         if image.shape[:2] != tuple(images.sizes[row]):
             (height, width), (said, wide) = image.shape[:2], images.sizes[row]

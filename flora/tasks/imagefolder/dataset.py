@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from flora.errors import DataError
-from flora.tasks.base import COUNTS, Batch, draw
-from flora.tasks.images.decode import as_rgb, stand_in
+from flora.tasks.base import Batch
+from flora.tasks.images.decode import as_rgb
+from flora.tasks.images.lazy import LazyRows
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Catalogue:
         return sorted(self.names[row] for row in self.unreadable.nonzero().flatten().tolist())
 
 
-class LazyImages(Dataset[Batch]):
+class LazyImages(LazyRows):
     """Images that are opened when a batch asks for them.
 
     Args:
@@ -58,6 +55,8 @@ class LazyImages(Dataset[Batch]):
         once: whether each image counts once, as in an evaluation, so that one which stands in does not.
     """
 
+    catalogue: Catalogue
+
     def __init__(
         self,
         catalogue: Catalogue,
@@ -67,60 +66,26 @@ class LazyImages(Dataset[Batch]):
         skip: bool = False,
         once: bool = False,
     ):
-        self.catalogue, self.rows, self.transform, self.draws, self.skip = catalogue, rows, transform, draws, skip
-        self.once = once
-        self.moment = (0, 0)
+        super().__init__(catalogue, rows, once)
+        self.transform, self.draws, self.skip = transform, draws, skip
 
     @property
     def labels(self) -> np.ndarray:
         """Class indices ``[N]``."""
         return self.catalogue.labels[self.rows]
 
-    @property
-    def unreadable(self) -> Tensor:
-        """Of all images of the catalogue, which were met and could not be decoded."""
-        return self.catalogue.unreadable
+    def _decoding(self) -> contextlib.AbstractContextManager[None]:
+        return _generators_kept() if self.draws else contextlib.nullcontext()
 
-    def begin_epoch(self, seed: int, epoch: int) -> None:
-        """Say what the random numbers of a transform depend on, beside the image."""
-        self.moment = (seed, epoch)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Batch:
-        """One example."""
-        return {name: value[0] for name, value in self.__getitems__([index]).items() if name != COUNTS}
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """``pixel_values`` uint8 ``[B, 3, H, W]`` and ``labels`` int64 ``[B]``, without images that are skipped.
-
-        Where all are skipped, the next image that can be decoded stands in.
-        """
-        rows = self.rows[list(indices)]
-        with _generators_kept() if self.draws else contextlib.nullcontext():
-            decoded = list(threads(os.getpid()).map(self._decode, rows))
-        kept = [(pixels, row) for pixels, row in zip(decoded, rows, strict=True) if pixels is not None]
-        if not kept:
-            instead = stand_in(indices[-1], len(self), lambda index: self._decode(self.rows[index]) is not None)
-            if instead:
-                return self.__getitems__(instead) | ({COUNTS: torch.tensor(False)} if self.once else {})
-            name = self.catalogue.names[rows[0]]
-            raise DataError(f"{name}, {len(rows) - 1} more of its batch and those after it: none can be decoded")
-        pixels, whole = zip(*kept, strict=True)
+    def _batch(self, examples: Sequence[np.ndarray], rows: Sequence[int]) -> Batch:
+        """``pixel_values`` uint8 ``[B, 3, H, W]`` and ``labels`` int64 ``[B]``."""
         return {
-            "pixel_values": torch.from_numpy(np.stack(pixels)),
-            "labels": torch.from_numpy(self.catalogue.labels[list(whole)]),
+            "pixel_values": torch.from_numpy(np.stack(examples)),
+            "labels": torch.from_numpy(self.catalogue.labels[list(rows)]),
         }
 
-    def concat(self, other: LazyImages) -> LazyImages:
-        """Both after each other, under this one's transform; of one catalogue."""
-        assert other.catalogue is self.catalogue
-        return self._with(np.concatenate([self.rows, other.rows]))
-
-    def subset(self, count: int, seed: int = 0) -> LazyImages:
-        """``count`` examples in their old order, drawn with ``seed``."""
-        return self if count >= len(self) else self._with(self.rows[np.sort(draw(len(self), seed)[:count])])
+    def _name(self, row: int) -> str:
+        return self.catalogue.names[row]
 
     def _with(self, rows: np.ndarray) -> LazyImages:
         return LazyImages(self.catalogue, rows, self.transform, self.draws, self.skip, self.once)
@@ -161,10 +126,3 @@ def _generators_kept() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(own)
-
-
-@cache
-def threads(process: int) -> ThreadPoolExecutor:
-    """What opens images in a process, ``os.getpid()``."""
-    # A process that is forked has its parent's pool, but not the pool's threads.
-    return ThreadPoolExecutor(max_workers=min(32, os.cpu_count() or 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset as TorchDataset
 
 from flora.errors import DataError, first_line
-from flora.tasks.base import COUNTS, Batch, draw
-from flora.tasks.imagefolder.dataset import threads
-from flora.tasks.images.decode import as_rgb, stand_in
+from flora.tasks.base import Batch
+from flora.tasks.images.decode import as_rgb
+from flora.tasks.images.lazy import LazyRows
 from flora.tasks.segment.datasets import IGNORED, Dataset
 from flora.tasks.segment.files import Scene
 
@@ -80,7 +78,7 @@ class Catalogue:
             raise DataError(f"{scene.name}: its mask is of another data set: {error}") from error
 
 
-class LazyScenes(TorchDataset[Batch]):
+class LazyScenes(LazyRows):
     """Images with masks that are opened when a batch asks for them.
 
     Args:
@@ -91,62 +89,34 @@ class LazyScenes(TorchDataset[Batch]):
             one size; otherwise images are of any size, and batches are filled up.
     """
 
+    catalogue: Catalogue
+
     def __init__(self, catalogue: Catalogue, rows: np.ndarray, change: Change, draws: bool) -> None:
-        self.catalogue, self.rows, self.change, self.draws = catalogue, rows, change, draws
-        self.moment = (0, 0)
+        super().__init__(catalogue, rows, once=not draws)
+        self.change, self.draws = change, draws
 
-    @property
-    def unreadable(self) -> Tensor:
-        """Of all scenes of the catalogue, which were met and could not be decoded."""
-        return self.catalogue.unreadable
-
-    def begin_epoch(self, seed: int, epoch: int) -> None:
-        """Say what random numbers depend on, beside the image."""
-        self.moment = (seed, epoch)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Batch:
-        """One example."""
-        return {name: value[0] for name, value in self.__getitems__([index]).items() if name != COUNTS}
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """A batch without scenes that are skipped; where all are, the next that can be decoded stands in.
+    def _batch(self, examples: Sequence[tuple[np.ndarray, np.ndarray]], rows: Sequence[int]) -> Batch:
+        """Images and labels, filled up to one size.
 
         ``pixel_values`` uint8 ``[B, 3, h, w]`` and ``labels`` int16 ``[B, H, W]``, ``IGNORED`` where a pixel does not
         count. In an evaluation also ``sizes`` int64 ``[B, 4]``, heights and widths of image and labels before they were
         filled up at the bottom and on the right, and ``rows`` int64 ``[B]`` of the catalogue.
         """
-        rows = self.rows[list(indices)]
-        decoded = list(threads(os.getpid()).map(self._decode, rows))
-        kept = [(*both, int(row)) for both, row in zip(decoded, rows, strict=True) if both is not None]
-        if not kept:
-            instead = stand_in(indices[-1], len(self), lambda index: self._decode(self.rows[index]) is not None)
-            if instead:
-                return self.__getitems__(instead) | ({} if self.draws else {COUNTS: torch.tensor(False)})
-            name = self.catalogue.scenes[rows[0]].name
-            raise DataError(f"{name}, {len(rows) - 1} more of its batch and those after it: none can be decoded")
-        pixels, labels, own = zip(*kept, strict=True)
+        pixels, labels = zip(*examples, strict=True)
         batch = {
             "pixel_values": _filled([torch.from_numpy(image).permute(2, 0, 1) for image in pixels], 0),
             "labels": _filled([torch.from_numpy(label) for label in labels], IGNORED),
         }
         if self.draws:
             return batch
-        sizes = [(*image.shape[:2], *label.shape) for image, label, _ in kept]
-        return batch | {"sizes": torch.tensor(sizes), "rows": torch.tensor(own)}
+        sizes = [(*image.shape[:2], *label.shape) for image, label in examples]
+        return batch | {"sizes": torch.tensor(sizes), "rows": torch.tensor(rows)}
 
-    def concat(self, other: LazyScenes) -> LazyScenes:
-        """Both after each other, under this one's change; of one catalogue."""
-        assert other.catalogue is self.catalogue
-        return LazyScenes(self.catalogue, np.concatenate([self.rows, other.rows]), self.change, self.draws)
+    def _name(self, row: int) -> str:
+        return self.catalogue.scenes[row].name
 
-    def subset(self, count: int, seed: int = 0) -> LazyScenes:
-        """``count`` examples in their old order, drawn with ``seed``."""
-        if count >= len(self):
-            return self
-        return LazyScenes(self.catalogue, self.rows[np.sort(draw(len(self), seed)[:count])], self.change, self.draws)
+    def _with(self, rows: np.ndarray) -> LazyScenes:
+        return LazyScenes(self.catalogue, rows, self.change, self.draws)
 
     def _decode(self, row: int) -> tuple[np.ndarray, np.ndarray] | None:
         if (read := self.catalogue.read(int(row))) is None:

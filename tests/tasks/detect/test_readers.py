@@ -181,7 +181,7 @@ def test_images_that_are_not_there_are_an_error_or_counted(tmp_path):
     part, names, _ = coco.read(annotations(tmp_path), missing="skip")
     images = AnnotatedImages(Annotated.of([part], names), np.arange(4), skip=True)
     assert images.__getitems__([1, 2, 3])["labels"].tolist() == [1, 3]
-    assert images.annotated.skipped() == [str(tmp_path / "train2017" / "002.png")]
+    assert images.catalogue.skipped() == [str(tmp_path / "train2017" / "002.png")]
 
 
 def test_an_unreadable_image_is_an_error_or_counted_and_never_leaves_a_batch_empty(tmp_path):
