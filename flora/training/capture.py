@@ -61,7 +61,8 @@ class CapturedStep:
 
     Equal to calling ``function``: random numbers are drawn anew by every replay, gradients add up over micro-batches.
     A batch of other shapes, such as an epoch's last, runs eagerly, and so does everything where the function waits for
-    the GPU or draws random numbers on the CPU: ``refusal`` then says why.
+    the GPU, draws random numbers on the CPU, or, from then on, where a batch trains other parameters than the captured
+    one: ``refusal`` then says why.
 
     Args:
         function: ``(batch, parts) -> loss``, detached; adds the gradients of ``loss / parts``.
@@ -106,8 +107,11 @@ class CapturedStep:
             return self.recorder.run_beside(self.function, batch, parts)
         loss, self.refusal = watched(lambda: self.recorder.run_beside(self.function, batch, parts))
         if self.refusal is not None:
-            say_once(f"trainer.cuda_graph: the step {self.refusal}, so it is not captured")
+            self._say()
         return loss
+
+    def _say(self) -> None:
+        say_once(f"trainer.cuda_graph: the step {self.refusal}, so it is not captured")
 
     def _fits(self, batch: Batch, parts: int) -> bool:
         return (
@@ -129,8 +133,14 @@ class CapturedStep:
 
     def _eager(self, batch: Batch, parts: int) -> Tensor:
         loss = self.function(batch, parts)
+        # A captured optimizer would leave out what had no gradient then, and take an old one of what has none now.
+        if any((g is None) != (p.grad is None) for p, g in zip(self.parameters, self._gradients, strict=True)):
+            self.refusal = "does not train the same parameters with every batch"
+            self._gradients, self._replays = [], {}
+            self._say()
+            return loss
         for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
-            if gradient is not None and parameter.grad is not None and parameter.grad is not gradient:
+            if gradient is not None and parameter.grad is not gradient:
                 gradient.copy_(parameter.grad)
                 parameter.grad = gradient
         return loss

@@ -45,7 +45,8 @@ class Recorder:
                 parameter.grad = None
             result.copy_(function())
             for parameter, gradient, add in zip(parameters, made, adds, strict=True):
-                gradient.copy_(gradient + parameter.grad if add else parameter.grad)
+                if gradient is not None:
+                    gradient.copy_(gradient + parameter.grad if add else parameter.grad)
                 parameter.grad = None if not add else gradient
             return result
 
@@ -117,6 +118,45 @@ def test_a_step_that_draws_on_the_cpu_is_refused_once_in_plain_words(recorded, m
         assert (step.captured, step.recorder.captures) == (False, 0)
     expected = "warning: trainer.cuda_graph: the step draws random numbers on the CPU, so it is not captured\n"
     assert capsys.readouterr().err == expected
+
+
+class Branches(nn.Module):
+    """Two layers, of which a batch with images uses both."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.images = nn.Linear(4, 3), nn.Linear(2, 3)
+
+    def loss(self, batch, parts):
+        out = self.words(batch["x"])
+        if "images" in batch:
+            out = out + self.images(batch["images"])
+        loss = out.square().mean() / parts
+        loss.backward()
+        return loss.detach()
+
+
+def branches(images, device="cpu"):
+    """Batches, some with images."""
+    torch.manual_seed(1)
+    batches = [{"x": torch.randn(8, 4), **({"images": torch.randn(8, 2)} if i else {})} for i in images]
+    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+
+
+WITH_AND_WITHOUT = [[0, 0, 0, 0, 0, 1, 0, 1], [1, 1, 1, 1, 1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("images", WITH_AND_WITHOUT)
+def test_a_step_that_trains_other_parameters_goes_on_eagerly(recorded, capsys, images):
+    capture.say_once.cache_clear()
+    model = Branches()
+    step = recorded(model.loss, model.parameters())
+    for batch, shown in zip(branches(images), images, strict=True):
+        model.zero_grad()
+        step(batch)
+        assert (model.images.weight.grad is not None) == bool(shown)
+    assert (step.captured, step.recorder.captures) == (False, 1)
+    assert capsys.readouterr().err.count("does not train the same parameters with every batch") == 1
 
 
 def test_on_a_cpu_the_run_goes_on_eagerly_and_says_so(tmp_path, capsys):
@@ -239,6 +279,26 @@ class Waiting(nn.Module):
 class Drawing(nn.Module):
     def forward(self, x):
         return x * (1.0 if random.random() < 0.5 else 0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("images", WITH_AND_WITHOUT)
+def test_parameters_that_some_batches_do_not_train_move_as_eagerly(images):
+    torch.manual_seed(0)
+    eager = Branches().cuda()
+    model = Branches().cuda()
+    model.load_state_dict(eager.state_dict())
+    plain = torch.optim.AdamW(eager.parameters(), lr=0.1)
+    graphs = capture.CapturedAdamW(model.parameters(), lr=0.1)
+    step = capture.CapturedStep(model.loss, list(model.parameters()))
+    graphs.follow(step)
+    for batch in branches(images, "cuda"):
+        for optimizer, function in ((plain, lambda b: eager.loss(b, 1)), (graphs, step)):
+            optimizer.zero_grad(set_to_none=True)
+            function(batch)
+            optimizer.step()
+        for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
