@@ -140,7 +140,7 @@ class CapturedStep:
             self._say()
             return loss
         for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
-            if gradient is not None and parameter.grad is not gradient:
+            if gradient is not None and parameter.grad is not None and parameter.grad is not gradient:
                 gradient.copy_(parameter.grad)
                 parameter.grad = gradient
         return loss
