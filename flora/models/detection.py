@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import AnchorGenerator, FasterRCNN, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.transform import resize_boxes
@@ -80,6 +81,14 @@ class DetectionModel(DenseModel):
         return Detector(features, num_classes, self.sizes, self.masks, self.mean, self.std)
 
 
+class WholeBoxes(BoxCoder):
+    """Torchvision's, which would round boxes to bf16 where the network computes in it: by four pixels at a thousand."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """See BoxCoder.decode_single."""
+        return super().decode_single(rel_codes.float(), boxes)
+
+
 class Detector(nn.Module):
     """A feature pyramid, proposals and heads over feature maps; torchvision's parts, apart so that each is a head.
 
@@ -124,7 +133,10 @@ class Detector(nn.Module):
             **parts,
         )
         self.transform, self.rpn, self.roi_heads = whole.transform, whole.rpn, whole.roi_heads
+        for part in (self.rpn, self.roi_heads):
+            part.box_coder = WholeBoxes(part.box_coder.weights)
         self.masks = masks
+        self.parts = ("objectness", "rpn_box_reg", "classifier", "box_reg", *(["mask"] if masks else []))
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
         """Losses of images, and where the network is not training what it finds in them.
@@ -154,9 +166,8 @@ class Detector(nn.Module):
     def _losses(self, images: Any, levels: Any, targets: Any) -> Tensor:
         proposals, of_proposals = self.rpn(images, levels, targets)
         _, of_heads = self.roi_heads(levels, proposals, images.image_sizes, targets)
-        names = ("objectness", "rpn_box_reg", "classifier", "box_reg", *(["mask"] if self.masks else []))
         losses = of_proposals | of_heads
-        return torch.stack([losses[f"loss_{name}"].float() for name in names])
+        return torch.stack([losses[f"loss_{name}"].float() for name in self.parts])
 
     def _losses_in_evaluation(self, images: Any, levels: Any, targets: Any) -> Tensor:
         """Those of training; the proposals to learn from are drawn alike each time, and by nobody else's numbers."""

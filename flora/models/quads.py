@@ -102,12 +102,13 @@ def rectangles(quads: Tensor) -> Tensor:
     across = torch.stack([-along[..., 1], along[..., 0]], dim=-1)
     middle = quads.mean(dim=1, keepdim=True)
     spread = quads - middle
-    u, v = spread @ along.mT, spread @ across.mT  # [N, 4, 6]
+    # No product of matrices: autocast would round it.
+    u, v = ((spread[:, :, None] * way[:, None]).sum(dim=-1) for way in (along, across))  # [N, 4, 6]
     low, high = torch.stack([u.amin(1), v.amin(1)], -1), torch.stack([u.amax(1), v.amax(1)], -1)  # [N, 6, 2]
     best = (high - low).prod(dim=-1).argmin(dim=1)
     each = torch.arange(len(quads), device=quads.device)
-    frame = torch.stack([along[each, best], across[each, best]], dim=1)  # [N, 2, 2]
-    return corners(torch.cat([low[each, best], high[each, best]], dim=-1)) @ frame + middle
+    places = corners(torch.cat([low[each, best], high[each, best]], dim=-1))
+    return middle + places[..., :1] * along[each, best, None] + places[..., 1:] * across[each, best, None]
 
 
 def _cross(one: Tensor, other: Tensor) -> Tensor:

@@ -56,9 +56,9 @@ def test_overlaps_of_quadrilaterals_that_share_corners_and_sides():
         square,
         square[::-1],
         np.roll(square, 1, axis=0),
-        square + [10, 0],  # side by side
-        square + [10, 10],  # corner to corner
-        square + [5, 0],
+        square + np.array([10, 0]),  # side by side
+        square + np.array([10, 10]),  # corner to corner
+        square + np.array([5, 0]),
         square * 0.5,
         square * [1, 0],  # a line
         [[5, -5], [15, 5], [5, 15], [-5, 5]],
