@@ -77,7 +77,7 @@ class ObjectTask(Task[DetectionModel]):
     def report(self, metric: Any, splits: Splits, folder: Path) -> None:
         """Write ``detections.png``, some test images with what was found; say which images were not readable."""
         skipped = self.annotated.skipped()
-        of = {split: lost(self.annotated, getattr(splits, split).rows) for split in splits.facts["counts"]}
+        of = {split: lost(self.annotated, getattr(splits, split).images) for split in splits.facts["counts"]}
         splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10], "of": of}
         if skipped:
             say(f"{self.dataset}: {len(skipped)} images cannot be decoded and were left out ({', '.join(skipped[:3])})")

@@ -111,6 +111,6 @@ def _three(folder: Path, rows: dict[str, np.ndarray], held_out: float, seed: int
     return parts, f"validation a drawn {held_out:.1%} of train, seed {seed}"
 
 
-def lost(annotated: Annotated, rows: Sequence[int]) -> int:
+def lost(annotated: Annotated, images: Sequence[int]) -> int:
     """How many of these images could not be decoded."""
-    return int(annotated.unreadable.numpy()[list(rows)].sum())
+    return int(annotated.unreadable.numpy()[list(images)].sum())
