@@ -35,6 +35,8 @@ class Sizes:
         anchors: side in pixels of the anchors at each of five levels, each in three shapes.
         channels: of the feature pyramid and the mask head.
         hidden: width of the box head.
+        proposals: boxes that the heads look at in an image, in training and in evaluation.
+        regions: of them that training learns from.
     """
 
     short_sides: Sequence[int] = (800,)
@@ -42,9 +44,12 @@ class Sizes:
     anchors: Sequence[int] = (32, 64, 128, 256, 512)
     channels: int = 256
     hidden: int = 1024
+    proposals: tuple[int, int] = (2000, 1000)
+    regions: int = 512
 
     def __post_init__(self) -> None:
-        numbers = (*self.short_sides, self.longest_side, *self.anchors, self.channels, self.hidden)
+        heads = (self.channels, self.hidden, *self.proposals, self.regions)
+        numbers = (*self.short_sides, self.longest_side, *self.anchors, *heads)
         if not self.short_sides or not all(isinstance(number, int) and number > 0 for number in numbers):
             raise ConfigError("task: sizes of images, anchors and heads must be positive whole numbers")
         if len(self.anchors) != 5:
@@ -130,6 +135,9 @@ class Detector(nn.Module):
             max_size=sizes.longest_side,
             image_mean=list(mean),
             image_std=list(std),
+            rpn_post_nms_top_n_train=sizes.proposals[0],
+            rpn_post_nms_top_n_test=sizes.proposals[1],
+            box_batch_size_per_image=sizes.regions,
             **parts,
         )
         self.transform, self.rpn, self.roi_heads = whole.transform, whole.rpn, whole.roi_heads

@@ -41,6 +41,8 @@ class Oriented(ObjectTask):
         seen: side in pixels at which the network sees a tile; of several in training one is drawn, evaluation takes the
             last.
         anchors, channels, hidden: see ``flora.models.detection.Sizes``.
+        proposals: boxes that the heads look at in a tile.
+        regions: of them that training learns from.
         most: detections of a tile.
         at_once: tiles in a forward pass of an evaluation.
         flip: probability of a training tile to be mirrored left to right, and of one to be mirrored upside down.
@@ -68,6 +70,8 @@ class Oriented(ObjectTask):
         anchors: Sequence[int] = (32, 64, 128, 256, 512),
         channels: int = 256,
         hidden: int = 1024,
+        proposals: int = 2000,
+        regions: int = 512,
         most: int = 2000,
         at_once: int = 8,
         flip: float = 0.5,
@@ -88,7 +92,8 @@ class Oriented(ObjectTask):
             raise ConfigError(f"task.seen={list(seen)} must be whole numbers of at least {_LEAST} pixels")
         self.tile, self.overlap, self.visible, self.most, self.at_once = tile, overlap, visible, most, at_once
         self.turn = turn
-        self.sizes = Sizes(tuple(seen), max(seen), tuple(anchors), channels, hidden)
+        heads = (channels, hidden, (proposals, proposals), regions)
+        self.sizes = Sizes(tuple(seen), max(seen), tuple(anchors), *heads)
 
     def network(self, model: ModelSpec) -> DetectionModel:
         """An oriented detector over the model's feature maps."""
