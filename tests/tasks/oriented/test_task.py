@@ -298,15 +298,13 @@ def test_two_processes_count_each_image_once(tmp_path, folder):
 
 def steps(data, place):
     """An epoch in one of several processes: what of the pyramid it has learnt."""
-    run = trained(place, data, epochs=1, batch_size=11)
+    run = trained(place, data, epochs=1, batch_size=2, max_train_examples=11)
     return run.train().adapted.model.base_model.model.fpn.modules_to_save["default"].inner_blocks[0][0].weight.tolist()
 
 
 @pytest.mark.dist
 def test_two_processes_train_on_uneven_parts_and_agree(tmp_path, folder):
     (tmp_path / "run").mkdir()
-    assert len(read(folder)[2].train) == 12  # the last batch is of one process
-
-    one, other = together(tmp_path / "said", steps, folder, tmp_path / "run")
+    one, other = together(tmp_path / "said", steps, folder, tmp_path / "run")  # the last of eleven tiles is alone
 
     assert one == other
