@@ -101,7 +101,7 @@ def glide_losses(glides: Tensor, labels: Tensor, wanted: Tensor) -> tuple[Tensor
         wanted: ``[N, 5]``, of the objects that the regions show.
     """
     positive = labels > 0
-    found = glides.gather(1, labels.clamp(min=0)[:, None, None].expand(-1, 1, GLIDES))[:, 0]
+    found = glides[torch.arange(len(labels), device=labels.device), labels]
     each = F.smooth_l1_loss(found, wanted, beta=BETA, reduction="none") * positive[:, None]
     clear = wanted[:, 4] < AMBIGUOUS
     count = max(len(labels), 1)

@@ -81,4 +81,5 @@ class ObjectTask(Task[DetectionModel]):
         splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10], "of": of}
         if skipped:
             say(f"{self.dataset}: {len(skipped)} images cannot be decoded and were left out ({', '.join(skipped[:3])})")
-        draw_sheet(self.annotated, metric.found, metric.images, folder / "detections.png", self.outline)
+        about = f"{self.dataset} images; " if splits.facts["source"] == self.dataset else ""
+        draw_sheet(self.annotated, metric.found, metric.images, folder / "detections.png", self.outline, about)

@@ -21,7 +21,9 @@ LEAST = 0.5  # score of a detection that is drawn
 _BOX = [0, 1, 2, 1, 2, 3, 0, 3]  # the corners of left, top, right, bottom
 
 
-def draw_sheet(annotated: Annotated, found: np.ndarray, images: np.ndarray, path: Path, numbers: int = 4) -> None:
+def draw_sheet(
+    annotated: Annotated, found: np.ndarray, images: np.ndarray, path: Path, numbers: int = 4, about: str = ""
+) -> None:
     """A picture of some of these images; their objects dotted, detections of a score from LEAST in full lines.
 
     Args:
@@ -30,12 +32,13 @@ def draw_sheet(annotated: Annotated, found: np.ndarray, images: np.ndarray, path
         images: their numbers ``[B]``.
         path: of the picture.
         numbers: of a detection's outline: 4, left, top, right and bottom; or 8, x and y of four corners.
+        about: what else to say of the images.
     """
     with drawing(path):
-        sheet(annotated, found, images, numbers).savefig(path)
+        sheet(annotated, found, images, numbers, about).savefig(path)
 
 
-def sheet(annotated: Annotated, found: np.ndarray, images: np.ndarray, numbers: int = 4) -> Figure:
+def sheet(annotated: Annotated, found: np.ndarray, images: np.ndarray, numbers: int = 4, about: str = "") -> Figure:
     """The figure of ``draw_sheet``: a colour for each class, on twelve images at most."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -79,5 +82,5 @@ def sheet(annotated: Annotated, found: np.ndarray, images: np.ndarray, numbers: 
     lines = [Line2D([], [], color=colours[label % len(colours)]) for label in sorted(seen)]
     names = [annotated.class_names[label].replace("$", r"\$") for label in sorted(seen)]
     figure.legend(lines, names, loc="outside upper center", ncols=min(8, max(1, len(names))), fontsize=8)
-    figure.supxlabel(f"dotted: annotated; lines: found, with a score of {LEAST} and more", fontsize=8)
+    figure.supxlabel(f"{about}dotted: annotated; lines: found, with a score of {LEAST} and more", fontsize=8)
     return figure

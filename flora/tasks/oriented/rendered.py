@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from flora.errors import DataError
+from flora.tasks import manifest
 from flora.tasks.base import draw
 from flora.tasks.detect.files import divided
 from flora.tasks.detect.objects import Annotated, Part
@@ -121,8 +122,9 @@ def open_rendered(data: Path, seed: int) -> tuple[Annotated, dict[str, np.ndarra
     Raises:
         DataError: the photographs are not there, or too few.
     """
-    parts = {}
-    for split, path in files(data).items():
+    parts, tables = {}, files(data)
+    manifest.check(data / PHOTOGRAPHS, [*tables.values()])
+    for split, path in tables.items():
         read_class_names([path], None)  # a table of images
         cells = pq.read_table(path, columns=["image"])["image"].to_pylist()
         if len(cells) < COUNTS[split]:

@@ -81,6 +81,8 @@ def test_two_steps_leave_a_record_a_picture_and_what_was_trained(run, adapter):
 
 
 def test_what_is_rendered_says_so(run, folder, monkeypatch):
+    said = []
+    monkeypatch.setattr("matplotlib.figure.Figure.supxlabel", lambda figure, text, **kwargs: said.append(text))
     monkeypatch.setattr(rendered, "COUNTS", {"train": 4, "validation": 3, "test": 3})
     write_photographs(folder / "rsscn7")
 
@@ -90,6 +92,7 @@ def test_what_is_rendered_says_so(run, folder, monkeypatch):
     assert (record["dataset"], record["data"]["source"]) == ("rendered", "rendered")
     assert record["data"]["counts"] == {"train": 4, "validation": 3, "test": 3}
     assert record["data"]["split_rule"] == "drawn on photographs of the same split of rsscn7, seed 0"
+    assert said[0].startswith("rendered images; ")
     assert "dataset rendered (source: rendered)" in Path(record["adapter_path"], "README.md").read_text()
 
 
