@@ -140,3 +140,16 @@ def test_rectangles_are_the_smallest():
     np.testing.assert_allclose((sides * np.roll(sides, -1, axis=1)).sum(-1), 0, atol=1e-6)  # right angles
     grown = shapely.buffer(shapely.polygons(found), 1e-6)
     assert shapely.covers(grown, shapely.multipoints(made)).all()
+
+
+@pytest.mark.gpu
+def test_a_gpu_says_the_same():
+    one, other = (torch.tensor(valid(random_quads(seed))[:200]) for seed in (0, 1))
+    scores, classes = torch.rand(200, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 3
+
+    overlaps = quads.overlaps(one.cuda(), other.cuda()).cpu()
+    kept = quads.suppressed(one.cuda(), scores.cuda(), classes.cuda(), 0.3).cpu()
+
+    torch.testing.assert_close(overlaps, quads.overlaps(one, other), rtol=0, atol=1e-9)
+    assert torch.equal(kept, quads.suppressed(one, scores, classes, 0.3))
+    torch.testing.assert_close(quads.rectangles(one.cuda()).cpu(), quads.rectangles(one))

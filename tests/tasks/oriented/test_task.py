@@ -313,3 +313,22 @@ def test_two_processes_train_on_uneven_parts_and_agree(tmp_path, folder):
     one, other = together(tmp_path / "said", steps, folder, tmp_path / "run")  # the last of eleven tiles is alone
 
     assert one == other
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_and_finds_as_a_cpu_does(folder):
+    task, spec, splits = read(folder, flip=0.0, turn=False)
+    torch.manual_seed(0)
+    network, forward = spec.build(splits.num_classes).eval(), task.forward(spec)
+    batch = splits.test.__getitems__(range(3))
+    with torch.no_grad():
+        there, _ = forward(network, batch, False)
+        network.cuda()
+        here, _ = forward(network, {name: value.cuda() for name, value in batch.items()}, False)
+    torch.testing.assert_close(here["losses"].cpu(), there["losses"], rtol=0.05, atol=1e-3)  # other regions are drawn
+
+    network.train()
+    with torch.autocast("cuda", torch.bfloat16):
+        outputs, targets = forward(network, {n: v.cuda() for n, v in splits.train.__getitems__([0, 1]).items()}, True)
+    task.loss(outputs, targets, 0.0).backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
