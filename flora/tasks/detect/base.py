@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from flora.errors import ConfigError
@@ -51,6 +52,11 @@ class ObjectTask(Task[DetectionModel]):
         self.name, self.dataset, self.epochs = name, dataset, epochs
         self.flip, self.held_out, self.split_seed, self.unreadable = flip, held_out, split_seed, unreadable
         self._annotated: Annotated | None = None
+        self._rows: dict[str, np.ndarray] = {}
+
+    def _keep(self, annotated: Annotated, rows: dict[str, np.ndarray]) -> None:
+        """Remember what has been read: the images, and the rows of each split."""
+        self._annotated, self._rows = annotated, rows
 
     @property
     def annotated(self) -> Annotated:
@@ -77,7 +83,7 @@ class ObjectTask(Task[DetectionModel]):
     def report(self, metric: Any, splits: Splits, folder: Path) -> None:
         """Write ``detections.png``, some test images with what was found; say which images were not readable."""
         skipped = self.annotated.skipped()
-        of = {split: lost(self.annotated, getattr(splits, split).images) for split in splits.facts["counts"]}
+        of = {split: lost(self.annotated, rows) for split, rows in self._rows.items()}
         splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10], "of": of}
         if skipped:
             say(f"{self.dataset}: {len(skipped)} images cannot be decoded and were left out ({', '.join(skipped[:3])})")

@@ -33,11 +33,6 @@ class AnnotatedImages(LazyRows):
         super().__init__(catalogue, rows, once)
         self.masks, self.skip = masks, skip
 
-    @property
-    def images(self) -> np.ndarray:
-        """Numbers of the images."""
-        return self.rows
-
     def __getitem__(self, index: int) -> Batch:
         """A batch of one."""
         return self.__getitems__([index])

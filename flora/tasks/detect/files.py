@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -111,6 +110,6 @@ def _three(folder: Path, rows: dict[str, np.ndarray], held_out: float, seed: int
     return parts, f"validation a drawn {held_out:.1%} of train, seed {seed}"
 
 
-def lost(annotated: Annotated, images: Sequence[int]) -> int:
+def lost(annotated: Annotated, images: np.ndarray) -> int:
     """How many of these images could not be decoded."""
-    return int(annotated.unreadable.numpy()[list(images)].sum())
+    return int(annotated.unreadable.numpy()[images].sum())

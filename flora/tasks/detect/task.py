@@ -81,7 +81,7 @@ class Detect(ObjectTask):
         annotated, rows, facts = open_folder(folder, self.held_out, self.split_seed, self.unreadable)
         if self.masks and annotated.objects.masks is None:
             raise DataError(f"{folder}: not all objects have a mask: set task.masks=false, which detects boxes alone")
-        self._annotated = annotated
+        self._keep(annotated, rows)
         facts |= {
             "counts": {split: len(part) for split, part in rows.items()},
             "unreadable": {"policy": self.unreadable},

@@ -81,11 +81,6 @@ class _Opened(LazyRows):
 class Tiles(_Opened):
     """Tiles to train on: rows are numbers of tiles."""
 
-    @property
-    def images(self) -> np.ndarray:
-        """Numbers of the images that they are of."""
-        return np.unique(self.catalogue.image[self.rows])
-
     def concat(self, other: Tiles | Images) -> Tiles:  # type: ignore[override]
         """These and those of other images that show an object."""
         more = other.rows if isinstance(other, Tiles) else with_objects(self.catalogue, other.rows)
@@ -110,11 +105,6 @@ class Tiles(_Opened):
 
 class Images(_Opened):
     """Whole images to evaluate, each with all its tiles: rows are numbers of images."""
-
-    @property
-    def images(self) -> np.ndarray:
-        """Numbers of the images."""
-        return self.rows
 
     def _decode(self, row: int) -> np.ndarray | None:
         return self._opened(row)

@@ -135,7 +135,7 @@ class Oriented(ObjectTask):
             annotated, rows, facts = dota.open_folder(
                 data / self.dataset, self.held_out, self.split_seed, self.unreadable
             )
-        self._annotated = annotated
+        self._keep(annotated, rows)
         whole = tiled(annotated, self.tile, self.overlap, self.visible)
         train = Tiles(whole, with_objects(whole, rows["train"]), skip, once=False)
         facts |= {
