@@ -119,6 +119,22 @@ def test_a_cell_of_each_family_runs_two_steps_on_weights_in_a_local_folder(table
     assert Cell(tuple(overrides)).cell_id == recorded_cell(record["config"]), "so that a table finds it"
 
 
+@pytest.mark.parametrize(("dataset", "further"), [("bccd", DETECTOR), ("camvid", SEGMENTER)])
+def test_a_cell_of_table_1_on_small_sets_runs_two_steps_at_each_rate(dataset, further, tmp_path, ran):
+    """Of scale mini: at a budget, of three rates validation chooses one."""
+    cells = [cell for cell in load("table1_convnext").cells if (cell.task, cell.method) == (dataset, "flora")]
+    cfg = composed(cells[0].overrides)
+    write_data(cfg.task, tmp_path / "data")
+    small = [word for word in SMALL if word != "adapter.r=2"]
+    overrides = [*cells[0].overrides, *stand_in(cells[0].overrides, tmp_path), *small, *further]
+    record = ran(*overrides, *PLACES)
+    assert (record["status"], record["dataset"], record["protocol"]) == ("finished", dataset, "holdout")
+    assert len(record["selection"]["values"]) == 3
+    assert record["selection"]["chosen"] == record["lr"]
+    assert Cell(tuple(overrides)).cell_id == recorded_cell(record["config"])
+    assert {cell.settings["adapter.budget"] for cell in cells} == {"match:lora:4", "match:lora:16"}
+
+
 def test_llava_goes_from_stage_1_to_a_number_of_pope_as_the_cells_of_its_table_say(tmp_path, ran):
     """Stage 1 on captions, stage 2 with LoRA on the mix, then POPE, each cell on what the one before has left."""
     pope_cell = cell_of("table4_llava", task__dataset="pope", adapter="lora")
