@@ -53,7 +53,8 @@ def read(path: Path, missing: str = "error") -> tuple[Part, list[str], dict[str,
     _check_there(path, folder, names, missing)
     files = [folder / name for name in names]
     part = Part([partial(open_image, file) for file in files], [str(file) for file in files], sizes, objects)
-    return checked(part, str(path)), class_names, {path.name: {"rows": len(part), "sha256": sha256_of(path)}}
+    facts = {"rows": len(part), "sha256": sha256_of(path), "category_ids": [c["id"] for c in categories]}
+    return checked(part, str(path)), class_names, {path.name: facts}
 
 
 def _loaded(path: Path) -> dict[str, Any]:

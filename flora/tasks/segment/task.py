@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from flora import contents
 from flora.errors import ConfigError, DataError
 from flora.models.segmentation import UperNet
 from flora.models.spec import ModelSpec
-from flora.tasks.base import Batch, Forward, Splits, Task, check_dataset, check_split_seed, draw
+from flora.tasks.base import Batch, Forward, Predicted, Splits, Task, check_dataset, check_split_seed, draw
+from flora.tasks.images.whole import WholeImages
 from flora.tasks.metrics import Regions
 from flora.tasks.portions import AS_FILES, say
+from flora.tasks.segment import maps
 from flora.tasks.segment.areas import areas
 from flora.tasks.segment.crops import random_crop, whole
 from flora.tasks.segment.dataset import Catalogue, LazyScenes
@@ -56,6 +58,7 @@ class Segment(Task[UperNet]):
     """
 
     metric = "mIoU"
+    leaves_files: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -206,6 +209,34 @@ class Segment(Task[UperNet]):
     def metrics(self) -> Regions:
         """mIoU, mean accuracy and pixel accuracy, and the IoU of each class."""
         return Regions(self.data.classes)
+
+    def unlabelled(self, model: UperNet, inputs: Sequence[Any]) -> WholeImages:
+        """Images, see ``flora.tasks.images.decode.as_picture``; decoded batch by batch."""
+
+        def entered(image: Image.Image) -> np.ndarray:
+            return np.asarray(whole(image, self.size, model.interpolation))
+
+        return WholeImages.of(inputs, entered, self.unreadable == "skip")
+
+    def predicting(self, model: UperNet) -> Forward:
+        """See Task.predicting: of each image a row of ``flora.tasks.segment.maps.maps``."""
+
+        def forward(module: nn.Module, batch: Batch, training: bool) -> tuple[Tensor, Tensor]:
+            images = model.normalize(batch["pixel_values"])
+            return maps.maps(module, images, batch["sizes"].tolist()), batch["labels"]
+
+        return forward
+
+    def understood(self, row: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+        """``classes``, int16 ``[H, W]``: a class for each pixel of the image, as it is stored."""
+        classes = maps.of_row(row)
+        if (classes == maps.NOTHING).any():
+            raise ConfigError("the network's outputs are not finite: set trainer.dtype=fp32")
+        return {"classes": classes}
+
+    def leave(self, predicted: Iterable[Predicted], class_names: Sequence[str], folder: Path) -> None:
+        """A map and an overlay of each image, shares of the classes, the classes' colours."""
+        maps.write(predicted, class_names, folder)
 
     def preprocessing(self, model: UperNet) -> dict[str, Any]:
         """See Task.preprocessing."""

@@ -71,6 +71,7 @@ def test_two_steps_leave_a_record_a_picture_and_what_was_trained(run, adapter):
         assert picture.width > 100
 
     card = Path(record["adapter_path"], "README.md").read_text()
+    Image.fromarray(squares(0, 2)[1][0]).save("photo.jpg")
     loaded = {"images": [torch.rand(3, 48, 64), torch.rand(3, 70, 40)]}
     exec(card.partition("```python\n")[2].partition("```")[0], loaded)
     assert loaded["found"].shape == (2, 100, 6)
