@@ -112,9 +112,11 @@ class Task(ABC, Generic[Spec]):
         whole_test: a saved run is tested on other data than its own: where ``read`` would draw splits, all is the test.
         trained_classes: of that run, in its order, of which the data may lack some; None: the data say which there are.
         usual_class: which of them that run's training data had most of; None: the data say it.
+        pictures: files that ``report`` leaves in the run's folder, which loggers show.
         leaves_files: what is predicted of an input goes to files of its own (``leave``), and is no row of a table.
     """
 
+    pictures: ClassVar[tuple[str, ...]] = ()
     leaves_files: ClassVar[bool] = False
     name: str
     dataset: str

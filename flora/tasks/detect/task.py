@@ -44,6 +44,7 @@ class Detect(Task[DetectionModel]):
     """
 
     metric = "mAP"
+    pictures: ClassVar[tuple[str, ...]] = ("detections.png",)
     leaves_files: ClassVar[bool] = True
 
     def __init__(

@@ -58,6 +58,7 @@ class Segment(Task[UperNet]):
     """
 
     metric = "mIoU"
+    pictures: ClassVar[tuple[str, ...]] = ("predictions.png",)
     leaves_files: ClassVar[bool] = True
 
     def __init__(
