@@ -204,9 +204,9 @@ def test_a_network_without_feature_maps_is_refused():
 
 
 def trained(place, data, workers=0, **settings):
-    """A run of two epochs of two steps."""
+    """A run of three epochs of two steps."""
     task, spec, splits = read(data)
-    options = {"epochs": 2, "lr": 1e-2, "batch_size": 3, "num_workers": workers, "device": "cpu", **settings}
+    options = {"epochs": 3, "lr": 1e-2, "batch_size": 3, "num_workers": workers, "device": "cpu", **settings}
     method = Peft("lora", "peft.LoraConfig", "all", r=2)
     return Run(task, spec, method, TrainerSettings(**options), Protocol("holdout", "best", "train"), splits, 0, place)
 
@@ -231,8 +231,8 @@ def test_runs_are_bit_equal_whoever_reads_the_images_and_wherever_they_were_resu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flora.training.callbacks.StepMeter.on_step_end", kill, raising=False)
         with pytest.raises(Killed):
-            trained(tmp_path / "2", folder, checkpoint_every=1).train()
-    resumed = trained(tmp_path / "2", folder, checkpoint_every=1).train()
+            trained(tmp_path / "2", folder, 2, checkpoint_every=1).train()
+    resumed = trained(tmp_path / "2", folder, 2, checkpoint_every=1).train()
     assert resumed.trainer.resumed_at == [2]
     assert state(resumed) == state(calm)
     assert resumed.metrics == calm.metrics

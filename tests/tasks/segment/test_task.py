@@ -176,9 +176,9 @@ def test_classes_have_colours_of_their_own():
 
 
 def trained(folder, data, workers=0, **settings):
-    """A run of two epochs of three steps with the decoder alone."""
+    """A run of three epochs of three steps with the decoder alone."""
     segment, spec = task(), network()
-    options = {"epochs": 2, "lr": 1e-2, "batch_size": 2, "num_workers": workers, "device": "cpu", **settings}
+    options = {"epochs": 3, "lr": 1e-2, "batch_size": 2, "num_workers": workers, "device": "cpu", **settings}
     splits = segment.load_for(spec, data)
     method = LinearProbe("linear_probe")
     return Run(
@@ -207,8 +207,8 @@ def test_runs_are_bit_equal_whoever_reads_the_images_and_wherever_they_were_resu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flora.training.callbacks.StepMeter.on_step_end", kill, raising=False)
         with pytest.raises(Killed):
-            trained(tmp_path / "2", tmp_path / "data", checkpoint_every=1).train()
-    resumed = trained(tmp_path / "2", tmp_path / "data", checkpoint_every=1).train()
+            trained(tmp_path / "2", tmp_path / "data", 2, checkpoint_every=1).train()
+    resumed = trained(tmp_path / "2", tmp_path / "data", 2, checkpoint_every=1).train()
     assert resumed.trainer.resumed_at == [4]
     assert state(resumed) == state(calm)
     assert resumed.metrics == calm.metrics
