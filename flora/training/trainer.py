@@ -91,6 +91,8 @@ class Trainer(internals.Loop):
         self._in_training_mode = False
         self._placed: dict[Any, Any] = {}  # datasets on the device, by the ones they copy
         self.on_gpu = settings.on_gpu
+        if self.on_gpu and processes.count() > 1:
+            model = parts.synchronised(model)
         norms = [module for module in model.modules() if isinstance(module, internals.BatchNorm)]
         # Where their parameters are frozen, their statistics stay frozen too: otherwise an adapter's base model would
         # drift, and the saved adapter could not reproduce the run.

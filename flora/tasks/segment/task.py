@@ -23,7 +23,7 @@ from flora.tasks.metrics import Regions
 from flora.tasks.portions import AS_FILES, say
 from flora.tasks.segment import maps
 from flora.tasks.segment.areas import areas
-from flora.tasks.segment.crops import random_crop, whole
+from flora.tasks.segment.crops import distorted, random_crop, whole
 from flora.tasks.segment.dataset import Catalogue, LazyScenes
 from flora.tasks.segment.datasets import DATASETS, IGNORED
 from flora.tasks.segment.files import found, masks, scenes
@@ -48,6 +48,7 @@ class Segment(Task[UperNet]):
         crop: side of a training crop in pixels; None: the data set's.
         scales: least and greatest random factor of the size in training.
         flip: flip half of the training crops.
+        photometric: change brightness, contrast, saturation and hue of training crops at random; None: leave them.
         hidden_size: channels of the decoder; None: the data set's.
         held_out: share of train that is validation where the files have no test, as ADE20K's validation is the test.
         split_seed: of that draw.
@@ -71,6 +72,7 @@ class Segment(Task[UperNet]):
         crop: int | None = None,
         scales: Sequence[float] = (0.5, 2.0),
         flip: bool = True,
+        photometric: bool | None = None,
         hidden_size: int | None = None,
         held_out: float = 0.02,
         split_seed: int = 0,
@@ -84,7 +86,11 @@ class Segment(Task[UperNet]):
             raise ConfigError(f"task.epochs={epochs} must be at least 1")
         if not 0 < held_out < 1:
             raise ConfigError(f"task.held_out={held_out} must lie between 0 and 1")
+        for key, switch in (("flip", flip), ("photometric", photometric)):
+            if not isinstance(switch, bool | None):
+                raise ConfigError(f"task.{key}={switch} must be true or false")
         self.name, self.dataset, self.epochs, self.flip = name, dataset, epochs, flip
+        self.photometric = bool(photometric)
         self.held_out, self.split_seed, self.unreadable = held_out, split_seed, unreadable
         self.data = DATASETS[dataset]
         self.size, self.crop = size or self.data.size, crop or self.data.crop
@@ -148,7 +154,8 @@ class Segment(Task[UperNet]):
         ) -> tuple[np.ndarray, np.ndarray]:
             assert random is not None
             options: dict[str, Any] = {"size": self.size, "crop": self.crop, "scales": self.scales, "flip": self.flip}
-            return random_crop(image, labels, random, interpolation=model.interpolation, fill=fill, **options)
+            pixels, target = random_crop(image, labels, random, interpolation=model.interpolation, fill=fill, **options)
+            return distorted(pixels, random) if self.photometric else pixels, target
 
         turns = draw(len(rows["test"]), 0)
         self._turns, self._called = dict(zip(rows["test"].tolist(), turns.tolist(), strict=True)), {}
