@@ -33,6 +33,10 @@ def read(path: Path, missing: str = "error") -> tuple[Part, list[str], dict[str,
     try:
         categories = sorted(whole["categories"], key=lambda category: category["id"])
         index = {category["id"]: place for place, category in enumerate(categories)}
+        if len(index) != len(categories):
+            raise DataError(
+                f"{path}: {len(categories) - len(index)} category ids are there twice: mend the annotations"
+            )
         images = whole["images"]
         place = {image["id"]: number for number, image in enumerate(images)}
         sizes = np.array([[image["height"], image["width"]] for image in images], np.int64).reshape(-1, 2)
