@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from flora.config import instantiate
+from flora.contents import IMAGES
 from flora.errors import ConfigError
 from flora.files import whole_file, whole_folder
 from flora.launch import processes
@@ -115,6 +116,8 @@ def _place(output: str | None, adapter: Path, suffixes: Sequence[str]) -> Path:
     place = Path(output).expanduser() if output else _free(folder / f"predictions{suffixes[0] if suffixes else ''}")
     if suffixes and place.suffix.lower() not in suffixes:
         raise ConfigError(f"output={place} must end in {' or '.join(suffixes)}")
+    if not suffixes and place.suffix.lower() in (*_TABLES, ".json", *IMAGES):
+        raise ConfigError(f"output={place}: this run writes a folder of files: name one")
     if not suffixes and os.path.lexists(place):
         raise ConfigError(f"output={place} is there already: name a new folder")
     try:

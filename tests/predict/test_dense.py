@@ -68,7 +68,9 @@ def predict(finished, tmp_path, monkeypatch, script):
     monkeypatch.chdir(finished[0])
 
     def call(run, *overrides, code=0):
-        asked = ("mode=predict", f"checkpoint={run}", "trainer.device=cpu", f"output={tmp_path / 'out'}", *overrides)
+        asked = ("mode=predict", f"checkpoint={run}", "trainer.device=cpu", *overrides)
+        if not any(word.startswith("output=") for word in overrides):
+            asked += (f"output={tmp_path / 'out'}",)
         ended, out, err = script(partial(main, train.job, trace=lambda: False), "train.py", *asked)
         assert ended == code, err
         return err.splitlines()[-1] if code else Path(out.splitlines()[-1].removeprefix("predictions: "))
@@ -192,6 +194,7 @@ def test_files_are_called_as_their_images():
 
 
 def test_a_missing_picture_is_one_line(predict):
+    assert "this run writes a folder of files" in predict("scenes", "input=nowhere.png", "output=said.csv", code=2)
     assert "there is no such file or folder" in predict("scenes", "input=nowhere.png", code=2)
     with pytest.raises(DataError, match="no such file"):
         flora.load("scenes", device="cpu").predict("nowhere.png")
