@@ -229,3 +229,20 @@ def test_two_processes_count_each_image_once(tmp_path):
     for metrics in together(tmp_path / "said", scored, tmp_path / "data", 2):
         assert {k: v for k, v in metrics.items() if k != "loss"} == {k: v for k, v in alone.items() if k != "loss"}
         assert metrics["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def steps(data, place):
+    """An epoch in one of several processes: what of the decoder it has learnt, and how it is scored."""
+    outcome = trained(place, data, epochs=1, batch_size=10).train()
+    decoder = outcome.adapted.model.decode_head
+    return decoder.classifier.weight.tolist(), outcome.metrics
+
+
+@pytest.mark.dist
+def test_two_processes_train_on_uneven_parts_and_agree(tmp_path):
+    write_camvid(tmp_path / "data", {"train": 15, "validation": 3, "test": 5})  # the last batch is of two and three
+    (tmp_path / "run").mkdir()
+
+    one, other = together(tmp_path / "said", steps, tmp_path / "data", tmp_path / "run")
+
+    assert one == other
