@@ -309,8 +309,7 @@ class Trainer(internals.Loop):
         """Batches from the GPU where the data lies there; of several processes each has its part of them."""
         placed = self._place(dataset)
         self.args.dataloader_pin_memory = self.on_gpu and placed is dataset
-        workers = self.settings.num_workers if placed is dataset else 0
-        self.args.dataloader_num_workers = workers
+        self.args.dataloader_num_workers = workers = self.settings.num_workers if placed is dataset else 0
         self.args.dataloader_prefetch_factor = PREFETCHED if workers else None
         # Those of an evaluation end with it: transformers would keep its batches for the next, of whatever data.
         self.args.dataloader_persistent_workers = is_training and workers > 0
