@@ -14,9 +14,11 @@ from flora.config import instantiate
 from flora.launch.entry import main
 from flora.methods import LinearProbe
 from flora.tasks.commonsense.questions import EIGHT
+from flora.tasks.oriented import rendered
 from tests.tasks.chats import architecture, vicuna_and_clip, vicuna_tokenizer
 from tests.tasks.conftest import png
 from tests.tasks.detect.made import squares, write_coco, write_parquet
+from tests.tasks.oriented.made import scenes, write_dota, write_photographs
 from tests.tasks.segment.made import write_ade20k, write_camvid
 from tests.tasks.texts import SPECIAL, WORDS, word_tokenizer, write_rows
 
@@ -91,6 +93,11 @@ def write_data(task, folder):
     elif task.name == "detect":
         for number, split in enumerate(("train", "validation", "test")):
             write_parquet(folder / task.dataset / f"{split}.parquet", squares(number, 6))
+    if task.name == "oriented" and task.dataset == "rendered":
+        write_photographs(folder / "rsscn7")
+    elif task.name == "oriented":
+        for number, split in enumerate(("train", "val")):
+            write_dota(folder / task.dataset, split, scenes(number, 6))
     if task.name == "commonsense":
         for split in ("train", "validation"):
             write_rows(folder / "sst2" / f"{split}.parquet", {"sentence": sentences, "label": labels})
@@ -152,6 +159,10 @@ def test_an_experiment_runs_two_steps_and_leaves_its_record(name, tmp_path, monk
     if cfg.task.name == "detect":
         small += ["task.short_sides=[48,64]", "task.longest_side=96", "task.channels=8", "task.hidden=8"]
         small += ["task.held_out=0.2", "trainer.num_workers=0"]
+    if cfg.task.name == "oriented":
+        monkeypatch.setattr(rendered, "COUNTS", {"train": 4, "validation": 3, "test": 3})
+        small += ["task.tile=64", "task.overlap=16", "task.seen=[64]", "task.channels=8", "task.hidden=8"]
+        small += ["task.held_out=0.3", "trainer.num_workers=0"]
     if cfg.task.name == "imagefolder":
         small += ["task.classes=null", "trainer.gradient_accumulation=1", "task.held_out=0.2"]
     places = ["paths.data=data", "paths.output=outputs", "paths.results=results", "logger=none"]

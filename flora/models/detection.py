@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import AnchorGenerator, FasterRCNN, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.transform import resize_boxes
@@ -34,6 +35,8 @@ class Sizes:
         anchors: side in pixels of the anchors at each of five levels, each in three shapes.
         channels: of the feature pyramid and the mask head.
         hidden: width of the box head.
+        proposals: boxes that the heads look at in an image, in training and in evaluation.
+        regions: of them that training learns from.
     """
 
     short_sides: Sequence[int] = (800,)
@@ -41,9 +44,12 @@ class Sizes:
     anchors: Sequence[int] = (32, 64, 128, 256, 512)
     channels: int = 256
     hidden: int = 1024
+    proposals: tuple[int, int] = (2000, 1000)
+    regions: int = 512
 
     def __post_init__(self) -> None:
-        numbers = (*self.short_sides, self.longest_side, *self.anchors, self.channels, self.hidden)
+        heads = (self.channels, self.hidden, *self.proposals, self.regions)
+        numbers = (*self.short_sides, self.longest_side, *self.anchors, *heads)
         if not self.short_sides or not all(isinstance(number, int) and number > 0 for number in numbers):
             raise ConfigError("task: sizes of images, anchors and heads must be positive whole numbers")
         if len(self.anchors) != 5:
@@ -78,6 +84,14 @@ class DetectionModel(DenseModel):
     def network(self, features: FeatureMaps, num_classes: int) -> nn.Module:
         """See DenseModel.network; the background comes to the classes."""
         return Detector(features, num_classes, self.sizes, self.masks, self.mean, self.std)
+
+
+class WholeBoxes(BoxCoder):
+    """Torchvision's, which would round boxes to bf16 where the network computes in it: by four pixels at a thousand."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """See BoxCoder.decode_single."""
+        return super().decode_single(rel_codes.float(), boxes)
 
 
 class Detector(nn.Module):
@@ -121,10 +135,16 @@ class Detector(nn.Module):
             max_size=sizes.longest_side,
             image_mean=list(mean),
             image_std=list(std),
+            rpn_post_nms_top_n_train=sizes.proposals[0],
+            rpn_post_nms_top_n_test=sizes.proposals[1],
+            box_batch_size_per_image=sizes.regions,
             **parts,
         )
         self.transform, self.rpn, self.roi_heads = whole.transform, whole.rpn, whole.roi_heads
+        for part in (self.rpn, self.roi_heads):
+            part.box_coder = WholeBoxes(part.box_coder.weights)
         self.masks = masks
+        self.parts = ("objectness", "rpn_box_reg", "classifier", "box_reg", *(["mask"] if masks else []))
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
         """Losses of images, and where the network is not training what it finds in them.
@@ -154,9 +174,8 @@ class Detector(nn.Module):
     def _losses(self, images: Any, levels: Any, targets: Any) -> Tensor:
         proposals, of_proposals = self.rpn(images, levels, targets)
         _, of_heads = self.roi_heads(levels, proposals, images.image_sizes, targets)
-        names = ("objectness", "rpn_box_reg", "classifier", "box_reg", *(["mask"] if self.masks else []))
         losses = of_proposals | of_heads
-        return torch.stack([losses[f"loss_{name}"].float() for name in names])
+        return torch.stack([losses[f"loss_{name}"].float() for name in self.parts])
 
     def _losses_in_evaluation(self, images: Any, levels: Any, targets: Any) -> Tensor:
         """Those of training; the proposals to learn from are drawn alike each time, and by nobody else's numbers."""

@@ -16,6 +16,7 @@ _HOMES = {
     "ImageFolder": "imagefolder.task",
     "ImageTask": "images.task",
     "Instruct": "vqa.task",
+    "Oriented": "oriented.task",
     "Segment": "segment.task",
     "Splits": "base",
     "Task": "base",

@@ -21,7 +21,10 @@ _BOXES = """for one in predictor.predict({example}).objects:
     print(one.label, one.score, one.box)  # left, top, right, bottom
 # A list of floats [3, H, W] in [0, 1], of any size; rows of left, top, right, bottom, score and class, or of -100.
 found = predictor.model(images)["detections"]"""
-_USES = {"segment": _MAPS, "detect": _BOXES}  # by task; others take inputs as they lie on a disk
+_TURNED = """predictor.model.eval()
+# A list of floats [3, {tile}, {tile}] in [0, 1], tiles; rows of x and y of four corners, score and class, or of -100.
+found = predictor.model(images)["detections"]"""
+_USES = {"segment": _MAPS, "detect": _BOXES, "oriented": _TURNED}  # by task; others take inputs as they lie on a disk
 _SHOWN = 20  # names of classes
 
 
@@ -37,7 +40,7 @@ def write_card(record: Record, facts: Mapping[str, Any], folder: Path) -> None:
     is_peft = (folder / "adapter_config.json").exists()
     inputs, names = facts["inputs"], facts["class_names"]
     use = _USES.get(record.task, _PREDICT)
-    use = use.format(example=_example(inputs, facts["num_classes"]), classes=len(names))
+    use = use.format(example=_example(inputs, facts["num_classes"]), classes=len(names), tile=inputs.get("tile"))
     lines_to_load = _LOAD.format(folder=record.adapter_path) + use
     seen = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in inputs.items())
     classes = f"{', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"

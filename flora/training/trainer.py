@@ -140,8 +140,6 @@ class Trainer(internals.Loop):
         if settings.distributed == "fsdp":  # accelerate need not wrap it
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
             internals.mark_prepared(model)
-        if processes.count() > 1:
-            self.gather_function = lambda tensors: tensors  # `prediction_step` has gathered them
         self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each of the accumulated batches
         self.remove_callback(PrinterCallback)
 
@@ -379,6 +377,9 @@ class Trainer(internals.Loop):
             if processes.count() > 1 and self._statistics_move:
                 for buffer in self._module.buffers():
                     broadcast(buffer)
+            if processes.count() > 1:
+                # `prediction_step` has gathered them. transformers puts its own back after each evaluation.
+                self.gather_function = _as_is
             try:
                 return super().evaluate(*args, **kwargs)
             finally:

@@ -177,3 +177,24 @@ def test_lora_flat_of_the_published_size_is_counted_without_weights():
 def test_sizes_that_cannot_be_are_refused(sizes, said):
     with pytest.raises(ConfigError, match=said):
         Sizes(**sizes)
+
+
+def test_boxes_stay_in_single_precision_where_the_network_computes_in_less():
+    detector, (images, targets) = built(), examples()
+    seen = []
+    detector.roi_heads.box_roi_pool.register_forward_pre_hook(lambda module, args: seen.extend(args[1]))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        detector(images, targets)
+        detector.eval()
+        detector.roi_heads.score_thresh = 0.0
+        found = detector.roi_heads(*inner(detector, images))[0]
+
+    assert {boxes.dtype for boxes in seen} == {one["boxes"].dtype for one in found} == {torch.float32}
+
+
+def inner(detector, images):
+    """What the heads are given."""
+    resized, _ = detector.transform(images)
+    levels = detector.fpn(OrderedDict((str(i), m) for i, m in enumerate(detector.backbone(resized.tensors))))
+    return levels, detector.rpn(resized, levels)[0], resized.image_sizes

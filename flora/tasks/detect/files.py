@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -71,15 +70,32 @@ def open_folder(
             raise DataError(f"{paths[0]}: class names or their order differ from train's; it is of another set")
         parts[split] = part
         described |= facts
+    annotated, rows, said = divided(folder, parts, names["train"], held_out, seed)
+    return annotated, rows, {"source": "paths.data", "files": described, **said}
+
+
+def divided(
+    folder: Path, parts: dict[str, Part], class_names: list[str], held_out: float, seed: int
+) -> tuple[Annotated, dict[str, np.ndarray], dict[str, Any]]:
+    """All images, the rows of the three splits, and how these were drawn and how many objects each has.
+
+    Args:
+        folder: for messages.
+        parts: of the splits that there are, train and one more at least.
+        class_names: in the order of class indices.
+        held_out, seed: of ``open_folder``.
+
+    Raises:
+        DataError: a split has no images or shows no object.
+    """
     starts = np.cumsum([0, *map(len, parts.values())])
     rows = {split: np.arange(*place) for split, place in zip(parts, pairwise(starts), strict=True)}
     rows, rule = _three(folder, rows, held_out, seed)
-    annotated = Annotated.of(list(parts.values()), names["train"])
+    annotated = Annotated.of(list(parts.values()), class_names)
     of = {split: int(sum(np.diff(annotated.objects.starts)[part])) for split, part in rows.items()}
     if empty := [split for split, count in of.items() if not count]:
         raise DataError(f"{folder}: no image of {empty[0]} shows an object; check the annotations")
-    facts = {"source": "paths.data", "files": described, "split_rule": rule, "objects": of}
-    return annotated, rows, facts
+    return annotated, rows, {"split_rule": rule, "objects": of}
 
 
 def _three(folder: Path, rows: dict[str, np.ndarray], held_out: float, seed: int) -> tuple[dict[str, np.ndarray], str]:
@@ -94,6 +110,6 @@ def _three(folder: Path, rows: dict[str, np.ndarray], held_out: float, seed: int
     return parts, f"validation a drawn {held_out:.1%} of train, seed {seed}"
 
 
-def lost(annotated: Annotated, rows: Sequence[int]) -> int:
+def lost(annotated: Annotated, images: np.ndarray) -> int:
     """How many of these images could not be decoded."""
-    return int(annotated.unreadable.numpy()[list(rows)].sum())
+    return int(annotated.unreadable.numpy()[images].sum())

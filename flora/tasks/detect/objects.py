@@ -41,6 +41,20 @@ class Objects:
         """The objects of an image."""
         return slice(int(self.starts[image]), int(self.starts[image + 1]))
 
+    def outlines(self, image: int) -> np.ndarray:
+        """The corners of an image's objects, x and y, float64 ``[n, 4, 2]``."""
+        x, y, w, h = self.boxes[self.of(image)].T
+        return np.stack([x, y, x + w, y, x + w, y + h, x, y + h], axis=1).reshape(-1, 4, 2)
+
+    @classmethod
+    def joined(cls, of: Sequence[Objects]) -> Objects:
+        """Objects of images after each other; with masks where all have them."""
+        masks = None if any(objects.masks is None for objects in of) else [m for o in of for m in o.masks or ()]
+        boxes, classes, crowds, areas = (
+            np.concatenate([getattr(o, name) for o in of]) for name in ("boxes", "classes", "crowds", "areas")
+        )
+        return cls(boxes, classes, crowds, areas, masks, joined_starts([o.starts for o in of]))
+
 
 @dataclass(frozen=True)
 class Part:
@@ -50,13 +64,13 @@ class Part:
         openers: a function an image, that opens it; it may raise anything if the image is broken.
         names: of the images, for messages and pictures.
         sizes: int64 ``[M, 2]``, height and width in pixels, as annotated.
-        objects: in them.
+        objects: in them, ``Objects`` or what has its methods.
     """
 
     openers: list[Callable[[], Image.Image]]
     names: list[str]
     sizes: np.ndarray
-    objects: Objects
+    objects: Any
 
     def __len__(self) -> int:
         return len(self.names)
@@ -86,7 +100,7 @@ class Annotated:
         return len(self.images)
 
     @property
-    def objects(self) -> Objects:
+    def objects(self) -> Any:
         """In all images."""
         return self.images.objects
 
@@ -96,20 +110,20 @@ class Annotated:
 
 
 def joined(parts: Sequence[Part]) -> Part:
-    """Parts after each other; with masks where all have them."""
+    """Parts after each other."""
     of = [part.objects for part in parts]
-    offsets = np.cumsum([0, *(len(objects.boxes) for objects in of)])
-    starts = [objects.starts[:-1] + offset for objects, offset in zip(of, offsets, strict=False)]
-    masks = None if any(objects.masks is None for objects in of) else [m for o in of for m in o.masks or ()]
-    boxes, classes, crowds, areas = (
-        np.concatenate([getattr(o, name) for o in of]) for name in ("boxes", "classes", "crowds", "areas")
-    )
     return Part(
         [opener for part in parts for opener in part.openers],
         [name for part in parts for name in part.names],
         np.concatenate([part.sizes for part in parts]),
-        Objects(boxes, classes, crowds, areas, masks, np.concatenate([*starts, offsets[-1:]])),
+        type(of[0]).joined(of),
     )
+
+
+def joined_starts(of: Sequence[np.ndarray]) -> np.ndarray:
+    """Where the objects of each image start, of tables after each other; of each int64 ``[M + 1]``."""
+    offsets = np.cumsum([0, *(starts[-1] for starts in of)])
+    return np.concatenate([*(starts[:-1] + offset for starts, offset in zip(of, offsets, strict=False)), offsets[-1:]])
 
 
 def checked(part: Part, file: str) -> Part:

@@ -125,9 +125,9 @@ class CocoScores(Scored):
                 }
 
 
-def real(rows: np.ndarray) -> np.ndarray:
-    """The detections of an image without padding."""
-    return rows[rows[:, 5] >= 0]
+def real(rows: np.ndarray, place: int = FIELDS - 1) -> np.ndarray:
+    """The detections of an image without padding, whose class at ``place`` is negative."""
+    return rows[rows[:, place] >= 0]
 
 
 def whole_masks(rows: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -11,21 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from flora import contents
-from flora.errors import ConfigError, DataError
+from flora.errors import DataError
 from flora.models.detection import DetectionModel, Sizes
 from flora.models.spec import ModelSpec
-from flora.tasks.base import Batch, Forward, Predicted, Splits, Task, check_split_seed
+from flora.tasks.base import Batch, Forward, Predicted, Splits
 from flora.tasks.detect import found
+from flora.tasks.detect.base import ObjectTask
 from flora.tasks.detect.dataset import AnnotatedImages
-from flora.tasks.detect.files import lost, open_folder, tables
-from flora.tasks.detect.objects import Annotated
+from flora.tasks.detect.files import open_folder, tables
 from flora.tasks.detect.scores import CocoScores
-from flora.tasks.detect.sheet import draw_sheet
 from flora.tasks.images.whole import WholeImages
-from flora.tasks.portions import say
 
 
-class Detect(Task[DetectionModel]):
+class Detect(ObjectTask):
     """Object detection on ``paths.data/DATASET``: parquet files, or COCO's annotation files with folders of images.
 
     Args:
@@ -43,8 +41,6 @@ class Detect(Task[DetectionModel]):
         ConfigError: for a value out of range.
     """
 
-    metric = "mAP"
-    pictures: ClassVar[tuple[str, ...]] = ("detections.png",)
     leaves_files: ClassVar[bool] = True
 
     def __init__(
@@ -64,29 +60,14 @@ class Detect(Task[DetectionModel]):
         split_seed: int = 0,
         unreadable: str = "error",
     ) -> None:
-        if unreadable not in ("error", "skip"):
-            raise ConfigError(f"task.unreadable={unreadable} must be error or skip")
-        if not isinstance(epochs, int | float) or epochs < 1:
-            raise ConfigError(f"task.epochs={epochs} must be at least 1")
-        for key, value in (("flip", flip), ("held_out", held_out)):
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ConfigError(f"task.{key}={value} must lie in [0, 1]")
-        check_split_seed(split_seed)
-        self.name, self.dataset, self.epochs = name, dataset, epochs
-        self.masks, self.flip, self.held_out = masks, flip, held_out
-        self.split_seed, self.unreadable = split_seed, unreadable
+        super().__init__(name, dataset, epochs, flip, held_out, split_seed, unreadable)
+        self.masks = masks
         self.sizes = Sizes(tuple(short_sides), longest_side, tuple(anchors), channels, hidden)
-        self._annotated: Annotated | None = None
         self._ids: list[int] | None = None  # what the annotation file calls the classes
 
     def network(self, model: ModelSpec) -> DetectionModel:
         """A detector over the model's feature maps."""
         return DetectionModel(model, self.sizes, self.masks)
-
-    def accepts(self, model: ModelSpec) -> None:
-        """See Task.accepts."""
-        if model.kind != "detection":
-            raise ConfigError(f"model={model.name} does not detect: choose an image model for task={self.name}")
 
     def files(self, data_dir: Path | None) -> tuple[Path, list[Path]]:
         """See Task.files."""
@@ -106,7 +87,7 @@ class Detect(Task[DetectionModel]):
         annotated, rows, facts = open_folder(folder, self.held_out, self.split_seed, self.unreadable)
         if self.masks and annotated.objects.masks is None:
             raise DataError(f"{folder}: not all objects have a mask: set task.masks=false, which detects boxes alone")
-        self._annotated = annotated
+        self._keep(annotated, rows)
         facts |= {
             "counts": {split: len(part) for split, part in rows.items()},
             "unreadable": {"policy": self.unreadable},
@@ -142,21 +123,9 @@ class Detect(Task[DetectionModel]):
 
         return forward
 
-    def loss(self, outputs: dict[str, Tensor], targets: Tensor, label_smoothing: float) -> Tensor:
-        """The sum of the detector's losses, each a mean over the batch."""
-        if label_smoothing:
-            raise ConfigError(f"trainer.label_smoothing={label_smoothing} is for classification: leave it 0")
-        return outputs["losses"].sum()
-
-    def condensed(self, outputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """See Task.condensed: detections, and the numbers of their images."""
-        return outputs["detections"], labels
-
     def metrics(self) -> CocoScores:
         """COCO's average precision over what was read."""
-        if self._annotated is None:
-            raise ConfigError("task=detect scores against annotations: read them first, with load_for")
-        return CocoScores(self._annotated)
+        return CocoScores(self.annotated)
 
     def unlabelled(self, model: DetectionModel, inputs: Sequence[Any]) -> WholeImages:
         """Images, see ``flora.tasks.images.decode.as_picture``; decoded batch by batch."""
@@ -196,16 +165,6 @@ class Detect(Task[DetectionModel]):
         """See Task.preprocessing."""
         sides = {"short_side": self.sizes.short_sides[-1], "longest_side": self.sizes.longest_side}
         return sides | {"mean": model.mean, "std": model.std, "orientation": "stored"}
-
-    def report(self, metric: Any, splits: Splits, folder: Path) -> None:
-        """Write ``detections.png``, some test images with what was found; say which images were not readable."""
-        assert self._annotated is not None
-        skipped = self._annotated.skipped()
-        of = {split: lost(self._annotated, getattr(splits, split).rows) for split in splits.facts["counts"]}
-        splits.facts["unreadable"] |= {"skipped": len(skipped), "first": skipped[:10], "of": of}
-        if skipped:
-            say(f"{self.dataset}: {len(skipped)} images cannot be decoded and were left out ({', '.join(skipped[:3])})")
-        draw_sheet(self._annotated, metric.found, metric.images, folder / "detections.png")
 
 
 def _mirrored(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -254,7 +254,7 @@ def test_two_processes_count_each_image_once(tmp_path, folder):
 
 def steps(data, place):
     """An epoch in one of several processes: what of the pyramid it has learnt."""
-    run = trained(place, data, epochs=1, batch_size=2)
+    run = trained(place, data, epochs=1, batch_size=2, eval_batch_size=1)  # a test of several draws, after validation
     return run.train().adapted.model.base_model.model.fpn.modules_to_save["default"].inner_blocks[0][0].weight.tolist()
 
 

@@ -313,7 +313,12 @@ class TestSettings:
             config = compose("train", [f"task={path.stem}"]).task
         task = instantiate(config)
         assert (task.name, task.dataset, task.epochs) == (path.stem, config.dataset, config.epochs)
-        if path.stem not in ("detect", "instruct", "segment"):  # no single labels, or of what has been loaded alone
+        if path.stem not in (
+            "detect",
+            "instruct",
+            "oriented",
+            "segment",
+        ):  # no single labels, or of what has been loaded alone
             assert task.metric in task.metrics().compute(predictions=[0], references=[0])
 
 

@@ -1,0 +1,1 @@
+"""Oriented object detection in aerial images: DOTA's layout and metrics, tiles, and a rendered stand-in."""
