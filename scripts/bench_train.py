@@ -13,30 +13,23 @@ is the speed-up, and the losses must agree.
 
 import argparse
 import random
-import statistics
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from transformers import TrainerCallback
 
+from flora.bench.loop import SPREAD, add_options, given, row, train_seconds, trainer_settings
 from flora.bench.methods import Methods, Ranks
 from flora.bench.networks import IMAGE_CLASSES, network
 from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
-from flora.bench.timing import Step, spread, timed
+from flora.bench.timing import Step, timed
 from flora.errors import ConfigError
 from flora.launch import processes
-from flora.methods.base import Adapted, Method
 from flora.results.markdown import formatted
 from flora.tasks import ImageDataset, ImageTask, Splits
-from flora.training import Protocol, Run, TrainerSettings
 
 METHODS = ("full", "lora", "flora", "flora_factored", "flora_merged")
-SPREAD = "interquartile range over the rounds"
 
 
 class Noise(ImageTask):
@@ -60,35 +53,6 @@ class Noise(ImageTask):
 
         train, validation, test = map(drawn, self.sizes)
         return Splits(train, validation, test, IMAGE_CLASSES, [str(c) for c in range(IMAGE_CLASSES)], {})
-
-
-class StepClock(TrainerCallback):
-    """Seconds between the end of step ``first`` and the end of step ``last``, the device's work included."""
-
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
-        self.seconds = 0.0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Read the clock at the two steps."""
-        if state.global_step in (self.first, self.last):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds = time.perf_counter() - self.seconds
-
-
-class Clocked:
-    """A fine-tuning method whose training a clock watches."""
-
-    def __init__(self, method: Method, clock: StepClock) -> None:
-        self.method, self.clock = method, clock
-        self.name = method.name
-
-    def apply(self, model: torch.nn.Module, head: list[str]) -> Adapted:
-        """Apply the method, then hand the clock to the trainer."""
-        adapted = self.method.apply(model, head)
-        adapted.callbacks.append(self.clock)
-        return adapted
 
 
 def bench_train() -> None:
@@ -120,7 +84,7 @@ def bench_train() -> None:
         turns = [(name, what) for name in names for what in ("train", "bare")[: 1 if processes.launched() else 2]]
         for name, what in order.sample(turns, len(turns)):
             if what == "train":
-                seconds, losses[name] = train_seconds(task, splits, methods, name, settings, arguments)
+                seconds, losses[name] = train_seconds(task, net.spec, splits, methods.tuning(name), settings, arguments)
             else:
                 seconds = bare_seconds(methods, name, device, arguments)
             rate = arguments.steps * arguments.batch / seconds
@@ -154,45 +118,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--model", default="convnext", help="an image model: a preset or a name of timm")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--methods", default="flora", help=f"comma-separated, of {','.join(METHODS)}")
-    parser.add_argument("--trainer", action="append", default=[], metavar="KEY=VALUE", help="a setting, as trainer.KEY")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="counted per round")
-    parser.add_argument("--warmup", type=int, default=16, help="steps before them; an epoch is 8")
+    add_options(parser)
     parser.add_argument("--augment", choices=("auto", "none"), default="auto", help="auto: crops and flips")
     return parser.parse_args()
-
-
-def given(settings: list[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` as a mapping, the values read as YAML."""
-    pairs = [setting.partition("=") for setting in settings]
-    if wrong := [setting for setting, (_, sign, _) in zip(settings, pairs, strict=True) if not sign]:
-        raise ConfigError(f"--trainer takes KEY=VALUE, got {wrong[0]!r}")
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
-
-
-def trainer_settings(arguments: argparse.Namespace, device: torch.device, dtype: str) -> TrainerSettings:
-    """Settings of the runs; ConfigError for one that the trainer does not have."""
-    settings: dict[str, Any] = {"epochs": 1, "lr": 1e-3, "batch_size": arguments.batch, "dtype": dtype}
-    settings |= {"eval_batch_size": arguments.batch, "max_steps": arguments.warmup + arguments.steps}
-    settings |= {"device": "auto" if device.type == "cuda" else "cpu"} | given(arguments.trainer)
-    try:
-        return TrainerSettings(**settings)
-    except TypeError as error:
-        raise ConfigError(f"--trainer: {error}") from error
-
-
-def train_seconds(
-    task: Noise, splits: Splits, methods: Methods, name: str, settings: TrainerSettings, arguments: argparse.Namespace
-) -> tuple[float, float]:
-    """Seconds that the counted steps of a run take, as train.py runs them, and the mean training loss of all."""
-    clock = StepClock(arguments.warmup, arguments.warmup + arguments.steps)
-    method = Clocked(methods.tuning(name), clock)
-    protocol = Protocol("noise", "last", "train+validation")
-    with tempfile.TemporaryDirectory() as folder:
-        spec = methods.network.spec
-        done = Run(task, spec, method, settings, protocol, splits, arguments.seed, Path(folder)).train()
-    (loss,) = (entry["train_loss"] for entry in done.trainer.state.log_history if "train_loss" in entry)
-    return clock.seconds, loss
 
 
 def bare_seconds(methods: Methods, name: str, device: torch.device, arguments: argparse.Namespace) -> float:
@@ -211,25 +139,12 @@ def bare_seconds(methods: Methods, name: str, device: torch.device, arguments: a
     return sum(timed(run, arguments.steps, device)) / 1000
 
 
-def row(name: str, loss: float, train: list[float], bare: list[float] | None) -> dict[str, Any]:
-    """A method's loss, rates in examples per second, and the share of the bare step's that training reaches."""
-    listed = {"method": name, "loss": loss, "train": round(statistics.median(train), 1)}
-    listed["train_spread"] = round(spread(train), 1)
-    if bare is None:
-        return listed | {"bare": None, "bare_spread": None, "share": None}
-    return listed | {
-        "bare": round(statistics.median(bare), 1),
-        "bare_spread": round(spread(bare), 1),
-        "share": round(statistics.median(train) / statistics.median(bare), 4),
-    }
-
-
 def shown(result: dict[str, Any]) -> str:
     """The result as a table for a terminal."""
     lines = [["method", "train.py", "spread", "bare step", "spread", "share"]]
-    for row in result["rows"]:
-        rates = [formatted(row[key], ",.1f") for key in ("train", "train_spread", "bare", "bare_spread")]
-        lines.append([row["method"], *rates, formatted(row["share"], ".3f")])
+    for one in result["rows"]:
+        rates = [formatted(one[key], ",.1f") for key in ("train", "train_spread", "bare", "bare_spread")]
+        lines.append([one["method"], *rates, formatted(one["share"], ".3f")])
     head = f"{result['model']}, batch {result['batch']}, {result['size']} px, {result['dtype']}; {result['device']}"
     head += f", {result['processes']} processes" if result["processes"] > 1 else ""
     return f"{head}\n{table(lines)}\nexamples per second, medians; spread: {result['spread']}"

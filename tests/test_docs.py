@@ -53,6 +53,10 @@ APPENDED = {
     "python scripts/bench_train.py --model convnext --batch 256 --size 64": [
         *["--device", "cpu", "--batch", "8", "--rounds", "1", "--steps", "1", "--warmup", "1"]
     ],
+    "python scripts/bench_dense.py --task segment --model convnext --batch 16 --trainer num_workers=12": [
+        *["--device", "cpu", "--batch", "2", "--size", "64", "--width", "8", "--images", "100"],
+        *["--rounds", "1", "--steps", "1", "--warmup", "1", "--trainer", "num_workers=0"],
+    ],
     "wandb sync outputs/RUN_ID/wandb": ["--dry-run"],
 }
 
@@ -68,6 +72,7 @@ SLOW = {
     "python scripts/make_tables.py step_cost",
     "python scripts/make_tables.py first_table --results results/measured --results outputs/records",
     "python scripts/bench_train.py --model convnext --batch 256 --size 64",
+    "python scripts/bench_dense.py --task segment --model convnext --batch 16 --trainer num_workers=12",
     "python scripts/bench_step.py --model resnet50 --batch 64 --methods floor,full,lora,flora",
     "python train.py task=digits adapter.budget=100k adapter.allocation=proportional",
     "python train.py task=digits protocol.lr_grid=[3e-4,1e-3,3e-3]",

@@ -29,6 +29,9 @@ SMALL = [
     "trainer.max_eval_examples=8",
 ]
 SMALL += ["trainer.device=cpu", "adapter.r=2", "logger=none"]
+DETECTOR = ["task.short_sides=[48,64]", "task.longest_side=96", "task.channels=8", "task.hidden=8"]
+DETECTOR += ["task.held_out=0.2", "trainer.num_workers=0"]
+SEGMENTER = ["task.size=48", "task.crop=32", "task.hidden_size=8", "task.held_out=0.2", "trainer.num_workers=0"]
 PLACES = ["paths.data=data", "paths.output=outputs", "paths.results=results"]
 
 
@@ -90,6 +93,13 @@ def write_pictures(folder):
         ("vtab", {"task__dataset": "eurosat"}, ["protocol.lr_grid=null"]),
         ("classification", {}, ["task.classes=null", "task.held_out=0.2"]),
         ("commonsense", {}, ["task.validation_size=4"]),
+        ("table1_convnext", {"task__dataset": "coco", "adapter": "lora_flat"}, DETECTOR),
+        ("table1_convnext", {"task__dataset": "ade20k", "adapter": "lora_flat"}, SEGMENTER),
+        (
+            "table1_convnext",
+            {"task__dataset": "ade20k", "adapter": "full"},
+            [*SEGMENTER, "trainer.layer_decay_type=single"],
+        ),
     ],
 )
 def test_a_cell_of_each_family_runs_two_steps_on_weights_in_a_local_folder(table, settings, further, tmp_path, ran):
@@ -99,13 +109,30 @@ def test_a_cell_of_each_family_runs_two_steps_on_weights_in_a_local_folder(table
         write_pictures(tmp_path / "data" / cfg.task.dataset)
     else:
         write_data(cfg.task, tmp_path / "data")
-    overrides = [*cell.overrides, *stand_in(cell.overrides, tmp_path), *SMALL, *further]
+    small = [word for word in SMALL if "r" in cfg.adapter or word != "adapter.r=2"]
+    overrides = [*cell.overrides, *stand_in(cell.overrides, tmp_path), *small, *further]
     record = ran(*overrides, *PLACES)
     assert (record["status"], record["task"], record["dataset"]) == ("finished", cfg.task.name, cfg.task.dataset)
     assert (record["weights"]["pretrained"], record["weights"]["path"].startswith(str(tmp_path))) == (True, True)
     assert record["protocol"] == cfg.protocol.name
     assert record["trainable_params"] > 0
     assert Cell(tuple(overrides)).cell_id == recorded_cell(record["config"]), "so that a table finds it"
+
+
+@pytest.mark.parametrize(("dataset", "further"), [("bccd", DETECTOR), ("camvid", SEGMENTER)])
+def test_a_cell_of_table_1_on_small_sets_runs_two_steps_at_each_rate(dataset, further, tmp_path, ran):
+    """Of scale mini: at a budget, of three rates validation chooses one."""
+    cells = [cell for cell in load("table1_convnext").cells if (cell.task, cell.method) == (dataset, "flora")]
+    cfg = composed(cells[0].overrides)
+    write_data(cfg.task, tmp_path / "data")
+    small = [word for word in SMALL if word != "adapter.r=2"]
+    overrides = [*cells[0].overrides, *stand_in(cells[0].overrides, tmp_path), *small, *further]
+    record = ran(*overrides, *PLACES)
+    assert (record["status"], record["dataset"], record["protocol"]) == ("finished", dataset, "holdout")
+    assert len(record["selection"]["values"]) == 3
+    assert record["selection"]["chosen"] == record["lr"]
+    assert Cell(tuple(overrides)).cell_id == recorded_cell(record["config"])
+    assert {cell.settings["adapter.budget"] for cell in cells} == {"match:lora:4", "match:lora:16"}
 
 
 def test_llava_goes_from_stage_1_to_a_number_of_pope_as_the_cells_of_its_table_say(tmp_path, ran):

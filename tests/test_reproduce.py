@@ -216,11 +216,11 @@ def test_a_failing_cell_does_not_stop_the_others(store, call):
 
 
 def test_cells_that_cannot_run_yet_are_shown_and_left_alone(call):
-    code, out, err, _ = call("table1_convnext", "--scale", "paper", "--status")
+    code, out, err, _ = call("table2_internvit", "--scale", "paper", "--status")
     assert code == 0
-    assert all(line.startswith("not runnable yet flora has no detection") for line in out.splitlines())
-    assert "45 not runnable yet" in err
-    assert call("table1_convnext", "--scale", "paper")[3] == []
+    assert all(line.startswith("not runnable yet flora segments with") for line in out.splitlines())
+    assert "4 not runnable yet" in err
+    assert call("table2_internvit", "--scale", "paper")[3] == []
 
 
 def test_an_unknown_table_is_one_line(call):

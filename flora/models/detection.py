@@ -180,7 +180,8 @@ class Detector(nn.Module):
     def _losses_in_evaluation(self, images: Any, levels: Any, targets: Any) -> Tensor:
         """Those of training; the proposals to learn from are drawn alike each time, and by nobody else's numbers."""
         heads = (self.rpn, self.roi_heads)
-        with torch.random.fork_rng():
+        device = images.tensors.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             try:
                 for head in heads:

@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
@@ -9,6 +10,23 @@ from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNet
 from flora.errors import ConfigError
 from flora.models.feature_maps import DenseModel, FeatureMaps
 from flora.models.spec import Kind
+
+
+class AveragePool(nn.AdaptiveAvgPool2d):
+    """Torch's adaptive average pooling; by means of slices where runs are deterministic, as its gradient is not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps ``[B, C, H, W]`` to ``[B, C, *output_size]``."""
+        if not torch.are_deterministic_algorithms_enabled():
+            return super().forward(input)
+        rows, columns = (_spans(size, self.output_size) for size in input.shape[-2:])
+        cells = [input[..., top:bottom, left:right].mean((-2, -1)) for top, bottom in rows for left, right in columns]
+        return torch.stack(cells, dim=-1).unflatten(-1, (len(rows), len(columns)))
+
+
+def _spans(size: int, count: Any) -> list[tuple[int, int]]:
+    """What each of ``count`` cells averages of a side, as torch has it."""
+    return [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
 
 
 class Segmenter(nn.Module):
@@ -22,6 +40,10 @@ class Segmenter(nn.Module):
         self.backbone = backbone
         self.decode_head = UperNetHead(config, in_channels=backbone.channels)
         self.auxiliary_head = UperNetFCNHead(config, in_channels=backbone.channels)
+        for pyramid in self.decode_head.psp_modules.blocks:
+            pool: Any = pyramid.layers[0]
+            pyramid.layers[0] = AveragePool(pool.output_size)  # a list of its own goes through its layers
+            pyramid.add_module("0", pyramid.layers[0])
         for head in (self.decode_head, self.auxiliary_head):
             for module in head.modules():  # as transformers starts them
                 if isinstance(module, nn.Conv2d):

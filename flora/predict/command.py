@@ -1,14 +1,17 @@
-"""``mode=predict``: what a saved run says of new inputs, written to one file."""
+"""``mode=predict``: what a saved run says of new inputs, written to one file, or to one folder of files for each."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -16,24 +19,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
+from flora.config import instantiate
+from flora.contents import IMAGES
 from flora.errors import ConfigError
-from flora.files import whole_file
+from flora.files import whole_file, whole_folder
 from flora.launch import processes
 from flora.predict.inputs import Inputs, read
 from flora.predict.predictor import Predictor, probabilities
+from flora.tasks.base import Predicted
+from flora.tasks.images.decode import as_picture, as_rgb
 from flora.training.tested import Tested
 
+_TABLES = (".csv", ".parquet")
 _FEW = 20  # classes that get a column each
 _TOP = 5  # classes that are named where there are more
 _AT_ONCE = 1 << 14  # inputs whose outputs are in memory
+_MAPS_AT_ONCE = 16  # of those that have a number for each pixel
 
 
 def predict(tested: Tested) -> Path:
-    """Predict what ``input=`` names with a saved run; returns the path of the file.
+    """Predict what ``input=`` names with a saved run; returns the path of the file, or of the folder.
 
     It is whole or not there. Rows are in the order of the inputs: what tells an input apart (``path`` or ``row``), then
     ``prediction``, of classes also ``probability`` and a column ``p(NAME)`` for each, or the five likeliest where there
-    are more than twenty.
+    are more than twenty. What is said of places in images goes to a folder of files (``Task.leave``).
 
     Raises:
         ConfigError: inputs of another kind than the run's, or a place that cannot be written to.
@@ -42,7 +51,8 @@ def predict(tested: Tested) -> Path:
     if processes.count() > 1:
         raise ConfigError("mode=predict is for one process: start it without torchrun")
     config: Any = OmegaConf.to_container(tested.cfg, resolve=True)
-    place = _place(config.get("output"), tested.folder)
+    leaves_files = instantiate(tested.cfg.task).leaves_files
+    place = _place(config.get("output"), tested.folder, () if leaves_files else _TABLES)
     if config.get("input") is None:
         raise ConfigError("mode=predict needs input=, a folder, a file or a text")
     predictor = Predictor(config, tested.folder)
@@ -52,34 +62,72 @@ def predict(tested: Tested) -> Path:
         getattr(predictor.task, "text_columns", ()),
         getattr(predictor.task, "columns", None),
     )
-    table: dict[str, list[Any]] = {name: [] for name in inputs.columns} | {name: [] for name in _columns(predictor)}
-    for numbers, rows in _predicted(predictor, inputs):
-        for name, cells in inputs.columns.items():
-            table[name] += [cells[number] for number in numbers]
-        for name, cells in rows.items():
-            table[name] += cells
+    done = _files(predictor, inputs, place) if leaves_files else _table(predictor, inputs, place)
     whole = len(inputs.values)
-    if left_out := whole - len(table["prediction"]):
+    if left_out := whole - done:
         print(f"{left_out} of {whole} inputs cannot be decoded and were left out", file=sys.stderr)
-    with whole_file(place) as path:
-        (_write_parquet if place.suffix.lower() == ".parquet" else _write_csv)(table, path)
-    print(f"predicted {whole - left_out} of {whole} inputs", file=sys.stderr)
+    print(f"predicted {done} of {whole} inputs", file=sys.stderr)
     return place
 
 
-def _place(output: str | None, adapter: Path) -> Path:
-    """Where predictions go, which can be written to."""
+def _table(predictor: Predictor, inputs: Inputs, place: Path) -> int:
+    """Write a row for each input; returns how many."""
+    table: dict[str, list[Any]] = {name: [] for name in inputs.columns} | {name: [] for name in _columns(predictor)}
+    for numbers, outputs in _predicted(predictor, inputs, _AT_ONCE):
+        for name, cells in inputs.columns.items():
+            table[name] += [cells[number] for number in numbers]
+        for name, cells in _cells(predictor, outputs).items():
+            table[name] += cells
+    with whole_file(place) as path:
+        (_write_parquet if place.suffix.lower() == ".parquet" else _write_csv)(table, path)
+    return len(table["prediction"])
+
+
+def _files(predictor: Predictor, inputs: Inputs, place: Path) -> int:
+    """Write files for each input; returns for how many."""
+    paths = [str(path) for path in inputs.columns.get("path", [f"row_{n:06}" for n in inputs.columns.get("row", [])])]
+    names, done = _names(paths), []
+
+    def predicted() -> Iterator[Predicted]:
+        for numbers, outputs in _predicted(predictor, inputs, _MAPS_AT_ONCE):
+            for number, row in zip(numbers, outputs, strict=True):
+                picture = as_picture(inputs.values[number], number)
+                opened = partial(as_rgb, picture.open, picture.name, "stored")
+                done.append(number)
+                yield Predicted(number, paths[number], names[number], opened, predictor.prediction(row))
+
+    with whole_folder(place, contextlib.nullcontext) as folder:
+        predictor.task.leave(predicted(), predictor.class_names, folder)
+    return len(done)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Names of files without suffix: paths below the folder that all share; with the suffix where two would be one."""
+    places = [PurePath(path) for path in paths]
+    folder = PurePath(os.path.commonpath([str(place.parent) for place in places]))
+    names = [place.relative_to(folder).with_suffix("").as_posix() for place in places]
+    twice = {name for name, count in Counter(names).items() if count > 1}
+    return [p.relative_to(folder).as_posix() if name in twice else name for p, name in zip(places, names, strict=True)]
+
+
+def _place(output: str | None, adapter: Path, suffixes: Sequence[str]) -> Path:
+    """Where predictions go, which can be written to: a file with one of the suffixes, or without these a folder."""
     folder = adapter.parent if adapter.name == "adapter" else adapter
-    place = Path(output).expanduser() if output else _free(folder / "predictions.csv")
-    if place.suffix.lower() not in (".csv", ".parquet"):
-        raise ConfigError(f"output={place} must end in .csv or .parquet")
+    place = Path(output).expanduser() if output else _free(folder / f"predictions{suffixes[0] if suffixes else ''}")
+    if suffixes and place.suffix.lower() not in suffixes:
+        raise ConfigError(f"output={place} must end in {' or '.join(suffixes)}")
+    if not suffixes and place.suffix.lower() in (*_TABLES, ".json", *IMAGES):
+        raise ConfigError(f"output={place}: this run writes a folder of files: name one")
+    if not suffixes and os.path.lexists(place):
+        raise ConfigError(f"output={place} is there already: name a new folder")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.is_dir():
             raise IsADirectoryError(None, "it is a folder")
         tempfile.TemporaryFile(dir=place.parent).close()
     except OSError as error:
-        raise ConfigError(f"output={place} cannot be written ({error.strerror}): choose another file") from error
+        what = "file" if suffixes else "folder"
+        raise ConfigError(f"output={place} cannot be written ({error.strerror}): choose another {what}") from error
     return place
 
 
@@ -89,11 +137,11 @@ def _free(place: Path) -> Path:
     return next(p for p in itertools.chain([place], numbered) if not os.path.lexists(p))
 
 
-def _predicted(predictor: Predictor, inputs: Inputs) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
-    """Parts of the table: numbers of inputs, and their cells by column."""
-    for start in range(0, len(inputs.values), _AT_ONCE):
-        kept, outputs = predictor.outputs(inputs.values[start : start + _AT_ONCE])
-        yield [start + number for number in kept], _cells(predictor, outputs)
+def _predicted(predictor: Predictor, inputs: Inputs, each: int) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Numbers of inputs and their outputs, some at a time."""
+    for start in range(0, len(inputs.values), each):
+        kept, outputs = predictor.outputs(inputs.values[start : start + each])
+        yield [start + number for number in kept], outputs
 
 
 def _columns(predictor: Predictor) -> list[str]:

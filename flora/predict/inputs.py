@@ -21,6 +21,7 @@ from flora.tasks.text.rows import row_of
 from flora.tasks.vqa.rows import Columns
 
 TABLES = tables.FORMATS
+PICTURES = ("image", "segmentation", "detection")  # kinds of model whose inputs are pictures
 _FILES = (*TABLES, ".txt", *SUFFIXES)
 
 
@@ -51,7 +52,7 @@ def read(given: Any, kind: str, texts: Sequence[str], columns: Columns | None = 
         DataError: a file that is missing or unreadable.
     """
     if isinstance(given, list):
-        if len(given) < 2 or kind == "image" or not all(isinstance(value, str) for value in given):
+        if len(given) < 2 or kind in PICTURES or not all(isinstance(value, str) for value in given):
             raise ConfigError(f"input={given}: this run takes one folder, file or text")
         if kind == "image_text":
             return Inputs([tuple(given)], {"path": given[:1], "question": given[1:2]})
@@ -61,9 +62,9 @@ def read(given: Any, kind: str, texts: Sequence[str], columns: Columns | None = 
     given = str(given)
     place = Path(given).expanduser()
     there = os.path.exists(place)  # unlike Path.exists no error where a text is no name
-    if not there and (kind in ("image", "image_text") or _is_path(given)):
+    if not there and (kind in (*PICTURES, "image_text") or _is_path(given)):
         raise DataError(f"input={given}: there is no such file or folder")
-    if kind == "image":
+    if kind in PICTURES:
         return _pictures(place)
     if kind == "image_text":
         return _questions(place, columns or Columns())

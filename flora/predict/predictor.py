@@ -37,6 +37,8 @@ class Prediction:
         probabilities: of each class, in the order of the network's outputs.
         value: what a regression gives.
         text: what a language model writes.
+        classes: int16 ``[H, W]``, a class for each pixel of an image, numbers of ``Predictor.class_names``.
+        objects: what a detector finds, the highest score first: see ``flora.tasks.detect.found.Found``.
     """
 
     label: str | None = None
@@ -44,6 +46,8 @@ class Prediction:
     probabilities: dict[str, float] = field(default_factory=dict)
     value: float | None = None
     text: str | None = None
+    classes: np.ndarray | None = None
+    objects: list[Any] = field(default_factory=list)
 
 
 def load(
@@ -161,16 +165,27 @@ class Predictor:
         kept, outputs = self.outputs(inputs)
         found: list[Prediction | None] = [None] * len(inputs)
         for number, row in zip(kept, outputs, strict=True):
-            found[number] = self._prediction(row)
+            found[number] = self.prediction(row)
         return found
 
     __call__ = predict
 
     def preprocess(self, inputs: Sequence[Any]) -> Any:
-        """A list of inputs as ``model`` takes them: floats ``[N, 3, H, W]`` of images, else its arguments by name."""
+        """A list of inputs as ``model`` takes them.
+
+        Floats ``[N, 3, H, W]`` of images to classify, and of those to segment, filled up at the bottom and on the
+        right; a list of ``[3, H, W]`` of those to find objects in; else the arguments by name.
+        """
         batch = self._trainer.on_device(self.task.unlabelled(self.spec, inputs).__getitems__(range(len(inputs))))
         if self.spec.kind == "image":
             return self.task.normalised(self.spec, batch["pixel_values"])
+        if self.spec.kind == "segmentation":
+            return self.spec.normalize(batch["pixel_values"])
+        if self.spec.kind == "detection":
+            sizes = batch["sizes"].tolist()
+            return [
+                image[:, :h, :w].float() / 255 for image, (h, w, *_) in zip(batch["pixel_values"], sizes, strict=True)
+            ]
         if "pixel_values" in batch:
             batch["pixel_values"] = self.spec.normalize(batch["pixel_values"])
         return {name: value for name, value in batch.items() if name != "labels"}
@@ -178,7 +193,8 @@ class Predictor:
     def outputs(self, inputs: Sequence[Any]) -> tuple[list[int], np.ndarray]:
         """The network's outputs for inputs, at least one: which of them were not left out, and their rows.
 
-        Rows are logits ``[N, C]``, numbers ``[N]`` or ``[N, 1]``, or written tokens ``[N, T]``; errors as ``predict``.
+        Rows are logits ``[N, C]``, numbers ``[N]`` or ``[N, 1]``, written tokens ``[N, T]``, or what the task
+        understands; errors as ``predict``.
         """
         split: Split = self.task.unlabelled(self.spec, inputs)
         self._forward = self.task.predicting(self.spec)
@@ -198,7 +214,10 @@ class Predictor:
         self._found = np.asarray(predictions), np.asarray(references)
         return {}
 
-    def _prediction(self, row: np.ndarray) -> Prediction:
+    def prediction(self, row: np.ndarray) -> Prediction:
+        """What a row of ``outputs`` says."""
+        if self.task.leaves_files:
+            return Prediction(**self.task.understood(row, self.class_names))
         if not self.num_classes:
             return Prediction(text=self.task.written(self.spec, row))
         if self.num_classes == 1:

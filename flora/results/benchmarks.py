@@ -30,12 +30,14 @@ TITLES = {
     "step": "Forward and backward",
     "infer": "Inference with the adapter merged",
     "train": "train.py from end to end",
+    "dense": "Segmentation and detection, train.py from end to end",
     "start": "A start from gradients",
 }
 _COLUMNS = {
     "step": ("method", "ms", "spread", "x floor", "x LoRA", "peak GB", "layers", "trainable params"),
     "infer": ("model", "ms", "spread", "x base", "spread"),
     "train": ("method", "train.py, examples/s", "spread", "bare step, examples/s", "spread", "share"),
+    "dense": ("method", "train.py, images/s", "spread", "bare step, images/s", "spread", "share", "bare step x LoRA"),
     "start": ("method", "batches", "seconds", "peak GB", "share kept"),
 }
 
@@ -108,7 +110,8 @@ def speedups(measured: Sequence[dict[str, Any]]) -> list[str]:
 
 def heading(result: dict[str, Any]) -> str:
     """What was run, in words."""
-    words = [f"{result['model']}, batch {result['batch']}"]
+    words = [f"{result['task']}{' with masks' if result['masks'] else ''}"] if "task" in result else []
+    words += [f"{result['model']}, batch {result['batch']}"]
     words += [f"{result['size']} px"] if result.get("size") else []
     words += [f"{result['tokens']} tokens"] if result.get("tokens") else []
     words += [result["dtype"], f"r {result['r']}"]
@@ -125,10 +128,8 @@ def heading(result: dict[str, Any]) -> str:
 def _table(result: dict[str, Any]) -> list[str]:
     benchmark = result["benchmark"]
     columns = _COLUMNS[benchmark]
-    cells = {"step": _step_cells, "infer": _infer_cells, "train": _train_cells, "start": _start_cells}[benchmark](
-        result
-    )
-    return markdown_table(columns, cells, numbers=True)
+    of = {"step": _step_cells, "infer": _infer_cells, "train": _train_cells, "start": _start_cells}
+    return markdown_table(columns, (of | {"dense": _dense_cells})[benchmark](result), numbers=True)
 
 
 def _step_cells(result: dict[str, Any]) -> list[list[str]]:
@@ -151,6 +152,12 @@ def _infer_cells(result: dict[str, Any]) -> list[list[str]]:
 def _train_cells(result: dict[str, Any]) -> list[list[str]]:
     specs = {"train": ",.0f", "train_spread": ",.0f", "bare": ",.0f", "bare_spread": ",.0f", "share": ".3f"}
     return [[row["method"], *(formatted(row[key], spec) for key, spec in specs.items())] for row in result["rows"]]
+
+
+def _dense_cells(result: dict[str, Any]) -> list[list[str]]:
+    lora = next((row["bare"] for row in result["rows"] if row["method"] == "lora"), None)
+    beside = [formatted(lora / row["bare"] if lora else None, ".3f") for row in result["rows"]]
+    return [[*cells, times] for cells, times in zip(_train_cells(result), beside, strict=True)]
 
 
 def _start_cells(result: dict[str, Any]) -> list[list[str]]:
@@ -178,6 +185,7 @@ def _source(result: dict[str, Any]) -> list[str]:
             lines.append(f"torch.export of the merged model: {ends}{base}")
     dirty = ", with uncommitted changes" if result["dirty"] else ""
     several = f"{result['processes']} processes, " if result.get("processes", 1) > 1 else ""
+    several += f"{result['cpus']} CPU cores, " if "cpus" in result else ""
     where = f"{several}{result['device']}, torch {result['torch']}, commit {str(result['commit'])[:12]}{dirty}"
     return [f"- {line}" for line in (*map(escaped, (*lines, where)), code(str(result["command"])))]
 

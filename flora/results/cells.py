@@ -33,7 +33,7 @@ from flora.files import ROOT
 from flora.results.escape import file_name
 
 OUTPUTS = "outputs"  # the folder of runs that ``starts_from`` names: the default of paths.output
-_NOT_LABELS = ("seed", "logger", "adapter", "model", "task", "task.dataset", "trainer.max_eval_examples")
+_NOT_LABELS = ("seed", "logger", "adapter", "model", "task", "task.dataset", "experiment", "trainer.max_eval_examples")
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Cell:
 
     @property
     def labelled(self) -> tuple[str, ...]:
-        """Names the cells whose label it shares, of one method and protocol; empty without a label."""
-        return () if self.label is None else (self.label, self.method, self.protocol)
+        """Names the cells whose label it shares, of one data set, method and protocol; empty without a label."""
+        return () if self.label is None else (self.label, self.task, self.method, self.protocol)
 
     @property
     def model(self) -> str:

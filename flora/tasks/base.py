@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import evaluate
 import numpy as np
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,6 +80,25 @@ class Splits:
     drawn: Mapping[str, list[str]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """What was predicted of an image of the user's own, to be written to files.
+
+    Attributes:
+        number: of the image among the inputs.
+        path: what tells it apart for the user.
+        name: of its files, without suffix; it may name a folder for them.
+        image: opens it, in RGB.
+        said: a ``flora.predict.Prediction``.
+    """
+
+    number: int
+    path: str
+    name: str
+    image: Callable[[], Image.Image]
+    said: Any
+
+
 class Task(ABC, Generic[Spec]):
     """A dataset with its protocol, built by Hydra from ``configs/task``, for model specs of one kind (``Spec``).
 
@@ -92,8 +112,12 @@ class Task(ABC, Generic[Spec]):
         whole_test: a saved run is tested on other data than its own: where ``read`` would draw splits, all is the test.
         trained_classes: of that run, in its order, of which the data may lack some; None: the data say which there are.
         usual_class: which of them that run's training data had most of; None: the data say it.
+        pictures: files that ``report`` leaves in the run's folder, which loggers show.
+        leaves_files: what is predicted of an input goes to files of its own (``leave``), and is no row of a table.
     """
 
+    pictures: ClassVar[tuple[str, ...]] = ()
+    leaves_files: ClassVar[bool] = False
     name: str
     dataset: str
     metric: str
@@ -211,13 +235,26 @@ class Task(ABC, Generic[Spec]):
     def predicting(self, model: Spec) -> Forward:
         """The forward pass of ``unlabelled`` batches: ``(outputs, numbers of the inputs)``; by default an evaluation's.
 
-        Outputs are logits ``[B, C]``, numbers ``[B]`` or ``[B, 1]``, or tokens that ``written`` reads ``[B, T]``.
+        Outputs are logits ``[B, C]``, numbers ``[B]`` or ``[B, 1]``, tokens that ``written`` reads ``[B, T]``, or what
+        ``understood`` reads.
         """
         return self.forward(model)
 
     def written(self, model: Spec, tokens: np.ndarray) -> str:
         """The text of what ``predicting`` gave for one input ``[T]``, negative tokens being padding."""
         raise ConfigError(f"task={self.name} writes no texts")
+
+    def understood(self, row: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+        """Fields of a ``flora.predict.Prediction``, of what ``predicting`` gave for one input; if ``leaves_files``.
+
+        Raises:
+            ConfigError: it is not finite.
+        """
+        raise NotImplementedError
+
+    def leave(self, predicted: Iterable[Predicted], class_names: Sequence[str], folder: Path) -> None:
+        """Write what was predicted of images to files in a folder; if ``leaves_files``."""
+        raise NotImplementedError
 
     def preprocessing(self, model: Spec) -> dict[str, Any]:
         """What is done to inputs, JSON-able, for who uses a saved run elsewhere."""

@@ -11,6 +11,8 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_score
 
+from flora.errors import DataError
+
 _NEVER_RIGHT = -1
 
 
@@ -167,16 +169,25 @@ class Regions(Scored):
         super().__init__()
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
-        """Score ``flora.tasks.segment.areas`` of images ``[N, 3, C]``; they hold the truth, references are not read."""
+        """Score ``flora.tasks.segment.areas`` of images ``[N, 3, C]``; they hold the truth, references are not read.
+
+        Raises:
+            DataError: no pixel counts.
+        """
         right, called, true = np.asarray(predictions, np.int64).sum(axis=0)
+        if not true.any():
+            raise DataError(
+                f"none of the {len(predictions)} images that are evaluated has a pixel that counts: check their masks, "
+                "or raise trainer.max_eval_examples"
+            )
         union = called + true - right
         iou = right / np.maximum(union, 1)
         there = true > 0
         each = {f"IoU_{name}": float(iou[i]) for i, name in enumerate(self.names) if union[i]}
         return {
-            "mIoU": float(iou[union > 0].mean()) if (union > 0).any() else 0.0,
-            "mean_accuracy": float((right[there] / true[there]).mean()) if there.any() else 0.0,
-            "pixel_accuracy": float(right.sum() / max(true.sum(), 1)),
+            "mIoU": float(iou[union > 0].mean()),
+            "mean_accuracy": float((right[there] / true[there]).mean()),
+            "pixel_accuracy": float(right.sum() / true.sum()),
             **each,
         }
 

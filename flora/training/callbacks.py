@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from flora.errors import TrainingDiverged
+from flora.training import internals
 from flora.training.meters import BusyShare, PeakMemory
 
 
@@ -85,6 +86,7 @@ class TellEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Before the first batch of an epoch, and of the rest of one."""
+        internals.draw_as_anew(train_dataloader)
         if hasattr(train_dataloader.dataset, "begin_epoch"):
             train_dataloader.dataset.begin_epoch(args.seed, int(state.epoch))
 

@@ -75,6 +75,7 @@ NAMES = {
     "torch.nn:Module._parameters": "what saves an adapter finds whole parameters in the place of shards",
     "torch:_foreach_lerp_": "all moving averages in one launch",
     "torch:_C._error_if_any_worker_fails": "says that a data-loading process was killed",
+    "torch.utils.data:DataLoader._iterator": "worker processes that stay draw as those that are begun at each epoch",
     "torch.distributed.distributed_c10d:_get_default_store": "flora.launch.processes: which process tells of an error",
     "hydra.core.utils:JobReturn._return_value": "flora.launch.sweep: the error of a job, without the words around it",
     "transformers:TrainingArguments._n_gpu": "one process uses one GPU",
@@ -238,6 +239,16 @@ def own_parameters(module: nn.Module) -> dict[str, Any]:
 def approach(averages: list[Tensor], weights: list[Tensor], share: float) -> None:
     """Move each average this share of the way to its weight, in place."""
     torch._foreach_lerp_(averages, weights, share)
+
+
+def draw_as_anew(loader: Any) -> None:
+    """Draw what a data loader draws from torch's generator for new worker processes, where its own go on.
+
+    So the random numbers of a run do not depend on how many there are, nor on where it was resumed.
+    """
+    loader = getattr(loader, "base_dataloader", loader)  # accelerate's is around torch's
+    if loader.persistent_workers and getattr(loader, "_iterator", None) is not None:
+        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
 
 
 def raise_for_killed_workers() -> None:

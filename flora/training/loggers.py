@@ -15,6 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from transformers import TrainerCallback
 
 from flora.errors import ConfigError
@@ -74,10 +76,15 @@ class Log(TrainerCallback):
 
     Args:
         write: ``(numbers by name, optimiser step, epoch) -> None``.
+        show: ``(name, file of a picture, optimiser step) -> None``; None: pictures are left in the run's folder.
     """
 
-    def __init__(self, write: Callable[[dict[str, float], int, float], None]) -> None:
-        self._write = write
+    def __init__(
+        self,
+        write: Callable[[dict[str, float], int, float], None],
+        show: Callable[[str, Path, int], None] | None = None,
+    ) -> None:
+        self._write, self._show = write, show
         self._fit = ""
 
     def fit(self, label: str) -> "Log":
@@ -106,15 +113,22 @@ class Log(TrainerCallback):
         chosen = {f"selection/lr {lr}": value for lr, value in values if value is not None}  # None: it diverged
         self.write({f"test/{name}": value for name, value in metrics.items()} | chosen, step)
 
+    def picture(self, path: Path, step: int) -> None:
+        """Log a picture of the test."""
+        if self._show is not None:
+            self._guarded(self._show, f"test/{path.stem}", path, step)
+
     def write(self, numbers: dict[str, float], step: int, epoch: float = 0.0) -> None:
         """Log numbers at an optimiser step."""
-        if not numbers:
-            return
+        if numbers:
+            self._guarded(self._write, numbers, step, epoch)
+
+    def _guarded(self, function: Callable[..., None], *arguments: Any) -> None:
         try:
-            self._write(numbers, step, epoch)
+            function(*arguments)
         except Exception as error:
             warn(f"stopped ({_reason(error)})")
-            self._write = _nowhere
+            self._write, self._show = _nowhere, None
 
     def _named(self, logs: dict[str, Any]) -> dict[str, float]:
         named = {}
@@ -218,8 +232,12 @@ class TensorBoard:
                 writer.add_scalar(name, value, step)
             writer.flush()
 
+        def show(name: str, path: Path, step: int) -> None:
+            with Image.open(path) as picture:
+                writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
         try:
-            yield Log(write)
+            yield Log(write, show)
         finally:
             writer.close()
 
@@ -248,9 +266,9 @@ class Wandb:
         """Open a run around a job and always finish it, so that the next job of a sweep gets its own."""
         before = _rows(folder)
         run, failed = self._open(about, folder), True
-        write = _nowhere if run is None else _rows_to(run, before, about.anew)
+        log = Log(_nowhere) if run is None else Log(*_rows_to(run, before, about.anew))
         try:
-            yield Log(write)
+            yield log
             failed = False
         finally:
             try:
@@ -300,18 +318,23 @@ class Wandb:
         return run
 
 
-def _rows_to(run: Any, before: int, anew: bool) -> Callable[[dict[str, float], int, float], None]:
-    """Writes rows to a W&B run; ``before`` of them lie in files of earlier processes."""
+def _rows_to(run: Any, before: int, anew: bool) -> tuple[Callable[..., None], Callable[[str, Path, int], None]]:
+    """What writes rows to a W&B run, and pictures; ``before`` of the rows lie in files of earlier processes."""
     first = (before if run.offline else run.starting_step) if anew else 0
     skipped = before if run.offline and not anew else 0
     numbers_of_rows = count()
 
-    def write(numbers: dict[str, float], step: int, epoch: float) -> None:
+    def write(cells: dict[str, Any], step: int, epoch: float) -> None:
         row = next(numbers_of_rows)
         if row >= skipped:
-            run.log(numbers | {"step": step, "epoch": epoch}, step=first + row)
+            run.log(cells | {"step": step, "epoch": epoch}, step=first + row)
 
-    return write
+    def show(name: str, path: Path, step: int) -> None:
+        import wandb
+
+        write({name: wandb.Image(str(path))}, step, 0.0)
+
+    return write, show
 
 
 def _rows(folder: Path) -> int:

@@ -15,8 +15,10 @@ _LOAD = """import flora
 predictor = flora.load({folder!r})
 """
 _PREDICT = "print(predictor.predict({example}))"
-_MAPS = "predictor.model  # floats [B, 3, H, W], normalised as above, to logits [B, {classes}, ~H / 4, ~W / 4]"
-_BOXES = """predictor.model.eval()
+_MAPS = """print(predictor.predict({example}).classes)  # [H, W], places in predictor.class_names
+predictor.model  # floats [B, 3, H, W], normalised as above, to logits [B, {classes}, ~H / 4, ~W / 4]"""
+_BOXES = """for one in predictor.predict({example}).objects:
+    print(one.label, one.score, one.box)  # left, top, right, bottom
 # A list of floats [3, H, W] in [0, 1], of any size; rows of left, top, right, bottom, score and class, or of -100.
 found = predictor.model(images)["detections"]"""
 _TURNED = """predictor.model.eval()

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather, pad_across_processes
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.utils.data import Dataset
 
 from flora.launch import processes
 from flora.tasks.base import COUNTS
+from flora.training.internals import BatchNorm
 
 
 class Part(Dataset[dict[str, Tensor]]):
@@ -47,6 +48,19 @@ class Part(Dataset[dict[str, Tensor]]):
         own = indices[start:stop]
         batch = self.dataset.__getitems__(own or indices[:1])
         return batch | {COUNTS: torch.tensor(bool(own)) & batch.get(COUNTS, True)}
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    """The model, whose trained batch norms average over the examples of all processes, as one process would; on GPUs.
+
+    Those that are frozen keep their statistics, and stay as they are.
+    """
+    for name, norm in list(model.named_modules()):
+        if isinstance(norm, BatchNorm) and any(p.requires_grad for p in norm.parameters(recurse=False)):
+            whole = nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, whole)
+    return model
 
 
 def undivided(loader: Any) -> Any:

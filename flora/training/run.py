@@ -297,6 +297,9 @@ class Run:
                 processes.unite(unreadable)
         if processes.first():
             self.task.report(trainer.metric, self.splits, self.folder)
+            for picture in (self.folder / name for name in self.task.pictures):
+                if self.log is not None and picture.is_file():  # one that could not be drawn is not there
+                    self.log.picture(picture, trainer.state.global_step)
             if self.splits.drawn:
                 write_drawn(self.splits.drawn, self.folder / "splits.csv")
         for name, more in self.splits.further_tests.items():

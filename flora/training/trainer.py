@@ -30,6 +30,7 @@ from flora.training.resume import KeepBest, load_optimizer, load_weights, set_rn
 from flora.training.settings import TrainerSettings
 
 CACHED_SHARE = 0.1  # of the free GPU memory, that a dataset may take by itself
+PREFETCHED = 4  # batches that each worker process has ahead: decoding takes its time unevenly
 Loss = Callable[[Any, torch.Tensor, float], torch.Tensor]
 Condense = Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -90,6 +91,8 @@ class Trainer(internals.Loop):
         self._in_training_mode = False
         self._placed: dict[Any, Any] = {}  # datasets on the device, by the ones they copy
         self.on_gpu = settings.on_gpu
+        if self.on_gpu and processes.count() > 1:
+            model = parts.synchronised(model)
         norms = [module for module in model.modules() if isinstance(module, internals.BatchNorm)]
         # Where their parameters are frozen, their statistics stay frozen too: otherwise an adapter's base model would
         # drift, and the saved adapter could not reproduce the run.
@@ -304,7 +307,10 @@ class Trainer(internals.Loop):
         """Batches from the GPU where the data lies there; of several processes each has its part of them."""
         placed = self._place(dataset)
         self.args.dataloader_pin_memory = self.on_gpu and placed is dataset
-        self.args.dataloader_num_workers = self.settings.num_workers if placed is dataset else 0
+        self.args.dataloader_num_workers = workers = self.settings.num_workers if placed is dataset else 0
+        self.args.dataloader_prefetch_factor = PREFETCHED if workers else None
+        # Those of an evaluation end with it: transformers would keep its batches for the next, of whatever data.
+        self.args.dataloader_persistent_workers = is_training and workers > 0
         if processes.count() == 1:
             return make(dataset=placed, batch_size=batch_size)
         if is_training:

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flora.bench import loop
+from flora.bench.loop import StepClock, given
 from flora.bench.networks import network
 from scripts import bench_train
-from scripts.bench_train import Noise, StepClock, given
+from scripts.bench_train import Noise
 
 QUICK = ("--model", "test_convnext", "--batch", 2, "--size", 32, "--device", "cpu", "--r", 2, "--rounds", 1)
 
@@ -32,7 +34,7 @@ def test_train_py_and_the_bare_step_are_compared(run, tmp_path):
 
 def test_the_clock_reads_between_two_steps_only(monkeypatch):
     now = iter([100.0, 107.5])
-    monkeypatch.setattr(bench_train.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(now))
     clock = StepClock(first=2, last=5)
     for number in range(1, 6):
         clock.on_step_end(None, SimpleNamespace(global_step=number), None)

@@ -8,10 +8,12 @@ import struct
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import wandb
+from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
 import train
@@ -19,6 +21,7 @@ from flora.errors import ConfigError
 from flora.launch.entry import main
 from flora.training import Csv, Protocol, TensorBoard, Wandb
 from flora.training.loggers import About, Log, opened
+from tests.tasks.segment.made import write_camvid
 from tests.training.test_run import toy_run
 
 SECRET = "c0ffee" * 7
@@ -222,6 +225,29 @@ def test_train_py_groups_and_tags_the_run_and_tells_no_secret(run, monkeypatch):
 
     plain = run("table=another", "logger=none")  # what a run is for and who logs it do not change it
     assert plain == record
+
+
+def test_pictures_of_the_test_are_shown_in_wandb_and_in_tensorboard(tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    write_camvid(tmp_path / "data")
+    tiny = ("model=timm", "model.pretrained=false", "+model.architecture={channels: [8, 8, 16, 16]}", "adapter=lora")
+    small = ("task=segment", "task.size=48", "task.crop=32", "task.hidden_size=8", "trainer.max_steps=2")
+    for logger in ("wandb", "tensorboard"):
+        options = (f"logger={logger}", f"paths.output={tmp_path / logger}", "trainer.device=cpu", "force=true")
+        assert script(partial(main, train.job, trace=lambda: True), "train.py", *small, *tiny, *options)[0] == 0
+    (folder,) = (path.parent for path in (tmp_path / "wandb").glob("*/predictions.png"))
+    ((_, _, numbers, _),) = wandb_files(folder)
+    (path,) = numbers["test/predictions/path"]
+    (said,) = folder.glob(f"wandb/offline-run-*/files/{path}")
+    assert said.read_bytes() == (folder / "predictions.png").read_bytes()
+    assert len(numbers["test/mIoU"]) == 1
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (folder,) = Path("tensorboard").glob("*/tensorboard")
+    events = reader.EventAccumulator(str(folder))
+    events.Reload()
+    (shown,) = events.Images("test/predictions")
+    with Image.open(folder.parent / "predictions.png") as picture:
+        assert (shown.width, shown.height) == picture.size
 
 
 def test_a_repeated_wandb_run_continues_the_one_of_its_id(tmp_path):

@@ -36,6 +36,7 @@ class ObjectTask(Task[DetectionModel]):
     """
 
     metric = "mAP"
+    pictures: ClassVar[tuple[str, ...]] = ("detections.png",)
     outline: ClassVar[int] = 4
 
     def __init__(

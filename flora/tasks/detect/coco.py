@@ -33,6 +33,10 @@ def read(path: Path, missing: str = "error") -> tuple[Part, list[str], dict[str,
     try:
         categories = sorted(whole["categories"], key=lambda category: category["id"])
         index = {category["id"]: place for place, category in enumerate(categories)}
+        if len(index) != len(categories):
+            raise DataError(
+                f"{path}: {len(categories) - len(index)} category ids are there twice: mend the annotations"
+            )
         images = whole["images"]
         place = {image["id"]: number for number, image in enumerate(images)}
         sizes = np.array([[image["height"], image["width"]] for image in images], np.int64).reshape(-1, 2)
@@ -53,7 +57,8 @@ def read(path: Path, missing: str = "error") -> tuple[Part, list[str], dict[str,
     _check_there(path, folder, names, missing)
     files = [folder / name for name in names]
     part = Part([partial(open_image, file) for file in files], [str(file) for file in files], sizes, objects)
-    return checked(part, str(path)), class_names, {path.name: {"rows": len(part), "sha256": sha256_of(path)}}
+    facts = {"rows": len(part), "sha256": sha256_of(path), "category_ids": [c["id"] for c in categories]}
+    return checked(part, str(path)), class_names, {path.name: facts}
 
 
 def _loaded(path: Path) -> dict[str, Any]:

@@ -64,11 +64,23 @@ class AnnotatedImages(LazyRows):
         if self.masks:
             assert objects.masks is not None
             masks = np.zeros((len(batch["classes"]), height, width), np.uint8)
-            every = [(i, size) for (which, _), size in zip(taken, sizes.tolist(), strict=True) for i in which.tolist()]
-            for place, (i, size) in zip(masks, every, strict=True):
-                place[: size[0], : size[1]] = mask_of(objects.masks[i], *size)
+            shown = zip(rows, taken, sizes.tolist(), strict=True)
+            every = [(row, i, size) for row, (which, _), size in shown for i in which.tolist()]
+            for place, (row, i, size) in zip(masks, every, strict=True):
+                place[: size[0], : size[1]] = self._mask(row, i, *size)
             batch["masks"] = torch.from_numpy(masks)
         return batch
+
+    def _mask(self, row: int, number: int, height: int, width: int) -> np.ndarray:
+        outlines, first = self.catalogue.objects.masks, int(self.catalogue.objects.starts[row])
+        assert outlines is not None
+        try:
+            return mask_of(outlines[number], height, width)
+        except ValueError as error:
+            raise DataError(
+                f"{self._name(row)}: the mask of its object {number - first} is no outline of COCO's ({error}): "
+                "mend the annotations, or set task.masks=false"
+            ) from error
 
     def _learnt(self, row: int, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which objects of an image are learnt from, and their corners ``[n, 4]`` within the image."""

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flora.errors import DataError
+from flora.errors import DataError, first_line
 
 ROUNDING = 1.0  # pixels by which a box may lie outside its image: tools round in their own ways
 
@@ -152,6 +152,18 @@ def checked(part: Part, file: str) -> Part:
 
 
 def mask_of(outline: Any, height: int, width: int) -> np.ndarray:
-    """A mask as COCO's files have it, polygons or a run-length encoding: uint8 ``[height, width]``."""
-    parts = hotcoco.mask.frPyObjects(outline, height, width)
-    return np.ascontiguousarray(hotcoco.mask.decode(hotcoco.mask.merge(parts) if isinstance(parts, list) else parts))
+    """A mask as COCO's files have it, polygons or a run-length encoding: uint8 ``[height, width]``.
+
+    Raises:
+        ValueError: it is neither, or of another size.
+    """
+    try:
+        parts = hotcoco.mask.frPyObjects(outline, height, width)
+        mask = hotcoco.mask.decode(hotcoco.mask.merge(parts) if isinstance(parts, list) else parts)
+    except Exception as error:  # hotcoco raises several types
+        raise ValueError(first_line(error)) from error
+    if isinstance(outline, dict) and isinstance(runs := outline["counts"], list) and sum(runs) != height * width:
+        raise ValueError(f"its counts are of {sum(runs)} pixels")
+    if mask.shape != (height, width):
+        raise ValueError(f"it has {mask.shape[1]} x {mask.shape[0]} pixels")
+    return np.ascontiguousarray(mask)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,11 +14,13 @@ from flora import contents
 from flora.errors import DataError
 from flora.models.detection import DetectionModel, Sizes
 from flora.models.spec import ModelSpec
-from flora.tasks.base import Batch, Forward, Splits
+from flora.tasks.base import Batch, Forward, Predicted, Splits
+from flora.tasks.detect import found
 from flora.tasks.detect.base import ObjectTask
 from flora.tasks.detect.dataset import AnnotatedImages
 from flora.tasks.detect.files import open_folder, tables
 from flora.tasks.detect.scores import CocoScores
+from flora.tasks.images.whole import WholeImages
 
 
 class Detect(ObjectTask):
@@ -37,6 +40,8 @@ class Detect(ObjectTask):
     Raises:
         ConfigError: for a value out of range.
     """
+
+    leaves_files: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -58,6 +63,7 @@ class Detect(ObjectTask):
         super().__init__(name, dataset, epochs, flip, held_out, split_seed, unreadable)
         self.masks = masks
         self.sizes = Sizes(tuple(short_sides), longest_side, tuple(anchors), channels, hidden)
+        self._ids: list[int] | None = None  # what the annotation file calls the classes
 
     def network(self, model: ModelSpec) -> DetectionModel:
         """A detector over the model's feature maps."""
@@ -98,10 +104,10 @@ class Detect(ObjectTask):
         """Mirror some images (training only), then losses and, in evaluation, detections: see ``Detector``."""
 
         def forward(module: nn.Module, batch: Batch, training: bool) -> tuple[dict[str, Tensor], Tensor]:
-            sizes, found = batch["sizes"].tolist(), batch["found"].tolist()
+            sizes, counts = batch["sizes"].tolist(), batch["found"].tolist()
             mirrored = (torch.rand(len(sizes)) < self.flip).tolist() if training else [False] * len(sizes)
             images, targets = [], []
-            of = (batch[name].split(found) for name in ("boxes", "classes", *(["masks"] if self.masks else [])))
+            of = (batch[name].split(counts) for name in ("boxes", "classes", *(["masks"] if self.masks else [])))
             for pixels, (height, width), mirror, objects in zip(
                 batch["pixel_values"], sizes, mirrored, zip(*of, strict=True), strict=True
             ):
@@ -120,6 +126,40 @@ class Detect(ObjectTask):
     def metrics(self) -> CocoScores:
         """COCO's average precision over what was read."""
         return CocoScores(self.annotated)
+
+    def unlabelled(self, model: DetectionModel, inputs: Sequence[Any]) -> WholeImages:
+        """Images, see ``flora.tasks.images.decode.as_picture``; decoded batch by batch."""
+        return WholeImages.of(inputs, np.asarray, self.unreadable == "skip")
+
+    def remember(self, facts: Mapping[str, Any]) -> None:
+        """Take what the annotation file calls the classes."""
+        files = [said for said in (facts.get("files") or {}).values() if "category_ids" in said]
+        self._ids = files[0]["category_ids"] if files else None
+
+    def predicting(self, model: DetectionModel) -> Forward:
+        """See Task.predicting: of each image ``[1 + D, F]``, its height and width, then what ``Detector`` finds."""
+
+        def forward(module: nn.Module, batch: Batch, training: bool) -> tuple[Tensor, Tensor]:
+            sizes = batch["sizes"]
+            images = [
+                pixels[:, :height, :width].float().div_(255)
+                for pixels, (height, width, *_) in zip(batch["pixel_values"], sizes.tolist(), strict=True)
+            ]
+            detections = module(images)["detections"]
+            first = torch.zeros_like(detections[:, :1])
+            first[:, 0, :2] = sizes[:, 2:]
+            return torch.cat([first, detections], dim=1), batch["labels"]
+
+        return forward
+
+    def understood(self, row: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+        """``objects``: what was found, see ``flora.tasks.detect.found.Found``."""
+        height, width = row[0, :2].astype(int).tolist()
+        return {"objects": found.of_rows(row[1:], class_names, height, width)}
+
+    def leave(self, predicted: Iterable[Predicted], class_names: Sequence[str], folder: Path) -> None:
+        """COCO's results, and a picture of each image with boxes."""
+        found.write(predicted, class_names, self._ids or range(len(class_names)), folder)
 
     def preprocessing(self, model: DetectionModel) -> dict[str, Any]:
         """See Task.preprocessing."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -53,6 +53,8 @@ class ImageFolder(ImageTask):
     """
 
     safe_augmentation = "flip"
+
+    pictures: ClassVar[tuple[str, ...]] = ("confusion.png",)
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from flora.errors import DataError
 from flora.tasks.base import COUNTS, Batch, draw
@@ -29,22 +29,26 @@ class LazyRows(Dataset[Batch], ABC):
         rows: which of them, int64 ``[N]``.
         once: whether each row counts once, as in an evaluation, so that one which stands in does not.
 
-    Attributes:
-        moment: seed and epoch, on which random numbers depend beside the row.
     """
 
     def __init__(self, catalogue: Any, rows: np.ndarray, once: bool) -> None:
         self.catalogue, self.rows, self.once = catalogue, rows, once
-        self.moment = (0, 0)
+        self._moment = torch.zeros(2, dtype=torch.int64).share_memory_()  # with worker processes, as they stay
 
     @property
     def unreadable(self) -> Tensor:
         """Of all rows of the catalogue, which were met and could not be decoded."""
         return self.catalogue.unreadable
 
+    @property
+    def moment(self) -> tuple[int, int]:
+        """Seed and epoch, on which random numbers depend beside the row."""
+        seed, epoch = self._moment.tolist()
+        return seed, epoch
+
     def begin_epoch(self, seed: int, epoch: int) -> None:
         """Say what random numbers depend on, beside the row."""
-        self.moment = (seed, epoch)
+        self._moment.copy_(torch.tensor([seed, epoch]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,4 +110,5 @@ class LazyRows(Dataset[Batch], ABC):
 def threads(process: int) -> ThreadPoolExecutor:
     """What opens images in a process, ``os.getpid()``."""
     # A process that is forked has its parent's pool, but not the pool's threads.
-    return ThreadPoolExecutor(max_workers=min(32, os.cpu_count() or 1))
+    beside = get_worker_info()
+    return ThreadPoolExecutor(max_workers=max(1, min(32, os.cpu_count() or 1) // (beside.num_workers if beside else 1)))

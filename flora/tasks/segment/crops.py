@@ -1,11 +1,15 @@
-"""An image and its mask under one random scale, crop and flip."""
+"""An image and its mask under one random scale, crop and flip; the image under random colours."""
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as colours
 
 from flora.tasks.images.decode import interpolation_mode
 from flora.tasks.segment.datasets import IGNORED
 
+# mmsegmentation's PhotoMetricDistortion: brightness of 32 in 255, contrast and saturation by a half, hue by 18 in 180.
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 32 / 128, 0.5, 0.5, 18 / 180
 _TRIES, _MOST = 10, 0.75  # mmsegmentation's RandomCrop(cat_max_ratio=0.75) looks ten times for more than one class
 
 
@@ -63,3 +67,25 @@ def random_crop(
     if flip and random.uniform() < 0.5:
         pixels, target = pixels[:, ::-1], target[:, ::-1]
     return pixels, target
+
+
+def distorted(pixels: np.ndarray, random: np.random.RandomState) -> np.ndarray:
+    """An image uint8 ``[H, W, 3]`` with other brightness, contrast, saturation and hue, each with probability 1/2.
+
+    As mmsegmentation's PhotoMetricDistortion, by torchvision's functions; contrast comes before or after the colours.
+    """
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    drawn = {
+        "brightness": 1 + random.uniform(-_BRIGHTNESS, _BRIGHTNESS),
+        "contrast": 1 + random.uniform(-_CONTRAST, _CONTRAST),
+        "saturation": 1 + random.uniform(-_SATURATION, _SATURATION),
+        "hue": random.uniform(-_HUE, _HUE),
+    }
+    applied = {name for name in drawn if random.uniform() < 0.5}
+    order = ["brightness", "contrast", "saturation", "hue"]
+    if random.uniform() < 0.5:
+        order = ["brightness", "saturation", "hue", "contrast"]
+    for name in order:
+        if name in applied:
+            image = getattr(colours, f"adjust_{name}")(image, drawn[name])
+    return image.permute(1, 2, 0).numpy()

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flora.tasks.pictures import drawing
+from flora.tasks.pictures import drawing, palette
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TITLES = ("image", "truth", "prediction")
 _NAMED = 20  # more classes do not fit below the picture
-_GOLDEN = 0.618  # of the circle of colours, from each class to the next
-_LIGHTS = (0.45, 0.65, 0.3)
 
 # An image uint8 [H, W, 3] with its true and its predicted classes, int [H, W]; negative ones are black.
 Shown = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -51,12 +48,6 @@ def sheet(shown: Sequence[Shown], names: Sequence[str]) -> Figure:
         patches = [Patch(color=colours[i] / 255, label=names[i].replace("$", r"\$")) for i in seen]
         figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=7)
     return figure
-
-
-def palette(count: int) -> np.ndarray:
-    """A colour for each class, uint8 ``[count, 3]``, neighbours far apart."""
-    colours = [colorsys.hls_to_rgb((i * _GOLDEN) % 1, _LIGHTS[i % len(_LIGHTS)], 0.8) for i in range(count)]
-    return (255 * np.array(colours)).astype(np.uint8).reshape(count, 3)
 
 
 def _coloured(classes: np.ndarray, colours: np.ndarray) -> np.ndarray:

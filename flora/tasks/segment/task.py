@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,11 +17,13 @@ from flora import contents
 from flora.errors import ConfigError, DataError
 from flora.models.segmentation import UperNet
 from flora.models.spec import ModelSpec
-from flora.tasks.base import Batch, Forward, Splits, Task, check_dataset, check_split_seed, draw
+from flora.tasks.base import Batch, Forward, Predicted, Splits, Task, check_dataset, check_split_seed, draw
+from flora.tasks.images.whole import WholeImages
 from flora.tasks.metrics import Regions
 from flora.tasks.portions import AS_FILES, say
+from flora.tasks.segment import maps
 from flora.tasks.segment.areas import areas
-from flora.tasks.segment.crops import random_crop, whole
+from flora.tasks.segment.crops import distorted, random_crop, whole
 from flora.tasks.segment.dataset import Catalogue, LazyScenes
 from flora.tasks.segment.datasets import DATASETS, IGNORED
 from flora.tasks.segment.files import found, masks, scenes
@@ -46,6 +48,7 @@ class Segment(Task[UperNet]):
         crop: side of a training crop in pixels; None: the data set's.
         scales: least and greatest random factor of the size in training.
         flip: flip half of the training crops.
+        photometric: change brightness, contrast, saturation and hue of training crops at random; None: leave them.
         hidden_size: channels of the decoder; None: the data set's.
         held_out: share of train that is validation where the files have no test, as ADE20K's validation is the test.
         split_seed: of that draw.
@@ -56,6 +59,8 @@ class Segment(Task[UperNet]):
     """
 
     metric = "mIoU"
+    pictures: ClassVar[tuple[str, ...]] = ("predictions.png",)
+    leaves_files: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -67,6 +72,7 @@ class Segment(Task[UperNet]):
         crop: int | None = None,
         scales: Sequence[float] = (0.5, 2.0),
         flip: bool = True,
+        photometric: bool | None = None,
         hidden_size: int | None = None,
         held_out: float = 0.02,
         split_seed: int = 0,
@@ -80,7 +86,11 @@ class Segment(Task[UperNet]):
             raise ConfigError(f"task.epochs={epochs} must be at least 1")
         if not 0 < held_out < 1:
             raise ConfigError(f"task.held_out={held_out} must lie between 0 and 1")
+        for key, switch in (("flip", flip), ("photometric", photometric)):
+            if not isinstance(switch, bool | None):
+                raise ConfigError(f"task.{key}={switch} must be true or false")
         self.name, self.dataset, self.epochs, self.flip = name, dataset, epochs, flip
+        self.photometric = bool(photometric)
         self.held_out, self.split_seed, self.unreadable = held_out, split_seed, unreadable
         self.data = DATASETS[dataset]
         self.size, self.crop = size or self.data.size, crop or self.data.crop
@@ -144,7 +154,8 @@ class Segment(Task[UperNet]):
         ) -> tuple[np.ndarray, np.ndarray]:
             assert random is not None
             options: dict[str, Any] = {"size": self.size, "crop": self.crop, "scales": self.scales, "flip": self.flip}
-            return random_crop(image, labels, random, interpolation=model.interpolation, fill=fill, **options)
+            pixels, target = random_crop(image, labels, random, interpolation=model.interpolation, fill=fill, **options)
+            return distorted(pixels, random) if self.photometric else pixels, target
 
         turns = draw(len(rows["test"]), 0)
         self._turns, self._called = dict(zip(rows["test"].tolist(), turns.tolist(), strict=True)), {}
@@ -206,6 +217,34 @@ class Segment(Task[UperNet]):
     def metrics(self) -> Regions:
         """mIoU, mean accuracy and pixel accuracy, and the IoU of each class."""
         return Regions(self.data.classes)
+
+    def unlabelled(self, model: UperNet, inputs: Sequence[Any]) -> WholeImages:
+        """Images, see ``flora.tasks.images.decode.as_picture``; decoded batch by batch."""
+
+        def entered(image: Image.Image) -> np.ndarray:
+            return np.asarray(whole(image, self.size, model.interpolation))
+
+        return WholeImages.of(inputs, entered, self.unreadable == "skip")
+
+    def predicting(self, model: UperNet) -> Forward:
+        """See Task.predicting: of each image a row of ``flora.tasks.segment.maps.maps``."""
+
+        def forward(module: nn.Module, batch: Batch, training: bool) -> tuple[Tensor, Tensor]:
+            images = model.normalize(batch["pixel_values"])
+            return maps.maps(module, images, batch["sizes"].tolist()), batch["labels"]
+
+        return forward
+
+    def understood(self, row: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+        """``classes``, int16 ``[H, W]``: a class for each pixel of the image, as it is stored."""
+        classes = maps.of_row(row)
+        if (classes == maps.NOTHING).any():
+            raise ConfigError("the network's outputs are not finite: set trainer.dtype=fp32")
+        return {"classes": classes}
+
+    def leave(self, predicted: Iterable[Predicted], class_names: Sequence[str], folder: Path) -> None:
+        """A map and an overlay of each image, shares of the classes, the classes' colours."""
+        maps.write(predicted, class_names, folder)
 
     def preprocessing(self, model: UperNet) -> dict[str, Any]:
         """See Task.preprocessing."""

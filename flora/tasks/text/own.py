@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import datasets
 import numpy as np
@@ -83,6 +83,8 @@ class Text(TextTask):
     Raises:
         ConfigError: for a value out of range.
     """
+
+    pictures: ClassVar[tuple[str, ...]] = ("confusion.png",)
 
     def __init__(
         self,

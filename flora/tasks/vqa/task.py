@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -81,6 +81,8 @@ class Instruct(Task[ImageTextSpec]):
     Raises:
         ConfigError: for a value out of range.
     """
+
+    pictures: ClassVar[tuple[str, ...]] = ("predictions.png",)
 
     def __init__(
         self,

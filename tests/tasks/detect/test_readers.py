@@ -156,6 +156,7 @@ def change(whole, key, number, **fields):
     [
         (lambda whole: change(whole, "annotations", 0, image_id=7), "is of image 7, which is not listed"),
         (lambda whole: change(whole, "images", 0, id=10), "twice"),
+        (lambda whole: change(whole, "categories", 0, id=10), "1 category ids are there twice: mend"),
         (lambda whole: whole | {"images": None}, "no file of COCO's instances .*it needs images"),
         (lambda whole: [whole], "no file of COCO's instances"),
         (
@@ -170,6 +171,30 @@ def test_a_broken_annotation_file_is_told(tmp_path, edit, said):
 
     with pytest.raises(DataError, match=said):
         coco.read(annotations(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "outline",
+    [
+        [[1, 2, 3]],
+        [["x", "y", "z"] * 2],
+        {"size": [48, 64], "counts": "garbage!!"},
+        {"size": [48, 64], "counts": [1, 2, 3]},
+        {"size": [48, 64], "counts": None},
+    ],
+)
+def test_an_outline_that_is_none_is_told_with_its_image(tmp_path, outline):
+    made = [(np.zeros((48, 64, 3), np.uint8), [[1.0, 1.0, 9.0, 9.0]] * 2, [0, 1])]
+    whole = write_coco(tmp_path, "train2017", made)
+    outlined = [entry | ({"segmentation": outline} if entry["id"] == 2 else {}) for entry in whole["annotations"]]
+    annotations(tmp_path).write_text(json.dumps(whole | {"annotations": outlined}))
+    part, names, _ = coco.read(annotations(tmp_path))
+    images = AnnotatedImages(Annotated.of([part], names), np.arange(1), masks=True)
+
+    with pytest.raises(DataError, match=r"000\.png: the mask of its object 0 is no outline of COCO's .*: mend") as told:
+        images[0]
+    assert "\n" not in str(told.value)
+    assert len(AnnotatedImages(Annotated.of([part], names), np.arange(1))[0]["boxes"]) == 2, "boxes alone need none"
 
 
 def test_images_that_are_not_there_are_an_error_or_counted(tmp_path):

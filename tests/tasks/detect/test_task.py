@@ -71,6 +71,7 @@ def test_two_steps_leave_a_record_a_picture_and_what_was_trained(run, adapter):
         assert picture.width > 100
 
     card = Path(record["adapter_path"], "README.md").read_text()
+    Image.fromarray(squares(0, 2)[1][0]).save("photo.jpg")
     loaded = {"images": [torch.rand(3, 48, 64), torch.rand(3, 70, 40)]}
     exec(card.partition("```python\n")[2].partition("```")[0], loaded)
     assert loaded["found"].shape == (2, 100, 6)
@@ -203,9 +204,9 @@ def test_a_network_without_feature_maps_is_refused():
 
 
 def trained(place, data, workers=0, **settings):
-    """A run of two epochs of two steps."""
+    """A run of three epochs of two steps."""
     task, spec, splits = read(data)
-    options = {"epochs": 2, "lr": 1e-2, "batch_size": 3, "num_workers": workers, "device": "cpu", **settings}
+    options = {"epochs": 3, "lr": 1e-2, "batch_size": 3, "num_workers": workers, "device": "cpu", **settings}
     method = Peft("lora", "peft.LoraConfig", "all", r=2)
     return Run(task, spec, method, TrainerSettings(**options), Protocol("holdout", "best", "train"), splits, 0, place)
 
@@ -230,8 +231,8 @@ def test_runs_are_bit_equal_whoever_reads_the_images_and_wherever_they_were_resu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flora.training.callbacks.StepMeter.on_step_end", kill, raising=False)
         with pytest.raises(Killed):
-            trained(tmp_path / "2", folder, checkpoint_every=1).train()
-    resumed = trained(tmp_path / "2", folder, checkpoint_every=1).train()
+            trained(tmp_path / "2", folder, 2, checkpoint_every=1).train()
+    resumed = trained(tmp_path / "2", folder, 2, checkpoint_every=1).train()
     assert resumed.trainer.resumed_at == [2]
     assert state(resumed) == state(calm)
     assert resumed.metrics == calm.metrics

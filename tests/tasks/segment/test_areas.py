@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from flora.errors import DataError
 from flora.tasks.metrics import Regions
 from flora.tasks.segment.areas import areas
 
@@ -47,6 +48,12 @@ def test_three_pixels_by_hand():
     scores = Regions(["cat", "dog"]).compute(predictions=areas(logits, labels), references=[3])
     third = {"mIoU": 0.5, "mean_accuracy": 0.75, "pixel_accuracy": 2 / 3, "IoU_cat": 0.5, "IoU_dog": 0.5}
     assert scores == pytest.approx(third)
+
+
+def test_without_a_pixel_that_counts_there_is_no_score():
+    kept = areas(torch.randn(2, 3, 4, 4), torch.full((2, 4, 4), -100))
+    with pytest.raises(DataError, match="none of the 2 images that are evaluated has a pixel that counts"):
+        Regions(["a", "b", "c"]).compute(predictions=kept.numpy(), references=np.zeros(2))
 
 
 def test_a_pixel_without_finite_logits_is_wrong():

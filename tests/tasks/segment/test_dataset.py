@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from flora.errors import ConfigError, DataError
-from flora.tasks.segment.crops import random_crop
+from flora.tasks.segment.crops import distorted, random_crop
 from flora.tasks.segment.datasets import DATASETS, IGNORED
 from tests.tasks.segment.made import encoded, network, scene, task, write_ade20k, write_camvid, write_table
 
@@ -145,9 +145,36 @@ def test_what_an_image_does_not_fill_does_not_count():
     assert pixels[90, 90].tolist() == [1, 2, 3]
 
 
+def test_colours_change_in_training_alone_and_as_the_image_is_drawn(tmp_path):
+    write_camvid(tmp_path)
+    plain, other = splits(tmp_path), splits(tmp_path, photometric=True)
+    before, after = (loaded.train.__getitems__(range(6)) for loaded in (plain, other))
+    assert torch.equal(before["labels"], after["labels"])
+    changed = (before["pixel_values"] != after["pixel_values"]).flatten(1).any(1)
+    assert 3 <= changed.sum() <= 6
+    assert torch.equal(other.train.__getitems__([5, 2])["pixel_values"], after["pixel_values"][[5, 2]])
+    for part in ("validation", "test"):
+        both = [getattr(loaded, part).__getitems__([0])["pixel_values"] for loaded in (plain, other)]
+        assert torch.equal(*both)
+
+
+def test_colours_change_as_mmsegmentation_says():
+    """Grey stays grey, and is lighter or darker by at most a quarter; each change comes in half of the images."""
+    grey = np.full((4, 4, 3), 80, np.uint8)
+    colour = np.broadcast_to(np.array([200, 60, 60], np.uint8), (4, 4, 3))
+    greys = [distorted(grey, np.random.RandomState(seed)) for seed in range(400)]
+    assert all((image == image[0, 0, 0]).all() for image in greys)
+    values = np.array([image[0, 0, 0] for image in greys], float)
+    assert 80 * 0.75 - 1 <= values.min() < 64 < 96 < values.max() <= 80 * 1.25 + 1, "contrast is about the mean"
+    assert 0.4 < (abs(values - 80) <= 1).mean() < 0.65, "a half, but for roundings and small changes"
+    same = np.mean([(distorted(colour, np.random.RandomState(seed)) == colour).all() for seed in range(400)])
+    assert 0.02 < same < 0.12, "a sixteenth"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"photometric": "yes"}, "task.photometric=yes must be true or false"),
         ({"dataset": "camvide"}, "did you mean camvid"),
         ({"crop": 16}, "task.crop=16 must be a whole number of at least 32 pixels"),
         ({"scales": [2.0, 0.5]}, "two factors between 0.05 and 20, the least first"),

@@ -11,7 +11,7 @@ from flora.config import composed, instantiate
 from flora.results import cells
 
 MINI = ("eurosat", "first_table", "vtab", "classification", "rank_sweep", "defaults", "starts", "small_budgets")
-MINI += ("kernel_rank_ablation", "structure_ablation", "figure1_radar", "figure4_norms", "table1_convnext")
+MINI += ("kernel_rank_ablation", "structure_ablation", "figure1_radar", "figure4_norms")
 
 
 def test_the_paper_scale_is_vtab1k_with_nothing_but_a_resize():
