@@ -217,6 +217,7 @@ def run_all(todo: dict[Cell, list[str]], first: Collection[Cell], jobs: int, sto
         for cells in (*stages, [c for c in todo if c not in first]):
             ended = threads.map(lambda c: run(c, todo[c], stores, report, workers), cells)
             codes |= dict(zip(cells, ended, strict=True))
+    report.close()
     return [cell for cell, code in codes.items() if code]
 
 
@@ -240,7 +241,7 @@ class Report:
     """Plain lines on stderr, one when a cell starts and one when it ends; on a terminal also a bar over the cells."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.started = total, 0
+        self.total, self.started, self.ended, self.began = total, 0, 0, time.monotonic()
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
@@ -254,8 +255,15 @@ class Report:
     def end(self, words: str, code: int, stderr: str) -> None:
         """A cell ended; its last line on stderr says how."""
         self.bar.advance(self.task)
+        self.ended += 1
         last = (stderr.strip().splitlines() or ["no message"])[-1]
         self.console.print(f"{'failed' if code else 'finished'}: {words}: {last}")
+
+    def close(self) -> None:
+        """All cells ended: how many a minute."""
+        minutes = (time.monotonic() - self.began) / 60
+        if self.ended:
+            self.console.print(f"{self.ended} cells in {minutes:.1f} min, {self.ended / minutes:.1f} a minute")
 
 
 if __name__ == "__main__":

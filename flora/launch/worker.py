@@ -22,7 +22,7 @@ from typing import Any
 
 from flora.config import composed
 from flora.files import ROOT
-from flora.launch import preemption, processes
+from flora.launch import mps, preemption, processes
 from flora.launch.entry import main
 from flora.launch.sweep import visible_gpus
 from flora.secrets import unspoken
@@ -112,7 +112,7 @@ class Pool:
 def pool(count: int) -> Iterator[Pool]:
     """``count`` workers for the time of a ``with`` block; an exception ends their cells at the next step."""
     gpus = visible_gpus()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mps.shared(count):
         names: Any = islice(cycle(gpus if len(gpus) > 1 else [None]), count)
         workers = Pool([Worker(name, Path(folder)) for name in names])
         try:

@@ -14,7 +14,7 @@ from flora.results.validation import first_reaching, on_validation
 
 METHODS = {
     "flora": "FLoRA",
-    **dict.fromkeys(("flora_published", "flora_published_nlu", "flora_published_llm"), "FLoRA"),
+    **dict.fromkeys(("flora_gradient", "flora_published", "flora_published_nlu", "flora_published_llm"), "FLoRA"),
     "lora": "LoRA",
     "lora_flat": "LoRA",
     "dora": "DoRA",
