@@ -387,3 +387,25 @@ def test_only_runs_that_look_at_gradients_are_named_by_how():
     assert instantiate_method(composed([]).adapter).gradient is None
     assert idle(composed([]), ["seed=1", "adapter.gradient.batches=4"]) == ["adapter.gradient.batches=4"]
     assert idle(composed(["adapter.init=gradient"]), ["adapter.gradient.batches=4"]) == []
+
+
+@pytest.mark.parametrize("budget", [None, 300], ids=["start", "ranks"])
+def test_a_head_at_zero_lets_no_gradient_pass_and_is_to_be_trained_longer(tmp_path, budget):
+    """As EfficientNet-Lite0's head starts; the first of its steps is at a rate of zero, as warm-up has it."""
+    run = toy_run(tmp_path, method(budget=budget), max_steps=1)
+    made = run.model.build
+
+    def build(*arguments, **options):
+        network = made(*arguments, **options)
+        torch.nn.init.zeros_(network[7].fc.weight)
+        return network
+
+    run.model.build = build
+    for steps in (0, 1):
+        run.method.set_gradient(**LOOK | {"head_steps": steps})
+        run._starts.clear()
+        with pytest.raises(ConfigError, match=r"the head is at zero, .*: raise adapter\.gradient\.head_steps"):
+            run.train()
+    run.method.set_gradient(**LOOK)
+    run._starts.clear()
+    assert run.train().trainer.execution["start"]["kept"] > 0
