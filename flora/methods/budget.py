@@ -28,6 +28,10 @@ _SIZE = re.compile(r"(?P<number>\d+(\.\d*)?([eE][+-]?\d+)?)\s*(?P<unit>%|[kMG]?)
 _MATCH = re.compile(r"((?P<times>\d+(\.\d*)?)\s*\*\s*)?match:(?P<method>\w+)(:(?P<rank>[1-9]\d*))?")
 
 
+class OutOfReach(ValueError):
+    """No ranks of the method come to the budget on this model, and counting alone says so."""
+
+
 class Budget:
     """A number of trainable parameters outside the head, and how layers share it.
 
@@ -89,8 +93,9 @@ class Budget:
             spectra: gives those of the gradients, for ``gradient``.
 
         Raises:
-            ValueError: the budget is out of the method's reach on this model, the message names what is possible; ranks
-                that are given besides; ``spectral`` on a model without values, ``gradient`` without spectra.
+            OutOfReach: the message names what is possible.
+            ValueError: ranks that are given besides; ``spectral`` on a model without values, ``gradient`` without
+                spectra.
         """
         if config.rank_pattern:
             raise ValueError("adapter.rank_pattern: adapter.budget sets the rank of every layer; give one of the two")
@@ -102,6 +107,8 @@ class Budget:
                 break
             config.decompose_factor = factor
             ladders = ladders_of(config, model)
+        smallest = sum(ladder.rungs[0].params for ladder in ladders)
+        self._check_landing(ladders, max(smallest, min(budget, _largest(ladders))), budget)  # before levels read values
         rungs = climb(ladders, levels(self.allocation, ladders, model, spectra), budget)
         total = sum(rung.params for rung in rungs)
         self._check_landing(ladders, total, budget)
@@ -128,7 +135,7 @@ class Budget:
             reach = f"above the largest adapter, of {total:,}: no rank exceeds the size of its mode"
         else:
             reach = f"between two possible sizes, the smaller of {total:,}"
-        raise ValueError(f"adapter.budget={self.size}, {budget:,} parameters on this model, is {reach}; choose {total}")
+        raise OutOfReach(f"adapter.budget={self.size}, {budget:,} parameters on this model, is {reach}; choose {total}")
 
 
 def _largest(ladders: Sequence[Ladder]) -> int:

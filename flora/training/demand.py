@@ -13,6 +13,7 @@ from torch import nn
 from flora import memory
 from flora.errors import ConfigError
 from flora.launch import processes
+from flora.methods.budget import OutOfReach
 from flora.methods.heads import trained
 from flora.models.spec import TakesImages
 from flora.training.run import Run
@@ -26,7 +27,7 @@ def check(run: Run) -> None:
     """Refuse a run that cannot fit into memory; nothing is allocated for that. Warn of sizes that cannot be meant.
 
     Raises:
-        ConfigError: parameters, batches or processes take more than the machine has.
+        ConfigError: parameters, batches or processes take more than the machine has, or no ranks come to the budget.
     """
     settings, splits = run.settings, run.splits
     if settings.batch_size > (count := len(splits.train)) > 0:
@@ -56,6 +57,8 @@ def _check_parameters(run: Run) -> None:
         try:
             with torch.device("meta"):
                 adapted = run.method.apply(network, run.model.classifier)
+        except OutOfReach as error:  # known before a start trains a head
+            raise ConfigError(f"adapter: {error}") from error
         except (ValueError, TypeError, NotImplementedError, re.error):
             return  # it reads the weights, or refuses them: seen when there are some
     if large := _larger_than_their_layers(adapted.model):

@@ -160,10 +160,14 @@ class Start:
 
     @contextlib.contextmanager
     def _usable(self) -> Iterator[None]:
-        """Where the head was trained at the rate of the fit, that is what unusable gradients are laid to."""
+        """Unusable gradients are laid to the head: one at zero, or one that was trained at the rate of the fit."""
         try:
             yield
         except UnusableGradient as error:
+            if (head := self.kept["head"]) and not any(p.any() for p in head if p.ndim > 1):
+                raise ValueError(
+                    "the head is at zero, and no gradient passes it: raise adapter.gradient.head_steps"
+                ) from error
             if self.run.settings.head_lr is None and self.gradient.head_steps and self.run.model.classifier:
                 raise TrainingDiverged(f"{error}, or lower the rate of the head alone") from error
             raise

@@ -169,7 +169,8 @@ def as_trained(cfg: DictConfig, typed: Sequence[str] | None) -> Tested:
     with open_dict(tested):
         tested.checkpoint = cfg.checkpoint
     anew = _differences(own, semantic_config(tested))
-    if wrong := next((key for key in anew if key.startswith("adapter.")), None):
+    own_keys = [key for key in anew if key.startswith("adapter.")]
+    if wrong := next((key for key in own_keys if key in keys), next(iter(own_keys), None)):
         raise ConfigError(f"{wrong}={anew[wrong]['now']}: a saved adapter is as it was trained; leave {wrong} out")
     weights = facts.get("weights")
     if isinstance(weights, Mapping) and weights.get("pretrained") is False and tested.seed != own["seed"]:

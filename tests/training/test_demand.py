@@ -8,6 +8,8 @@ import pytest
 
 import train
 from flora import memory
+from flora.config import composed
+from flora.errors import ConfigError
 from flora.launch.entry import main
 from tests.launch.test_sweep import TINY
 
@@ -69,3 +71,15 @@ def test_sizes_that_cannot_be_meant_are_a_warning(overrides, warning, sandbox, m
     main(train.job, trace=lambda: False)
     said = capsys.readouterr().err
     assert len(re.findall(r"^warning: ", said, re.MULTILINE)) == len(re.findall(warning, said)) == 1, said
+
+
+@pytest.mark.parametrize("allocation", ["null", "gradient"])
+@pytest.mark.parametrize(
+    ("budget", "said"), [("10", "below the smallest adapter"), ("1G", "above the largest adapter")]
+)
+def test_a_budget_out_of_reach_is_refused_before_a_start_is_looked_for(budget, said, allocation, sandbox, capsys):
+    own = ["adapter=flora_gradient", f"adapter.allocation={allocation}", f"adapter.budget={budget}"]
+    command = {o.split("=")[0]: o for o in (*TINY, "trainer.device=cpu", *own)}
+    with pytest.raises(ConfigError, match=rf"^adapter: adapter\.budget={budget}, .* is {said}, .* choose \d+$"):
+        train.run(composed(list(command.values())))
+    assert "start: " not in capsys.readouterr().err

@@ -243,3 +243,13 @@ def test_a_regression_is_tested_in_the_units_that_it_was_trained_in(tmp_path, mo
     )
     outputs, _ = task.forward(None)(zero(), {"labels": torch.tensor([100.0])}, False)
     assert outputs.item() == 10, "a zero is the mean of what it was trained on, not of the new labels"
+
+
+def test_what_was_typed_is_what_is_refused(tmp_path, monkeypatch):
+    """With another start the settings of the gradients go too, which nobody typed."""
+    monkeypatch.chdir(tmp_path)
+    network = ("task=digits", *QUICK, "model.pretrained=false", "+model.architecture={zero_init_last: false}")
+    look = ("adapter=flora_gradient", "adapter.gradient.head_steps=2", "adapter.gradient.batches=1")
+    shutil.copytree(Path(ran(*network, *look, "trainer.max_eval_examples=8")["adapter_path"]).parent, "run")
+    with pytest.raises(ConfigError, match=r"^adapter\.init=zero_output: a saved adapter is as it was trained; leave "):
+        evaluated("adapter.init=zero_output")
