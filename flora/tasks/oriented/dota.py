@@ -1,4 +1,4 @@
-"""DOTA's layout: SPLIT/images beside SPLIT/labelTxt with a text for each image, a line for each object."""
+"""DOTA's layout: SPLIT/images beside SPLIT/labelTxt with a text for each image; and its files of results."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from flora import contents
 from flora.errors import DataError, first_line
+from flora.tasks.base import Predicted
 from flora.tasks.detect.files import divided
 from flora.tasks.detect.objects import Annotated, Part
 from flora.tasks.images.formats import open_image
@@ -198,3 +199,31 @@ def _check_inside(pair: Pair, corners: Sequence[float], width: int, height: int)
             f"{pair.labels}: the object at {numbers} is not inside the image of {width} x {height} pixels: mend the "
             "labels, or they are of another set"
         )
+
+
+class Results:
+    """What is found, as DOTA's task 1 takes it: a file ``Task1_CLASS.txt`` of each class, also of one never found.
+
+    A line is the image's name without suffix, the score, and x and y of four corners.
+
+    Args:
+        class_names: all.
+    """
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self._lines: dict[str, list[str]] = {name: [] for name in class_names}
+
+    def noted(self, one: Predicted) -> Predicted:
+        """The image, once its objects are taken down."""
+        image = "_".join(one.name.split())  # spaces separate the fields
+        for found in one.said.objects:
+            numbers = (found.score, *(number for corner in found.corners for number in corner))
+            self._lines[found.label].append(" ".join([image, *(f"{number:.9g}" for number in numbers)]) + "\n")
+        return one
+
+    def write(self, folder: Path) -> None:
+        """Write the files to a new folder."""
+        folder.mkdir()
+        for name, lines in self._lines.items():
+            safe = name.replace("%", "%25").replace("/", "%2F")  # no other name gives the same
+            (folder / f"Task1_{safe}.txt").write_text("".join(lines), encoding="utf-8")
