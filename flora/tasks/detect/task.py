@@ -19,6 +19,7 @@ from flora.tasks.detect import found
 from flora.tasks.detect.base import ObjectTask
 from flora.tasks.detect.dataset import AnnotatedImages
 from flora.tasks.detect.files import open_folder, tables
+from flora.tasks.detect.objects import check_polygons
 from flora.tasks.detect.scores import CocoScores
 
 
@@ -84,6 +85,8 @@ class Detect(ObjectTask):
         annotated, rows, facts = open_folder(folder, self.held_out, self.split_seed, self.unreadable)
         if self.masks and annotated.objects.masks is None:
             raise DataError(f"{folder}: not all objects have a mask: set task.masks=false, which detects boxes alone")
+        if self.masks:
+            check_polygons(annotated)
         self._keep(annotated, rows)
         facts |= {
             "counts": {split: len(part) for split, part in rows.items()},

@@ -144,7 +144,7 @@ class Oriented(ObjectTask):
             "counts": {split: len(part) for split, part in rows.items()},
             "tiles": {"side": self.tile, "overlap": self.overlap, "train": len(train)},
             "unreadable": {"policy": self.unreadable},
-            "warnings": [],
+            "warnings": facts.get("warnings", []),
         }
         validation, test = (Images(whole, rows[split], skip, once=True) for split in ("validation", "test"))
         names = annotated.class_names
