@@ -19,6 +19,7 @@ import flora
 import train
 from flora.errors import ConfigError, DataError
 from flora.launch.entry import main
+from flora.models.feature_maps import FeatureMaps
 from flora.models.oriented import united
 from flora.predict import Prediction
 from flora.predict.command import _names
@@ -273,6 +274,17 @@ def test_logits_that_are_not_finite_are_refused_and_classes_are_looked_at_in_par
     row = maps.maps(network, images, sizes).numpy()[0]
     with pytest.raises(ConfigError, match="outputs are not finite"):
         flora.tasks.Segment(name="segment", dataset="camvid", epochs=1).understood(row, [])
+
+
+@pytest.mark.parametrize("run", ["squares", "turned"])
+def test_a_detector_whose_features_are_not_finite_is_refused(finished, monkeypatch, run):
+    """It would say that there is nothing."""
+    monkeypatch.chdir(finished[0])
+    predictor = flora.load(run, device="cpu")
+    (features,) = (module for module in predictor.model.modules() if isinstance(module, FeatureMaps))
+    features.register_forward_hook(lambda module, given, maps: [*maps[:-1], maps[-1] * float("nan")])
+    with pytest.raises(ConfigError, match="outputs are not finite"):
+        predictor.predict("data/coco/val2017/001.png")
 
 
 def test_files_are_called_as_their_images():

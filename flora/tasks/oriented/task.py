@@ -256,7 +256,9 @@ def _united(detections: Tensor, tiles: Sequence[Sequence[int]], count: int) -> T
     of = torch.tensor([place for place, *_ in tiles], device=detections.device)
     each = [united(detections[of == image].flatten(0, 1)) for image in range(count)]
     longest = max(1, *map(len, each))
-    return torch.stack([F.pad(rows, (0, 0, 0, longest - len(rows)), value=PADDING) for rows in each])
+    whole = torch.stack([F.pad(rows, (0, 0, 0, longest - len(rows)), value=PADDING) for rows in each])
+    broken = torch.stack([detections[of == image].isnan().any() for image in range(count)])
+    return whole.masked_fill(broken[:, None, None], torch.nan)
 
 
 def turned(image: Tensor, corners: Tensor, across: bool, down: bool, quarters: int) -> tuple[Tensor, Tensor]:
