@@ -157,7 +157,7 @@ class Detector(nn.Module):
         Returns:
             ``losses`` ``[4]``, of Mask R-CNN ``[5]``: proposals, their boxes, classes, boxes and masks. Not training:
             ``detections`` ``[B, 100, 6]``, rows of FIELDS in pixels of the images, or of PADDING; with masks
-            ``[B, 100, 6 + 28 * 28]``, the probabilities of each over its box.
+            ``[B, 100, 6 + 28 * 28]``, the probabilities of each over its box; NaN where feature maps are not finite.
         """
         stored = [(image.shape[-2], image.shape[-1]) for image in images]
         resized, wanted = self.transform(images, targets)
@@ -166,7 +166,10 @@ class Detector(nn.Module):
             return {"losses": self._losses(resized, levels, wanted)}
         proposals, _ = self.rpn(resized, levels)
         found, _ = self.roi_heads(levels, proposals, resized.image_sizes)
-        outputs = {"detections": self._as_rows(found, resized.image_sizes, stored)}
+        detections = self._as_rows(found, resized.image_sizes, stored)
+        # The heads leave out what is not a number: nothing would seem to be there.
+        whole = torch.stack([level.isfinite().flatten(1).all(dim=1) for level in levels.values()]).all(dim=0)
+        outputs = {"detections": detections.masked_fill(~whole[:, None, None], torch.nan)}
         if targets is not None:
             outputs["losses"] = self._losses_in_evaluation(resized, levels, wanted)
         return outputs

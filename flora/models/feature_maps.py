@@ -85,7 +85,8 @@ class DenseModel(ABC):
         heads: names of the network's modules that are trained in full; fresh norms after the backbone come to them.
 
     Raises:
-        ConfigError: a model that is none of timm's, or has no feature maps at strides 4, 8, 16, 32.
+        ConfigError: a model that is none of timm's, has no feature maps at strides 4, 8, 16, 32, or takes images of one
+            size alone.
     """
 
     kind: Kind
@@ -99,7 +100,7 @@ class DenseModel(ABC):
         self.image_size, self.interpolation = backbone.image_size, backbone.interpolation
         self.mean, self.std, self.normalize = backbone.mean, backbone.std, backbone.normalize
         self._norms = backbone.timm_name.startswith("convnext")
-        _indices(backbone.skeleton())
+        _check_sizes(backbone.skeleton())
 
     @property
     def classifier(self) -> list[str]:
@@ -135,3 +136,17 @@ def _indices(network: Any) -> list[int]:
             "32: choose a hierarchical network, as model=convnext"
         )
     return [max(i for i, reduction in enumerate(reductions) if reduction == stride) for stride in STRIDES]
+
+
+def _check_sizes(network: Any) -> None:
+    """Whether a network on the meta device takes images that are neither square nor of its own size."""
+    indices = _indices(network)
+    try:
+        with torch.no_grad():
+            images = torch.zeros(1, 3, 64, 96, device="meta")
+            network.eval().forward_intermediates(images, indices=indices, intermediates_only=True)
+    except Exception as error:  # timm raises almost any type
+        raise ConfigError(
+            f"model: {type(network).__name__} does not take images of any size ({first_line(error)}), which dense "
+            "prediction needs: choose another network, as model=convnext"
+        ) from error

@@ -167,7 +167,8 @@ class GlidingHeads(RoIHeads):
         self, scores: Tensor, changes: Tensor, glides: Tensor, proposals: list[Tensor]
     ) -> list[dict[str, Tensor]]:
         counts = [len(one) for one in proposals]
-        boxes = self.box_coder.decode(changes, proposals)
+        # Without any proposal torchvision leaves the classes' boxes side by side.
+        boxes = self.box_coder.decode(changes, proposals).reshape(*scores.shape, 4)
         parts = (boxes.split(counts), scores.softmax(dim=-1).split(counts), glides.split(counts))
         found = []
         for box, score, glide in zip(*parts, strict=True):

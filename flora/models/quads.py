@@ -89,6 +89,22 @@ def suppressed(quads: Tensor, scores: Tensor, classes: Tensor, threshold: float)
         stays = again
 
 
+def uncrossed(quads: Tensor) -> tuple[Tensor, Tensor]:
+    """Quadrilaterals ``[N, 4, 2]`` in an order of corners in which none crosses itself, and which did: bool ``[N]``.
+
+    Sides that cross are the diagonals of a convex quadrilateral.
+    """
+
+    def cross(a: int, b: int, c: int, d: int) -> Tensor:
+        start, way, other = quads[:, a], quads[:, b] - quads[:, a], quads[:, d] - quads[:, c]
+        apart = _cross(way, quads[:, c] - start) * _cross(way, quads[:, d] - start) < 0
+        return apart & (_cross(other, start - quads[:, c]) * _cross(other, quads[:, b] - quads[:, c]) < 0)
+
+    first, second = cross(0, 1, 2, 3), cross(1, 2, 3, 0)
+    mended = torch.where(first[:, None, None], quads[:, [0, 2, 1, 3]], quads)
+    return torch.where(second[:, None, None], quads[:, [0, 1, 3, 2]], mended), first | second
+
+
 def rectangles(quads: Tensor) -> Tensor:
     """The smallest rectangle around each quadrilateral, both ``[N, 4, 2]``.
 

@@ -174,7 +174,7 @@ class Predictor:
         """A list of inputs as ``model`` takes them.
 
         Floats ``[N, 3, H, W]`` of images to classify, and of those to segment, filled up at the bottom and on the
-        right; a list of ``[3, H, W]`` of those to find objects in; else the arguments by name.
+        right; a list of ``[3, H, W]`` of those to find objects in, or of their tiles; else the arguments by name.
         """
         batch = self._trainer.on_device(self.task.unlabelled(self.spec, inputs).__getitems__(range(len(inputs))))
         if self.spec.kind == "image":
@@ -182,10 +182,7 @@ class Predictor:
         if self.spec.kind == "segmentation":
             return self.spec.normalize(batch["pixel_values"])
         if self.spec.kind == "detection":
-            sizes = batch["sizes"].tolist()
-            return [
-                image[:, :h, :w].float() / 255 for image, (h, w, *_) in zip(batch["pixel_values"], sizes, strict=True)
-            ]
+            return self.task.entered(self.spec, batch)
         if "pixel_values" in batch:
             batch["pixel_values"] = self.spec.normalize(batch["pixel_values"])
         return {name: value for name, value in batch.items() if name != "labels"}

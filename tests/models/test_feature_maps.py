@@ -26,22 +26,21 @@ class Summed(DenseModel):
 
 
 @pytest.mark.parametrize(
-    ("name", "channels"),
+    ("name", "options", "channels"),
     [
-        ("convnextv2_atto", (40, 80, 160, 320)),
-        ("resnet18", (64, 128, 256, 512)),
-        ("tf_efficientnet_lite0", (24, 40, 112, 320)),
-        ("swin_tiny_patch4_window7_224", (96, 192, 384, 768)),
+        ("convnextv2_atto", {}, (40, 80, 160, 320)),
+        ("resnet18", {}, (64, 128, 256, 512)),
+        ("tf_efficientnet_lite0", {}, (24, 40, 112, 320)),
+        ("swin_tiny_patch4_window7_224", {"strict_img_size": False}, (96, 192, 384, 768)),
     ],
 )
-def test_maps_lie_at_four_strides(name, channels):
-    model = Summed(random_model(name)).skeleton()
+def test_maps_lie_at_four_strides(name, options, channels):
+    model = Summed(random_model(name, **options)).skeleton()
     assert model.backbone.channels == channels
-    if not name.startswith("swin"):  # whose windows need real images
-        maps = model.backbone(torch.empty(2, 3, 64, 128, device="meta"))
-        assert [tuple(m.shape) for m in maps] == [
-            (2, count, 64 // stride, 128 // stride) for count, stride in zip(channels, (4, 8, 16, 32), strict=True)
-        ]
+    maps = model.backbone(torch.empty(2, 3, 64, 128, device="meta"))
+    assert [tuple(m.shape) for m in maps] == [
+        (2, count, 64 // stride, 128 // stride) for count, stride in zip(channels, (4, 8, 16, 32), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", ["convnext", "resnet"])
@@ -84,3 +83,9 @@ def test_a_network_without_such_maps_is_refused():
         Summed(random_model("vit_tiny_patch16_224"))
     with pytest.raises(ConfigError, match="model=minilm_l6 has no feature maps"):
         Summed(get("minilm_l6"))
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "coatnet_0_224"])
+def test_networks_of_one_image_size_are_refused(name):
+    with pytest.raises(ConfigError, match="does not take images of any size"):
+        Summed(random_model(name))

@@ -13,15 +13,23 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from shapely import Polygon
 
 import flora
 import train
 from flora.errors import ConfigError, DataError
 from flora.launch.entry import main
+from flora.models.feature_maps import FeatureMaps
+from flora.models.oriented import united
+from flora.predict import Prediction
 from flora.predict.command import _names
+from flora.tasks.base import Predicted
+from flora.tasks.detect.found import Found
+from flora.tasks.oriented import dota
 from flora.tasks.segment import maps
 from flora.tasks.segment.datasets import DATASETS
 from tests.tasks.detect.made import squares, write_coco, write_parquet
+from tests.tasks.oriented.made import scenes, write_dota
 from tests.tasks.segment.made import encoded, scene, write_camvid
 
 TINY = (
@@ -36,6 +44,19 @@ DETECTOR += ("task.channels=8", "task.hidden=16")
 RUNS = {
     "scenes": ("task=segment", "task.size=48", "task.crop=32", "task.hidden_size=8"),
     "squares": DETECTOR,
+    "turned": (  # long enough to find some
+        *(
+            "task=oriented",
+            "task.dataset=dota",
+            "task.held_out=0.3",
+            "task.tile=64",
+            "task.overlap=8",
+            "task.seen=[64]",
+        ),
+        *("task.anchors=[8,16,32,64,128]", "task.channels=16", "task.hidden=32", "task.proposals=100", "task.most=30"),
+        *("task.at_once=3", "task.turn=false", "task.flip=0", "adapter=full", "trainer.max_steps=100"),
+        *("trainer.lr=1e-2", "trainer.head_lr=1e-2", "trainer.max_grad_norm=10", "trainer.eval_steps=100"),
+    ),
     "masks": (*DETECTOR, "task.dataset=coco", "task.masks=true", "task.held_out=0.25"),
 }
 
@@ -52,8 +73,11 @@ def finished(tmp_path_factory):
             write_parquet(Path(f"data/bccd/{split}.parquet"), squares(number, 5))
         for number, split in enumerate(("train2017", "val2017")):
             write_coco(Path("data/coco"), split, squares(number, 12))
+        for number, split in enumerate(("train", "val")):
+            write_dota(Path("data/dota"), split, scenes(number, 9))
         for name, overrides in RUNS.items():
-            patch.setattr(sys, "argv", ["train.py", *overrides, *TINY])
+            keyed = {o.split("=")[0]: o for o in (*TINY, *overrides)}  # the last one wins
+            patch.setattr(sys, "argv", ["train.py", *keyed.values()])
             known = set(Path("outputs/records").glob("*.json"))
             main(train.job, trace=lambda: True)
             (path,) = set(Path("outputs/records").glob("*.json")) - known
@@ -136,6 +160,58 @@ def test_boxes_of_the_tests_own_images_give_its_map_by_cocos_own_files(predict, 
         assert drawn.size == given.size
 
 
+def test_dotas_files_of_the_tests_own_images_give_its_ap(predict, finished):
+    """For who has the labels: AP at eleven recalls, by shapely, from the texts that DOTA's task 1 takes."""
+    folder = predict("turned", "input=data/dota/val/images")
+    truth = {}
+    for path in sorted(Path("data/dota/val/labelTxt").iterdir()):
+        for line in path.read_text().splitlines()[2:]:
+            *corners, name, difficult = line.split()
+            polygon = Polygon(np.array(corners, float).reshape(4, 2))
+            truth.setdefault(name, []).append((path.stem, polygon, difficult == "1"))
+    assert sorted(path.name for path in (folder / "task1").iterdir()) == ["Task1_plane.txt", "Task1_ship.txt"]
+    record, many = finished[1]["turned"], 0
+    assert record["metrics"]["AP50"] > 0.1, "a task that finds nothing would show nothing"
+    for name, there in truth.items():
+        lines = [line.split() for line in (folder / "task1" / f"Task1_{name}.txt").read_text().splitlines()]
+        many += len(lines)
+        taken, right, wrong, curve = set(), 0, 0, []
+        for image, _, *corners in sorted(lines, key=lambda line: -float(line[1])):
+            found = Polygon(np.array(corners, float).reshape(4, 2))
+            overlaps = [
+                found.intersection(p).area / found.union(p).area if image == where else 0 for where, p, _ in there
+            ]
+            best = int(np.argmax(overlaps))
+            if overlaps[best] > 0.5 and there[best][2]:
+                continue
+            hit = overlaps[best] > 0.5 and best not in taken
+            taken |= {best} if hit else set()
+            right, wrong = right + hit, wrong + (not hit)
+            curve.append((right / sum(not hard for _, _, hard in there), right / (right + wrong)))
+        each = [max((p for r, p in curve if r >= bound), default=0) for bound in np.arange(0, 1.1, 0.1)]
+        assert np.mean(each) == pytest.approx(record["metrics"][f"AP50_{name}"], abs=1e-9)
+    results = json.loads((folder / "predictions.json").read_text())
+    assert len(results) == many > 10
+    for one in results:
+        x, y = one["segmentation"][0][::2], one["segmentation"][0][1::2]
+        assert one["bbox"] == pytest.approx([min(x), min(y), max(x) - min(x), max(y) - min(y)])
+        assert ("plane", "ship")[one["category_id"]] == one["category"]
+    pictures = sorted((folder / "pictures").iterdir())
+    assert [picture.stem for picture in pictures] == [f"P{number:04}" for number in range(9)]
+    with Image.open(pictures[1]) as shown, Image.open("data/dota/val/images/P0001.png") as given:
+        assert shown.size == given.size
+
+
+def test_names_that_would_break_dotas_files_do_not(tmp_path):
+    corners = ((0.0, 1.0), (2.0, 1.0), (2.0, 3.0), (0.25, 3.0))
+    found = Found("a/b", 0, 0.5, (0, 1, 2, 3), None, corners)
+    results = dota.Results(["a/b", "a%2Fb"])
+    results.noted(Predicted(0, "in/my photo.png", "my photo", lambda: None, Prediction(objects=[found])))
+    results.write(tmp_path / "task1")
+    assert (tmp_path / "task1/Task1_a%2Fb.txt").read_text() == "my_photo 0.5 0 1 2 1 2 3 0.25 3\n"
+    assert (tmp_path / "task1/Task1_a%252Fb.txt").read_text() == ""
+
+
 def test_in_python_a_map_and_objects_with_names(predict, finished):
     predictor = flora.load("scenes", device="cpu")
     image, _ = scene(8)
@@ -155,6 +231,20 @@ def test_in_python_a_map_and_objects_with_names(predict, finished):
     with torch.no_grad():
         rows = predictor.model(predictor.preprocess(["data/coco/val2017/001.png"]))["detections"][0]
     assert found[0].box == tuple(rows[rows[:, 4].argmax(), :4].tolist())
+    predictor = flora.load("turned", device="cpu")
+    place = "data/dota/val/images/P0002.png"  # 100 x 100
+    found = predictor.predict(place).objects
+    tiles = predictor.preprocess([place])
+    assert [tuple(tile.shape) for tile in tiles] == [(3, 64, 64)] * 4
+    with Image.open(place) as given:
+        below = np.asarray(given)[36:, :64]
+    assert np.array_equal((255 * tiles[2]).round().permute(1, 2, 0), below)
+    with torch.no_grad():
+        rows = torch.cat([predictor.model(tiles[:3])["detections"], predictor.model(tiles[3:])["detections"]])
+    shifted = rows[..., :8] + torch.tensor([[0, 0], [36, 0], [0, 36], [36, 36]]).repeat(1, 4)[:, None]
+    whole = united(torch.cat([shifted, rows[..., 8:]], dim=2).flatten(0, 1)[(rows[..., 9] >= 0).flatten()])
+    assert np.allclose([np.ravel(one.corners) for one in found], whole[:, :8], atol=1e-4)
+    assert [one.score for one in found] == whole[:, 8].tolist()
 
 
 def test_one_picture_or_a_table_of_them_and_those_that_cannot_be_read(predict, tmp_path):
@@ -184,6 +274,17 @@ def test_logits_that_are_not_finite_are_refused_and_classes_are_looked_at_in_par
     row = maps.maps(network, images, sizes).numpy()[0]
     with pytest.raises(ConfigError, match="outputs are not finite"):
         flora.tasks.Segment(name="segment", dataset="camvid", epochs=1).understood(row, [])
+
+
+@pytest.mark.parametrize("run", ["squares", "turned"])
+def test_a_detector_whose_features_are_not_finite_is_refused(finished, monkeypatch, run):
+    """It would say that there is nothing."""
+    monkeypatch.chdir(finished[0])
+    predictor = flora.load(run, device="cpu")
+    (features,) = (module for module in predictor.model.modules() if isinstance(module, FeatureMaps))
+    features.register_forward_hook(lambda module, given, maps: [*maps[:-1], maps[-1] * float("nan")])
+    with pytest.raises(ConfigError, match="outputs are not finite"):
+        predictor.predict("data/coco/val2017/001.png")
 
 
 def test_files_are_called_as_their_images():

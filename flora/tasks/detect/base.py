@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,10 +13,11 @@ from torch import Tensor
 from flora.errors import ConfigError
 from flora.models.detection import DetectionModel
 from flora.models.spec import ModelSpec
-from flora.tasks.base import Splits, Task, check_split_seed
+from flora.tasks.base import Batch, Splits, Task, check_split_seed
 from flora.tasks.detect.files import lost
 from flora.tasks.detect.objects import Annotated
 from flora.tasks.detect.sheet import draw_sheet
+from flora.tasks.images.whole import WholeImages
 from flora.tasks.portions import say
 
 
@@ -36,6 +39,7 @@ class ObjectTask(Task[DetectionModel]):
     """
 
     metric = "mAP"
+    leaves_files: ClassVar[bool] = True
     pictures: ClassVar[tuple[str, ...]] = ("detections.png",)
     outline: ClassVar[int] = 4
 
@@ -80,6 +84,14 @@ class ObjectTask(Task[DetectionModel]):
     def condensed(self, outputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """See Task.condensed: detections, and the numbers of their images."""
         return outputs["detections"], labels
+
+    def unlabelled(self, model: DetectionModel, inputs: Sequence[Any]) -> WholeImages:
+        """Images, see ``flora.tasks.images.decode.as_picture``; decoded batch by batch."""
+        return WholeImages.of(inputs, np.asarray, self.unreadable == "skip")
+
+    @abstractmethod
+    def entered(self, model: DetectionModel, batch: Batch) -> list[Tensor]:
+        """What the network takes of an unlabelled batch: floats in [0, 1], ``[3, H, W]`` each."""
 
     def report(self, metric: Any, splits: Splits, folder: Path) -> None:
         """Write ``detections.png``, some test images with what was found; say which images were not readable."""

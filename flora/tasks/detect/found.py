@@ -12,6 +12,7 @@ import hotcoco
 import numpy as np
 from PIL import Image, ImageDraw
 
+from flora.models import oriented
 from flora.models.detection import FIELDS
 from flora.tasks.base import Predicted
 from flora.tasks.detect.scores import real, whole_masks
@@ -29,6 +30,7 @@ class Found:
         score: in [0, 1].
         box: left, top, right and bottom in pixels of the image.
         mask: bool ``[H, W]``, which pixels are its; None where the network finds boxes alone.
+        corners: four, x and y in pixels, of an oriented object, with ``box`` around them; None of an upright one.
     """
 
     label: str
@@ -36,6 +38,7 @@ class Found:
     score: float
     box: tuple[float, float, float, float]
     mask: np.ndarray | None = None
+    corners: tuple[tuple[float, float], ...] | None = None
 
 
 def of_rows(rows: np.ndarray, names: Sequence[str], height: int, width: int) -> list[Found]:
@@ -50,12 +53,22 @@ def of_rows(rows: np.ndarray, names: Sequence[str], height: int, width: int) -> 
     return sorted(found, key=lambda one: -one.score)
 
 
+def of_quads(rows: np.ndarray, names: Sequence[str]) -> list[Found]:
+    """What the rows ``[D, 10]`` of ``flora.models.oriented`` say of an image, the highest score first."""
+    found = []
+    for *outline, score, number in real(rows, oriented.FIELDS - 1).tolist():
+        x, y = outline[::2], outline[1::2]
+        corners = tuple(zip(x, y, strict=True))
+        found.append(Found(names[int(number)], int(number), score, (min(x), min(y), max(x), max(y)), None, corners))
+    return sorted(found, key=lambda one: -one.score)
+
+
 def write(predicted: Iterable[Predicted], names: Sequence[str], ids: Sequence[int], folder: Path) -> None:
     """Write what was found in images.
 
     ``predictions.json`` is a list as COCO's results have it, ``image_id`` the number of the image among the inputs,
-    with the path as ``file_name`` and the class as ``category`` besides; ``pictures/NAME.jpg`` shows boxes of a score
-    from ``LEAST``.
+    with the path as ``file_name`` and the class as ``category`` besides, and corners as a polygon in ``segmentation``;
+    ``pictures/NAME.jpg`` shows the outlines of those with a score from ``LEAST``.
 
     Args:
         predicted: what was found, image by image.
@@ -78,6 +91,8 @@ def _result(one: Predicted, found: Found, category: int) -> dict[str, Any]:
     left, top, right, bottom = found.box
     result = {"image_id": one.number, "category_id": category, "bbox": [left, top, right - left, bottom - top]}
     result |= {"score": found.score, "file_name": one.path, "category": found.label}
+    if found.corners is not None:
+        result["segmentation"] = [[number for corner in found.corners for number in corner]]
     if found.mask is not None:
         rle = hotcoco.mask.encode(np.asfortranarray(found.mask.astype(np.uint8)))
         counts = rle["counts"]
@@ -94,7 +109,11 @@ def _drawn(image: Image.Image, objects: Sequence[Found], colours: Sequence[tuple
     draw, line = ImageDraw.Draw(image), max(1, round(max(image.size) / 400))
     for found in objects:
         left, top, right, bottom = found.box
-        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colours[found.number], width=line)
+        if found.corners is not None:
+            draw.polygon(found.corners, outline=colours[found.number], width=line)
+            left, top = min(found.corners, key=lambda corner: corner[1])
+        else:
+            draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colours[found.number], width=line)
         said = f"{found.label} {found.score:.2f}".encode("latin-1", "replace").decode("latin-1")  # Pillow's own font
         room = draw.textbbox((left, top), said)
         draw.rectangle(room, fill=colours[found.number])

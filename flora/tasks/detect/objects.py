@@ -151,6 +151,33 @@ def checked(part: Part, file: str) -> Part:
     return part
 
 
+def check_polygons(annotated: Annotated) -> None:
+    """Whether polygons lie at the boxes of their objects; what is no polygon is left to ``mask_of``.
+
+    Raises:
+        DataError: one that does not, by its image: it is not in pixels, or of another image.
+    """
+    objects: Objects = annotated.objects
+    for number, outline in enumerate(objects.masks or ()):
+        try:
+            parts = [np.array(part, np.float64).reshape(-1, 2) for part in outline] if type(outline) is list else []
+        except (TypeError, ValueError):
+            continue
+        if not sum(map(len, parts)):
+            continue
+        points = np.concatenate(parts)
+        low, high, box = points.min(axis=0), points.max(axis=0), objects.boxes[number]
+        if (high < box[:2] - ROUNDING).any() or (low > box[:2] + box[2:] + ROUNDING).any():
+            image = int(np.searchsorted(objects.starts, number, side="right")) - 1
+            both = ((*low, *high), (*box[:2], *(box[:2] + box[2:])))
+            spans = [" ".join(f"{value:g}" for value in span) for span in both]
+            raise DataError(
+                f"{annotated.images.names[image]}: the polygons of its object {number - int(objects.starts[image])} "
+                f"span {spans[0]} (left, top, right, bottom), its box {spans[1]}: mend the annotations, or set "
+                "task.masks=false"
+            )
+
+
 def mask_of(outline: Any, height: int, width: int) -> np.ndarray:
     """A mask as COCO's files have it, polygons or a run-length encoding: uint8 ``[height, width]``.
 

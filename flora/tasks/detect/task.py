@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from flora.tasks.detect import found
 from flora.tasks.detect.base import ObjectTask
 from flora.tasks.detect.dataset import AnnotatedImages
 from flora.tasks.detect.files import open_folder, tables
+from flora.tasks.detect.objects import check_polygons
 from flora.tasks.detect.scores import CocoScores
-from flora.tasks.images.whole import WholeImages
 
 
 class Detect(ObjectTask):
@@ -40,8 +40,6 @@ class Detect(ObjectTask):
     Raises:
         ConfigError: for a value out of range.
     """
-
-    leaves_files: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -87,6 +85,8 @@ class Detect(ObjectTask):
         annotated, rows, facts = open_folder(folder, self.held_out, self.split_seed, self.unreadable)
         if self.masks and annotated.objects.masks is None:
             raise DataError(f"{folder}: not all objects have a mask: set task.masks=false, which detects boxes alone")
+        if self.masks:
+            check_polygons(annotated)
         self._keep(annotated, rows)
         facts |= {
             "counts": {split: len(part) for split, part in rows.items()},
@@ -127,27 +127,26 @@ class Detect(ObjectTask):
         """COCO's average precision over what was read."""
         return CocoScores(self.annotated)
 
-    def unlabelled(self, model: DetectionModel, inputs: Sequence[Any]) -> WholeImages:
-        """Images, see ``flora.tasks.images.decode.as_picture``; decoded batch by batch."""
-        return WholeImages.of(inputs, np.asarray, self.unreadable == "skip")
-
     def remember(self, facts: Mapping[str, Any]) -> None:
         """Take what the annotation file calls the classes."""
         files = [said for said in (facts.get("files") or {}).values() if "category_ids" in said]
         self._ids = files[0]["category_ids"] if files else None
 
+    def entered(self, model: DetectionModel, batch: Batch) -> list[Tensor]:
+        """See ObjectTask.entered: whole images."""
+        sizes = batch["sizes"].tolist()
+        return [
+            pixels[:, :height, :width].float().div_(255)
+            for pixels, (height, width, *_) in zip(batch["pixel_values"], sizes, strict=True)
+        ]
+
     def predicting(self, model: DetectionModel) -> Forward:
         """See Task.predicting: of each image ``[1 + D, F]``, its height and width, then what ``Detector`` finds."""
 
         def forward(module: nn.Module, batch: Batch, training: bool) -> tuple[Tensor, Tensor]:
-            sizes = batch["sizes"]
-            images = [
-                pixels[:, :height, :width].float().div_(255)
-                for pixels, (height, width, *_) in zip(batch["pixel_values"], sizes.tolist(), strict=True)
-            ]
-            detections = module(images)["detections"]
+            detections = module(self.entered(model, batch))["detections"]
             first = torch.zeros_like(detections[:, :1])
-            first[:, 0, :2] = sizes[:, 2:]
+            first[:, 0, :2] = batch["sizes"][:, 2:]
             return torch.cat([first, detections], dim=1), batch["labels"]
 
         return forward

@@ -1,4 +1,4 @@
-"""DOTA's layout: SPLIT/images beside SPLIT/labelTxt with a text for each image, a line for each object."""
+"""DOTA's layout: SPLIT/images beside SPLIT/labelTxt with a text for each image; and its files of results."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from flora import contents
 from flora.errors import DataError, first_line
+from flora.models import quads
+from flora.tasks.base import Predicted
 from flora.tasks.detect.files import divided
 from flora.tasks.detect.objects import Annotated, Part
 from flora.tasks.images.formats import open_image
 from flora.tasks.oriented.objects import Oriented
+from flora.tasks.portions import say
 
 # In the order of DOTA_devkit; the last are of versions 1.5 and 2.0.
 OFFICIAL = (
@@ -71,6 +75,11 @@ def _paired(place: Path, missing: str) -> list[Pair]:
     images = [path for path in sorted((place / "images").glob("*")) if path.suffix.lower() in contents.IMAGES]
     if not images:
         raise DataError(f"{place / 'images'} has no images: unpack them there")
+    stems = {image.stem: image for image in images}
+    if twice := next((image for image in images if stems[image.stem] != image), None):
+        raise DataError(
+            f"{twice} and {stems[twice.stem].name} have the same labels {twice.stem}.txt: leave one of them"
+        )
     labels = {path.stem: path for path in sorted((place / "labelTxt").glob("*.txt"))}
     lacking = [image for image in images if image.stem not in labels]
     if len(lacking) == len(images):
@@ -80,7 +89,7 @@ def _paired(place: Path, missing: str) -> list[Pair]:
             f"{place}: {len(lacking)} of {len(images)} images have no labels (first {lacking[0].name}): add "
             f"labelTxt/{lacking[0].stem}.txt, empty where it shows no object"
         )
-    absent = sorted({*labels} - {image.stem for image in images})
+    absent = sorted({*labels} - {*stems})
     if absent and missing != "skip":
         raise DataError(
             f"{place}: the images of {len(absent)} files in labelTxt are not there (first {absent[0]}.txt); fetch them "
@@ -94,7 +103,8 @@ def open_folder(
 ) -> tuple[Annotated, dict[str, np.ndarray], dict[str, Any]]:
     """All images, the rows of the three splits, and facts of the files; see ``flora.tasks.detect.files.open_folder``.
 
-    The classes are those of train, in DOTA's order where they are DOTA's, else by their names.
+    The classes are those of train, in DOTA's order where they are DOTA's, else by their names. Outlines that cross
+    themselves get their corners in another order, and are counted in ``warnings``.
 
     Raises:
         DataError: as of ``pairs``; an image or a label that cannot be used, by file and line.
@@ -104,15 +114,22 @@ def open_folder(
     names = {line.category for objects in lines["train"] for line in objects}
     order = OFFICIAL if names <= {*OFFICIAL} else sorted(names)
     class_names = [name for name in order if name in names]
-    parts, broken = dict[str, Part](), list[bool]()
+    parts, broken, warnings = dict[str, Part](), list[bool](), list[str]()
     for split, members in there.items():
         sizes, unread = _sizes([pair.image for pair in members], missing)
-        parts[split] = _part(members, lines[split], class_names, sizes, unread)
+        part, crossed = _part(members, lines[split], class_names, sizes, unread)
+        if crossed:
+            warnings.append(
+                f"{members[0].labels.parent}: the outlines of {len(crossed)} objects cross themselves (first "
+                f"{crossed[0]}): their corners are taken in another order"
+            )
+            say(f"warning: {warnings[-1]}")
+        parts[split] = part
         broken += unread
     annotated, rows, said = divided(folder, parts, class_names, held_out, seed)
     annotated.unreadable[:] = annotated.unreadable.new_tensor(broken)
     files = {str(members[0].labels.parent.relative_to(folder)): {"rows": len(members)} for members in there.values()}
-    return annotated, rows, {"source": "paths.data", "files": files, **said}
+    return annotated, rows, {"source": "paths.data", "files": files, "warnings": warnings, **said}
 
 
 def _lines(path: Path) -> list[_Line]:
@@ -166,7 +183,8 @@ def _part(
     class_names: Sequence[str],
     sizes: np.ndarray,
     broken: Sequence[bool],
-) -> Part:
+) -> tuple[Part, list[str]]:
+    """Images with their objects, and the files of labels of those whose outlines crossed themselves."""
     index = {name: number for number, name in enumerate(class_names)}
     for pair, objects, (height, width), unread in zip(members, lines, sizes.tolist(), broken, strict=True):
         for line in objects:
@@ -176,17 +194,22 @@ def _part(
                 _check_inside(pair, line.corners, width, height)
     counts = [0 if unread else len(objects) for objects, unread in zip(lines, broken, strict=True)]
     kept = [line for objects, unread in zip(lines, broken, strict=True) if not unread for line in objects]
-    return Part(
+    corners, crossed = quads.uncrossed(
+        torch.tensor([line.corners for line in kept], dtype=torch.float64).reshape(-1, 4, 2)
+    )
+    owner = np.repeat(np.arange(len(members)), counts)
+    part = Part(
         [partial(open_image, pair.image) for pair in members],
         [str(pair.image) for pair in members],
         sizes,
         Oriented(
-            np.array([line.corners for line in kept], np.float64).reshape(-1, 4, 2),
+            corners.numpy(),
             np.array([index[line.category] for line in kept], np.int64),
             np.array([line.difficult for line in kept], bool),
             np.cumsum([0, *counts]),
         ),
     )
+    return part, [members[image].labels.name for image in owner[crossed.numpy()].tolist()]
 
 
 def _check_inside(pair: Pair, corners: Sequence[float], width: int, height: int) -> None:
@@ -198,3 +221,31 @@ def _check_inside(pair: Pair, corners: Sequence[float], width: int, height: int)
             f"{pair.labels}: the object at {numbers} is not inside the image of {width} x {height} pixels: mend the "
             "labels, or they are of another set"
         )
+
+
+class Results:
+    """What is found, as DOTA's task 1 takes it: a file ``Task1_CLASS.txt`` of each class, also of one never found.
+
+    A line is the image's name without suffix, the score, and x and y of four corners.
+
+    Args:
+        class_names: all.
+    """
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self._lines: dict[str, list[str]] = {name: [] for name in class_names}
+
+    def noted(self, one: Predicted) -> Predicted:
+        """The image, once its objects are taken down."""
+        image = "_".join(one.name.split())  # spaces separate the fields
+        for found in one.said.objects:
+            numbers = (found.score, *(number for corner in found.corners for number in corner))
+            self._lines[found.label].append(" ".join([image, *(f"{number:.9g}" for number in numbers)]) + "\n")
+        return one
+
+    def write(self, folder: Path) -> None:
+        """Write the files to a new folder."""
+        folder.mkdir()
+        for name, lines in self._lines.items():
+            safe = name.replace("%", "%25").replace("/", "%2F")  # no other name gives the same
+            (folder / f"Task1_{safe}.txt").write_text("".join(lines), encoding="utf-8")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,11 +17,12 @@ from flora.launch import processes
 from flora.models.detection import PADDING, DetectionModel, Sizes
 from flora.models.oriented import OrientedModel, united
 from flora.models.spec import ModelSpec
-from flora.tasks.base import Batch, Forward, Splits
+from flora.tasks.base import Batch, Forward, Predicted, Splits
+from flora.tasks.detect import found
 from flora.tasks.detect.base import ObjectTask
 from flora.tasks.oriented import dota, rendered
 from flora.tasks.oriented.dataset import Images, Tiles, with_objects
-from flora.tasks.oriented.objects import tiled
+from flora.tasks.oriented.objects import places, tiled
 from flora.tasks.oriented.scores import OrientedScores
 
 _LEAST = 32  # pixels of a side
@@ -142,7 +144,7 @@ class Oriented(ObjectTask):
             "counts": {split: len(part) for split, part in rows.items()},
             "tiles": {"side": self.tile, "overlap": self.overlap, "train": len(train)},
             "unreadable": {"policy": self.unreadable},
-            "warnings": [],
+            "warnings": facts.get("warnings", []),
         }
         validation, test = (Images(whole, rows[split], skip, once=True) for split in ("validation", "test"))
         names = annotated.class_names
@@ -150,60 +152,95 @@ class Oriented(ObjectTask):
 
     def forward(self, model: DetectionModel) -> Forward:
         """Mirror and turn tiles (training only), then losses and, in evaluation, detections in whole images."""
-        fill = torch.tensor(model.mean)
 
         def forward(module: nn.Module, batch: Batch, training: bool) -> tuple[dict[str, Tensor], Tensor]:
             tiles, found = batch["tiles"].tolist(), batch["found"].tolist()
-            if training:
-                flips = (torch.rand(len(tiles), 2) < self.flip).tolist()
-                turns = torch.randint(0, 4 if self.turn else 1, (len(tiles),)).tolist()
-            images, targets = [], []
-            parts = zip(tiles, batch["quads"].split(found), batch["classes"].split(found), strict=True)
-            for number, ((place, top, left, height, width), corners, classes) in enumerate(parts):
-                pixels = batch["pixel_values"][place, :, top : top + height, left : left + width]
-                image = self._whole(pixels, fill)
-                if training:
-                    across, down = flips[number]
-                    image, corners = turned(image, corners, across, down, turns[number])
-                images.append(image)
-                targets.append({"quads": corners, "labels": classes + 1})
-            if training:
-                return module(images, targets), batch["labels"]
-            losses, detections = self._evaluated(module, images, targets)
-            return {"losses": losses, "detections": _united(detections, tiles, len(batch["labels"]))}, batch["labels"]
+            objects = zip(batch["quads"].split(found), batch["classes"].split(found), strict=True)
+            targets = [{"quads": corners, "labels": classes + 1} for corners, classes in objects]
+            if not training:
+                return self._looked_at(module, model, batch, tiles, targets), batch["labels"]
+            flips = (torch.rand(len(tiles), 2) < self.flip).tolist()
+            turns = torch.randint(0, 4 if self.turn else 1, (len(tiles),)).tolist()
+            images = self._cut(model, batch, tiles)
+            for number, ((across, down), quarters) in enumerate(zip(flips, turns, strict=True)):
+                image, corners = turned(images[number], targets[number]["quads"], across, down, quarters)
+                images[number], targets[number]["quads"] = image, corners
+            return module(images, targets), batch["labels"]
 
         return forward
 
-    def _whole(self, pixels: Tensor, fill: Tensor) -> Tensor:
-        """A tile as floats ``[3, tile, tile]``: one at the edge of a small image is filled up with the mean colour."""
-        image = pixels.float().div_(255)
-        height, width = image.shape[1:]
-        if height == width == self.tile:
-            return image
-        whole = fill.to(image)[:, None, None].repeat(1, self.tile, self.tile)
-        whole[:, :height, :width] = image
-        return whole
+    def _cut(self, model: DetectionModel, batch: Batch, tiles: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Tiles (place in the batch, top, left, height, width) as floats ``[3, tile, tile]`` in [0, 1].
 
-    def _evaluated(
-        self, module: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """Losses of tiles ``[6]``, a mean, and what is found in each ``[T, most, 10]``."""
-        starts = [*range(0, len(images), self.at_once)]
+        One at the edge of a small image is filled up with the mean colour.
+        """
+        images = []
+        for place, top, left, height, width in tiles:
+            image = batch["pixel_values"][place, :, top : top + height, left : left + width].float().div_(255)
+            if (height, width) != (self.tile, self.tile):
+                whole = image.new_tensor(model.mean)[:, None, None].repeat(1, self.tile, self.tile)
+                whole[:, :height, :width] = image
+                image = whole
+            images.append(image)
+        return images
+
+    def _looked_at(
+        self,
+        module: nn.Module,
+        model: DetectionModel,
+        batch: Batch,
+        tiles: Sequence[Sequence[int]],
+        targets: Sequence[dict[str, Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
+        """``detections`` in the images of a batch ``[B, D, 10]``; with targets ``losses`` of the tiles, a mean."""
+        starts = [*range(0, len(tiles), self.at_once)]
         # Shards of a network are gathered in each forward pass: every process must have as many.
         spare = max(processes.collected(len(starts))) - len(starts) if processes.count() > 1 else 0
         losses, detections = [], []
-        for start in starts:
+        for number, start in enumerate([*starts, *[0] * spare]):
             part = slice(start, start + self.at_once)
-            outputs = module(images[part], targets[part])
-            losses.append(outputs["losses"] * len(images[part]))
-            detections.append(outputs["detections"])
-        for _ in range(spare):
-            module(images[:1], targets[:1])
-        return torch.stack(losses).sum(dim=0) / len(images), torch.cat(detections)
+            images = self._cut(model, batch, tiles[part])  # no more of a large image at once
+            outputs = module(images, targets and targets[part])
+            if number < len(starts):
+                detections.append(outputs["detections"])
+                losses += [outputs["losses"] * len(images)] if targets is not None else []
+        whole = {"detections": _united(torch.cat(detections), tiles, len(batch["labels"]))}
+        return whole if targets is None else whole | {"losses": torch.stack(losses).sum(dim=0) / len(tiles)}
 
     def metrics(self) -> OrientedScores:
         """DOTA's average precision over what was read."""
         return OrientedScores(self.annotated)
+
+    def entered(self, model: DetectionModel, batch: Batch) -> list[Tensor]:
+        """See ObjectTask.entered: the tiles of the images, one image's after the other's."""
+        return self._cut(model, batch, self._tiles(batch))
+
+    def _tiles(self, batch: Batch) -> list[list[int]]:
+        """Those of an unlabelled batch: place in it, top, left, height, width."""
+        sizes = batch["sizes"].tolist()
+        return [
+            [place, *tile]
+            for place, (height, width, *_) in enumerate(sizes)
+            for tile in places(height, width, self.tile, self.overlap).tolist()
+        ]
+
+    def predicting(self, model: DetectionModel) -> Forward:
+        """See Task.predicting: of each image ``[D, 10]``, what is found in its tiles, united."""
+
+        def forward(module: nn.Module, batch: Batch, training: bool) -> tuple[Tensor, Tensor]:
+            return self._looked_at(module, model, batch, self._tiles(batch))["detections"], batch["labels"]
+
+        return forward
+
+    def understood(self, row: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+        """``objects``: what was found, see ``flora.tasks.detect.found.Found``; with corners."""
+        return {"objects": found.of_quads(row, class_names)}
+
+    def leave(self, predicted: Iterable[Predicted], class_names: Sequence[str], folder: Path) -> None:
+        """What ``task=detect`` leaves, with outlines; and DOTA's files of results."""
+        results = dota.Results(class_names)
+        found.write(map(results.noted, predicted), class_names, range(len(class_names)), folder)
+        results.write(folder / "task1")
 
     def preprocessing(self, model: DetectionModel) -> dict[str, Any]:
         """See Task.preprocessing."""
@@ -219,7 +256,9 @@ def _united(detections: Tensor, tiles: Sequence[Sequence[int]], count: int) -> T
     of = torch.tensor([place for place, *_ in tiles], device=detections.device)
     each = [united(detections[of == image].flatten(0, 1)) for image in range(count)]
     longest = max(1, *map(len, each))
-    return torch.stack([F.pad(rows, (0, 0, 0, longest - len(rows)), value=PADDING) for rows in each])
+    whole = torch.stack([F.pad(rows, (0, 0, 0, longest - len(rows)), value=PADDING) for rows in each])
+    broken = torch.stack([detections[of == image].isnan().any() for image in range(count)])
+    return whole.masked_fill(broken[:, None, None], torch.nan)
 
 
 def turned(image: Tensor, corners: Tensor, across: bool, down: bool, quarters: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import pytest
 from flora.errors import DataError
 from flora.tasks.detect import coco, parquet
 from flora.tasks.detect.dataset import AnnotatedImages
-from flora.tasks.detect.objects import Annotated, mask_of
+from flora.tasks.detect.objects import Annotated, check_polygons, mask_of
 from tests.tasks.detect.made import SQUARES, squares, write_coco, write_parquet
 
 
@@ -195,6 +195,24 @@ def test_an_outline_that_is_none_is_told_with_its_image(tmp_path, outline):
         images[0]
     assert "\n" not in str(told.value)
     assert len(AnnotatedImages(Annotated.of([part], names), np.arange(1))[0]["boxes"]) == 2, "boxes alone need none"
+
+
+@pytest.mark.parametrize("outline", [[[0.1, 0.2, 0.3, 0.2, 0.3, 0.4]], [[900, 10, 950, 10, 950, 60]]])
+def test_an_outline_that_is_not_at_its_box_is_told(tmp_path, outline):
+    made = squares(0, 3)
+    whole = write_coco(tmp_path, "train2017", made)
+    whole["annotations"][0] |= {"segmentation": outline, "bbox": [20.0, 20.0, 12.0, 12.0]}
+    path = tmp_path / "annotations" / "instances_train2017.json"
+    path.write_text(json.dumps(whole))
+    part, names, _ = coco.read(path)
+    with pytest.raises(DataError, match=r"002.png: the polygons of its object \d span .*, its box 20 20 32 32"):
+        check_polygons(Annotated.of([part], names))
+
+
+def test_outlines_at_their_boxes_pass(tmp_path):
+    write_coco(tmp_path, "train2017", squares(0, 6))
+    part, names, _ = coco.read(tmp_path / "annotations" / "instances_train2017.json")
+    check_polygons(Annotated.of([part], names))
 
 
 def test_images_that_are_not_there_are_an_error_or_counted(tmp_path):

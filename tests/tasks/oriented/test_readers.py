@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from shapely import Polygon
 
 from flora.errors import DataError
 from flora.tasks.oriented import dota, rendered
@@ -99,6 +100,26 @@ def test_an_object_may_reach_out_of_its_image(folder):
     labels(folder).write_text("90 10 106.5 10 106.5 20 90 20 ship 0\n")
 
     assert opened(folder)[0].objects.corners.max() > 100
+
+
+def test_outlines_that_cross_themselves_are_mended_and_counted(folder, capsys):
+    square = Polygon([(10, 10), (30, 10), (30, 20), (10, 20)])
+    rows = ["10 10 30 20 30 10 10 20", "10 10 30 10 10 20 30 20", "10 10 30 10 30 20 10 20"]
+    labels(folder).write_text("".join(f"{row} ship 0\n" for row in rows))
+
+    annotated, _, facts = opened(folder)
+
+    for corners in annotated.objects.outlines(1):
+        assert Polygon(corners).is_valid
+        assert Polygon(corners).equals(square)
+    assert "the outlines of 2 objects cross themselves (first P0001.txt)" in facts["warnings"][0]
+    assert facts["warnings"][0] in capsys.readouterr().err
+
+
+def test_two_images_of_one_name_are_told(folder):
+    (folder / "val" / "images" / "P0002.jpg").write_bytes((folder / "val" / "images" / "P0002.png").read_bytes())
+    with pytest.raises(DataError, match=r"P0002.jpg and P0002.png have the same labels P0002.txt"):
+        opened(folder)
 
 
 def test_a_class_that_train_has_not_is_unknown(folder):
