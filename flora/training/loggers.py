@@ -304,7 +304,7 @@ class Wandb:
             job_type=about.cell[:_LONGEST_NAME],
             tags=[tag[:_LONGEST_TAG] for tag in dict.fromkeys([*self.tags, *about.tags]) if tag],
             config=about.config,
-            dir=str(folder),
+            dir=str(folder.resolve()),  # its service may have been started in another folder
             mode=mode,
             settings=wandb.Settings(
                 init_timeout=SECONDS if mode == "online" else 4 * SECONDS,  # a busy machine starts its service slowly

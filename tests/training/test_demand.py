@@ -54,7 +54,10 @@ def test_a_setting_that_asks_for_too_much_is_refused_first(overrides, remedy, sa
 @pytest.mark.parametrize(
     ("overrides", "warning"),
     [
-        (["trainer.batch_size=5000"], r"warning: trainer.batch_size=5000 is more than the \d+ examples that there are"),
+        (
+            ["trainer.batch_size=5000", "model.image_size=32"],
+            r"warning: trainer.batch_size=5000 is more than the \d+ examples that there are",
+        ),
         (
             ["adapter=lora", "adapter.r=500"],
             r"warning: lora: in \d+ layers \(first .*\) the adapter has",
