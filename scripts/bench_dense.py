@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import flora
-from flora.bench.loop import SPREAD, add_options, given, row, train_seconds, trainer_settings
+from flora.bench.loop import SPREAD, add_options, given, lines_of, row, train_seconds, trainer_settings
 from flora.bench.methods import Methods, Ranks
 from flora.bench.networks import Network
 from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
@@ -30,7 +30,6 @@ from flora.bench.timing import timed
 from flora.errors import ConfigError
 from flora.models import get
 from flora.models.spec import ModelSpec
-from flora.results.markdown import formatted
 from flora.tasks import Detect, Segment, Splits
 from flora.tasks.base import Task
 
@@ -158,7 +157,7 @@ def write_objects(folder: Path, arguments: argparse.Namespace) -> None:
     (folder / "annotations").mkdir(parents=True)
     for split, count in (("train2017", arguments.images), ("val2017", arguments.batch)):
         (folder / split).mkdir()
-        images, annotations = [], []
+        images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
         for number in range(count):
             place = folder / split / f"{number}.jpg"
             if number >= DISTINCT:
@@ -210,17 +209,13 @@ def bare_seconds(
 
 def shown(result: dict[str, Any]) -> str:
     """The result as a table for a terminal."""
-    lines = [["method", "train.py", "spread", "bare step", "spread", "share"]]
-    for one in result["rows"]:
-        rates = [formatted(one[key], ",.1f") for key in ("train", "train_spread", "bare", "bare_spread")]
-        lines.append([one["method"], *rates, formatted(one["share"], ".3f")])
     head = f"{result['task']}, {result['model']}, batch {result['batch']}, {result['size']} px, {result['dtype']}"
     head += f"; {result['device']}, {result['cpus']} CPUs"
     bare = {one["method"]: one["bare"] for one in result["rows"]}
     tail = f"images per second, medians; spread: {result['spread']}"
     if {"lora", "flora"} <= bare.keys():
         tail += f"\nFLoRA's bare step takes {bare['lora'] / bare['flora']:.3f} times as long as LoRA's"
-    return f"{head}\n{table(lines)}\n{tail}"
+    return f"{head}\n{table(lines_of(result['rows']))}\n{tail}"
 
 
 if __name__ == "__main__":

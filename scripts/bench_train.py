@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 
-from flora.bench.loop import SPREAD, add_options, given, row, train_seconds, trainer_settings
+from flora.bench.loop import SPREAD, add_options, given, lines_of, row, train_seconds, trainer_settings
 from flora.bench.methods import Methods, Ranks
 from flora.bench.networks import IMAGE_CLASSES, network
 from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
 from flora.bench.timing import Step, timed
 from flora.errors import ConfigError
 from flora.launch import processes
-from flora.results.markdown import formatted
 from flora.tasks import ImageDataset, ImageTask, Splits
 
 METHODS = ("full", "lora", "flora", "flora_factored", "flora_merged")
@@ -141,13 +140,9 @@ def bare_seconds(methods: Methods, name: str, device: torch.device, arguments: a
 
 def shown(result: dict[str, Any]) -> str:
     """The result as a table for a terminal."""
-    lines = [["method", "train.py", "spread", "bare step", "spread", "share"]]
-    for one in result["rows"]:
-        rates = [formatted(one[key], ",.1f") for key in ("train", "train_spread", "bare", "bare_spread")]
-        lines.append([one["method"], *rates, formatted(one["share"], ".3f")])
     head = f"{result['model']}, batch {result['batch']}, {result['size']} px, {result['dtype']}; {result['device']}"
     head += f", {result['processes']} processes" if result["processes"] > 1 else ""
-    return f"{head}\n{table(lines)}\nexamples per second, medians; spread: {result['spread']}"
+    return f"{head}\n{table(lines_of(result['rows']))}\nexamples per second, medians; spread: {result['spread']}"
 
 
 if __name__ == "__main__":

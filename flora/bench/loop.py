@@ -15,6 +15,7 @@ from flora.bench.timing import spread
 from flora.errors import ConfigError
 from flora.methods.base import Adapted, Method
 from flora.models.spec import ModelSpec
+from flora.results.markdown import formatted
 from flora.tasks import Splits
 from flora.tasks.base import Task
 from flora.training import Protocol, Run, TrainerSettings
@@ -107,3 +108,12 @@ def row(name: str, loss: float, train: list[float], bare: list[float] | None) ->
         "bare_spread": round(spread(bare), 1),
         "share": round(statistics.median(train) / statistics.median(bare), 4),
     }
+
+
+def lines_of(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """What ``row`` gave as the lines of a table for a terminal."""
+    lines = [["method", "train.py", "spread", "bare step", "spread", "share"]]
+    for one in rows:
+        rates = [formatted(one[key], ",.1f") for key in ("train", "train_spread", "bare", "bare_spread")]
+        lines.append([one["method"], *rates, formatted(one["share"], ".3f")])
+    return lines

@@ -21,12 +21,8 @@ from flora.tasks.metrics import Scored
 NAMES = {"mAP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "APs", "AP_medium": "APm", "AP_large": "APl"}
 
 
-class CocoScores(Scored):
-    """COCO's average precision over IoU from 0.5 to 0.95 (``mAP``), at one IoU, and by the size of objects.
-
-    All in [0, 1], of boxes; of masks as well, as ``mask_mAP`` and so on, where the network finds masks. ``AP_small`` is
-    over objects of less than 32 x 32 pixels, ``AP_medium`` less than 96 x 96, ``AP_large`` the others; a size that no
-    object has is left out. The best 100 detections of an image count, as in COCO's.
+class ImageScores(Scored):
+    """Scores of detections against what there is in whole images, each of which counts once.
 
     Args:
         annotated: what there is in the images.
@@ -42,6 +38,31 @@ class CocoScores(Scored):
         self.annotated = annotated
         super().__init__()
 
+    def keep(self, predictions: Any, references: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Take detections and numbers of images as arrays; ValueError where an image is there twice."""
+        self.found, self.images = np.asarray(predictions), np.asarray(references).astype(np.int64)
+        if len(np.unique(self.images)) != len(self.images):
+            raise ValueError("an image is evaluated twice")
+        return self.found, self.images
+
+    def nothing_to_find(self) -> DataError:
+        """What to raise where none of the images shows an object."""
+        return DataError(
+            f"none of the {len(self.images)} images that are evaluated shows an object: "
+            "raise trainer.max_eval_examples or check the annotations"
+        )
+
+
+class CocoScores(ImageScores):
+    """COCO's average precision over IoU from 0.5 to 0.95 (``mAP``), at one IoU, and by the size of objects.
+
+    All in [0, 1], of boxes; of masks as well, as ``mask_mAP`` and so on, where the network finds masks. ``AP_small`` is
+    over objects of less than 32 x 32 pixels, ``AP_medium`` less than 96 x 96, ``AP_large`` the others; a size that no
+    object has is left out. The best 100 detections of an image count, as in COCO's.
+
+    Args and attributes: see ImageScores.
+    """
+
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
         """Score the detections of images.
 
@@ -55,10 +76,7 @@ class CocoScores(Scored):
             DataError: there is no object in these images.
             ValueError: an image is there twice.
         """
-        found, images = np.asarray(predictions), np.asarray(references).astype(np.int64)
-        self.found, self.images = found, images
-        if len(np.unique(images)) != len(images):
-            raise ValueError("an image is evaluated twice")
+        found, images = self.keep(predictions, references)
         truth = hotcoco.COCO(self._truth(images))
         scores = self._scored(truth, "bbox", list(self._boxes(found, images)))
         if found.shape[-1] > FIELDS and self.annotated.objects.masks is not None:
@@ -91,10 +109,7 @@ class CocoScores(Scored):
                     }
                 )
         if all(annotation["iscrowd"] for annotation in annotations):
-            raise DataError(
-                f"none of the {len(images)} images that are evaluated shows an object: raise trainer.max_eval_examples "
-                "or check the annotations"
-            )
+            raise self.nothing_to_find()
         sizes = self.annotated.images.sizes[images].tolist()
         return {
             "images": [{"id": i, "height": h, "width": w} for i, (h, w) in zip(images.tolist(), sizes, strict=True)],

@@ -7,19 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from flora.errors import DataError
 from flora.models import quads
 from flora.models.oriented import FIELDS
-from flora.tasks.detect.objects import Annotated
-from flora.tasks.detect.scores import real
-from flora.tasks.metrics import Scored
+from flora.tasks.detect.scores import ImageScores, real
 from flora.tasks.oriented.objects import Oriented
 
 THRESHOLDS = np.arange(50, 100, 5) / 100
 _EPSILON = np.finfo(np.float64).eps
 
 
-class OrientedScores(Scored):
+class OrientedScores(ImageScores):
     """Average precision (AP) as DOTA_devkit has it, in [0, 1], a mean over the classes that occur.
 
     ``AP50`` is DOTA's own score: an object is found from an IoU above 0.5, and precision is read at eleven recalls as
@@ -27,19 +24,8 @@ class OrientedScores(Scored):
     curve instead of eleven recalls. ``AP50_horizontal`` is DOTA's task 2: of the upright boxes around detections and
     objects, in whole pixels. ``AP50_NAME`` is of a class. Objects marked as difficult are neither found nor missed.
 
-    Args:
-        annotated: what there is in the images.
-
-    Attributes:
-        found, images: predictions and references of the last ``compute``.
+    Args and attributes: see ImageScores.
     """
-
-    found: np.ndarray
-    images: np.ndarray
-
-    def __init__(self, annotated: Annotated) -> None:
-        self.annotated = annotated
-        super().__init__()
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
         """Score the detections of images.
@@ -53,18 +39,12 @@ class OrientedScores(Scored):
             DataError: there is no object in these images.
             ValueError: an image is there twice.
         """
-        found, images = np.asarray(predictions), np.asarray(references).astype(np.int64)
-        self.found, self.images = found, images
-        if len(np.unique(images)) != len(images):
-            raise ValueError("an image is evaluated twice")
+        found, images = self.keep(predictions, references)
         objects: Oriented = self.annotated.objects
         order = np.argsort(images)
         truth = np.concatenate([np.arange(*objects.of(i).indices(len(objects.classes))) for i in images[order]])
         if objects.difficult[truth].all():
-            raise DataError(
-                f"none of the {len(images)} images that are evaluated shows an object: raise trainer.max_eval_examples "
-                "or check the annotations"
-            )
+            raise self.nothing_to_find()
         each = [real(found[place], FIELDS - 1).astype(np.float64) for place in order]
         rows = np.concatenate([np.zeros((0, FIELDS)), *each])
         of = np.repeat(images[order], [len(part) for part in each])
