@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from flora.tasks.base import Predicted
@@ -21,11 +21,11 @@ _AT_ONCE = 1 << 28  # logits at the size of an image that are in memory
 _IMAGE = 0.5  # of the image in the overlay
 
 
-def maps(module: nn.Module, images: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
+def maps(module: Callable[[Tensor], Tensor], images: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
     """The likeliest class of each pixel, at the size of the images themselves, as an evaluation calls it.
 
     Args:
-        module: the network, in evaluation.
+        module: the network, in evaluation, or what slides it over images.
         images: floats ``[B, 3, h, w]``, filled up.
         sizes: of each: height and width in the batch, then those of the image itself.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +29,7 @@ from flora.tasks.segment.dataset import Catalogue, LazyScenes
 from flora.tasks.segment.datasets import DATASETS, IGNORED
 from flora.tasks.segment.files import found, masks, scenes
 from flora.tasks.segment.sheet import draw_sheet
+from flora.tasks.segment.windows import check_windows, slid
 
 AUXILIARY_WEIGHT = 0.4  # of the auxiliary head's loss, as published
 _LEAST = 32  # pixels a side: the last map would be empty
@@ -37,8 +39,8 @@ _DRAWN, _SIDE = 8, 320  # images of the contact sheet, and their longer side
 class Segment(Task[UperNet]):
     """A class for each pixel of ``paths.data/DATASET``: tables of image and annotation, or ADE20K's official folder.
 
-    In training an image and its mask are scaled, cropped and flipped together; an evaluation sees whole images, and
-    predicts at the size of their masks.
+    In training an image and its mask are scaled, cropped and flipped together; an evaluation sees whole images, or
+    windows that slide over them, and predicts at the size of their masks.
 
     Args:
         name: of the family, as records show it.
@@ -50,6 +52,8 @@ class Segment(Task[UperNet]):
         flip: flip half of the training crops.
         photometric: change brightness, contrast, saturation and hue of training crops at random; None: leave them.
         hidden_size: channels of the decoder; None: the data set's.
+        window: an evaluation slides windows of this side in pixels over an image; None: it sees it whole.
+        stride: from one window to the next; None: two thirds of the window.
         held_out: share of train that is validation where the files have no test, as ADE20K's validation is the test.
         split_seed: of that draw.
         unreadable: ``error``, or ``skip`` to leave out and count images and masks that cannot be decoded.
@@ -74,6 +78,8 @@ class Segment(Task[UperNet]):
         flip: bool = True,
         photometric: bool | None = None,
         hidden_size: int | None = None,
+        window: int | None = None,
+        stride: int | None = None,
         held_out: float = 0.02,
         split_seed: int = 0,
         unreadable: str = "error",
@@ -95,6 +101,9 @@ class Segment(Task[UperNet]):
         self.data = DATASETS[dataset]
         self.size, self.crop = size or self.data.size, crop or self.data.crop
         self.hidden_size = hidden_size or self.data.hidden_size
+        check_windows(window, stride, _LEAST)
+        self.window = window
+        self.stride = stride or (2 * window // 3 if window else None)
         for key, value in (("size", self.size), ("crop", self.crop)):
             if type(value) is not int or value < _LEAST:
                 raise ConfigError(f"task.{key}={value} must be a whole number of at least {_LEAST} pixels")
@@ -197,11 +206,17 @@ class Segment(Task[UperNet]):
             images, labels = model.normalize(batch["pixel_values"]), batch["labels"].long()
             if training:
                 return module(images), labels
-            logits = _logits(module, images, batch["sizes"].tolist(), labels.shape[-2:])
+            logits = _logits(self._seeing(module), images, batch["sizes"].tolist(), labels.shape[-2:])
             self._note(logits, batch)
             return logits, labels
 
         return forward
+
+    def _seeing(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """How an evaluation looks at images ``[B, 3, H, W]``: whole, or by windows."""
+        if self.window is None or self.stride is None:
+            return module
+        return partial(slid, module, window=self.window, stride=self.stride)
 
     def loss(self, outputs: Any, targets: Tensor, label_smoothing: float) -> Tensor:
         """The mean over the pixels that count; the auxiliary head's counts 0.4."""
@@ -231,7 +246,7 @@ class Segment(Task[UperNet]):
 
         def forward(module: nn.Module, batch: Batch, training: bool) -> tuple[Tensor, Tensor]:
             images = model.normalize(batch["pixel_values"])
-            return maps.maps(module, images, batch["sizes"].tolist()), batch["labels"]
+            return maps.maps(self._seeing(module), images, batch["sizes"].tolist()), batch["labels"]
 
         return forward
 
@@ -249,6 +264,8 @@ class Segment(Task[UperNet]):
     def preprocessing(self, model: UperNet) -> dict[str, Any]:
         """See Task.preprocessing."""
         said = super().preprocessing(model) | {"short_side": self.size, "orientation": "stored"}
+        if self.window is not None:
+            said |= {"window": self.window, "stride": self.stride}
         return {name: value for name, value in said.items() if name != "image_size"}
 
     def report(self, metric: Any, splits: Splits, folder: Path) -> None:
@@ -281,7 +298,7 @@ class Segment(Task[UperNet]):
                 del self._called[max(self._called, key=self._turns.__getitem__)]
 
 
-def _logits(module: nn.Module, images: Tensor, sizes: Sequence[Sequence[int]], side: Sequence[int]) -> Tensor:
+def _logits(module: Callable[[Tensor], Tensor], images: Tensor, sizes: Sequence[Sequence[int]], side: Sequence[int]) -> Tensor:
     """Logits ``[B, C, *side]`` of images that were filled up, each as if it were alone: what was filled up is cut off.
 
     Images of one size go through the network together.
