@@ -298,7 +298,9 @@ class Segment(Task[UperNet]):
                 del self._called[max(self._called, key=self._turns.__getitem__)]
 
 
-def _logits(module: Callable[[Tensor], Tensor], images: Tensor, sizes: Sequence[Sequence[int]], side: Sequence[int]) -> Tensor:
+def _logits(
+    module: Callable[[Tensor], Tensor], images: Tensor, sizes: Sequence[Sequence[int]], side: Sequence[int]
+) -> Tensor:
     """Logits ``[B, C, *side]`` of images that were filled up, each as if it were alone: what was filled up is cut off.
 
     Images of one size go through the network together.
