@@ -21,7 +21,7 @@ from flora.launch import processes
 from flora.tasks.base import Forward, Split, cross_entropy
 from flora.training import internals, parts, sharding
 from flora.training.callbacks import ClosingLoss, StepMeter, StopOnDivergence, TellEpoch
-from flora.training.capture import CapturedAdamW, CapturedStep, say_once
+from flora.training.capture import CapturedAdamW, CapturedStep, say_once, wanted
 from flora.training.ema import Ema
 from flora.training.groups import layer_scales, parameter_groups
 from flora.training.order import ModalityOrder
@@ -87,7 +87,6 @@ class Trainer(internals.Loop):
         self.metric = metric
         self.head = list(head)
         self.captured: CapturedStep | None = None
-        self._clip: Callable[[], torch.Tensor] | None = None
         self._in_training_mode = False
         self._placed: dict[Any, Any] = {}  # datasets on the device, by the ones they copy
         self.on_gpu = settings.on_gpu
@@ -174,7 +173,7 @@ class Trainer(internals.Loop):
         return parts.joined(counts, [loss.repeat(len(labels)), outputs, labels])
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward of a micro-batch, replayed as a CUDA graph where that is asked for and possible."""
+        """Forward and backward of a micro-batch, replayed as a CUDA graph where that is wanted and possible."""
         if not (self._in_training_mode and self._module.training):
             model.train()
             for module in self._frozen_norms:
@@ -199,8 +198,10 @@ class Trainer(internals.Loop):
             transformers.set_seed(self.args.seed + processes.index())
         # Module.zero_grad walks all modules, and transformers calls it at every step.
         model.zero_grad = partial(_zero_grad, self.trained)
-        if isinstance(self._adamw, CapturedAdamW):
-            self.captured, self._clip = CapturedStep(self._forward_backward, self.trained), None
+        self.captured = None
+        if wanted(self.settings, self.state.max_steps - self.state.global_step):
+            insists = self.settings.cuda_graph is True
+            self.captured = CapturedStep(self._forward_backward, self.trained, insists)
             self._adamw.follow(self.captured)
 
     @contextlib.contextmanager
@@ -272,11 +273,8 @@ class Trainer(internals.Loop):
                     "scaled: lower trainer.lr, or set trainer.dtype=bf16"
                 )
             return torch.zeros_like(norm)
-        if self.captured is None or not self.captured.captured:
-            return sharding.whole(nn.utils.clip_grad_norm_(self.trained, limit))
-        if self._clip is None:
-            self._clip = self.captured.recorder.capture(lambda: nn.utils.clip_grad_norm_(self.trained, limit))
-        return self._clip()
+        clip = partial(nn.utils.clip_grad_norm_, self.trained, limit)
+        return sharding.whole(clip()) if self.captured is None else self.captured.after("clip", clip)
 
     @property
     def execution(self) -> dict[str, Any]:
@@ -337,7 +335,8 @@ class Trainer(internals.Loop):
             scales |= self.lr_scales
             groups = parameter_groups(trained.named_parameters(), self.head, scales, self.settings)
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = (CapturedAdamW if self._captures() else optimizer_class)(groups, **kwargs)
+            may_capture = self.on_gpu and processes.count() == 1
+            self.optimizer = (CapturedAdamW if may_capture else optimizer_class)(groups, **kwargs)
             self._adamw = self.optimizer  # accelerate wraps it
         return self.optimizer
 
@@ -363,12 +362,6 @@ class Trainer(internals.Loop):
         if self.accelerator.scaler is None:
             self.optimizer = self._adamw
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def _captures(self) -> bool:
-        if self.settings.cuda_graph and not self.on_gpu:
-            say_once("trainer.cuda_graph needs a GPU: this run is not captured")
-            return False
-        return self.settings.cuda_graph
 
     def evaluate(self, *args, **kwargs):
         """Evaluate, with the time kept out of the training throughput."""
