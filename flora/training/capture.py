@@ -1,5 +1,6 @@
 """A training step as CUDA graphs: what a step launches is recorded once and then replayed in a few launches."""
 
+import math
 import random
 import sys
 import warnings
@@ -20,8 +21,9 @@ from flora.training.resume import rng_state, set_rng_state
 from flora.training.settings import TrainerSettings
 
 WARM_UP = 3  # eager calls with a shape before its capture: kernels are chosen, the optimizer's state is made
-MAX_SHAPES = 16  # of batches that have graphs: each takes host memory, and the time of a few steps to capture
-LEAST_STEPS = 50  # that auto captures for
+MAX_SHAPES = 32  # of batches that have graphs, which take memory of the host and the GPU's driver
+LEAST_STEPS = 50  # of a fit that auto captures steps of
+LEAST_REPLAYS = 40  # of a shape that auto captures: a capture takes as long as a few steps, and saves a part of each
 _SYNCHRONISING = "synchronizing CUDA operation"  # what torch's sync debug mode warns of
 _MASKS = ("transformers", "masking_utils.py")  # asks whether a mask hides anything, but not in a capture
 
@@ -114,18 +116,24 @@ class CapturedStep:
     Args:
         function: ``(batch, parts) -> loss``, detached; adds the gradients of ``loss / parts``.
         parameters: what is trained.
-        insists: raise CaptureFailed where a capture fails, and capture whatever memory that takes.
+        insists: raise CaptureFailed where a capture fails, and capture whatever that takes. Else shapes are captured
+            that leave memory for evaluations and seem to come ``LEAST_REPLAYS`` times more.
+        calls: how many micro-batches there will be.
     """
 
     def __init__(
-        self, function: Callable[[Batch, int], Tensor], parameters: Sequence[nn.Parameter], insists: bool = True
+        self,
+        function: Callable[[Batch, int], Tensor],
+        parameters: Sequence[nn.Parameter],
+        insists: bool = True,
+        calls: float = math.inf,
     ) -> None:
         self.function = function
         self.parameters = list(parameters)
         self.insists = insists
         self.recorder = Recorder()
         self.refusal: str | None = None
-        self._calls = 0
+        self._calls, self._seen, self._eager_calls = calls, 0, 0
         self._asks_masks = False
         self._shapes: dict[Any, _Shape] = {}
         self._gradients: list[Tensor | None] = []
@@ -145,7 +153,7 @@ class CapturedStep:
         first = all(parameter.grad is None for parameter in self.parameters)
         kinds = sorted((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         shape = self._shapes.setdefault((parts, *kinds), _Shape())
-        shape.calls += 1
+        shape.calls, self._seen = shape.calls + 1, self._seen + 1
         if not (self._fits(shape, first) and self._shown(batch) and self._capture(shape, batch, parts, first)):
             return self._eager(batch, parts)
         for name, tensor in shape.batch.items():
@@ -166,10 +174,12 @@ class CapturedStep:
         """Whether a batch of this shape may be replayed, perhaps after a capture."""
         if first in shape.replays:
             return True
-        if shape.calls <= WARM_UP or self._calls < WARM_UP:
+        if shape.calls <= WARM_UP or self._eager_calls < WARM_UP:
             return False
         if not first:  # adds to gradients that are where the first batch of a step, of whatever shape, has left them
             return bool(shape.replays)
+        if not self.insists and shape.calls / self._seen * (self._calls - self._seen) < LEAST_REPLAYS:
+            return False
         return sum(bool(known.replays) for known in self._shapes.values()) < MAX_SHAPES
 
     def _shown(self, batch: Batch) -> bool:
@@ -226,7 +236,7 @@ class CapturedStep:
         self._gradients, self._shapes, self._after = [], {}, {}
 
     def _eager(self, batch: Batch, parts: int) -> Tensor:
-        self._calls += 1
+        self._eager_calls += 1
         if self.refusal is not None:
             return self.function(batch, parts)
         if not self.captured:
@@ -237,7 +247,7 @@ class CapturedStep:
         return loss
 
     def _warm_up(self, batch: Batch, parts: int) -> Tensor:
-        if self._calls != WARM_UP:
+        if self._eager_calls != WARM_UP:
             return self.recorder.run_beside(self.function, batch, parts)
         loss, refusal, self._asks_masks = watched(lambda: self.recorder.run_beside(self.function, batch, parts))
         if refusal is not None:

@@ -47,8 +47,10 @@ class TrainerSettings:
         deterministic: bit-equal repeats on the same machine, where torch has deterministic kernels.
         log_every: steps between training-loss logs.
         cuda_graph: replay steps as CUDA graphs, which pays where launches take longer than arithmetic: true, false, or
-            ``auto`` on one GPU, for a fit of at least 50 steps. Each shape of batches has its graphs; what cannot be
-            captured runs eagerly, and so do all steps where ``auto`` fails to capture one; true makes that an error.
+            ``auto``, on one GPU for a fit of at least 50 steps. Up to 32 shapes of batches have graphs; what cannot be
+            captured runs eagerly, and so does all where ``auto`` fails to capture a step; true makes that an error.
+        pad_to_multiple_of: texts to train on are filled up to a multiple of so many tokens, or to the longest of all;
+            null: to the longest of their batch. Few lengths make few CUDA graphs.
         compile: train through torch.compile.
         distributed: how several processes share the work: ``ddp`` (each has the whole model; null means this too) or
             ``fsdp`` (each has a shard of every parameter).
@@ -95,10 +97,11 @@ class TrainerSettings:
     resume: str | bool = "auto"
     checkpoint_every: int | None = None
     group_by_modality: bool = False
+    pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
         counted = ("max_steps", "max_eval_examples", "max_train_examples", "warmup_steps", "eval_steps")
-        optional = ("head_lr", *counted, "checkpoint_every")
+        optional = ("head_lr", *counted, "checkpoint_every", "pad_to_multiple_of")
         counts = ("batch_size", "eval_batch_size", "gradient_accumulation", "log_every", *optional[1:])
         for name in ("epochs", "lr", "head_lr", *counts):
             value = getattr(self, name)

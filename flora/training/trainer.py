@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import flora
-from flora.errors import TrainingDiverged
+from flora.errors import ConfigError, TrainingDiverged
 from flora.launch import processes
 from flora.tasks.base import Forward, Split, cross_entropy
 from flora.training import internals, parts, sharding
@@ -90,6 +90,10 @@ class Trainer(internals.Loop):
         self._in_training_mode = False
         self._placed: dict[Any, Any] = {}  # datasets on the device, by the ones they copy
         self.on_gpu = settings.on_gpu
+        if settings.pad_to_multiple_of is not None and train is not None:
+            if not hasattr(train, "padded_to"):
+                raise ConfigError("trainer.pad_to_multiple_of is for tasks of texts: leave it null")
+            train = train.padded_to(settings.pad_to_multiple_of)
         if self.on_gpu and processes.count() > 1:
             model = parts.synchronised(model)
         norms = [module for module in model.modules() if isinstance(module, internals.BatchNorm)]
@@ -199,9 +203,9 @@ class Trainer(internals.Loop):
         # Module.zero_grad walks all modules, and transformers calls it at every step.
         model.zero_grad = partial(_zero_grad, self.trained)
         self.captured = None
-        if wanted(self.settings, self.state.max_steps - self.state.global_step):
-            insists = self.settings.cuda_graph is True
-            self.captured = CapturedStep(self._forward_backward, self.trained, insists)
+        if wanted(self.settings, steps := self.state.max_steps - self.state.global_step):
+            insists, calls = self.settings.cuda_graph is True, steps * self.args.gradient_accumulation_steps
+            self.captured = CapturedStep(self._forward_backward, self.trained, insists, calls)
             self._adamw.follow(self.captured)
 
     @contextlib.contextmanager

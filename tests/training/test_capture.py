@@ -181,6 +181,16 @@ def test_random_numbers_drawn_on_the_cpu_in_a_capture_are_not_lost(recorded):
     assert step.refusal == "draws random numbers on the CPU"
 
 
+@pytest.mark.parametrize(("calls", "captures"), [(70, 0), (160, 2)])
+def test_auto_captures_a_shape_that_seems_to_come_often_enough(recorded, calls, captures):
+    """Of two lengths in turn each comes half of the calls; LEAST_REPLAYS of them must be left after a few."""
+    _, model = twins()
+    step = recorded(quadratic(model), model.parameters(), insists=False)
+    step._calls = calls
+    train(step, model, [8, 5] * 10, 1)
+    assert (step.recorder.captures, step.refusal) == (captures, None)
+
+
 def test_auto_leaves_memory_for_evaluations(recorded):
     _, model = twins()
     step = recorded(quadratic(model), model.parameters(), insists=False)
