@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 import flora
 from flora.errors import ConfigError, TrainingDiverged
 from flora.launch import processes
+from flora.models.deberta import positions_kept
 from flora.tasks.base import Forward, Split, cross_entropy
 from flora.training import internals, parts, sharding
 from flora.training.callbacks import ClosingLoss, StepMeter, StopOnDivergence, TellEpoch
@@ -213,7 +214,8 @@ class Trainer(internals.Loop):
         """Time a fit, and leave the model as it was."""
         self._began = time.perf_counter()
         try:
-            yield
+            with contextlib.nullcontext() if self.settings.compile else positions_kept(self._module):
+                yield
         finally:
             self.model_wrapped.__dict__.pop("zero_grad", None)
             self.meter.close()

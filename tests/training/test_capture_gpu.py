@@ -9,10 +9,14 @@ import transformers
 from torch import nn
 
 from flora.errors import CaptureFailed
+from flora.models.deberta import positions_kept
 from flora.tasks.images.augment import Augment
 from flora.tasks.images.dataset import ImageDataset
-from flora.training import capture
+from flora.tasks.text.dataset import TextDataset, starts_of
+from flora.tasks.text.task import classify
+from flora.training import TrainerSettings, capture
 from flora.training.meters import BusyShare
+from flora.training.trainer import Trainer
 from tests.training.test_capture import (
     FULL,
     WITH_AND_WITHOUT,
@@ -303,7 +307,8 @@ def test_texts_of_each_length_have_their_graph_and_move_the_weights_as_eagerly(e
     for function, optimizer in ((training(eager), plain), (step, graphs)):
         torch.manual_seed(5)
         for number, batch in enumerate(texts("cuda")):
-            losses.append(function(batch, parts).item())
+            with positions_kept(model):
+                losses.append(function(batch, parts).item())
             if (number + 1) % parts == 0:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -314,6 +319,36 @@ def test_texts_of_each_length_have_their_graph_and_move_the_weights_as_eagerly(e
     assert torch.equal(*numbers)
     for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def text_trainer(folder, network, **settings):
+    """A classifier of texts of 2 to 30 tokens, trained."""
+    lengths = torch.randint(2, 31, (256,), generator=torch.Generator().manual_seed(7))
+    tokens = torch.randint(5, 90, (int(lengths.sum()),), generator=torch.Generator().manual_seed(8))
+    data = TextDataset({"input_ids": tokens}, starts_of(lengths), {"labels": lengths % 3}, {"input_ids": 0})
+    settings = TrainerSettings(epochs=20, lr=1e-3, batch_size=8, log_every=1, **settings)
+    trainer = Trainer(network, settings, classify, ["classifier"], None, "accuracy", folder, train=data)
+    trainer.train()
+    return trainer, torch.rand(8, device="cuda")
+
+
+@pytest.mark.parametrize("settings", [{}, {"pad_to_multiple_of": 8}, {"gradient_accumulation": 2}], ids=str)
+@pytest.mark.parametrize(("make", "attention"), [(bert, "sdpa"), (deberta, "eager")], ids=["bert", "deberta"])
+def test_by_default_texts_are_captured_and_equal_eager_ones_bit_for_bit(tmp_path, exact, make, attention, settings):
+    eager, model = twins(lambda: make(attention))
+    before, expected = text_trainer(tmp_path, eager, cuda_graph=False, **settings)
+    after, numbers = text_trainer(tmp_path, model, **settings)
+    assert after.execution["cuda_graph"], after.captured.refusal
+    losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (after, before)]
+    assert len(losses[0]) == 640
+    assert losses[0] == losses[1]
+    assert torch.equal(numbers, expected)
+    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    if settings == {"pad_to_multiple_of": 8}:
+        assert {tuple(batch["input_ids"].shape) for batch in after.get_train_dataloader()} <= {
+            (8, width) for width in (8, 16, 24, 30)
+        }
 
 
 @pytest.mark.parametrize("grey", [False, True])
