@@ -113,6 +113,9 @@ class CapturedStep:
     everything from then on where the function waits for the GPU, draws random numbers on the CPU, or trains other
     parameters with a batch than with another, and where a capture fails: ``refusal`` then says why.
 
+    Attributes:
+        replayed: whether steps are replayed, also after ``release``.
+
     Args:
         function: ``(batch, parts) -> loss``, detached; adds the gradients of ``loss / parts``.
         parameters: what is trained.
@@ -133,6 +136,7 @@ class CapturedStep:
         self.insists = insists
         self.recorder = Recorder()
         self.refusal: str | None = None
+        self.replayed = False
         self._calls, self._seen, self._eager_calls = calls, 0, 0
         self._asks_masks = False
         self._shapes: dict[Any, _Shape] = {}
@@ -162,6 +166,12 @@ class CapturedStep:
         if first:
             self._point_at_gradients()
         return loss
+
+    def release(self) -> None:
+        """Give back the memory of the graphs, when a fit has ended."""
+        for parameter in self.parameters if self.captured else ():
+            parameter.grad = None
+        self._gradients, self._shapes, self._after = [], {}, {}
 
     def after(self, name: str, function: Callable[[], Result], eager: Callable[[], Result] | None = None) -> Result:
         """Run what takes the gradients, replayed too once they stay where they are; where not, ``eager`` if given."""
@@ -209,6 +219,7 @@ class CapturedStep:
             shape.replays[first] = self.recorder.capture(step)
         if self.refusal is None and first:
             self._gradients = self._gradients or [parameter.grad for parameter in self.parameters]
+            self.replayed = True
         for parameter, gradient in zip(self.parameters, before, strict=True):
             parameter.grad = gradient
         if _cpu_generators() != drawn:
@@ -232,7 +243,7 @@ class CapturedStep:
         if self.refusal is None:
             kind = "warning: " if self.insists else ""
             say_once(f"trainer.cuda_graph: the step {why}, so it is not captured", kind)
-        self.refusal = self.refusal or why
+        self.refusal, self.replayed = self.refusal or why, False
         self._gradients, self._shapes, self._after = [], {}, {}
 
     def _eager(self, batch: Batch, parts: int) -> Tensor:

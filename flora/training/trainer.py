@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import flora
-from flora.errors import ConfigError, TrainingDiverged
+from flora.errors import TrainingDiverged
 from flora.launch import processes
 from flora.models.deberta import positions_kept
 from flora.tasks.base import Forward, Split, cross_entropy
@@ -25,7 +25,7 @@ from flora.training.callbacks import ClosingLoss, StepMeter, StopOnDivergence, T
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once, wanted
 from flora.training.ema import Ema
 from flora.training.groups import layer_scales, parameter_groups
-from flora.training.order import ModalityOrder
+from flora.training.order import ModalityOrder, padded_to
 from flora.training.progress import Fit
 from flora.training.resume import KeepBest, load_optimizer, load_weights, set_rng_state
 from flora.training.settings import TrainerSettings
@@ -92,9 +92,7 @@ class Trainer(internals.Loop):
         self._placed: dict[Any, Any] = {}  # datasets on the device, by the ones they copy
         self.on_gpu = settings.on_gpu
         if settings.pad_to_multiple_of is not None and train is not None:
-            if not hasattr(train, "padded_to"):
-                raise ConfigError("trainer.pad_to_multiple_of is for tasks of texts: leave it null")
-            train = train.padded_to(settings.pad_to_multiple_of)
+            train = padded_to(train, settings.pad_to_multiple_of)
         if self.on_gpu and processes.count() > 1:
             model = parts.synchronised(model)
         norms = [module for module in model.modules() if isinstance(module, internals.BatchNorm)]
@@ -218,6 +216,8 @@ class Trainer(internals.Loop):
                 yield
         finally:
             self.model_wrapped.__dict__.pop("zero_grad", None)
+            if self.captured is not None:
+                self.captured.release()
             self.meter.close()
 
     def go_on(self, checkpoint: Path, saved: dict[str, Any]) -> None:
@@ -287,7 +287,7 @@ class Trainer(internals.Loop):
         """How the steps were run, for the record: captured, compiled, data on the GPU, where resumed, by how many."""
         several = processes.count() > 1
         return self._ran or {
-            "cuda_graph": self.captured is not None and self.captured.captured,
+            "cuda_graph": self.captured is not None and self.captured.replayed,
             "compile": self.settings.compile,
             "cached_on_device": any(placed is not dataset for dataset, placed in self._placed.items()),
             **({"start": self.start} if self.start else {}),

@@ -119,6 +119,15 @@ def twins(make=lambda: nn.Linear(4, 3)):
     return eager, model
 
 
+def test_what_graphs_hold_is_given_back_at_the_end(recorded):
+    _, model = twins()
+    step = recorded(quadratic(model), model.parameters())
+    train(step, model, [8] * 5, 2)  # the last step is not whole
+    assert (step.captured, model.weight.grad is None) == (True, False)
+    step.release()
+    assert (step.captured, step.replayed, model.weight.grad) == (False, True, None)
+
+
 def test_no_more_shapes_have_graphs_than_are_allowed(recorded, monkeypatch):
     monkeypatch.setattr(capture, "MAX_SHAPES", 2)
     eager, model = twins()
