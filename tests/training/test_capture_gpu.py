@@ -123,8 +123,8 @@ def test_parameters_that_some_batches_do_not_train_move_as_eagerly(images):
     eager = Branches().cuda()
     model = Branches().cuda()
     model.load_state_dict(eager.state_dict())
-    plain = torch.optim.AdamW(eager.parameters(), lr=0.1)
-    graphs = capture.CapturedAdamW(model.parameters(), lr=0.1)
+    plain = torch.optim.AdamW(eager.parameters(), lr=0.1, fused=True)
+    graphs = capture.CapturedAdamW(model.parameters(), lr=0.1, fused=True)
     step = capture.CapturedStep(model.loss, list(model.parameters()))
     graphs.follow(step)
     for batch in branches(images, "cuda"):
