@@ -115,7 +115,6 @@ ELSEWHERE = {
     ),
     "python train.py task=digits logger.mode=online": "a W&B server",
     "python train.py -m hydra/sweeper=search task=digits": "optuna",
-    "python train.py trainer.cuda_graph=true": "a GPU",
     "python train.py trainer.compile=true": "a compiler, and minutes",
     "python train.py -m seed=0,1 hydra/launcher=submitit_slurm": "Slurm",
     "python train.py -m hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node=2 hydra.launcher.gpus_per_node=2": (

@@ -72,6 +72,7 @@ def trainer_settings(arguments: argparse.Namespace, device: torch.device, dtype:
     """Settings of the runs; ConfigError for one that the trainer does not have."""
     settings: dict[str, Any] = {"epochs": 1, "lr": 1e-3, "batch_size": arguments.batch, "dtype": dtype}
     settings |= {"eval_batch_size": arguments.batch, "max_steps": arguments.warmup + arguments.steps}
+    settings |= {"cuda_graph": False}  # as in the bare step that it is compared with
     settings |= {"device": "auto" if device.type == "cuda" else "cpu"} | given(arguments.trainer)
     try:
         return TrainerSettings(**settings)

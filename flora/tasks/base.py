@@ -30,7 +30,8 @@ Spec = TypeVar("Spec", bound=ModelSpec)
 class Split(Protocol):
     """A dataset that gathers whole batches, with what is to be predicted under ``labels``.
 
-    It may have more: ``lengths`` (a number an example), by which batches of texts are formed; ``nbytes`` and
+    It may have more: ``lengths`` (a number an example), by which batches of texts are formed, and
+    ``padded_to(multiple)``, which gives a split whose batches are as long as multiples of that; ``nbytes`` and
     ``to(device)``, if it can lie on a GPU; ``begin_epoch(seed, epoch)``, if its random numbers depend on them;
     ``unreadable`` (bool, one an image), what was skipped.
     """

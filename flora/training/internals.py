@@ -74,6 +74,9 @@ NAMES = {
     "torch.nn.modules.batchnorm:_BatchNorm": "all kinds of batch norm: frozen ones keep their statistics",
     "torch.nn:Module._parameters": "what saves an adapter finds whole parameters in the place of shards",
     "torch:_foreach_lerp_": "all moving averages in one launch",
+    "torch:_foreach_copy_": "all gradients in one launch",
+    "torch.cuda.memory:_cuda_endAllocateToPool": "a capture that failed leaves the allocator to its graph",
+    "torch.cuda.memory:_cuda_releasePool": "the same",
     "torch:_C._error_if_any_worker_fails": "says that a data-loading process was killed",
     "torch.utils.data:DataLoader._iterator": "worker processes that stay draw as those that are begun at each epoch",
     "torch.distributed.distributed_c10d:_get_default_store": "flora.launch.processes: which process tells of an error",
@@ -239,6 +242,24 @@ def own_parameters(module: nn.Module) -> dict[str, Any]:
 def approach(averages: list[Tensor], weights: list[Tensor], share: float) -> None:
     """Move each average this share of the way to its weight, in place."""
     torch._foreach_lerp_(averages, weights, share)
+
+
+def fill(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Copy each value into its tensor."""
+    torch._foreach_copy_(tensors, values)
+
+
+def abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Let the allocator go on after a failed capture into a pool, as torch does after one that ends well."""
+    try:
+        torch.cuda.memory._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    except RuntimeError:
+        return  # it failed later, where torch had done so
+    _ABANDONED.append(graph)
+    torch.cuda.memory._cuda_releasePool(torch.cuda.current_device(), pool)
+
+
+_ABANDONED: list[torch.cuda.CUDAGraph] = []  # torch keeps their addresses, so that they must not be freed
 
 
 def draw_as_anew(loader: Any) -> None:

@@ -1,9 +1,12 @@
-"""In which order a language model that sees gets its examples."""
+"""How examples of texts come: the order of those with images, and how far a batch is filled up."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+
+from flora.errors import ConfigError
 
 
 class ModalityOrder(Sampler[int]):
@@ -38,3 +41,10 @@ class ModalityOrder(Sampler[int]):
         order = [indices[i] for i in torch.randperm(len(indices), generator=self.generator).tolist()]
         cuts = range(0, len(order), self.batch)
         return [sorted(order[i : i + self.batch], key=self.lengths.__getitem__, reverse=True) for i in cuts]
+
+
+def padded_to(split: Any, multiple: int) -> Any:
+    """A split of texts whose batches are as long as multiples of so many tokens; ConfigError for any other."""
+    if not hasattr(split, "padded_to"):
+        raise ConfigError("trainer.pad_to_multiple_of is for tasks of texts: leave it null")
+    return split.padded_to(multiple)

@@ -46,8 +46,11 @@ class TrainerSettings:
         max_eval_examples: at most so many validation and test examples, a fixed draw; null for all.
         deterministic: bit-equal repeats on the same machine, where torch has deterministic kernels.
         log_every: steps between training-loss logs.
-        cuda_graph: replay the step as CUDA graphs, which pays where launches take longer than arithmetic; batches must
-            be of one size. Equal to the eager step up to rounding.
+        cuda_graph: replay steps as CUDA graphs, which pays where launches take longer than arithmetic: true, false, or
+            ``auto``, on one GPU for a fit of at least 50 steps. Up to 32 shapes of batches have graphs; what cannot be
+            captured runs eagerly, and so does all where ``auto`` fails to capture a step; true makes that an error.
+        pad_to_multiple_of: texts to train on are filled up to a multiple of so many tokens, or to the longest of all;
+            null: to the longest of their batch. Few lengths make few CUDA graphs.
         compile: train through torch.compile.
         distributed: how several processes share the work: ``ddp`` (each has the whole model; null means this too) or
             ``fsdp`` (each has a shard of every parameter).
@@ -83,7 +86,7 @@ class TrainerSettings:
     log_every: int = 10
     warmup_steps: int | None = None
     eval_steps: int | None = None
-    cuda_graph: bool = False
+    cuda_graph: str | bool = "auto"
     compile: bool = False
     distributed: str | None = None
     cache_on_device: str | bool = "auto"
@@ -94,10 +97,11 @@ class TrainerSettings:
     resume: str | bool = "auto"
     checkpoint_every: int | None = None
     group_by_modality: bool = False
+    pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
         counted = ("max_steps", "max_eval_examples", "max_train_examples", "warmup_steps", "eval_steps")
-        optional = ("head_lr", *counted, "checkpoint_every")
+        optional = ("head_lr", *counted, "checkpoint_every", "pad_to_multiple_of")
         counts = ("batch_size", "eval_batch_size", "gradient_accumulation", "log_every", *optional[1:])
         for name in ("epochs", "lr", "head_lr", *counts):
             value = getattr(self, name)
@@ -132,19 +136,20 @@ class TrainerSettings:
         schedules = [kind.value for kind in SchedulerType if kind.value not in _WANTS_MORE]
         if self.schedule not in schedules:
             raise ConfigError(f"trainer.schedule must be one of {', '.join(schedules)}, got {self.schedule!r}")
-        for name in ("cuda_graph", "compile", "gradient_checkpointing", "deterministic", "group_by_modality"):
+        for name in ("compile", "gradient_checkpointing", "deterministic", "group_by_modality"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"trainer.{name} must be true or false, got {getattr(self, name)!r}")
         if self.resume not in ("auto", False):
             raise ConfigError(f"trainer.resume must be auto or false, got {self.resume!r}")
-        if self.cache_on_device not in ("auto", True, False):
-            raise ConfigError(f"trainer.cache_on_device must be auto, true or false, got {self.cache_on_device!r}")
+        for name in ("cache_on_device", "cuda_graph"):
+            if getattr(self, name) != "auto" and not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"trainer.{name} must be auto, true or false, got {getattr(self, name)!r}")
         if self.batch_size % self.gradient_accumulation:
             raise ConfigError("trainer.batch_size must be a multiple of trainer.gradient_accumulation")
         if self.frozen_dtype not in (None, "bf16") or (self.frozen_dtype and self.dtype != "bf16"):
             raise ConfigError(f"trainer.frozen_dtype must be null, or bf16 with dtype=bf16, got {self.frozen_dtype!r}")
-        if self.dtype == "fp16" and (self.cuda_graph or self.distributed == "fsdp"):
-            key = "cuda_graph=true" if self.cuda_graph else "distributed=fsdp"
+        if self.dtype == "fp16" and (self.cuda_graph is True or self.distributed == "fsdp"):
+            key = "cuda_graph=true" if self.cuda_graph is True else "distributed=fsdp"
             raise ConfigError(f"trainer.dtype=fp16 does not go with trainer.{key}: take trainer.dtype=bf16")
         self._check_processes()
 
@@ -162,8 +167,8 @@ class TrainerSettings:
                 f"trainer.batch_size={self.batch_size} cannot be divided over {processes.count()} processes and "
                 f"gradient_accumulation={self.gradient_accumulation}: make it a multiple of {parts}"
             )
-        if self.cuda_graph and processes.count() > 1:
-            raise ConfigError("trainer.cuda_graph is for one process: set it to false under torchrun")
+        if self.cuda_graph is True and processes.count() > 1:
+            raise ConfigError("trainer.cuda_graph=true is for one process: leave it auto under torchrun")
 
     @property
     def on_gpu(self) -> bool:
@@ -171,6 +176,11 @@ class TrainerSettings:
         import torch
 
         return self.device != "cpu" and torch.cuda.is_available()
+
+    @property
+    def may_capture(self) -> bool:
+        """Whether ``cuda_graph=auto`` may capture steps: not those that are known to fail, or are compiled already."""
+        return processes.count() == 1 and not (self.dtype == "fp16" or self.compile or self.gradient_checkpointing)
 
     def arguments(
         self, folder: Path, seed: int, metric: str, validates: bool, skips_parameters: bool

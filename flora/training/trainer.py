@@ -18,13 +18,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 import flora
 from flora.errors import TrainingDiverged
 from flora.launch import processes
+from flora.models.deberta import positions_kept
 from flora.tasks.base import Forward, Split, cross_entropy
 from flora.training import internals, parts, sharding
 from flora.training.callbacks import ClosingLoss, StepMeter, StopOnDivergence, TellEpoch
-from flora.training.capture import CapturedAdamW, CapturedStep, say_once
+from flora.training.capture import CapturedAdamW, CapturedStep, say_once, wanted
 from flora.training.ema import Ema
 from flora.training.groups import layer_scales, parameter_groups
-from flora.training.order import ModalityOrder
+from flora.training.order import ModalityOrder, padded_to
 from flora.training.progress import Fit
 from flora.training.resume import KeepBest, load_optimizer, load_weights, set_rng_state
 from flora.training.settings import TrainerSettings
@@ -87,10 +88,11 @@ class Trainer(internals.Loop):
         self.metric = metric
         self.head = list(head)
         self.captured: CapturedStep | None = None
-        self._clip: Callable[[], torch.Tensor] | None = None
         self._in_training_mode = False
         self._placed: dict[Any, Any] = {}  # datasets on the device, by the ones they copy
         self.on_gpu = settings.on_gpu
+        if settings.pad_to_multiple_of is not None and train is not None:
+            train = padded_to(train, settings.pad_to_multiple_of)
         if self.on_gpu and processes.count() > 1:
             model = parts.synchronised(model)
         norms = [module for module in model.modules() if isinstance(module, internals.BatchNorm)]
@@ -174,7 +176,7 @@ class Trainer(internals.Loop):
         return parts.joined(counts, [loss.repeat(len(labels)), outputs, labels])
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward of a micro-batch, replayed as a CUDA graph where that is asked for and possible."""
+        """Forward and backward of a micro-batch, replayed as a CUDA graph where that is wanted and possible."""
         if not (self._in_training_mode and self._module.training):
             model.train()
             for module in self._frozen_norms:
@@ -199,8 +201,10 @@ class Trainer(internals.Loop):
             transformers.set_seed(self.args.seed + processes.index())
         # Module.zero_grad walks all modules, and transformers calls it at every step.
         model.zero_grad = partial(_zero_grad, self.trained)
-        if isinstance(self._adamw, CapturedAdamW):
-            self.captured, self._clip = CapturedStep(self._forward_backward, self.trained), None
+        self.captured = None
+        if wanted(self.settings, steps := self.state.max_steps - self.state.global_step):
+            insists, calls = self.settings.cuda_graph is True, steps * self.args.gradient_accumulation_steps
+            self.captured = CapturedStep(self._forward_backward, self.trained, insists, calls)
             self._adamw.follow(self.captured)
 
     @contextlib.contextmanager
@@ -208,9 +212,12 @@ class Trainer(internals.Loop):
         """Time a fit, and leave the model as it was."""
         self._began = time.perf_counter()
         try:
-            yield
+            with contextlib.nullcontext() if self.settings.compile else positions_kept(self._module):
+                yield
         finally:
             self.model_wrapped.__dict__.pop("zero_grad", None)
+            if self.captured is not None:
+                self.captured.release()
             self.meter.close()
 
     def go_on(self, checkpoint: Path, saved: dict[str, Any]) -> None:
@@ -272,18 +279,15 @@ class Trainer(internals.Loop):
                     "scaled: lower trainer.lr, or set trainer.dtype=bf16"
                 )
             return torch.zeros_like(norm)
-        if self.captured is None or not self.captured.captured:
-            return sharding.whole(nn.utils.clip_grad_norm_(self.trained, limit))
-        if self._clip is None:
-            self._clip = self.captured.recorder.capture(lambda: nn.utils.clip_grad_norm_(self.trained, limit))
-        return self._clip()
+        clip = partial(nn.utils.clip_grad_norm_, self.trained, limit)
+        return sharding.whole(clip()) if self.captured is None else self.captured.after("clip", clip)
 
     @property
     def execution(self) -> dict[str, Any]:
         """How the steps were run, for the record: captured, compiled, data on the GPU, where resumed, by how many."""
         several = processes.count() > 1
         return self._ran or {
-            "cuda_graph": self.captured is not None and self.captured.captured,
+            "cuda_graph": self.captured is not None and self.captured.replayed,
             "compile": self.settings.compile,
             "cached_on_device": any(placed is not dataset for dataset, placed in self._placed.items()),
             **({"start": self.start} if self.start else {}),
@@ -337,7 +341,8 @@ class Trainer(internals.Loop):
             scales |= self.lr_scales
             groups = parameter_groups(trained.named_parameters(), self.head, scales, self.settings)
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = (CapturedAdamW if self._captures() else optimizer_class)(groups, **kwargs)
+            may_capture = self.on_gpu and processes.count() == 1
+            self.optimizer = (CapturedAdamW if may_capture else optimizer_class)(groups, **kwargs)
             self._adamw = self.optimizer  # accelerate wraps it
         return self.optimizer
 
@@ -363,12 +368,6 @@ class Trainer(internals.Loop):
         if self.accelerator.scaler is None:
             self.optimizer = self._adamw
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def _captures(self) -> bool:
-        if self.settings.cuda_graph and not self.on_gpu:
-            say_once("trainer.cuda_graph needs a GPU: this run is not captured")
-            return False
-        return self.settings.cuda_graph
 
     def evaluate(self, *args, **kwargs):
         """Evaluate, with the time kept out of the training throughput."""

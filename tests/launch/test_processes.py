@@ -91,7 +91,7 @@ def test_a_run_of_two_processes_is_one_run(tmp_path):
     [
         (["trainer.batch_size=9"], "trainer.batch_size=9 cannot be divided over 2 processes"),
         slow(["adapter.r=0"], "r: must be a positive"),
-        slow(["trainer.cuda_graph=true"], "trainer.cuda_graph is for one process"),
+        slow(["trainer.cuda_graph=true"], "trainer.cuda_graph=true is for one process"),
         (["-m", "seed=0,1"], "torchrun"),
     ],
 )

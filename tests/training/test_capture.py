@@ -1,20 +1,14 @@
-"""Steps replayed as CUDA graphs or compiled, data kept on the GPU: the numbers of the eager step, or a plain "no"."""
-
-import dataclasses
-import random
+"""Steps replayed as CUDA graphs or compiled: the numbers of the eager step, or a plain "no"; without a GPU."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flora.errors import ConfigError
+from flora.errors import CaptureFailed, ConfigError
 from flora.methods import Full
-from flora.tasks.images.augment import Augment
-from flora.tasks.images.dataset import ImageDataset
 from flora.training import TrainerSettings, capture
-from flora.training.meters import BusyShare
-from tests.training.test_run import SPLITS, ToyModel, ToyTask, lora, toy_run
+from tests.training.test_run import lora, toy_run
 
 FULL = Full("full")
 
@@ -23,7 +17,10 @@ class Recorder:
     """A stand-in for ``capture.Recorder`` without a GPU: a replay overwrites what the capture made, as a graph does."""
 
     def __init__(self):
-        self.captures = 0
+        self.captures, self.fails, self.full = 0, (), False
+
+    def room(self):
+        return not self.full
 
     def run_beside(self, function, *arguments):
         return function(*arguments)
@@ -38,6 +35,8 @@ class Recorder:
         for gradient, before in zip(made, kept, strict=True):
             if before is not None:
                 gradient.copy_(before)  # a capture runs nothing
+        if self.captures in self.fails:
+            raise CaptureFailed("operation not permitted")
 
         def replay():
             for parameter, gradient, add in zip(parameters, made, adds, strict=True):
@@ -55,15 +54,19 @@ class Recorder:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """CapturedStep over the stand-in: ``make(function, parameters) -> step``."""
+    """CapturedStep over the stand-in: ``make(function, parameters, insists, fails) -> step``.
 
-    def make(function, parameters):
-        step = capture.CapturedStep(function, parameters)
-        step.recorder.parameters = step.parameters
+    ``fails`` numbers the captures that fail.
+    """
+
+    def make(function, parameters, insists=True, fails=()):
+        step = capture.CapturedStep(function, parameters, insists)
+        step.recorder.parameters, step.recorder.fails = step.parameters, fails
         return step
 
+    capture.say_once.cache_clear()
     monkeypatch.setattr(capture, "Recorder", Recorder)
-    monkeypatch.setattr(capture, "watched", lambda function: (function(), None))
+    monkeypatch.setattr(capture, "watched", lambda function: (function(), None, False))
     return make
 
 
@@ -95,12 +98,12 @@ def train(step, model, sizes, parts):
         ([8, 8, 8, 8, 5, 8, 8, 5], 1, 1),  # an incomplete batch at each epoch's end
         ([8] * 12, 2, 2),
         ([8, 8, 8, 8, 8, 5, 8, 8, 5, 8, 8, 8], 2, 2),  # as the later part of a step, and as the first
+        ([8, 5, 3] * 6, 1, 3),  # texts of three lengths
+        ([8, 8, 5, 5, 8, 5, 5, 8] * 4, 2, 4),  # a step of two parts each, of equal and of different lengths
     ],
 )
 def test_a_captured_step_equals_the_eager_one(recorded, sizes, parts, captures):
-    torch.manual_seed(0)
-    eager, model = nn.Linear(4, 3), nn.Linear(4, 3)
-    model.load_state_dict(eager.state_dict())
+    eager, model = twins()
     expected = train(quadratic(eager), eager, sizes, parts)
     step = recorded(quadratic(model), model.parameters())
     assert train(step, model, sizes, parts) == expected
@@ -108,9 +111,171 @@ def test_a_captured_step_equals_the_eager_one(recorded, sizes, parts, captures):
     assert step.recorder.captures == captures, "otherwise this shows nothing"
 
 
+def twins(make=lambda: nn.Linear(4, 3)):
+    """Two networks of equal weights."""
+    torch.manual_seed(0)
+    eager, model = make(), make()
+    model.load_state_dict(eager.state_dict())
+    return eager, model
+
+
+def test_what_graphs_hold_is_given_back_at_the_end(recorded):
+    _, model = twins()
+    step = recorded(quadratic(model), model.parameters())
+    train(step, model, [8] * 5, 2)  # the last step is not whole
+    assert (step.captured, model.weight.grad is None) == (True, False)
+    step.release()
+    assert (step.captured, step.replayed, model.weight.grad) == (False, True, None)
+
+
+def test_no_more_shapes_have_graphs_than_are_allowed(recorded, monkeypatch):
+    monkeypatch.setattr(capture, "MAX_SHAPES", 2)
+    eager, model = twins()
+    sizes = [8, 5, 3, 2] * 6
+    step = recorded(quadratic(model), model.parameters())
+    assert train(step, model, sizes, 1) == train(quadratic(eager), eager, sizes, 1)
+    assert torch.equal(model.weight, eager.weight)
+    assert step.recorder.captures == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts", "fails"),
+    [
+        ([8] * 7, 1, 1),
+        ([8] * 12, 2, 2),  # the second part of a step, whose first has left its gradients
+        ([8, 5] * 6, 1, 2),  # the second length: what the first has must not be used any more
+    ],
+)
+def test_where_a_capture_fails_the_run_goes_on_eagerly_or_says_so(recorded, capsys, sizes, parts, fails):
+    eager, model = twins()
+    step = recorded(quadratic(model), model.parameters(), insists=False, fails=[fails])
+    assert train(step, model, sizes, parts) == train(quadratic(eager), eager, sizes, parts)
+    assert torch.equal(model.weight, eager.weight)
+    assert (step.captured, step.recorder.captures) == (False, fails)
+    said = "trainer.cuda_graph: the step cannot be captured (operation not permitted), so it is not captured\n"
+    assert capsys.readouterr().err == said
+    insisting = recorded(quadratic(model), model.parameters(), fails=[fails])
+    with pytest.raises(CaptureFailed, match=r"cannot be captured \(operation not permitted\): set trainer.cuda_graph="):
+        train(insisting, model, sizes, parts)
+
+
+def test_what_follows_a_step_runs_eagerly_where_its_capture_fails(recorded):
+    _, model = twins()
+    step = recorded(quadratic(model), model.parameters(), insists=False, fails=[2])
+    batch, ran = {"x": torch.randn(8, 4), "y": torch.randn(8, 3)}, []
+    for _ in range(6):
+        model.zero_grad()
+        step(batch)
+        step.after("optimizer", lambda: None, lambda: ran.append("eager"))
+    assert ran == ["eager"] * 6
+    assert "cannot be captured" in step.refusal
+
+
+def test_random_numbers_drawn_on_the_cpu_in_a_capture_are_not_lost(recorded):
+    def noisy(model):
+        calls = []
+
+        def function(batch, parts):
+            calls.append(0)
+            noise = torch.rand(()) if len(calls) > 3 else 1.0  # not in the calls that are looked at
+            loss = F.mse_loss(model(batch["x"]), batch["y"]) * noise
+            loss.backward()
+            return loss.detach()
+
+        return function
+
+    eager, model = twins()
+    step = recorded(noisy(model), model.parameters(), insists=False)
+    assert train(step, model, [8] * 7, 1) == train(noisy(eager), eager, [8] * 7, 1)
+    assert step.refusal == "draws random numbers on the CPU"
+
+
+@pytest.mark.parametrize(("calls", "captures"), [(70, 0), (160, 2)])
+def test_auto_captures_a_shape_that_seems_to_come_often_enough(recorded, calls, captures):
+    """Of two lengths in turn each comes half of the calls; LEAST_REPLAYS of them must be left after a few."""
+    _, model = twins()
+    step = recorded(quadratic(model), model.parameters(), insists=False)
+    step._calls = calls
+    train(step, model, [8, 5] * 10, 1)
+    assert (step.recorder.captures, step.refusal) == (captures, None)
+
+
+def test_auto_leaves_memory_for_evaluations(recorded):
+    _, model = twins()
+    step = recorded(quadratic(model), model.parameters(), insists=False)
+    step.recorder.full = True
+    train(step, model, [8] * 6, 1)
+    assert "too little memory" in step.refusal
+    assert step.recorder.captures == 0
+
+
+def test_batches_that_hold_more_than_tensors_run_eagerly(recorded):
+    step = recorded(lambda batch, parts: torch.tensor(float(len(batch["names"]))), [nn.Parameter(torch.zeros(1))])
+    assert [step({"names": ["a", "b"]}).item() for _ in range(5)] == [2.0] * 5
+    assert step.refusal == "takes more than tensors"
+
+
+MASKED = {"x": torch.ones(2, 4), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
+
+
+@pytest.mark.parametrize(("hides", "captures"), [(True, 1), (False, 0)])
+def test_a_batch_without_padding_runs_eagerly_where_its_mask_is_left_out(recorded, monkeypatch, hides, captures):
+    monkeypatch.setattr(capture, "watched", lambda function: (function(), None, True))
+    layer = nn.Linear(4, 1)
+
+    def function(batch, parts):
+        loss = layer(batch["x"]).mean()
+        loss.backward()
+        return loss.detach()
+
+    step = recorded(function, layer.parameters())
+    mask = MASKED["attention_mask"] if hides else torch.ones(2, 2)
+    for _ in range(6):
+        layer.zero_grad()
+        step(MASKED | {"attention_mask": mask})
+    assert (step.recorder.captures, step.refusal) == (captures, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "expected"),
+    [
+        ({}, 50, True),
+        ({}, 49, False),
+        ({"cuda_graph": True}, 1, True),
+        ({"cuda_graph": False}, 50, False),
+        ({"device": "cpu"}, 50, False),
+        ({"dtype": "bf16"}, 50, True),
+        ({"dtype": "fp16"}, 50, False),
+        ({"compile": True}, 50, False),
+        ({"gradient_checkpointing": True}, 50, False),
+    ],
+)
+def test_auto_captures_where_that_is_right_and_pays(monkeypatch, settings, steps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert capture.wanted(TrainerSettings(epochs=1, lr=1, **settings), steps) == expected
+
+
+def test_auto_captures_in_one_process(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not capture.wanted(TrainerSettings(epochs=1, lr=1), 1000)
+
+
+def test_rates_are_of_single_precision_as_a_graph_reads_them():
+    rate = torch.tensor(0.1).item()
+    assert rate != 0.1
+    weights = [nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2)]
+    optimizer = capture.CapturedAdamW(weights[:1], lr=0.1)
+    for weight, stepped in zip(weights, (optimizer, torch.optim.AdamW(weights[1:], lr=rate)), strict=True):
+        weight.grad = torch.ones_like(weight)
+        stepped.step()
+    assert torch.equal(*weights)
+    assert optimizer.param_groups[0]["lr"] == 0.1, "the scheduler and the log keep theirs"
+
+
 def test_a_step_that_draws_on_the_cpu_is_refused_once_in_plain_words(recorded, monkeypatch, capsys):
-    monkeypatch.setattr(capture, "watched", lambda function: (function(), "draws random numbers on the CPU"))
-    capture.say_once.cache_clear()
+    monkeypatch.setattr(capture, "watched", lambda function: (function(), "draws random numbers on the CPU", False))
     for _ in range(2):
         model = nn.Linear(4, 3)
         step = recorded(quadratic(model), model.parameters())
@@ -148,7 +313,6 @@ WITH_AND_WITHOUT = [[0, 0, 0, 0, 0, 1, 0, 1], [1, 1, 1, 1, 1, 0, 1, 0]]
 
 @pytest.mark.parametrize("images", WITH_AND_WITHOUT)
 def test_a_step_that_trains_other_parameters_goes_on_eagerly(recorded, capsys, images):
-    capture.say_once.cache_clear()
     model = Branches()
     step = recorded(model.loss, model.parameters())
     for batch, shown in zip(branches(images), images, strict=True):
@@ -159,6 +323,20 @@ def test_a_step_that_trains_other_parameters_goes_on_eagerly(recorded, capsys, i
     assert capsys.readouterr().err.count("does not train the same parameters with every batch") == 1
 
 
+def logged(run):
+    return [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
+
+
+def assert_same_run(run, other, rtol=1e-4, atol=1e-5):
+    """Equal logged losses and weights, up to rounding."""
+    assert len(logged(run)) > 0
+    assert logged(run) == pytest.approx(logged(other), rel=rtol)
+    state = run.adapted.model.state_dict()
+    for name, tensor in other.adapted.model.state_dict().items():
+        if name != "0.bias":  # batch norm takes it out again: its gradient is noise, and Adam makes steps of that
+            assert torch.allclose(state[name], tensor, rtol=rtol, atol=atol), name
+
+
 def test_on_a_cpu_the_run_goes_on_eagerly_and_says_so(tmp_path, capsys):
     capture.say_once.cache_clear()
     plain = toy_run(tmp_path, FULL, max_steps=4, device="cpu").train()
@@ -166,6 +344,14 @@ def test_on_a_cpu_the_run_goes_on_eagerly_and_says_so(tmp_path, capsys):
     assert asked.metrics == plain.metrics
     assert capsys.readouterr().err.count("warning: trainer.cuda_graph needs a GPU") == 1
     assert not any(asked.trainer.execution.values())
+
+
+def test_by_default_a_run_on_a_cpu_says_nothing(tmp_path, capsys):
+    capture.say_once.cache_clear()
+    run = toy_run(tmp_path, FULL, max_steps=60, epochs=20, device="cpu")
+    assert run.settings.cuda_graph == "auto"
+    assert not run.train().trainer.execution["cuda_graph"]
+    assert "cuda_graph" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -184,160 +370,3 @@ def test_a_compiled_run_equals_the_eager_one(tmp_path):
 def test_wrong_switches_are_named(change):
     with pytest.raises(ConfigError, match=f"trainer.{next(iter(change))}"):
         TrainerSettings(epochs=1, lr=1, **change)
-
-
-# ---------------------------------------------------------------------- on a GPU
-
-
-def logged(run):
-    return [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
-
-
-def assert_same_run(run, other, rtol=1e-4, atol=1e-5):
-    """Equal logged losses and weights, up to rounding."""
-    assert len(logged(run)) > 0
-    assert logged(run) == pytest.approx(logged(other), rel=rtol)
-    state = run.adapted.model.state_dict()
-    for name, tensor in other.adapted.model.state_dict().items():
-        if name != "0.bias":  # batch norm takes it out again: its gradient is noise, and Adam makes steps of that
-            assert torch.allclose(state[name], tensor, rtol=rtol, atol=atol), name
-
-
-def pair(tmp_path, method, **settings):
-    """A captured run and an eager one, of equal seeds."""
-    return [toy_run(tmp_path, method, cuda_graph=c, log_every=1, **settings).train() for c in (True, False)]
-
-
-@pytest.fixture
-def exact(monkeypatch):
-    """fp32 without TF32, and deterministic kernels where torch has them."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"label_smoothing": 0.1, "weight_decay": 0.1},
-        {"batch_size": 20},  # 96 examples: the last batch has 16
-        {"batch_size": 40, "gradient_accumulation": 2},  # and the last step a smaller micro-batch
-        {"max_grad_norm": 0.01},
-        {"max_grad_norm": 0},
-        {"dtype": "bf16"},
-        {"cache_on_device": False},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("method", [lora(), FULL], ids=["lora", "full"])
-def test_twenty_captured_steps_equal_eager_ones(tmp_path, exact, method, settings):
-    captured, eager = pair(tmp_path, method, **({"max_steps": 20, "epochs": 10} | settings))
-    assert captured.trainer.execution["cuda_graph"], captured.trainer.captured.refusal
-    assert not eager.trainer.execution["cuda_graph"]
-    bf16 = {"rtol": 2e-2, "atol": 5e-3}
-    assert_same_run(captured, eager, **(bf16 if settings.get("dtype") == "bf16" else {}))
-
-
-def add_layer(monkeypatch, layer):
-    """Put a layer behind the toy model's first activation."""
-    plain = ToyModel.build
-
-    def build(self, num_classes, drop_path=0.0):
-        model = plain(self, num_classes)
-        model[2] = nn.Sequential(nn.ReLU(), layer())
-        return model
-
-    monkeypatch.setattr(ToyModel, "build", build)
-
-
-@pytest.mark.gpu
-def test_random_numbers_on_the_gpu_are_those_of_the_eager_run(tmp_path, exact, monkeypatch):
-    add_layer(monkeypatch, lambda: nn.Dropout(0.3))
-    monkeypatch.setattr(ToyTask, "augment", lambda self: Augment())
-    captured, eager = pair(tmp_path, FULL, max_steps=20, epochs=10)
-    assert captured.trainer.execution["cuda_graph"]
-    assert_same_run(captured, eager)
-
-
-@pytest.mark.gpu
-def test_every_replay_draws_anew(tmp_path, exact, monkeypatch):
-    add_layer(monkeypatch, lambda: nn.Dropout(0.3))
-    run = toy_run(tmp_path, FULL, cuda_graph=True, log_every=1, max_steps=20, epochs=20, lr=1e-12, head_lr=1e-12)
-    run.splits = dataclasses.replace(SPLITS, train=SPLITS.train.subset(16))  # one batch, always the same
-    assert len(set(logged(run.train())[capture.WARM_UP :])) > 10
-
-
-class Waiting(nn.Module):
-    def forward(self, x):
-        return x * (1.0 if x.sum().item() > 0 else 0.5)
-
-
-class Drawing(nn.Module):
-    def forward(self, x):
-        return x * (1.0 if random.random() < 0.5 else 0.5)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("images", WITH_AND_WITHOUT)
-def test_parameters_that_some_batches_do_not_train_move_as_eagerly(images):
-    torch.manual_seed(0)
-    eager = Branches().cuda()
-    model = Branches().cuda()
-    model.load_state_dict(eager.state_dict())
-    plain = torch.optim.AdamW(eager.parameters(), lr=0.1)
-    graphs = capture.CapturedAdamW(model.parameters(), lr=0.1)
-    step = capture.CapturedStep(model.loss, list(model.parameters()))
-    graphs.follow(step)
-    for batch in branches(images, "cuda"):
-        for optimizer, function in ((plain, lambda b: eager.loss(b, 1)), (graphs, step)):
-            optimizer.zero_grad(set_to_none=True)
-            function(batch)
-            optimizer.step()
-        for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("layer", "reason"), [(Waiting, "waits for the GPU"), (Drawing, "draws random numbers")])
-def test_what_cannot_be_captured_runs_eagerly(tmp_path, exact, monkeypatch, capsys, layer, reason):
-    capture.say_once.cache_clear()
-    add_layer(monkeypatch, layer)
-    captured, eager = pair(tmp_path, FULL, max_steps=8, epochs=10)
-    assert reason in captured.trainer.captured.refusal
-    assert capsys.readouterr().err.count(f"warning: trainer.cuda_graph: the step {reason}") == 1
-    assert_same_run(captured, eager)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("grey", [False, True])
-def test_batches_gathered_on_the_gpu_are_those_of_the_host(tmp_path, grey):
-    images = SPLITS.train.images[:, :1].expand(-1, 3, -1, -1) if grey else SPLITS.train.images
-    data = ImageDataset(images, SPLITS.train.labels)
-    there = data.to("cuda")
-    assert there.nbytes == data.nbytes
-    for chosen in ([3, 1, 90], list(range(96))):
-        batch, expected = there.__getitems__(chosen), data.__getitems__(chosen)
-        assert batch["pixel_values"].is_cuda
-        assert all(torch.equal(batch[key].cpu(), expected[key]) for key in expected)
-    cached, copied = (toy_run(tmp_path, lora(), cache_on_device=c, log_every=1).train() for c in (True, False))
-    assert cached.trainer.execution["cached_on_device"]
-    assert not copied.trainer.execution["cached_on_device"]
-    assert_same_run(cached, copied, rtol=1e-6)
-
-
-@pytest.mark.gpu
-def test_the_gpu_is_busy_some_of_the_time():
-    share, a = BusyShare(on_gpu=True), torch.randn(4096, 4096, device="cuda")
-    share.start()
-    for _ in range(60):
-        for _ in range(20):
-            a = (a @ a).clamp(-1, 1)
-        torch.cuda.synchronize()
-    share.stop()
-    if share.read() is None:
-        pytest.skip("NVML does not say how busy this GPU is")
-    assert 0 < share.read() <= 1

@@ -245,6 +245,7 @@ def test_gradient_accumulation_equals_the_large_batch(tmp_path):
         ({"max_steps": -1}, "trainer.max_steps"),
         ({"batch_size": "many"}, "trainer.batch_size"),
         ({"max_steps": 1.5}, "trainer.max_steps must be a whole number"),
+        ({"pad_to_multiple_of": 0}, "trainer.pad_to_multiple_of must be a positive number"),
         ({"num_workers": "two"}, "trainer.num_workers must be a number"),
         ({"num_workers": 1.5}, "trainer.num_workers must be a whole number"),
     ],

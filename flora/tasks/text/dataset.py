@@ -24,6 +24,7 @@ class TextDataset(Dataset[Batch]):
         values: per field one value an example, ``[N]``: ``labels``, unless they are per token.
         padding: per field of ``tokens`` what fills up a shorter example.
         left: fill up on the left, so that all examples of a batch end together.
+        multiple: a batch is as wide as a multiple of so many tokens, or as the longest example of all.
 
     Raises:
         ValueError: fields of other lengths than ``starts`` says.
@@ -36,6 +37,7 @@ class TextDataset(Dataset[Batch]):
         values: dict[str, Tensor],
         padding: Mapping[str, int],
         left: bool = False,
+        multiple: int = 1,
     ):
         if any(len(flat) != starts[-1] for flat in tokens.values()) or any(
             len(value) != len(starts) - 1 for value in values.values()
@@ -45,8 +47,9 @@ class TextDataset(Dataset[Batch]):
         self.starts = starts
         self.values = values
         self.padding = dict(padding)
-        self.left = left
+        self.left, self.multiple = left, multiple
         self.lengths = starts.diff().tolist()
+        self._longest = max(self.lengths, default=0)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -60,6 +63,8 @@ class TextDataset(Dataset[Batch]):
         chosen = torch.as_tensor(indices)
         begins, ends = self.starts[chosen], self.starts[chosen + 1]
         width = int((ends - begins).max())
+        if self.multiple > 1:
+            width = min(-(-width // self.multiple) * self.multiple, self._longest)
         places = torch.arange(width) + (ends - width if self.left else begins)[:, None]
         inside = (places >= begins[:, None]) & (places < ends[:, None])
         places = torch.where(inside, places, 0)
@@ -75,7 +80,11 @@ class TextDataset(Dataset[Batch]):
         starts = torch.cat([self.starts, other.starts[1:] + self.starts[-1]])
         tokens = {name: torch.cat([flat, other.tokens[name]]) for name, flat in self.tokens.items()}
         values = {name: torch.cat([value, other.values[name]]) for name, value in self.values.items()}
-        return TextDataset(tokens, starts, values, self.padding, self.left)
+        return TextDataset(tokens, starts, values, self.padding, self.left, self.multiple)
+
+    def padded_to(self, multiple: int) -> TextDataset:
+        """The same examples in batches of such widths."""
+        return TextDataset(self.tokens, self.starts, self.values, self.padding, self.left, multiple)
 
     def subset(self, count: int, seed: int = 0) -> TextDataset:
         """``count`` examples in their old order, drawn with ``seed``."""
@@ -91,7 +100,7 @@ class TextDataset(Dataset[Batch]):
         places = torch.arange(int(starts[-1])) + (self.starts[chosen] - starts[:-1]).repeat_interleave(lengths)
         tokens = {name: flat[places] for name, flat in self.tokens.items()}
         values = {name: value[chosen] for name, value in self.values.items()}
-        return TextDataset(tokens, starts, values, self.padding, self.left)
+        return TextDataset(tokens, starts, values, self.padding, self.left, self.multiple)
 
 
 def as_tensor(values: array[int]) -> Tensor:

@@ -78,6 +78,10 @@ class Shown(Dataset[Batch]):
             raise ConfigError("protocol.final_train: this task cannot train on its validation split; set it to train")
         return self._with(self.rows.concat(other.rows), [*self.images, *other.images])
 
+    def padded_to(self, multiple: int) -> Shown:
+        """The same with sequences as wide as a multiple of so many tokens."""
+        return self._with(self.rows.padded_to(multiple), self.images)
+
     def subset(self, count: int, seed: int = 0) -> Shown:
         """``count`` examples in their old order, drawn with ``seed``."""
         if count >= len(self):
