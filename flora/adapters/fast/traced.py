@@ -53,7 +53,8 @@ class TracedPass:
             self._build(merged_ones, factored_ones)
 
     def _build(self, merged: list[Stack], factored: list[FactoredStack]) -> None:
-        members = [(layer, stack.adapter) for stack in (*merged, *factored) for layer in stack.layers]
+        members = [(layer, stack.adapter) for stack in merged for layer in stack.layers]
+        members += [(layer, stack.adapter) for stack in factored for layer in stack.layers]
         sources = [_parameters(layer, adapter) for layer, adapter in members]
         parameters = [parameter for own in sources for parameter in own]
         if len({parameter.dtype for parameter in parameters}) > 1:
@@ -140,7 +141,7 @@ class _Build(torch.autograd.Function):
                 place += part.count
             pairs = [part.outputs() for part in parts[len(merged) :]]
             built += [matrix for side in (0, 1) for pair in pairs for matrix in pair[side]]
-        ctx.kinds, ctx.count, ctx.parts = (merged, factored), count, parts
+        ctx.merged, ctx.factored, ctx.count, ctx.parts = merged, factored, count, parts
         ctx.save_for_backward(*parameters)
         ctx.set_materialize_grads(False)
         return tuple(built)
@@ -151,7 +152,8 @@ class _Build(torch.autograd.Function):
         right = (len(received) - ctx.count) // 2  # from a left thin matrix to its right one
         with torch.autocast(parameters[0].device.type, enabled=False):
             # What the forward pass computed has no graph, which a gradient of this gradient would need.
-            parts = _parts(*ctx.kinds, parameters) if torch.is_grad_enabled() else ctx.parts
+            again = torch.is_grad_enabled()
+            parts = _parts(ctx.merged, ctx.factored, parameters) if again else ctx.parts
             for part in parts:
                 given = received[place : place + part.count]
                 if place < ctx.count:
@@ -166,7 +168,8 @@ def _parts(merged: Sequence[Merged], factored: Sequence[Factored], parameters: S
     """The stacks with their parameters, which lie in one flat buffer, filled in one operation."""
     kinds: list[tuple[Any, int]] = [(stack, 1 + len(stack[3])) for stack in merged]
     kinds += [(stack, 3) for stack in factored]
-    together, place = {}, 0
+    together: dict[tuple[int, int], Sequence[Tensor]] = {}
+    place = 0
     for i, (stack, each) in enumerate(kinds):
         own = parameters[place : place + stack[0] * each]
         together |= {(i, kind): own[kind::each] for kind in range(each)}
@@ -179,7 +182,7 @@ def _parts(merged: Sequence[Merged], factored: Sequence[Factored], parameters: S
         for key, part in zip(order, flat.split_with_sizes(sizes), strict=True)
     }
     own_blocks = [[blocks[i, kind] for kind in range(each)] for i, (_, each) in enumerate(kinds)]
-    makers = [_Merged] * len(merged) + [_Factored] * len(factored)
+    makers: list[Any] = [_Merged] * len(merged) + [_Factored] * len(factored)
     return [make(stack, given) for make, (stack, _), given in zip(makers, kinds, own_blocks, strict=True)]
 
 
@@ -197,7 +200,7 @@ class _Merged:
 
     def __init__(self, kind: Merged, blocks: Sequence[Tensor]) -> None:
         self.count, shape, ranks, modes, stored, scale, dtype = kind
-        described = AdaptedWeight("weight", stored, shape, ("channel",) * len(shape))
+        described = AdaptedWeight("weight", stored, shape, kinds=())
         self.stack = stack = Stack((), "", described, ranks, scale, dtype, modes, dense=True)
         factors = dict(zip(sorted(modes), blocks[1:], strict=True))
         self.rows, self.wide = factors[modes[0]], None if stack.wide is None else factors[stack.wide]
@@ -222,9 +225,8 @@ class _Merged:
     def gradients(self, received: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Of cores and factors from those of the weights, the largest two products in the dtype of the weights."""
         stack, used = self.stack, [gradient is not None for gradient in received]
-        each = 1 + len(stack.modes)
         if not any(used):
-            return [None] * self.count * each
+            return [None for _ in range(self.count * (1 + len(stack.modes)))]
         gradient = gather(stack, _filled(received, stack.described.weight_shape, stack.dtype))
         exact = self.core.dtype
         of = {stack.modes[0]: (gradient @ self.columns.to(gradient.dtype).mT).to(exact) * stack.scale}
@@ -266,7 +268,7 @@ class _Factored:
         """Of cores and factors from those of the matrices."""
         used = [left is not None or right is not None for left, right in zip(lefts, rights, strict=True)]
         if not any(used):
-            return [None] * 3 * self.count
+            return [None for _ in range(3 * self.count)]
         exact, dtype = self.blocks[0].dtype, self.stack.dtype
         given = [
             torch.stack(_filled(side, matrices.shape[1:], dtype, self.blocks[0])).to(exact)
