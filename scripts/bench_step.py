@@ -3,7 +3,8 @@
 python scripts/bench_step.py --model convnextv2_large --batch 32 --dtype bf16 --r 16 --json results/benchmarks/NAME.json
 
 Weights and data are random; there is no optimiser. The methods take turns in rounds of random order, on a GPU each
-alone on the device. Where the host is busy, `--stay --rounds 40 --steps 3` disturbs all of them alike.
+alone on the device. Where the host is busy, `--stay --rounds 40 --steps 3` disturbs all of them alike. With
+`--compile MODE` every method runs through torch.compile, once compiled; `--stay` compiles each once or twice only.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import Any
 from flora.bench.methods import METHODS, asked_for
 from flora.bench.networks import add_options
 from flora.bench.report import device_of, facts, main, options, positive, table, write
-from flora.bench.timing import SPREAD, Measured, TimingSettings, measure, spread
+from flora.bench.timing import MODES, SPREAD, Measured, TimingSettings, measure, spread
 from flora.errors import ConfigError
 from flora.results.markdown import formatted
 from flora.results.record import device_name
@@ -31,8 +32,16 @@ def bench_step() -> None:
     device = device_of(arguments.device)
     if arguments.capture and device.type != "cuda":
         raise ConfigError("--capture: only a GPU replays CUDA graphs; leave it out")
+    if arguments.capture and arguments.compile:
+        raise ConfigError("--capture, --compile: name one; --compile reduce-overhead replays CUDA graphs by itself")
     settings = TimingSettings(
-        arguments.rounds, arguments.steps, arguments.warmup, arguments.capture, arguments.stay, arguments.seed
+        arguments.rounds,
+        arguments.steps,
+        arguments.warmup,
+        arguments.capture,
+        arguments.stay,
+        arguments.seed,
+        arguments.compile,
     )
     methods, said = asked_for(arguments, device, arguments.match, arguments.layers)
     where = device_name(device.type == "cpu")
@@ -45,6 +54,7 @@ def bench_step() -> None:
         **facts("step", device),
         **said,
         "captured": arguments.capture,
+        "compiled": arguments.compile,
         "layers": arguments.layers,
         "match": arguments.match,
         "stay": arguments.stay,
@@ -76,6 +86,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--match", action="store_true", help="FLoRA trains as many parameters as LoRA of rank r")
     parser.add_argument("--capture", action="store_true", help="replay forward and backward as one CUDA graph")
+    parser.add_argument("--compile", choices=MODES, help="run the forward pass through torch.compile in this mode")
     parser.add_argument(
         "--stay", action="store_true", help="all models stay on the GPU, so turns can be short and many"
     )
@@ -101,6 +112,9 @@ def rows(results: dict[str, Measured]) -> list[dict[str, Any]]:
             "layers": measured.layers,
             "trainable_params": measured.trainable_params,
         }
+        if measured.compile_seconds is not None:
+            row |= {"compile_seconds": round(measured.compile_seconds, 2)}
+            row |= {"graphs": measured.graphs, "graph_breaks": measured.graph_breaks}
         listed.append(row if ran else row | {"error": measured.error})
     return listed
 
@@ -110,11 +124,15 @@ def shown(result: dict[str, Any]) -> str:
     inputs = f"{result['size']} px" if result["size"] else f"{result['tokens']} tokens"
     settings = [inputs, result["dtype"], f"layers {result['layers']}", f"r {result['r']} k {result['kernel_rank']}"]
     settings += [name for name in ("match", "captured", "channels_last") if result[name]]
-    lines = [["method", "ms", "spread", "ratio", "peak GB", "layers", "trainable", ""]]
+    settings += [f"torch.compile {result['compiled']}"] if result["compiled"] else []
+    more = ["compile s", "graphs", "breaks"] if result["compiled"] else []
+    lines = [["method", "ms", "spread", "ratio", "peak GB", "layers", "trainable", *more, ""]]
     for row in result["rows"]:
         peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 1e9
         cells = [(row["ms"], ".2f"), (row["ms_spread"], ".2f"), (row["ratio"], ".3f"), (peak, ".2f")]
         cells += [(row["layers"], "d"), (row["trainable_params"], ",d")]
+        if more:
+            cells += [(row.get("compile_seconds"), ".1f"), (row.get("graphs"), "d"), (row.get("graph_breaks"), "d")]
         lines.append([row["method"], *(formatted(value, spec) for value, spec in cells), row.get("error", "")])
     head = f"{result['model']}, batch {result['batch']}, {', '.join(settings)}; {result['device']}"
     return f"{head}\n{table(lines)}\nmedians; spread: {result['spread']}; ratio: to floor"

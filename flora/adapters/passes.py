@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -32,8 +33,15 @@ def batched(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
         A context manager that can be entered again and again, by several threads too.
     """
     if (folder := fast()) is None:
-        return contextlib.nullcontext()
+        return _Alone()
     return folder.Batched(model)
+
+
+class _Alone(contextlib.nullcontext[None]):
+    """A block in which every layer builds its own."""
+
+    def __call__(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        return run
 
 
 def fast() -> Any:

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class Prepared:
         layers: how many are adapted; None where all or none train.
         input_requires_grad: the floor's images ask for a gradient, so that it flows through every activation.
         batched: the forward pass runs within flora.batched.
+        starts: other tensors at which the floor's gradients end.
     """
 
     model: nn.Module
@@ -63,6 +64,7 @@ class Prepared:
     layers: int | None = None
     input_requires_grad: bool = False
     batched: bool = False
+    starts: list[Tensor] = field(default_factory=list)
 
 
 class Methods:
@@ -93,16 +95,16 @@ class Methods:
                 solved: Any = self._flora("flora", trained(lora.model, self.head)[0])
                 self._rank_pattern = solved.apply(spec.skeleton(), self.head).model.peft_config["default"].rank_pattern
 
-    def prepare(self, method: str, model: nn.Module) -> Prepared:
-        """Turn a fresh copy of the network, on its device, into what the method trains."""
+    def prepare(self, method: str, model: nn.Module, compiled: bool = False) -> Prepared:
+        """Turn a fresh copy of the network, on its device, into what the method trains; ``compiled``: later on."""
         if method.startswith("floor"):
             model.requires_grad_(False)
             if method == "floor_cast" and not self.network.casts_weights:
                 _cast(model, self.network.dtype)
+            starts: list[Tensor] = []
             if self.network.kind != "image":
-                model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
-                self._reach_outputs(model)
-            return Prepared(_still(model), 0, input_requires_grad=self.network.kind == "image")
+                starts = self._reach_outputs(model, compiled)
+            return Prepared(_still(model), 0, input_requires_grad=self.network.kind == "image", starts=starts)
         adapted = self.tuning(method).apply(model, self.head)
         if method == "full":
             return Prepared(adapted.model, sum(trained(adapted.model, ())))
@@ -112,24 +114,35 @@ class Methods:
         batched = method in ("flora", "flora_factored", "flora_merged")
         return Prepared(_still(adapted.model.train()), params, len(adapted.ranks), batched=batched)
 
-    def _reach_outputs(self, model: nn.Module) -> None:
-        """Let gradients reach adapted layers that no activation of the inputs does: DeBERTa's, on its positions.
+    def _reach_outputs(self, model: nn.Module, compiled: bool) -> list[Tensor]:
+        """Let gradients reach the embeddings, and adapted layers that no activation reaches: DeBERTa's, on positions.
 
-        Autograd keeps those gradients, a copy of each call's output that an adapter would not make.
+        Autograd keeps those gradients, a copy of each call's output that an adapter would not make. torch.compile
+        cannot have an output ask for its gradient; there a tensor of zeros that does is added, and given back.
         """
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         layers = [model.get_submodule(name) for name in self._adapted]
-        unreached: set[nn.Module] = set()
+        unreached: dict[nn.Module, list[Tensor]] = {}
 
-        def look(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-            if not output.requires_grad:
-                unreached.add(layer)
+        def look(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+            if output.requires_grad:
+                return None
+            unreached.setdefault(layer, []).append(output)
+            return output.requires_grad_() if layer is embeddings else None
 
-        hooks = [layer.register_forward_hook(look) for layer in layers]
+        hooks = [layer.register_forward_hook(look) for layer in (embeddings, *layers)]
         self.network.loss(model, self.network.inputs(next(model.parameters()).device))
         for hook in hooks:
             hook.remove()
-        for layer in unreached:
-            layer.register_forward_hook(_require_grad)
+        if not compiled:
+            for layer in unreached:
+                layer.register_forward_hook(_require_grad)
+            return []
+        starts = {layer: torch.zeros_like(outputs[0], requires_grad=True) for layer, outputs in unreached.items()}
+        for layer, start in starts.items():
+            layer.register_buffer("start", start, persistent=False)
+            layer.register_forward_hook(_add_start)
+        return list(starts.values())
 
     def tuning(self, method: str) -> Full | Peft:
         """The fine-tuning method behind a name other than the floors."""
@@ -191,3 +204,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.requires_grad_()
+
+
+def _add_start(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    return output + module.start

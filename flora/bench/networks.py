@@ -1,6 +1,7 @@
 """The networks that benchmarks run: by name, with random weights, and a batch of random inputs for each."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +96,7 @@ class Network:
             "labels": torch.cat([torch.full_like(places, -100), texts], 1),
         }
 
-    def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def loss(self, model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
         """The training loss of a batch."""
         with self.autocast(next(iter(inputs.values())).device):
             if self.kind != "image":

@@ -1,6 +1,5 @@
 """Timing of a training step: rounds of random order, on a GPU each method alone on the device, with its peak memory."""
 
-import contextlib
 import copy
 import gc
 import itertools
@@ -18,6 +17,8 @@ import flora
 from flora.bench.methods import Methods, Prepared
 from flora.bench.networks import Network
 
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
+STEADY = 5  # steps of a compiled model before it is timed: mode reduce-overhead records in the second and the third
 SPREAD = "interquartile range over all steps"
 
 
@@ -30,6 +31,7 @@ class TimingSettings:
         steps: timed per round.
         warmup: untimed steps before them.
         capture: replay forward and backward as one CUDA graph.
+        compile: the mode of torch.compile through which the forward pass runs; None: eagerly.
         stay: on a GPU, all models stay there between their turns, as they always do on a CPU.
         seed: of the orders, the weights, the adapters and the inputs.
     """
@@ -40,6 +42,7 @@ class TimingSettings:
     capture: bool = False
     stay: bool = False
     seed: int = 0
+    compile: str | None = None
 
 
 @dataclass
@@ -50,6 +53,8 @@ class Measured:
         rounds: milliseconds of every timed step, by round.
         peak_bytes: the device allocator's peak with nothing else on the device, warm-up included; None on a CPU.
         layers, trainable_params: see ``Prepared``.
+        compile_seconds: wall time of the first steps, up to the last that took more than twice a later one.
+        graphs, graph_breaks: what torch.compile made of the forward pass.
         error: why the method could not run.
     """
 
@@ -57,6 +62,9 @@ class Measured:
     peak_bytes: int | None = None
     layers: int | None = None
     trainable_params: int | None = None
+    compile_seconds: float | None = None
+    graphs: int | None = None
+    graph_breaks: int | None = None
     error: str | None = None
 
     @property
@@ -119,17 +127,35 @@ def _ready(
 ) -> Callable[[], None]:
     """The step of a method on a fresh copy of the network, warmed up."""
     torch.manual_seed(settings.seed)
-    prepared = methods.prepare(name, copy.deepcopy(base).to(device))
+    prepared = methods.prepare(name, copy.deepcopy(base).to(device), settings.compile is not None)
     measured.layers, measured.trainable_params = prepared.layers, prepared.trainable_params
     inputs = methods.network.inputs(device)
     if device.type == "cuda":
         _free(device)
         torch.cuda.reset_peak_memory_stats(device)
-    step = Step(methods.network, prepared, inputs)
+    step = Step(methods.network, prepared, inputs, settings.compile)
+    if settings.compile is not None:
+        _compile(step, max(settings.warmup, STEADY), device, measured)
+        return step
     run = Captured(step, settings.warmup) if settings.capture else step
     for _ in range(settings.warmup):
         run()
     return run
+
+
+def _compile(step: "Step", steps: int, device: torch.device, measured: Measured) -> None:
+    """Run a step until it is compiled; notes what the first time took, and how many graphs it made."""
+    from torch._dynamo import config
+    from torch._dynamo.utils import counters
+
+    stats, breaks = counters["stats"], counters["graph_break"]
+    before = stats["unique_graphs"], breaks.total()
+    with config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):  # methods share a network's code
+        spent = [1e-3 * timed(step, 1, device)[0] for _ in range(steps)]
+    slow = [i for i, seconds in enumerate(spent) if seconds > 2 * spent[-1]]
+    if measured.compile_seconds is None:
+        measured.compile_seconds = sum(spent[: slow[-1] + 1]) if slow else 0.0
+        measured.graphs, measured.graph_breaks = stats["unique_graphs"] - before[0], breaks.total() - before[1]
 
 
 def summary(error: BaseException) -> str:
@@ -145,23 +171,31 @@ class Step:
         network: whose loss.
         prepared: the model.
         inputs: a batch on the model's device.
+        compile: see ``TimingSettings``.
     """
 
-    def __init__(self, network: Network, prepared: Prepared, inputs: dict[str, Tensor]) -> None:
+    def __init__(
+        self, network: Network, prepared: Prepared, inputs: dict[str, Tensor], compile: str | None = None
+    ) -> None:
         self.network = network
         self.model = prepared.model
         self.inputs = inputs
-        self._together = flora.batched(self.model) if prepared.batched else contextlib.nullcontext()
+        together: Any = flora.batched(self.model) if prepared.batched else None
+        self._call: Any = self.model if together is None else together(self.model)
+        self._compiled = compile is not None
+        if self._compiled:
+            self._call = torch.compile(self._call, mode=compile)
         self._with_gradients: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        self._with_gradients += prepared.starts
         if prepared.input_requires_grad:
             self._with_gradients.append(inputs["images"].requires_grad_())
 
     def __call__(self) -> None:
         """Run once."""
         self.forget()
-        with self._together:
-            loss = self.network.loss(self.model, self.inputs)
-        loss.backward()
+        if self._compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # the memory of the last step's outputs may be used again
+        self.network.loss(self._call, self.inputs).backward()
 
     def forget(self) -> None:
         """Drop the gradients."""

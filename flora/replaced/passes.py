@@ -20,12 +20,14 @@ _trace = torch._C._get_tracing_state
 
 # flora.adapters.fast.batched.Pass
 RUNNING: ContextVar[Any] = ContextVar("flora_pass", default=None)
+# flora.adapters.fast.traced.TracedPass, while torch.compile traces the block; empty at all other times.
+TRACED: list[Any] = []
 
 
 def running() -> Any:
     """The pass that layers may share work in now; None without one, and where others watch what the layers compute."""
     if torch.compiler.is_compiling():  # first, since torch.compile cannot trace what follows
-        return None
+        return TRACED[-1] if TRACED else None
     shared = RUNNING.get()
     return None if shared is None or _watched() else shared
 

@@ -20,6 +20,7 @@ SETTINGS = (
     "tokens",
     "dtype",
     "captured",
+    "compiled",
     "channels_last",
     "layers",
     "match",
@@ -40,6 +41,8 @@ _COLUMNS = {
     "dense": ("method", "train.py, images/s", "spread", "bare step, images/s", "spread", "share", "bare step x LoRA"),
     "start": ("method", "batches", "seconds", "peak GB", "share kept"),
 }
+_ENDS = {True: ("", " through torch.compile"), False: ("",)}  # sections of a benchmark: eager results, compiled ones
+_COMPILED = ("compile s", "graphs", "graph breaks")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -69,8 +72,10 @@ def markdown(measured: Sequence[dict[str, Any]]) -> str:
     """A section per benchmark, a table per file, and below each where it was measured."""
     lines = ["# What a step costs", "", *_notes()]
     lines += [f"- {escaped(line)}" for line in speedups(measured)]
-    for benchmark, title in TITLES.items():
+    sections = [(f"{title}{end}", name, bool(end)) for name, title in TITLES.items() for end in _ENDS[name == "step"]]
+    for title, benchmark, compiled in sections:
         results = [result for result in measured if result["benchmark"] == benchmark]
+        results = [result for result in results if bool(result.get("compiled")) == compiled]
         lines += ["", f"## {title}"] if results else []
         for result in results:
             lines += ["", f"### {escaped(heading(result))}", "", *_table(result), "", *_source(result)]
@@ -87,22 +92,26 @@ def _notes() -> list[str]:
         " of linear layers and convolutions cast beforehand",
         "- LoRA is PEFT's, which leaves depthwise and grouped convolutions out; full trains the head and all else;"
         " dense: as the published code runs its layers",
+        "- through torch.compile, every method is compiled, the floor too; compile s: wall time of the first steps, up"
+        " to the last that took more than twice a later one, in this process; graphs: of the forward pass",
         "- weights and data are random; peak: the GPU allocator's, - on a CPU",
     ]
 
 
 def speedups(measured: Sequence[dict[str, Any]]) -> list[str]:
-    """Geometric means of LoRA's time over FLoRA's, by device, capture and way of choosing ranks."""
-    groups: dict[tuple[str, bool, bool, str], list[float]] = {}
+    """Geometric means of LoRA's time over FLoRA's, by device, way of running and way of choosing ranks."""
+    groups: dict[tuple[str, bool, str, bool, str], list[float]] = {}
     for result in measured:
         times = _times(result) if result["benchmark"] == "step" else {}
         if "lora" in times and "flora" in times:
-            key = (result["device"], result["captured"], result["match"], result["layers"])
+            compiled = result.get("compiled") or ""
+            key = (result["device"], result["captured"], compiled, result["match"], result["layers"])
             groups.setdefault(key, []).append(times["lora"] / times["flora"])
     lines = []
-    for (device, captured, match, layers), ratios in sorted(groups.items()):
+    for (device, captured, compiled, match, layers), ratios in sorted(groups.items()):
         mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
-        how = [device, "captured" if captured else "eager", "equal parameters" if match else "equal r"]
+        steps = "captured" if captured else f"torch.compile {compiled}" if compiled else "eager"
+        how = [device, steps, "equal parameters" if match else "equal r"]
         how += ["same layers"] if layers == "common" else []
         lines.append(f"FLoRA is x{mean:.2f} as fast as LoRA, geometric mean of {len(ratios)} ({', '.join(how)})")
     return lines
@@ -122,12 +131,13 @@ def heading(result: dict[str, Any]) -> str:
     words += ["gradient checkpointing"] if result.get("gradient_checkpointing") else []
     words += [", ".join(f"trainer.{key}={value}" for key, value in result.get("trainer", {}).items())]
     words += ["one CUDA graph"] if result.get("captured") else []
+    words += [f"mode {result['compiled']}"] if result.get("compiled") else []
     return ", ".join(word for word in words if word)
 
 
 def _table(result: dict[str, Any]) -> list[str]:
     benchmark = result["benchmark"]
-    columns = _COLUMNS[benchmark]
+    columns = (*_COLUMNS[benchmark], *(_COMPILED if result.get("compiled") else ()))
     of = {"step": _step_cells, "infer": _infer_cells, "train": _train_cells, "start": _start_cells}
     return markdown_table(columns, (of | {"dense": _dense_cells})[benchmark](result), numbers=True)
 
@@ -140,6 +150,8 @@ def _step_cells(result: dict[str, Any]) -> list[list[str]]:
         against_lora = row["ms"] / lora if lora and row["ms"] else None
         cells = [(row["ms"], ".2f"), (row["ms_spread"], ".2f"), (row["ratio"], ".2f"), (against_lora, ".2f")]
         cells += [(peak, ".2f"), (row["layers"], "d"), (row["trainable_params"], ",d")]
+        if result.get("compiled"):
+            cells += [(row.get("compile_seconds"), ".1f"), (row.get("graphs"), "d"), (row.get("graph_breaks"), "d")]
         rows.append([row["method"], *(formatted(value, spec) for value, spec in cells)])
     return rows
 
@@ -198,7 +210,8 @@ def as_csv(measured: Sequence[dict[str, Any]]) -> str:
     """Every number unrounded, one line per method and file."""
     facts = ("file", "benchmark", "device", "torch", "commit", *SETTINGS)
     costs = ("ms", "ms_spread", "ratio", "ratio_spread", "peak_bytes", "trainable_params")
-    numbers = (*costs, "train", "train_spread", "bare", "bare_spread", "share", "seconds", "kept", "error")
+    compiled = ("compile_seconds", "graphs", "graph_breaks")
+    numbers = (*costs, "train", "train_spread", "bare", "bare_spread", "share", "seconds", "kept", *compiled, "error")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*facts, "method", "adapted_layers", *numbers])

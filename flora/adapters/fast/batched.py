@@ -7,7 +7,7 @@ On a GPU, stacks of all shapes share their launches too. No second copy of the f
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from flora.adapters.fast.factored_plan import FactoredPlan, factored_stacks
 from flora.adapters.fast.fused import linear_plus_thin
 from flora.adapters.fast.plan import Plan, capturing, stacks
 from flora.adapters.fast.torch_plan import TorchPlan
+from flora.adapters.fast.traced import TracedPass
 from flora.adapters.layer import FloraLayer
 from flora.replaced.containers import AdapterParameters
-from flora.replaced.passes import RUNNING
+from flora.replaced.passes import RUNNING, TRACED
 
 try:
     from flora.adapters.fast.triton_kernel import INTERPRETED
@@ -49,14 +50,30 @@ class Batched:
         self._captured: list[Plan | FactoredPlan] = []
 
     def __enter__(self) -> "Batched":
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            TRACED.append(TracedPass(self.layers))
+        else:
             RUNNING.set(Pass(self, RUNNING.get()))
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if not torch.compiler.is_compiling():
-            entered = RUNNING.get()
-            RUNNING.set(None if entered is None else entered.outer)  # None: entered in another thread or task
+        if torch.compiler.is_compiling():
+            TRACED.pop()
+            return
+        entered = RUNNING.get()
+        RUNNING.set(None if entered is None else entered.outer)  # None: entered in another thread or task
+
+    def __call__(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``run`` within the block: what to give torch.compile for a model, whose calls then enter it."""
+
+        def within(*args: Any, **kwargs: Any) -> Any:
+            self.__enter__()  # torch.compile before 2.12 takes no ``with`` of an object made outside
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self.__exit__()
+
+        return within
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers}  # plans hold addresses of this process

@@ -245,11 +245,13 @@ def stacks(layers: Sequence[FloraLayer]) -> list[Stack]:
         channels_last = _channels_last(weight) and not described.folded
         if channels_last:
             modes = (*(m for m in modes if m != 1), *(m for m in modes if m == 1))
+        sizes = [described.shape[mode] for mode in modes[1:]] or [1]
+        if math.prod(sizes) > _SMALL * max(sizes[0], sizes[-1]):  # what is left but for the wide mode
+            continue
         dense = channels_last or weight.is_contiguous()
         key = (adapter, described, ranks, layer.scaling[adapter], compute_dtype(weight), modes, dense)
         groups.setdefault((*key, weight.device, core.device, core.dtype), []).append(layer)
-    candidates = (Stack(tuple(members), *key[:-3]) for key, members in groups.items())
-    return [stack for stack in candidates if math.prod(stack.sizes(stack.small)) <= _SMALL]
+    return [Stack(tuple(members), *key[:-3]) for key, members in groups.items()]
 
 
 def _at_hand(weight: Tensor, described: AdaptedWeight) -> bool:

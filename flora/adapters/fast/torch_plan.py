@@ -117,7 +117,7 @@ class _Build(torch.autograd.Function):
                 to_inner = []
                 for stack in members:
                     dtype, i = stack.dtype, next(number)
-                    gradient = _gather(stack, list(islice(given, len(stack.layers))))
+                    gradient = gather(stack, list(islice(given, len(stack.layers))))
                     rows = plan.index[stack, stack.modes[0]]
                     to_blocks[rows] = gradient @ right[dtype][i].mT
                     gradient = _from_columns(stack, blocks[dtype][rows].mT @ gradient)
@@ -158,7 +158,7 @@ def _split_columns(plan: TorchPlan, flat: Tensor) -> list[Tensor]:
     return [part.view(len(stack.layers), stack.ranks[stack.modes[0]], -1) for stack, part in parts]
 
 
-def _gather(stack: Stack, weights: Sequence[Tensor]) -> Tensor:
+def gather(stack: Stack, weights: Sequence[Tensor]) -> Tensor:
     """The inverse of ``unstack``, copied: [n, rows, rest] in memory order."""
     ordered = weights if stack.in_order else [weight.permute(stack.order) for weight in weights]
     return torch.stack(list(ordered)).reshape(len(weights), stack.described.shape[stack.modes[0]], -1)
