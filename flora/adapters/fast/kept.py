@@ -15,7 +15,7 @@ from flora.replaced.precision import compute_dtype
 Prepared = dict[str, Tensor] | tuple[Tensor, Tensor]
 
 
-@dataclass
+@dataclass(slots=True)
 class Source:
     """A tensor that something was made of, where it lies, and what tells whether its numbers are still the same.
 
@@ -69,7 +69,7 @@ class Kept:
             return None
         mine, key = self._of.setdefault(layer, {}), (*state(layer), torch.is_inference_mode_enabled(), _casts(layer))
         found = mine.get(key)
-        if found is None or not all([source.same() for source in found[1]]):
+        if found is None or not all(source.same() for source in found[1]):
             mine.pop(key, None)
             if (found := _built(layer)) is None:
                 return None

@@ -1,4 +1,4 @@
-"""Inference with weights that a block keeps: the numbers of layer by layer, after every change of what they are made of."""
+"""Inference with weights that a block keeps: those of layer by layer, after every change of what they are made of."""
 
 import copy
 import gc
@@ -162,9 +162,7 @@ def test_a_conversion_of_the_model_is_seen_where_it_leaves_addresses_and_version
     weight = model.base_model.model[0].base_layer.weight
     with torch.set_grad_enabled(grad), flora.batched(model, keep):
         before, place = model(x), (weight._version, weight.data_ptr())
-        model._apply(
-            lambda numbers: numbers.data.mul_(2)
-        )  # what half().float() is, if the allocator gives the same memory
+        model._apply(lambda numbers: numbers.data.mul_(2))  # as half().float() into the same memory
         assert (weight._version, weight.data_ptr()) == place
         torch.testing.assert_close(model(x), outside(model, x))
     assert not torch.allclose(model(x), before)
