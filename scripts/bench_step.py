@@ -13,7 +13,7 @@ from typing import Any
 
 from flora.bench.methods import METHODS, asked_for
 from flora.bench.networks import add_options
-from flora.bench.report import device_of, facts, main, options, positive, table, write
+from flora.bench.report import chosen, device_of, facts, main, options, positive, table, write
 from flora.bench.timing import SPREAD, Measured, TimingSettings, measure, spread
 from flora.errors import ConfigError
 from flora.results.markdown import formatted
@@ -23,10 +23,7 @@ from flora.results.record import device_name
 def bench_step() -> None:
     """Parse the command line, measure, print a table, write the JSON file."""
     arguments = parsed()
-    names = [name for name in arguments.methods.split(",") if name]
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names or len(set(names)) < len(names):
-        raise ConfigError(f"--methods must name each method once, of {','.join(METHODS)}; got {arguments.methods!r}")
+    names = chosen("--methods", arguments.methods, METHODS)
     positive(r=arguments.r, kernel_rank=arguments.kernel_rank, rounds=arguments.rounds, steps=arguments.steps)
     device = device_of(arguments.device)
     if arguments.capture and device.type != "cuda":

@@ -164,6 +164,7 @@ def asked_for(
     """
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
     shape = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
+    shape["cast"] = arguments.cast
     try:
         net = network(arguments.model, arguments.batch, DTYPES[dtype], **shape)
         methods = Methods(net, Ranks(arguments.r, arguments.kernel_rank, match), layers)
@@ -171,7 +172,12 @@ def asked_for(
         raise ConfigError(str(error)) from error
     size = net.spec.image_size if net.kind == "image" else None
     said = {"model": arguments.model, "batch": net.batch, "size": size, "tokens": net.tokens, "dtype": dtype}
-    said |= {"channels_last": arguments.channels_last, "r": arguments.r, "kernel_rank": arguments.kernel_rank}
+    said |= {
+        "channels_last": arguments.channels_last,
+        "cast": arguments.cast,
+        "r": arguments.r,
+        "kernel_rank": arguments.kernel_rank,
+    }
     return methods, said
 
 

@@ -15,6 +15,7 @@ from flora.models import TimmModel, TransformersModel, get
 
 # Configs of transformers networks in configs/model, and what is smaller here.
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert_large", {}),
     "deberta": ("deberta_v3_base", {}),
     "llama": ("llama_7b", {"num_hidden_layers": 8}),
     "llama_7b": ("llama_7b", {}),
@@ -36,6 +37,7 @@ class Network:
             network keeps fp32 weights, and autocast computes in it.
         tokens: per text, without those of its image.
         channels_last: images and the weights of 2-d convolutions in channels-last order.
+        cast: every network holds its weights in the dtype of the arithmetic, as servers do.
     """
 
     spec: Any
@@ -43,6 +45,7 @@ class Network:
     dtype: torch.dtype = torch.float32
     tokens: int | None = None
     channels_last: bool = False
+    cast: bool = False
     kind: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,7 +54,7 @@ class Network:
     @property
     def casts_weights(self) -> bool:
         """Whether the weights are held in the dtype of the arithmetic, so that nothing is left to autocast."""
-        return self.kind == "causal_lm" or self.dtype == torch.float32
+        return self.cast or self.kind == "causal_lm" or self.dtype == torch.float32
 
     def build(self, device: torch.device) -> nn.Module:
         """The network on the CPU, with random weights of torch's global seed, drawn on ``device``, which is faster."""
@@ -60,7 +63,7 @@ class Network:
         for name, parameter in model.named_parameters():
             if name.endswith("weight") and not parameter.any():
                 nn.init.ones_(parameter)  # the last scale of a residual branch; zeros there would zero its gradients
-        if self.kind == "causal_lm":
+        if self.casts_weights:
             model = model.to(self.dtype)
         if self.kind in ("causal_lm", "image_text"):
             model.config.get_text_config().use_cache = False  # made for generation; it only copies keys and values here
@@ -74,7 +77,10 @@ class Network:
             images = torch.randn(self.batch, 3, self.spec.image_size, self.spec.image_size, device=device)
             if self.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            return {"images": images, "labels": torch.randint(IMAGE_CLASSES, (self.batch,), device=device)}
+            return {
+                "images": images.to(self.dtype) if self.cast else images,
+                "labels": torch.randint(IMAGE_CLASSES, (self.batch,), device=device),
+            }
         vocabulary = self.spec.config().get_text_config().vocab_size
         texts = torch.randint(vocabulary, (self.batch, int(self.tokens or 0)), device=device)
         if self.kind == "image_text":
@@ -123,6 +129,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="examples; default: 32, or as fits the model")
     parser.add_argument("--tokens", type=int, help="per text; default: 128, or as fits the model")
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--cast", action="store_true", help="hold all weights in the dtype of the arithmetic")
 
 
 def network(
@@ -132,6 +139,7 @@ def network(
     size: int | None = None,
     tokens: int | None = None,
     channels_last: bool = False,
+    cast: bool = False,
 ) -> Network:
     """Look up a network: any classifier of timm, a preset of ``flora.models``, or a key of TRANSFORMERS.
 
@@ -142,6 +150,7 @@ def network(
         size: side of the images in pixels; None: that of the model's weights.
         tokens: per text; None: 128 for a classifier, 1024 for a causal language model, 64 beside an image.
         channels_last: for images.
+        cast: see ``Network``.
 
     Raises:
         ConfigError: an unknown name, or a setting that the network does not have.
@@ -157,10 +166,10 @@ def network(
             raise ConfigError(f"--tokens: {name} reads images; leave it out")
         if size is not None:
             spec.image_size = size
-        return Network(spec, batch or IMAGE_BATCH, dtype, channels_last=channels_last)
+        return Network(spec, batch or IMAGE_BATCH, dtype, channels_last=channels_last, cast=cast)
     if size is not None or channels_last:
         raise ConfigError(f"--size, --channels-last: {name} reads text, or images of one size; leave them out")
-    net = Network(spec, batch or BATCH[spec.kind], dtype, tokens or TOKENS[spec.kind])
+    net = Network(spec, batch or BATCH[spec.kind], dtype, tokens or TOKENS[spec.kind], cast=cast)
     if net.tokens and net.tokens > spec.max_length:
         raise ConfigError(f"--tokens: {name} reads at most {spec.max_length}, got {net.tokens}")
     return net

@@ -28,14 +28,14 @@ SETTINGS = (
 )
 TITLES = {
     "step": "Forward and backward",
-    "infer": "Inference with the adapter merged",
+    "infer": "Inference",
     "train": "train.py from end to end",
     "dense": "Segmentation and detection, train.py from end to end",
     "start": "A start from gradients",
 }
 _COLUMNS = {
     "step": ("method", "ms", "spread", "x floor", "x LoRA", "peak GB", "layers", "trainable params"),
-    "infer": ("model", "ms", "spread", "x base", "spread"),
+    "infer": ("model", "ms", "spread", "x base", "spread", "x LoRA", "spread", "kept MB", "differs by"),
     "train": ("method", "train.py, examples/s", "spread", "bare step, examples/s", "spread", "share"),
     "dense": ("method", "train.py, images/s", "spread", "bare step, images/s", "spread", "share", "bare step x LoRA"),
     "start": ("method", "batches", "seconds", "peak GB", "share kept"),
@@ -87,6 +87,11 @@ def _notes() -> list[str]:
         " of linear layers and convolutions cast beforehand",
         "- LoRA is PEFT's, which leaves depthwise and grouped convolutions out; full trains the head and all else;"
         " dense: as the published code runs its layers",
+        "- inference: live adapters of LoRA and FLoRA, in torch.inference_mode; flora_alone: every layer builds its"
+        " weight in every pass; flora: within flora.batched, entered for every pass; flora_kept: within one"
+        " flora.batched(model, keep=...) around all passes, kept MB being what stays on the GPU for it;"
+        " flora_factored: the same with forward=factored; several adapters take turns, set_adapter included; differs"
+        " by: from merged, of the largest logit",
         "- weights and data are random; peak: the GPU allocator's, - on a CPU",
     ]
 
@@ -119,6 +124,8 @@ def heading(result: dict[str, Any]) -> str:
     words += ["FLoRA with LoRA's number of parameters"] if result.get("match") else []
     words += ["layers that LoRA can adapt"] if result.get("layers") == "common" else []
     words += ["channels last"] if result.get("channels_last") else []
+    words += ["weights cast"] if result.get("cast") else []
+    words += [f"{result['adapters']} adapters in turn"] if result.get("adapters", 1) > 1 else []
     words += ["gradient checkpointing"] if result.get("gradient_checkpointing") else []
     words += [", ".join(f"trainer.{key}={value}" for key, value in result.get("trainer", {}).items())]
     words += ["one CUDA graph"] if result.get("captured") else []
@@ -145,8 +152,13 @@ def _step_cells(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _infer_cells(result: dict[str, Any]) -> list[list[str]]:
-    keys = ("ms", "ms_spread", "ratio", "ratio_spread")
-    return [[row["method"], *(f"{row[key]:.3f}" for key in keys)] for row in result["rows"]]
+    keys = ("ms", "ms_spread", "ratio", "ratio_spread", "lora_ratio", "lora_ratio_spread")
+    rows = []
+    for row in result["rows"]:
+        kept = None if row.get("kept_bytes") is None else row["kept_bytes"] / 1e6
+        cells = [*(formatted(row.get(key), ".3f") for key in keys), formatted(kept, ".1f")]
+        rows.append([row["method"], *cells, formatted(row.get("difference"), ".1e")])
+    return rows
 
 
 def _train_cells(result: dict[str, Any]) -> list[list[str]]:
@@ -176,13 +188,16 @@ def _start_cells(result: dict[str, Any]) -> list[list[str]]:
 
 def _source(result: dict[str, Any]) -> list[str]:
     lines = [f"{row['method']}: {row['error']}" for row in result["rows"] if row.get("error")]
-    if result["benchmark"] == "infer":
+    if result["benchmark"] == "infer" and "difference" in result:  # until 0.2: merged, and by torch.export alone
         lines.append(f"merged against adapted outputs: {result['difference']:.1e} of the largest")
         export = result.get("export")
         if export:
             ends = f"passes, outputs equal to {export['difference']:.1e}" if export["passed"] else export["error"]
             base = "" if export["passed"] else f"; the base model {'passes' if export['base_passed'] else 'fails too'}"
             lines.append(f"torch.export of the merged model: {ends}{base}")
+    for row in result.get("programs", ()):
+        ended = row.get("error") or f"logits on a CPU equal to {row['difference']:.1e} of the largest"
+        lines.append(f"{row['to']} of {row['method']}: {ended}")
     dirty = ", with uncommitted changes" if result["dirty"] else ""
     several = f"{result['processes']} processes, " if result.get("processes", 1) > 1 else ""
     several += f"{result['cpus']} CPU cores, " if "cpus" in result else ""
