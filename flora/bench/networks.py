@@ -1,6 +1,7 @@
 """The networks that benchmarks run: by name, with random weights, and a batch of random inputs for each."""
 
 import argparse
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
+from flora.bench.quantised import KINDS, check, quantise
 from flora.errors import ConfigError
 from flora.files import ROOT
 from flora.models import TimmModel, TransformersModel, get
@@ -38,6 +40,8 @@ class Network:
         tokens: per text, without those of its image.
         channels_last: images and the weights of 2-d convolutions in channels-last order.
         cast: every network holds its weights in the dtype of the arithmetic, as servers do.
+        quantize: to what its linear layers are quantised, a key of ``flora.bench.quantised.KINDS``; None: they are not.
+        checkpointing: blocks keep their inputs alone and run again in the backward pass.
     """
 
     spec: Any
@@ -46,6 +50,8 @@ class Network:
     tokens: int | None = None
     channels_last: bool = False
     cast: bool = False
+    quantize: str | None = None
+    checkpointing: bool = False
     kind: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +76,17 @@ class Network:
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)
         return model.cpu().train()
+
+    def copied(self, base: nn.Module, device: torch.device) -> nn.Module:
+        """A copy of what ``build`` gave, on the device: quantised and with checkpoints where it shall be so."""
+        model: Any = copy.deepcopy(base)
+        if self.quantize is not None:
+            quantise(model, self.dtype, device, self.spec.classifier)
+        model = model.to(device)
+        if self.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        return model
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """A batch of noise with random labels."""
@@ -132,6 +149,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cast", action="store_true", help="hold all weights in the dtype of the arithmetic")
 
 
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how the network is trained, whichever method trains it."""
+    told = "; ".join(f"{kind}: {what}" for kind, what in KINDS.items())
+    parser.add_argument("--quantize", choices=KINDS, help=f"the frozen linear layers. {told}")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="networks of transformers")
+
+
 def network(
     name: str,
     batch: int | None = None,
@@ -140,6 +164,8 @@ def network(
     tokens: int | None = None,
     channels_last: bool = False,
     cast: bool = False,
+    quantize: str | None = None,
+    checkpointing: bool = False,
 ) -> Network:
     """Look up a network: any classifier of timm, a preset of ``flora.models``, or a key of TRANSFORMERS.
 
@@ -150,7 +176,7 @@ def network(
         size: side of the images in pixels; None: that of the model's weights.
         tokens: per text; None: 128 for a classifier, 1024 for a causal language model, 64 beside an image.
         channels_last: for images.
-        cast: see ``Network``.
+        cast, quantize, checkpointing: see ``Network``.
 
     Raises:
         ConfigError: an unknown name, or a setting that the network does not have.
@@ -160,7 +186,13 @@ def network(
     for option, value in {"batch": batch, "size": size, "tokens": tokens}.items():
         if value is not None and value < 1:
             raise ConfigError(f"--{option} must be at least 1, got {value}")
+    if quantize is not None:
+        check(quantize)
     if isinstance(spec, TimmModel):
+        if quantize is not None:
+            raise ConfigError(f"--quantize: {name} is a network of images; leave it out")
+        if checkpointing:
+            raise ConfigError(f"--gradient-checkpointing: {name} has none; leave it out")
         spec.head_init = None  # of a thousand classes, as timm starts it
         if tokens is not None:
             raise ConfigError(f"--tokens: {name} reads images; leave it out")
@@ -169,7 +201,9 @@ def network(
         return Network(spec, batch or IMAGE_BATCH, dtype, channels_last=channels_last, cast=cast)
     if size is not None or channels_last:
         raise ConfigError(f"--size, --channels-last: {name} reads text, or images of one size; leave them out")
-    net = Network(spec, batch or BATCH[spec.kind], dtype, tokens or TOKENS[spec.kind], cast=cast)
+    net = Network(
+        spec, batch or BATCH[spec.kind], dtype, tokens or TOKENS[spec.kind], False, cast, quantize, checkpointing
+    )
     if net.tokens and net.tokens > spec.max_length:
         raise ConfigError(f"--tokens: {name} reads at most {spec.max_length}, got {net.tokens}")
     return net

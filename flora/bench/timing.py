@@ -1,7 +1,6 @@
 """Timing of a training step: rounds of random order, on a GPU each method alone on the device, with its peak memory."""
 
 import contextlib
-import copy
 import gc
 import itertools
 import random
@@ -119,7 +118,7 @@ def _ready(
 ) -> Callable[[], None]:
     """The step of a method on a fresh copy of the network, warmed up."""
     torch.manual_seed(settings.seed)
-    prepared = methods.prepare(name, copy.deepcopy(base).to(device))
+    prepared = methods.prepare(name, methods.network.copied(base, device))
     measured.layers, measured.trainable_params = prepared.layers, prepared.trainable_params
     inputs = methods.network.inputs(device)
     if device.type == "cuda":

@@ -103,13 +103,26 @@ def speedups(measured: Sequence[dict[str, Any]]) -> list[str]:
         times = _times(result) if result["benchmark"] == "step" else {}
         if "lora" in times and "flora" in times:
             key = (result["device"], result["captured"], result["match"], result["layers"])
-            groups.setdefault(key, []).append(times["lora"] / times["flora"])
+            if not (result.get("quantize") or result.get("gradient_checkpointing")):
+                groups.setdefault(key, []).append(times["lora"] / times["flora"])
     lines = []
     for (device, captured, match, layers), ratios in sorted(groups.items()):
         mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
         how = [device, "captured" if captured else "eager", "equal parameters" if match else "equal r"]
         how += ["same layers"] if layers == "common" else []
         lines.append(f"FLoRA is x{mean:.2f} as fast as LoRA, geometric mean of {len(ratios)} ({', '.join(how)})")
+    return lines
+
+
+def beside_each_other(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Of a benchmark of several runs, each run's times as multiples of the floor's, and LoRA's as those of FLoRA's."""
+    runs = {row["method"]: row["ms_runs"] for row in rows if len(row.get("ms_runs", ())) > 1}
+    pairs = [(name, "floor") for name in runs if name != "floor"] + [("lora", "flora")]
+    lines = []
+    for one, other in pairs:
+        if one in runs and other in runs:
+            ratios = [ours / theirs for ours, theirs in zip(runs[one], runs[other], strict=False)]
+            lines.append(f"runs, {one} / {other}: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
     return lines
 
 
@@ -126,6 +139,7 @@ def heading(result: dict[str, Any]) -> str:
     words += ["channels last"] if result.get("channels_last") else []
     words += ["weights cast"] if result.get("cast") else []
     words += [f"{result['adapters']} adapters in turn"] if result.get("adapters", 1) > 1 else []
+    words += [f"frozen weights in {result['quantize']}"] if result.get("quantize") else []
     words += ["gradient checkpointing"] if result.get("gradient_checkpointing") else []
     words += [", ".join(f"trainer.{key}={value}" for key, value in result.get("trainer", {}).items())]
     words += ["one CUDA graph"] if result.get("captured") else []
@@ -188,6 +202,7 @@ def _start_cells(result: dict[str, Any]) -> list[list[str]]:
 
 def _source(result: dict[str, Any]) -> list[str]:
     lines = [f"{row['method']}: {row['error']}" for row in result["rows"] if row.get("error")]
+    lines += beside_each_other(result["rows"])
     if result["benchmark"] == "infer" and "difference" in result:  # until 0.2: merged, and by torch.export alone
         lines.append(f"merged against adapted outputs: {result['difference']:.1e} of the largest")
         export = result.get("export")
