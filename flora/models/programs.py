@@ -10,12 +10,14 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from typing_extensions import override
 
 from flora.errors import ConfigError
 
-ENDS = {".pt2": "torch.export", ".onnx": "ONNX"}
+ENDS = {".onnx": "ONNX", ".pt2": "torch.export"}
+_ONE_FILE = 1_500_000_000  # bytes of weights; an ONNX file holds at most 2 GiB, more lie in FILE.data beside it
 PACKAGES = {"ONNX": ("onnx", "onnxscript", "onnxruntime")}
 
 
@@ -32,8 +34,13 @@ def program(model: nn.Module, inputs: Mapping[str, Tensor], longest: int | None 
 
     Returns:
         The program; its one output are the logits.
+
+    Raises:
+        ConfigError: an adapter that is no part of the network's layers (prompts).
     """
     if isinstance(model, peft.PeftModel):
+        if not isinstance(model.base_model, BaseTuner):
+            raise ConfigError(f"{type(model).__name__}: prompts are no part of the network, and of no program of it")
         model = model.get_base_model()  # with its adapted layers, and a forward pass that names its inputs
     wrapped = _Images(model) if "images" in inputs else _Texts(model, list(inputs))
     batch = torch.export.Dim("batch")
@@ -57,8 +64,10 @@ def save(made: torch.export.ExportedProgram, place: Path, names: list[str]) -> N
     if missing := lacking(kind):
         raise ConfigError(f"{place}: ONNX needs {', '.join(missing)}; pip install -e '.[onnx]'")
     if kind == "ONNX":
+        large = sum(tensor.nbytes for tensor in made.state_dict.values()) > _ONE_FILE
+        named: Any = {"input_names": names, "output_names": ["logits"]}
         with _quiet():
-            torch.onnx.export(made, (), place, dynamo=True, verbose=False, input_names=names, output_names=["logits"])
+            torch.onnx.export(made, (), place, dynamo=True, verbose=False, external_data=large, **named)
     else:
         torch.export.save(made, place)
 
