@@ -1,51 +1,57 @@
-"""Time inference of a merged adapter against the base model, and check that the merged model passes torch.export.
+"""Time inference with live adapters, FLoRA's beside LoRA's, and with a merged one; check that all can be exported.
 
-python scripts/bench_infer.py --model convnext --batch 64 --json results/benchmarks/NAME.json
+python scripts/bench_infer.py --model resnet50 --batch 1 --json results/benchmarks/NAME.json
 
-Weights, adapter and data are random. The models take turns in rounds of random order; ratios are taken within a round.
+Weights, adapters and data are random. The models take turns in rounds of random order, in torch.inference_mode; ratios
+are taken within a round. A GPU's passes are queued back to back.
 """
 
 import argparse
-import copy
-import random
-import statistics
-from functools import partial
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from flora.bench.methods import Methods, asked_for
-from flora.bench.networks import Network, add_options, unlabelled
-from flora.bench.report import device_of, facts, main, options, positive, table, write
-from flora.bench.timing import spread, summary, timed
+from flora.bench.inference import MODELS, Models, measured
+from flora.bench.methods import asked_for
+from flora.bench.networks import add_options
+from flora.bench.report import chosen, device_of, facts, main, options, positive, table, write
+from flora.bench.timing import summary
+from flora.models import programs
+from flora.results.markdown import formatted
 
 SPREAD = "interquartile range over the rounds"
+EXPORTED = ("base", "merged", "flora_alone", "lora")
 
 
 def bench_infer() -> None:
     """Parse the command line, measure, print a table, write the JSON file."""
     arguments = parsed()
-    positive(r=arguments.r, kernel_rank=arguments.kernel_rank, rounds=arguments.rounds, steps=arguments.steps)
+    counts = ("r", "kernel_rank", "rounds", "steps", "adapters")
+    positive(**{name: getattr(arguments, name) for name in counts})
+    names = chosen("--methods", arguments.methods, MODELS)
     device = device_of(arguments.device)
     methods, said = asked_for(arguments, device)
-    torch.manual_seed(arguments.seed)
-    models = made(methods, device)
-    net = methods.network
-    inputs = unlabelled(net.inputs(device))
-    rounds = taken_in_turn(models, net, inputs, arguments.rounds, arguments.steps, arguments.seed)
+    models = Models(methods, names, device, arguments.adapters, arguments.seed)
+    rows = measured(models, arguments.rounds, arguments.steps, arguments.seed, device)
+    if "merged" in names:
+        expected = models.logits("merged")
+        for row in rows:
+            ours = row["method"].startswith("flora") and "error" not in row
+            row["difference"] = difference(models.logits(row["method"]), expected) if ours else None
     result = {
         **facts("infer", device),
         **said,
+        "adapters": arguments.adapters,
         "rounds": arguments.rounds,
         "steps": arguments.steps,
         "spread": SPREAD,
-        "rows": rows(rounds),
-        "difference": difference(net.outputs(models["merged"], inputs), net.outputs(models["adapted"], inputs)),
+        "rows": rows,
     }
     if not arguments.no_export:
-        result["export"] = exported(models, net, inputs)
+        result["programs"] = exported(models, int(getattr(methods.network.spec, "max_length", 0)) or None)
     print(shown(result))
     write(arguments.json, result)
 
@@ -54,102 +60,68 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = options(__doc__)
     add_options(parser)
+    told = "\n".join(f"{name}: {what};" for name, what in MODELS.items())
+    parser.add_argument("--methods", default=",".join(MODELS), help=f"comma-separated. {told}")
+    parser.add_argument("--adapters", type=int, default=1, help="live ones, which take turns from pass to pass")
     parser.add_argument("--rounds", type=int, default=20, help="each runs every model, in random order")
     parser.add_argument("--steps", type=int, default=5, help="forward passes of a model per round; the median counts")
-    parser.add_argument("--no-export", action="store_true", help="leave torch.export out")
+    parser.add_argument("--no-export", action="store_true", help="leave torch.export and ONNX out")
     return parser.parse_args()
-
-
-def made(methods: Methods, device: torch.device) -> dict[str, nn.Module]:
-    """The base model, one with FLoRA's adapter, and one with the adapter merged."""
-    base = methods.network.build(device).to(device)
-    adapted = methods.prepare("flora", copy.deepcopy(base)).model
-    merged: Any = copy.deepcopy(adapted)
-    models = {"base": base, "merged": merged.merge_and_unload(), "adapted": adapted}
-    return {name: model.eval().requires_grad_(False) for name, model in models.items()}
-
-
-@torch.no_grad()
-def taken_in_turn(
-    models: dict[str, nn.Module], net: Network, inputs: dict[str, Tensor], rounds: int, steps: int, seed: int
-) -> dict[str, list[float]]:
-    """Milliseconds of a forward pass, the median of ``steps``, by model and round; a first round is not counted."""
-    order, device = random.Random(seed), next(iter(inputs.values())).device
-    medians: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(rounds + 1):
-        for name in order.sample(list(models), len(models)):
-            spent = timed(partial(net.outputs, models[name], inputs), steps, device)
-            if number > 0:
-                medians[name].append(statistics.median(spent))
-    return medians
-
-
-def rows(rounds: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """A JSON object per model: milliseconds, and the ratio to the base model of the same round."""
-    listed = []
-    for name, spent in rounds.items():
-        ratios = [ours / base for ours, base in zip(spent, rounds["base"], strict=True)]
-        listed.append(
-            {
-                "method": name,
-                "ms": round(statistics.median(spent), 4),
-                "ms_spread": round(spread(spent), 4),
-                "ratio": round(statistics.median(ratios), 4),
-                "ratio_spread": round(spread(ratios), 4),
-            }
-        )
-    return listed
 
 
 def difference(outputs: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest value."""
-    outputs, expected = outputs.detach().double(), expected.detach().double()
+    outputs, expected = outputs.detach().cpu().double(), expected.detach().cpu().double()
     return float((outputs - expected).abs().max() / expected.abs().max())
 
 
+def exported(models: Models, longest: int | None) -> list[dict[str, Any]]:
+    """By model and kind of program, how far its logits on a CPU in fp32 are from the eager ones, or why there are none.
+
+    The program is made from two examples, and given three.
+    """
+    net, inputs = models.network, {name: value[:1].cpu() for name, value in models.inputs.items()}
+    inputs = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+    example, given = ({name: torch.cat(n * [value]) for name, value in inputs.items()} for n in (2, 3))
+    rows = []
+    for name in [name for name in EXPORTED if name in models.by_name]:
+        model = models.by_name[name].cpu().float()
+        for ending, kind in programs.ENDS.items():
+            row: dict[str, Any] = {"method": name, "to": kind, "difference": None}
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    place = Path(folder) / f"model{ending}"
+                    made = programs.program(model, example, None if net.kind == "image" else longest)
+                    programs.save(made, place, list(example))
+                    row["difference"] = difference(programs.run(place, given), eager(model, given))
+            except Exception as error:  # exporters raise many kinds; the result says which
+                row["error"] = summary(error)
+            rows.append(row)
+    return rows
+
+
 @torch.no_grad()
-def exported(models: dict[str, nn.Module], net: Network, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """Whether torch.export takes the merged model and returns its outputs; where not, whether the base passes."""
-
-    def export(model: nn.Module) -> float:
-        positional = (inputs["images"],) if net.kind == "image" else ()
-        keywords = {} if net.kind == "image" else inputs
-        program = torch.export.export(model, positional, keywords).module()
-        return max(
-            difference(ours, expected)
-            for ours, expected in zip(
-                _tensors(program(*positional, **keywords)), _tensors(model(*positional, **keywords)), strict=True
-            )
-        )
-
-    try:
-        return {"passed": True, "difference": export(models["merged"])}
-    except Exception as error:  # torch.export raises many kinds; the result says which
-        report = {"passed": False, "error": summary(error)}
-    try:
-        export(models["base"])
-    except Exception as error:
-        return report | {"base_passed": False, "base_error": type(error).__name__}
-    return report | {"base_passed": True}
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [tensor for tensor in tree_leaves(outputs) if isinstance(tensor, Tensor)]
+def eager(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    """The logits without a program."""
+    return model(given["images"]) if "images" in given else model(**given).logits
 
 
 def shown(result: dict[str, Any]) -> str:
     """The result as a table for a terminal."""
     inputs = f"{result['size']} px" if result["size"] else f"{result['tokens']} tokens"
-    lines = [["model", "ms", "spread", "ratio", "spread"]]
+    keys = ("ms", "ms_spread", "ratio", "ratio_spread", "lora_ratio", "lora_ratio_spread")
+    lines = [["model", "ms", "spread", "x base", "spread", "x LoRA", "spread", "kept MB", "differs by", ""]]
     for row in result["rows"]:
-        numbers = [f"{row['ms']:.3f}", f"{row['ms_spread']:.3f}", f"{row['ratio']:.3f}", f"{row['ratio_spread']:.3f}"]
-        lines.append([row["method"], *numbers])
-    head = f"{result['model']}, batch {result['batch']}, {inputs}, {result['dtype']}; {result['device']}"
-    ends = [f"medians; spread: {result['spread']}; ratio: to base, within a round"]
-    ends.append(f"merged against adapted outputs: {result['difference']:.1e} of the largest")
-    if export := result.get("export"):
-        passed = f"passes, outputs equal to {export['difference']:.1e}" if export["passed"] else export["error"]
-        ends.append(f"torch.export of the merged model: {passed}")
+        kept = None if row["kept_bytes"] is None else row["kept_bytes"] / 1e6
+        numbers = [*(formatted(row[key], ".3f") for key in keys), formatted(kept, ".1f")]
+        lines.append([row["method"], *numbers, formatted(row.get("difference"), ".1e"), row.get("error", "")])
+    cast = ", weights cast" if result["cast"] else ""
+    live = f", {result['adapters']} adapters in turn" if result["adapters"] > 1 else ""
+    head = f"{result['model']}, batch {result['batch']}, {inputs}, {result['dtype']}{cast}{live}; {result['device']}"
+    ends = [f"medians; spread: {result['spread']}; ratios: within a round; differs by: from merged, of the largest"]
+    for row in result.get("programs", ()):
+        ended = row.get("error") or f"logits on a CPU equal to {row['difference']:.1e}"
+        ends.append(f"{row['to']} of {row['method']}: {ended}")
     return "\n".join([head, table(lines), *ends])
 
 

@@ -8,7 +8,6 @@ the eigenvectors of all modes.
 """
 
 import argparse
-import copy
 import gc
 import statistics
 import time
@@ -20,10 +19,9 @@ from torch import nn
 
 import flora
 from flora.bench.methods import Methods, asked_for
-from flora.bench.networks import add_options
+from flora.bench.networks import add_options, add_training_options
 from flora.bench.report import device_of, facts, main, options, positive, table, write
 from flora.bench.timing import Step
-from flora.errors import ConfigError
 from flora.results.markdown import formatted
 
 ROWS = ("lora", "flora", "full", "start")
@@ -37,8 +35,6 @@ def bench_start() -> None:
     methods, said = asked_for(arguments, device)
     torch.manual_seed(arguments.seed)
     base = methods.network.build(device)
-    if arguments.gradient_checkpointing and not hasattr(base, "gradient_checkpointing_enable"):
-        raise ConfigError(f"--gradient-checkpointing: {arguments.model} has none; leave it out")
     rows = []
     for name in [name for name in ROWS if name != "full" or not arguments.no_full]:
         rows.append({"method": name, **measured(name, methods, base, arguments, device)})
@@ -46,7 +42,6 @@ def bench_start() -> None:
     result = {
         **facts("start", device),
         **said,
-        "gradient_checkpointing": arguments.gradient_checkpointing,
         "batches": arguments.batches,
         "rows": rows,
     }
@@ -59,7 +54,7 @@ def parsed() -> argparse.Namespace:
     parser = options(__doc__)
     add_options(parser)
     parser.add_argument("--batches", type=int, default=8, help="of the start, and steps beside it")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="networks of transformers")
+    add_training_options(parser)
     parser.add_argument("--no-full", action="store_true", help="leave full fine-tuning out, which may not fit")
     return parser.parse_args()
 
@@ -83,9 +78,7 @@ def _steps(
     name: str, methods: Methods, base: nn.Module, arguments: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     torch.manual_seed(arguments.seed)
-    prepared = methods.prepare(name, _checkpointing(copy.deepcopy(base).to(device), arguments))
-    if arguments.gradient_checkpointing:
-        prepared.batched = False  # as the trainer runs it
+    prepared = methods.prepare(name, methods.network.copied(base, device))
     step = Step(methods.network, prepared, methods.network.inputs(device))
 
     def run() -> None:
@@ -100,7 +93,7 @@ def _start(methods: Methods, base: nn.Module, arguments: argparse.Namespace, dev
     torch.manual_seed(arguments.seed)
     tuning = methods.tuning("flora")
     tuning.options |= {"init": "zero_output", "init_weights": True}  # type: ignore[union-attr]
-    model = tuning.apply(_checkpointing(copy.deepcopy(base).to(device), arguments), methods.head).model
+    model = tuning.apply(methods.network.copied(base, device), methods.head).model
     net = methods.network
     batches = [net.inputs(device) for _ in range(arguments.batches)]
     found: dict[str, dict[int, float]] = {}
@@ -108,13 +101,6 @@ def _start(methods: Methods, base: nn.Module, arguments: argparse.Namespace, dev
     cost = _cost(lambda: found.update(flora.init_from_gradients(model, batches, net.loss)), device)
     shares = [share for by_mode in found.values() for share in by_mode.values()]
     return cost | {"weights": len(found), "kept": round(statistics.fmean(shares), 4)}
-
-
-def _checkpointing(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
-    if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        model.enable_input_require_grads()  # type: ignore[operator]
-    return model
 
 
 def _cost(run: Callable[[], None], device: torch.device) -> dict[str, Any]:

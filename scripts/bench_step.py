@@ -3,20 +3,24 @@
 python scripts/bench_step.py --model convnextv2_large --batch 32 --dtype bf16 --r 16 --json results/benchmarks/NAME.json
 
 Weights and data are random; there is no optimiser. The methods take turns in rounds of random order, on a GPU each
-alone on the device. Where the host is busy, `--stay --rounds 40 --steps 3` disturbs all of them alike. With
-`--compile MODE` every method runs through torch.compile, once compiled; `--stay` compiles each once or twice only.
+alone on the device. Where the host is busy, `--stay --rounds 40 --steps 3` disturbs all of them alike. `--runs 5`
+measures five times over, each on new weights and data, and keeps all five. With `--compile MODE` every method runs
+through torch.compile, once compiled; `--stay` compiles each once or twice only.
 """
 
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from flora.bench.methods import METHODS, asked_for
-from flora.bench.networks import add_options
-from flora.bench.report import device_of, facts, main, options, positive, table, write
+from flora.bench.networks import add_options, add_training_options
+from flora.bench.report import chosen, device_of, facts, main, options, positive, table, write
 from flora.bench.timing import MODES, SPREAD, Measured, TimingSettings, measure, spread
 from flora.errors import ConfigError
+from flora.results.benchmarks import beside_each_other
 from flora.results.markdown import formatted
 from flora.results.record import device_name
 
@@ -24,11 +28,9 @@ from flora.results.record import device_name
 def bench_step() -> None:
     """Parse the command line, measure, print a table, write the JSON file."""
     arguments = parsed()
-    names = [name for name in arguments.methods.split(",") if name]
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names or len(set(names)) < len(names):
-        raise ConfigError(f"--methods must name each method once, of {','.join(METHODS)}; got {arguments.methods!r}")
-    positive(r=arguments.r, kernel_rank=arguments.kernel_rank, rounds=arguments.rounds, steps=arguments.steps)
+    names = chosen("--methods", arguments.methods, METHODS)
+    counts = ("r", "kernel_rank", "rounds", "steps", "runs")
+    positive(**{name: getattr(arguments, name) for name in counts})
     device = device_of(arguments.device)
     if arguments.capture and device.type != "cuda":
         raise ConfigError("--capture: only a GPU replays CUDA graphs; leave it out")
@@ -49,7 +51,12 @@ def bench_step() -> None:
     say(f"of each {settings.warmup} steps of warm-up, then {settings.rounds} rounds of {settings.steps}; a line each")
     if device.type == "cpu":
         say("on a CPU a step of a large network takes minutes: --batch, --size, --rounds and --steps make it shorter")
-    measured = measure(methods, names, settings, device, say)
+    runs: list[dict[str, Measured]] = []
+    for number in range(arguments.runs):
+        if arguments.runs > 1:
+            say(f"run {number + 1} of {arguments.runs}")
+        again = [name for name in names if all(run[name].error is None for run in runs)]
+        runs.append(measure(methods, again, replace(settings, seed=arguments.seed + number), device, say))
     result = {
         **facts("step", device),
         **said,
@@ -58,10 +65,11 @@ def bench_step() -> None:
         "layers": arguments.layers,
         "match": arguments.match,
         "stay": arguments.stay,
+        "runs": arguments.runs,
         "rounds": arguments.rounds,
         "steps": arguments.steps,
         "spread": SPREAD,
-        "rows": rows(measured),
+        "rows": rows(runs),
     }
     print(shown(result))
     write(arguments.json, result)
@@ -76,6 +84,7 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = options(__doc__)
     add_options(parser)
+    add_training_options(parser)
     told = "\n".join(f"{name}: {what};" for name, what in METHODS.items())
     parser.add_argument("--methods", default="floor,floor_cast,full,lora,flora", help=f"comma-separated. {told}")
     parser.add_argument(
@@ -90,32 +99,39 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--stay", action="store_true", help="all models stay on the GPU, so turns can be short and many"
     )
+    parser.add_argument("--runs", type=int, default=1, help="measurements, each from the start")
     parser.add_argument("--rounds", type=int, default=3, help="each runs every method once, in random order")
     parser.add_argument("--steps", type=int, default=10, help="timed steps per round")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
     return parser.parse_args()
 
 
-def rows(results: dict[str, Measured]) -> list[dict[str, Any]]:
-    """A JSON object per method; ``ratio`` is to the floor, null where that was not measured."""
-    medians = {name: statistics.median(m.milliseconds) for name, m in results.items() if m.milliseconds}
+def rows(runs: Sequence[dict[str, Measured]]) -> list[dict[str, Any]]:
+    """A JSON object per method, over the steps of all runs; ``ratio`` is to the floor, null where that did not run."""
+    medians = [{name: statistics.median(m.milliseconds) for name, m in run.items() if m.error is None} for run in runs]
     listed = []
-    for name, measured in results.items():
-        ran = measured.error is None
+    for name in runs[0]:
+        of_runs = [run[name] for run in runs if name in run]
+        spent = [ms for measured in of_runs for ms in measured.milliseconds]
+        error = next((measured.error for measured in of_runs if measured.error is not None), None)
+        ratios = [run[name] / run["floor"] for run in medians if name in run and "floor" in run]
+        peaks = [measured.peak_bytes for measured in of_runs if measured.peak_bytes is not None]
         row = {
             "method": name,
-            "ms": round(medians[name], 4) if ran else None,
-            "ms_spread": round(spread(measured.milliseconds), 4) if ran else None,
-            "ms_rounds": [round(statistics.median(steps), 4) for steps in measured.rounds],
-            "ratio": round(medians[name] / medians["floor"], 4) if ran and "floor" in medians else None,
-            "peak_bytes": measured.peak_bytes if ran else None,
-            "layers": measured.layers,
-            "trainable_params": measured.trainable_params,
+            "ms": round(statistics.median(spent), 4) if error is None else None,
+            "ms_spread": round(spread(spent), 4) if error is None else None,
+            "ms_rounds": [round(statistics.median(steps), 4) for measured in of_runs for steps in measured.rounds],
+            "ratio": round(statistics.median(ratios), 4) if error is None and ratios else None,
+            "peak_bytes": max(peaks) if error is None and peaks else None,
+            "layers": of_runs[0].layers,
+            "trainable_params": of_runs[0].trainable_params,
         }
-        if measured.compile_seconds is not None:
-            row |= {"compile_seconds": round(measured.compile_seconds, 2)}
-            row |= {"graphs": measured.graphs, "graph_breaks": measured.graph_breaks}
-        listed.append(row if ran else row | {"error": measured.error})
+        if of_runs[0].compile_seconds is not None:
+            row |= {"compile_seconds": round(of_runs[0].compile_seconds, 2)}
+            row |= {"graphs": of_runs[0].graphs, "graph_breaks": of_runs[0].graph_breaks}
+        if len(runs) > 1:
+            row["ms_runs"] = [round(run[name], 4) for run in medians if name in run]
+        listed.append(row if error is None else row | {"error": error})
     return listed
 
 
@@ -123,8 +139,10 @@ def shown(result: dict[str, Any]) -> str:
     """The result as a table for a terminal."""
     inputs = f"{result['size']} px" if result["size"] else f"{result['tokens']} tokens"
     settings = [inputs, result["dtype"], f"layers {result['layers']}", f"r {result['r']} k {result['kernel_rank']}"]
-    settings += [name for name in ("match", "captured", "channels_last") if result[name]]
+    settings += [name for name in ("match", "captured", "channels_last", "cast") if result[name]]
+    settings += [name for name in ("gradient_checkpointing",) if result[name]] + [result["quantize"] or ""]
     settings += [f"torch.compile {result['compiled']}"] if result["compiled"] else []
+    settings = [setting for setting in settings if setting]
     more = ["compile s", "graphs", "breaks"] if result["compiled"] else []
     lines = [["method", "ms", "spread", "ratio", "peak GB", "layers", "trainable", *more, ""]]
     for row in result["rows"]:
@@ -135,7 +153,8 @@ def shown(result: dict[str, Any]) -> str:
             cells += [(row.get("compile_seconds"), ".1f"), (row.get("graphs"), "d"), (row.get("graph_breaks"), "d")]
         lines.append([row["method"], *(formatted(value, spec) for value, spec in cells), row.get("error", "")])
     head = f"{result['model']}, batch {result['batch']}, {', '.join(settings)}; {result['device']}"
-    return f"{head}\n{table(lines)}\nmedians; spread: {result['spread']}; ratio: to floor"
+    ends = [f"medians; spread: {result['spread']}; ratio: to floor", *beside_each_other(result["rows"])]
+    return "\n".join([head, table(lines), *ends])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Convert adapters: from published checkpoints, LoRA or a full fine-tune to FLoRA, and from FLoRA to LoRA or LyCORIS.
+"""Convert adapters: from published checkpoints, LoRA or a full fine-tune to FLoRA, from FLoRA to LoRA or LyCORIS.
+
+A run, whatever its method, also becomes a program that needs no Python code: ONNX's, or torch.export's.
 
 python scripts/export.py outputs/RUN_ID lora_folder --to lora
 python scripts/export.py my_adapter lora_folder --to lora --model convnext --merge-rest base.safetensors
 python scripts/export.py flora.pt adapter_folder --from published --scale 4 --model resnet50
+python scripts/export.py outputs/RUN_ID model.onnx --to program
 python scripts/export.py tuned.safetensors adapter_folder --from checkpoint --energy 0.9 --model transformers:bert
 """
 
@@ -28,11 +31,18 @@ from flora.errors import ConfigError
 from flora.files import saved_weights
 from flora.launch.entry import main
 from flora.methods.base import first_lines
+from flora.predict import program
 
 
 def export(arguments: Sequence[str] | None = None) -> None:
     """Read the source, convert it on the architecture it belongs to, write the result."""
     options = _parser().parse_args(arguments)
+    if options.live and options.to != "program":
+        raise ConfigError("--live: only a program can hold an adapter that is not merged; it needs --to program")
+    if options.to == "program":
+        difference = program.write(options.source, options.output, options.live)
+        print(f"program: {options.output}, logits equal to {difference:.1e} of the largest")
+        return
     if options.source_kind in ("flora", "lora") and (weights := saved_weights(options.source)) is not None:
         options.source = weights.parent  # the adapter in the folder of a run
     if (options.source_kind == "flora") == (options.to == "flora"):
@@ -152,7 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("source", type=Path, help="run or adapter folder (flora, lora), or checkpoint file")
-    parser.add_argument("output", type=Path, help="adapter folder (flora, lora) or safetensors file (lycoris)")
+    parser.add_argument(
+        "output", type=Path, help="adapter folder (flora, lora), safetensors file (lycoris), .onnx or .pt2"
+    )
     sources = ("flora", "published", "nlp", "lora", "checkpoint")
     parser.add_argument(
         "--from",
@@ -162,7 +174,8 @@ def _parser() -> argparse.ArgumentParser:
         help="layout of the source: published (SJTU-DeepVisionLab/FLoRA), nlp (Subspace-Tuning), checkpoint (a full "
         "fine-tune of the model, compressed)",
     )
-    parser.add_argument("--to", choices=("flora", "lora", "lycoris"), default="flora", help="layout of the output")
+    parser.add_argument("--to", choices=("flora", "lora", "lycoris", "program"), default="flora", help="what to write")
+    parser.add_argument("--live", action="store_true", help="program: leave the adapter beside the weights, not merged")
     parser.add_argument(
         "--model",
         help="transformers:FOLDER, or a name that train.py's model= takes; --to lora needs none, and of one only the "

@@ -47,6 +47,8 @@ APPENDED = {
     "python scripts/bench_step.py --model resnet50 --batch 64 --methods floor,full,lora,flora": [
         *["--device", "cpu", "--size", "32", "--batch", "2", "--rounds", "1", "--steps", "1", "--warmup", "0"]
     ],
+    "python scripts/bench_step.py --model llama_7b --gradient-checkpointing --quantize nf4 --methods floor,lora,flora"
+    " --stay": ["--help"],  # 7B parameters
     "python scripts/bench_infer.py --model convnext --batch 64": [
         *["--device", "cpu", "--batch", "2", "--rounds", "1", "--steps", "1", "--no-export"]
     ],
@@ -57,6 +59,7 @@ APPENDED = {
         *["--device", "cpu", "--batch", "2", "--size", "64", "--width", "8", "--images", "100"],
         *["--rounds", "1", "--steps", "1", "--warmup", "1", "--trainer", "num_workers=0"],
     ],
+    "python scripts/export.py outputs/RUN_ID model.onnx --to program": ["--help"],  # see tests/models/test_programs.py
     "wandb sync outputs/RUN_ID/wandb": ["--dry-run"],
 }
 
@@ -66,6 +69,7 @@ OF_FULL = ("analyze_delta.py", "--from checkpoint")
 # Commands that take more than a few seconds even so: run in slow tests.
 SLOW = {
     "python scripts/analyze_delta.py outputs/RUN_ID",
+    "python scripts/export.py outputs/RUN_ID model.pt2 --to program --live",
     "python scripts/make_tables.py",
     "python scripts/make_tables.py --check",
     "python scripts/runs.py --page",

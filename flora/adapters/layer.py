@@ -136,6 +136,12 @@ class FloraLayer(ReplacedLayer):
     # ------------------------------------------------------------------ what is built for many layers at once
 
     @override
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # There and back again (half, float), other numbers may lie where those were that something was built from.
+        self.revision += 1
+        return super()._apply(*args, **kwargs)
+
+    @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer with its adapted weights; within ``flora.batched``, with what was built there."""
         shared = None if "adapter_names" in kwargs else passes.running()

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 
-def batched(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+def batched(model: nn.Module, keep: int = 0) -> contextlib.AbstractContextManager[Any]:
     """A context for a forward pass in which FLoRA builds the weights of all layers of ``model`` together: same result.
 
     Each layer by itself launches about ten small operations; together, layers of one shape share them. Make it once
@@ -26,15 +26,32 @@ def batched(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     in place through ``tensor.data`` within a block goes unnoticed, since torch counts no version for it. All forward
     passes of a block share one graph: call backward once for them. What a block builds stays in memory until it ends.
 
+    For inference, ``keep`` has a block last over many passes, each as fast as with the adapter merged. Under
+    ``torch.no_grad`` or ``torch.inference_mode`` every layer then runs in the merged form, whichever it trains in (the
+    results differ in their rounding), unless its adapter was made with ``forward="factored"``; it keeps what it runs
+    with, and builds it anew where weights or scale have changed::
+
+        with torch.inference_mode(), flora.batched(model, keep=2):
+            for adapter, inputs in requests:
+                model.set_adapter(adapter)
+                model(**inputs)
+
     Args:
         model: a module with adapted layers, such as a ``peft.PeftModel``; layers added later build their own.
+        keep: in how many states (active adapters and their scales) each layer keeps its weight, a copy of it for each;
+            0: none outlives a change.
 
     Returns:
         A context manager that can be entered again and again, by several threads too.
+
+    Raises:
+        ValueError: if ``keep`` is below 0.
     """
+    if keep < 0:
+        raise ValueError(f"keep: must be 0 or more states, got {keep}")
     if (folder := fast()) is None:
         return _Alone()
-    return folder.Batched(model)
+    return folder.Batched(model, keep)
 
 
 class _Alone(contextlib.nullcontext[None]):

@@ -112,6 +112,7 @@ class Methods:
         if method == "dense":
             make_dense(adapted.model)
         batched = method in ("flora", "flora_factored", "flora_merged")
+        batched = batched and not self.network.checkpointing  # as the trainer runs it
         return Prepared(_still(adapted.model.train()), params, len(adapted.ranks), batched=batched)
 
     def _reach_outputs(self, model: nn.Module, compiled: bool) -> list[Tensor]:
@@ -177,6 +178,8 @@ def asked_for(
     """
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
     shape = {"size": arguments.size, "tokens": arguments.tokens, "channels_last": arguments.channels_last}
+    shape |= {"cast": arguments.cast, "quantize": getattr(arguments, "quantize", None)}
+    shape["checkpointing"] = getattr(arguments, "gradient_checkpointing", False)
     try:
         net = network(arguments.model, arguments.batch, DTYPES[dtype], **shape)
         methods = Methods(net, Ranks(arguments.r, arguments.kernel_rank, match), layers)
@@ -184,7 +187,14 @@ def asked_for(
         raise ConfigError(str(error)) from error
     size = net.spec.image_size if net.kind == "image" else None
     said = {"model": arguments.model, "batch": net.batch, "size": size, "tokens": net.tokens, "dtype": dtype}
-    said |= {"channels_last": arguments.channels_last, "r": arguments.r, "kernel_rank": arguments.kernel_rank}
+    said |= {
+        "channels_last": arguments.channels_last,
+        "cast": net.cast,
+        "quantize": net.quantize,
+        "gradient_checkpointing": net.checkpointing,
+        "r": arguments.r,
+        "kernel_rank": arguments.kernel_rank,
+    }
     return methods, said
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,14 @@ def positive(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
+
+
+def chosen(option: str, names: str, known: Iterable[str]) -> list[str]:
+    """Names given by comma, each known and given once; ConfigError for others."""
+    given = [name for name in names.split(",") if name]
+    if not given or len(set(given)) < len(given) or set(given) - set(known):
+        raise ConfigError(f"{option} must name each method once, of {','.join(known)}; got {names!r}")
+    return given
 
 
 def facts(benchmark: str, device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Timing of a training step: rounds of random order, on a GPU each method alone on the device, with its peak memory."""
 
-import copy
 import gc
 import itertools
 import random
@@ -127,7 +126,7 @@ def _ready(
 ) -> Callable[[], None]:
     """The step of a method on a fresh copy of the network, warmed up."""
     torch.manual_seed(settings.seed)
-    prepared = methods.prepare(name, copy.deepcopy(base).to(device), settings.compile is not None)
+    prepared = methods.prepare(name, methods.network.copied(base, device), settings.compile is not None)
     measured.layers, measured.trainable_params = prepared.layers, prepared.trainable_params
     inputs = methods.network.inputs(device)
     if device.type == "cuda":

@@ -73,7 +73,7 @@ class ReplacedLayer(nn.Module, Kept):
         self.effective_ranks: dict[str, dict[str, tuple[int, ...]]] = {}
         self.scaling: dict[str, float] = {}
         self.configured_form: dict[str, str] = {}  # auto, factored or merged
-        self.revision = 0  # rises with every new or renewed adapter
+        self.revision = 0  # rises with every new or renewed adapter, and when the layer is moved or converted
         self._configured_scaling: dict[str, float] = {}
         self._relative_scaling: dict[str, dict[str, float]] = {}
         self.tied_weights: set[str] = set()  # those that other modules hold too

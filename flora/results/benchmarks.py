@@ -29,14 +29,14 @@ SETTINGS = (
 )
 TITLES = {
     "step": "Forward and backward",
-    "infer": "Inference with the adapter merged",
+    "infer": "Inference",
     "train": "train.py from end to end",
     "dense": "Segmentation and detection, train.py from end to end",
     "start": "A start from gradients",
 }
 _COLUMNS = {
     "step": ("method", "ms", "spread", "x floor", "x LoRA", "peak GB", "layers", "trainable params"),
-    "infer": ("model", "ms", "spread", "x base", "spread"),
+    "infer": ("model", "ms", "spread", "x base", "spread", "x LoRA", "spread", "kept MB", "differs by"),
     "train": ("method", "train.py, examples/s", "spread", "bare step, examples/s", "spread", "share"),
     "dense": ("method", "train.py, images/s", "spread", "bare step, images/s", "spread", "share", "bare step x LoRA"),
     "start": ("method", "batches", "seconds", "peak GB", "share kept"),
@@ -94,6 +94,11 @@ def _notes() -> list[str]:
         " dense: as the published code runs its layers",
         "- through torch.compile, every method is compiled, the floor too; compile s: wall time of the first steps, up"
         " to the last that took more than twice a later one, in this process; graphs: of the forward pass",
+        "- inference: live adapters of LoRA and FLoRA, in torch.inference_mode; flora_alone: every layer builds its"
+        " weight in every pass; flora: within flora.batched, entered for every pass; flora_kept: within one"
+        " flora.batched(model, keep=...) around all passes, kept MB being what stays on the GPU for it;"
+        " flora_factored: the same with forward=factored; several adapters take turns, set_adapter included; differs"
+        " by: from merged, of the largest logit",
         "- weights and data are random; peak: the GPU allocator's, - on a CPU",
     ]
 
@@ -104,6 +109,8 @@ def speedups(measured: Sequence[dict[str, Any]]) -> list[str]:
     for result in measured:
         times = _times(result) if result["benchmark"] == "step" else {}
         if "lora" in times and "flora" in times:
+            if result.get("quantize") or result.get("gradient_checkpointing"):
+                continue
             compiled = result.get("compiled") or ""
             key = (result["device"], result["captured"], compiled, result["match"], result["layers"])
             groups.setdefault(key, []).append(times["lora"] / times["flora"])
@@ -114,6 +121,18 @@ def speedups(measured: Sequence[dict[str, Any]]) -> list[str]:
         how = [device, steps, "equal parameters" if match else "equal r"]
         how += ["same layers"] if layers == "common" else []
         lines.append(f"FLoRA is x{mean:.2f} as fast as LoRA, geometric mean of {len(ratios)} ({', '.join(how)})")
+    return lines
+
+
+def beside_each_other(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Of a benchmark of several runs, each run's times as multiples of the floor's, and LoRA's as those of FLoRA's."""
+    runs = {row["method"]: row["ms_runs"] for row in rows if len(row.get("ms_runs", ())) > 1}
+    pairs = [(name, "floor") for name in runs if name != "floor"] + [("lora", "flora")]
+    lines = []
+    for one, other in pairs:
+        if one in runs and other in runs:
+            ratios = [ours / theirs for ours, theirs in zip(runs[one], runs[other], strict=False)]
+            lines.append(f"runs, {one} / {other}: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
     return lines
 
 
@@ -128,6 +147,9 @@ def heading(result: dict[str, Any]) -> str:
     words += ["FLoRA with LoRA's number of parameters"] if result.get("match") else []
     words += ["layers that LoRA can adapt"] if result.get("layers") == "common" else []
     words += ["channels last"] if result.get("channels_last") else []
+    words += ["weights cast"] if result.get("cast") else []
+    words += [f"{result['adapters']} adapters in turn"] if result.get("adapters", 1) > 1 else []
+    words += [f"frozen weights in {result['quantize']}"] if result.get("quantize") else []
     words += ["gradient checkpointing"] if result.get("gradient_checkpointing") else []
     words += [", ".join(f"trainer.{key}={value}" for key, value in result.get("trainer", {}).items())]
     words += ["one CUDA graph"] if result.get("captured") else []
@@ -157,8 +179,13 @@ def _step_cells(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _infer_cells(result: dict[str, Any]) -> list[list[str]]:
-    keys = ("ms", "ms_spread", "ratio", "ratio_spread")
-    return [[row["method"], *(f"{row[key]:.3f}" for key in keys)] for row in result["rows"]]
+    keys = ("ms", "ms_spread", "ratio", "ratio_spread", "lora_ratio", "lora_ratio_spread")
+    rows = []
+    for row in result["rows"]:
+        kept = None if row.get("kept_bytes") is None else row["kept_bytes"] / 1e6
+        cells = [*(formatted(row.get(key), ".3f") for key in keys), formatted(kept, ".1f")]
+        rows.append([row["method"], *cells, formatted(row.get("difference"), ".1e")])
+    return rows
 
 
 def _train_cells(result: dict[str, Any]) -> list[list[str]]:
@@ -188,13 +215,17 @@ def _start_cells(result: dict[str, Any]) -> list[list[str]]:
 
 def _source(result: dict[str, Any]) -> list[str]:
     lines = [f"{row['method']}: {row['error']}" for row in result["rows"] if row.get("error")]
-    if result["benchmark"] == "infer":
+    lines += beside_each_other(result["rows"])
+    if result["benchmark"] == "infer" and "difference" in result:  # until 0.2: merged, and by torch.export alone
         lines.append(f"merged against adapted outputs: {result['difference']:.1e} of the largest")
         export = result.get("export")
         if export:
             ends = f"passes, outputs equal to {export['difference']:.1e}" if export["passed"] else export["error"]
             base = "" if export["passed"] else f"; the base model {'passes' if export['base_passed'] else 'fails too'}"
             lines.append(f"torch.export of the merged model: {ends}{base}")
+    for row in result.get("programs", ()):
+        ended = row.get("error") or f"logits on a CPU equal to {row['difference']:.1e} of the largest"
+        lines.append(f"{row['to']} of {row['method']}: {ended}")
     dirty = ", with uncommitted changes" if result["dirty"] else ""
     several = f"{result['processes']} processes, " if result.get("processes", 1) > 1 else ""
     several += f"{result['cpus']} CPU cores, " if "cpus" in result else ""

@@ -250,3 +250,78 @@ def test_a_replayed_step_gives_the_gradients_of_an_eager_one(method, monkeypatch
     step()
     for ours, eager in zip(replayed, step._with_gradients, strict=True):
         torch.testing.assert_close(ours, eager.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_runs_are_measured_over_and_all_are_kept(run, tmp_path):
+    file = tmp_path / "step.json"
+    few = ("--methods", "floor,lora,flora,dense", "--runs", 3)
+    code, out, said = run(bench_step, "--model", "test_convnext", *QUICK, *few, "--json", file)
+    result = json.loads(file.read_text())
+    assert code == 0, said
+    floor, lora, ours, dense = result["rows"]
+    assert result["runs"] == 3
+    assert all(len(row["ms_runs"]) == len(row["ms_rounds"]) == 3 for row in (floor, lora, ours))
+    assert ours["ratio"] == pytest.approx(sorted(np.divide(ours["ms_runs"], floor["ms_runs"]))[1], rel=1e-2)
+    assert said.count("dense") == 1 + 1  # named once, tried once: what failed is not tried again
+    assert dense["ms_runs"] == []
+    assert "runs, lora / flora: " in out
+
+
+def test_checkpoints_repeat_blocks_and_leave_the_layers_alone(small, monkeypatch):
+    gradients = {}
+    for checkpointing in (False, True):
+        net = network("llama", batch=2, tokens=8, checkpointing=checkpointing)
+        torch.manual_seed(0)
+        base = net.build(CPU)
+        inputs = net.inputs(CPU)
+        torch.manual_seed(1)
+        made = Methods(net, Ranks(r=4)).prepare("flora", net.copied(base, CPU))
+        calls = []
+        first = made.model.base_model.model.model.layers[0].self_attn.q_proj
+        first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        Step(net, made, inputs)()
+        assert (len(calls), made.batched) == (1 + checkpointing, not checkpointing)
+        gradients[checkpointing] = [p.grad for p in made.model.parameters() if p.requires_grad]
+    for plain, repeated in zip(*gradients.values(), strict=True):
+        torch.testing.assert_close(plain, repeated, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("method", ["floor", "lora", "flora"])
+def test_a_network_in_four_bits_trains_adapters_of_both_kinds(method, small):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    net = network("llama", batch=2, tokens=8, dtype=torch.bfloat16, quantize="nf4", checkpointing=True)
+    torch.manual_seed(0)
+    base = net.build(CPU)
+    model = net.copied(base, CPU)
+    packed = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(packed) == 2 * 7
+    assert type(model.lm_head) is nn.Linear
+    kept = {id(p) for p in base.parameters()}
+    assert not any(id(p) in kept for p in model.parameters())
+    weight, place = base.model.layers[0].mlp.down_proj.weight, model.model.layers[0].mlp.down_proj.weight
+    library = bitsandbytes.functional
+    expected = library.quantize_4bit(weight.detach(), quant_type="nf4", compress_statistics=True)
+    assert torch.equal(library.dequantize_4bit(place.data, place.quant_state), library.dequantize_4bit(*expected))
+    made = Methods(net, Ranks(r=4)).prepare(method, model)
+    assert made.layers == (None if method == "floor" else 2 * 5)
+    Step(net, made, net.inputs(CPU))()
+    trained = [p for n, p in made.model.named_parameters() if "lora_" in n or "tucker_" in n]
+    assert (method == "floor") == (not trained)
+    assert all(p.grad.abs().sum() > 0 for p in trained)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--model resnet18 --quantize nf4", "--quantize: resnet18 is a network of images"),
+        ("--model resnet18 --gradient-checkpointing", "--gradient-checkpointing: resnet18 has none"),
+        ("--model llama --quantize nf4", "--quantize nf4: needs bitsandbytes; pip install"),
+    ],
+)
+def test_what_a_network_does_not_have_is_one_line(arguments, said, run, monkeypatch):
+    here = "resnet18" in arguments
+    monkeypatch.setattr("flora.bench.quantised.importlib.util.find_spec", lambda name: here or None)
+    code, out, err = run(bench_step, *arguments.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err

@@ -18,8 +18,11 @@ import flora.models
 import train
 from flora.errors import ConfigError, DataError, WeightsError
 from flora.launch.entry import main
+from flora.models import programs
 from flora.models.weights import name_of
+from flora.predict import program
 from flora.training import saved
+from scripts.export import export
 from tests.tasks.conftest import png
 
 PHOTOS = [f"data/photos/val/{name}/{number}.png" for name in ("ant", "bee") for number in range(6)]
@@ -214,3 +217,59 @@ def test_what_does_not_say_how_it_was_trained_is_refused(runs, changes, message)
 def test_a_folder_without_a_run_is_refused(runs):
     with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors"):
         load("data")
+
+
+@pytest.fixture
+def write(runs, script):
+    """Run scripts/export.py --to program in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        entry = partial(main, partial(export, [*map(str, arguments), "--to", "program"]), trace=lambda: False)
+        return script(entry, "scripts/export.py")
+
+    return call
+
+
+@pytest.mark.parametrize("live", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_run_of_pictures_becomes_a_program(live, write):
+    code, out, err = write("pictures", "model.pt2", *["--live"] * live)
+    assert code == 0, err
+    assert out.startswith("program: model.pt2, logits equal to ")
+    predictor = flora.load("pictures", device="cpu")
+    images = predictor.preprocess(PHOTOS[:5])
+    with torch.no_grad():
+        expected = predictor.model(images)
+    torch.testing.assert_close(programs.run(Path("model.pt2"), {"images": images}), expected, rtol=1e-4, atol=1e-5)
+    assert any("tucker_core" in name for name in torch.export.load("model.pt2").state_dict) == live
+
+
+@pytest.mark.parametrize("run", [*(pytest.param(run, marks=pytest.mark.slow) for run in ("texts", "numbers")), "pairs"])
+def test_a_run_of_texts_becomes_a_program_for_texts_of_any_length(run, write):
+    code, _, err = write(run, "model.pt2")
+    assert code == 0, err
+    predictor = flora.load(run, device="cpu")
+    texts = ["good bad", "good " * 9, "bad"]
+    given = predictor.preprocess(texts if run == "texts" else [(text, "bad good") for text in texts])
+    with torch.no_grad():
+        expected = predictor.model(**given).logits
+    torch.testing.assert_close(programs.run(Path("model.pt2"), given), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_become_a_program_is_one_line_and_leaves_nothing(write, monkeypatch):
+    Path("there.pt2").write_text("mine")
+    for arguments, said in (
+        (("pictures", "model.zip"), "a program ends in .onnx or .pt2"),
+        (("pictures", "there.pt2"), "there.pt2 is there already"),
+        (("pictures", "nowhere/model.pt2"), "there is no folder"),
+        (("questions", "model.pt2"), "only classifiers become programs here"),
+        (("nosuch", "model.pt2"), "nosuch"),
+    ):
+        code, out, err = write(*arguments)
+        assert (code, out) == (2, ""), arguments
+        assert said in err.splitlines()[-1]
+    monkeypatch.setattr(program.programs, "run", lambda place, given: torch.zeros(3, 2))
+    code, _, err = write("pictures", "model.pt2")
+    assert code == 2
+    assert "the program's logits differ from the network's by 1.0e+00; not kept" in err
+    assert not Path("model.pt2").exists()
+    assert Path("there.pt2").read_text() == "mine"

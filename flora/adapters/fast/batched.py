@@ -16,6 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from flora.adapters.fast.factored_plan import FactoredPlan, factored_stacks
 from flora.adapters.fast.fused import linear_plus_thin
+from flora.adapters.fast.kept import Kept, Prepared, captured
+from flora.adapters.fast.kept import autocast_to as _autocast
+from flora.adapters.fast.kept import state as _state
 from flora.adapters.fast.plan import Plan, capturing, stacks
 from flora.adapters.fast.torch_plan import TorchPlan
 from flora.adapters.fast.traced import TracedPass
@@ -30,8 +33,6 @@ except ImportError:  # Triton comes with torch for CUDA and ROCm only
     TritonPlan, INTERPRETED = None, False  # type: ignore[assignment,misc]
 
 
-# What a layer runs with: merged, its weight, perhaps with its bias; factored, its two thin matrices.
-Prepared = dict[str, Tensor] | tuple[Tensor, Tensor]
 Casts = tuple[torch.dtype | None, ...]  # what autocast converts to, by device
 
 
@@ -42,9 +43,12 @@ class Batched:
     a ``Pass`` that ends with the ``with`` block.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = [layer for layer in model.modules() if isinstance(layer, FloraLayer) and _buildable(layer)]
+    def __init__(self, model: nn.Module, keep: int = 0) -> None:
+        every = [layer for layer in model.modules() if isinstance(layer, FloraLayer)]
+        self.layers = [layer for layer in every if _buildable(layer)]
         self.members = {id(layer) for layer in self.layers}
+        self.states = keep
+        self.keeping = {layer for layer in every if keep}
         self.devices: tuple[str, ...] = ()
         self._plans: dict[Casts, tuple[list[Any], list[_Planned]]] = {}
         self._captured: list[Plan | FactoredPlan] = []
@@ -76,10 +80,12 @@ class Batched:
         return within
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers}  # plans hold addresses of this process
+        # Plans hold addresses of this process.
+        return {"layers": self.layers, "states": self.states, "keeping": list(self.keeping)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.layers, self.members = state["layers"], {id(layer) for layer in state["layers"]}
+        self.states, self.keeping = state["states"], set(state["keeping"])
         self.devices, self._plans, self._captured = (), {}, []
 
     def plans(self, signature: list[Any], casts: Casts) -> "list[_Planned]":
@@ -107,19 +113,23 @@ class Pass:
     def __init__(self, batched: Batched, outer: "Pass | None") -> None:
         self.batched = batched
         self.outer = outer
+        self.kept = Kept(batched.states) if batched.states else None
         self._built: dict[tuple[Any, ...], _Built] = {}
         self._inputs: dict[int, tuple[Any, Any, Any]] = {}
 
     def prepared_for(self, layer: FloraLayer) -> Prepared | None:
         """What the layer runs with, if anything was built for it as it stands now."""
+        if self.kept is not None and not torch.is_grad_enabled() and layer in self.batched.keeping:
+            return self.kept.prepared_for(layer)
         if id(layer) not in self.batched.members:
             return None if self.outer is None else self.outer.prepared_for(layer)
         # A layer that leaves autocast or autograd within the model computes otherwise than those before it.
-        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(_autocast, self.batched.devices)
-        built = self._built.get(mode)
+        # A CUDA graph reads what was built while it was captured: anything else may be gone when it is replayed.
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), captured()
+        built = self._built.get((*mode, *map(_autocast, self.batched.devices)))
         if built is None or built.spent:
             built = _Built(self.batched)
-            self._built[*mode[:2], *map(_autocast, self.batched.devices)] = built
+            self._built[*mode, *map(_autocast, self.batched.devices)] = built
         return built.prepared_for(layer)
 
     def linear_plus_thin(
@@ -153,6 +163,7 @@ class _Built:
         batched.devices = tuple(sorted({weight.device.type for _, weight, *_ in signature if weight is not None}))
         self.spent: list[bool] = []  # filled by a backward pass that goes through what was built, and frees its graph
         self._ready: dict[int, tuple[Prepared, Any, list[Any]]] = {}
+        self._memory: list[Any] = []  # held without gradients, in blocks that may last: no later tensor has its address
         states = {id(layer): state for layer, (state, *_) in zip(batched.layers, signature, strict=True)}
         for planned in batched.plans([_plannable(*part) for part in signature], tuple(map(_autocast, batched.devices))):
             outputs = planned.build(batched, self.spent)
@@ -160,6 +171,8 @@ class _Built:
                 continue
             for layer, places, prepared in zip(planned.layers, planned.places, outputs, strict=True):
                 made_from = [(owner, key, owner[key], *_version(owner[key])) for owner, key in places]
+                if not torch.is_grad_enabled():
+                    self._memory += [source.untyped_storage() for _, _, source, *_ in made_from]
                 self._ready[id(layer)] = prepared, states[id(layer)], made_from
 
     def prepared_for(self, layer: FloraLayer) -> Prepared | None:
@@ -235,30 +248,9 @@ def plans(layers: Sequence[FloraLayer]) -> list[Plan | FactoredPlan]:
     return [key[0](members) for key, members in places.items()]
 
 
-def _autocast(device: str) -> torch.dtype | None:
-    casts = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if casts else None
-
-
 def _version(tensor: Tensor) -> tuple[int, int, bool]:
     """What tells apart a tensor's numbers, where they lie (``tensor.data = ...``), and whether it is trained."""
     return tensor._version, tensor.data_ptr(), tensor.requires_grad
-
-
-def _state(layer: FloraLayer) -> tuple[Any, ...]:
-    """Which adapter a layer runs with, and how."""
-    own = layer.__dict__  # past nn.Module's attribute lookup
-    active, base = own["_active_adapter"], own["_modules"]["base_layer"]
-    return (
-        id(base),
-        bool(base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__),
-        own["revision"],
-        own["training"],
-        own["_disable_adapters"],
-        len(own["merged_adapters"]),
-        active if isinstance(active, str) else tuple(active),
-        *own["scaling"].values(),
-    )
 
 
 def _places(layer: FloraLayer, adapter: str) -> list[tuple[dict[str, Any], str]]:
