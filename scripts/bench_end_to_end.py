@@ -79,7 +79,7 @@ def bench_end_to_end() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepared = prepare(workload, extent, arguments.data, folder)
-        subprocess.run([sys.executable, "-c", IMPORTS], check=True, env=environment(folder))  # from the disk, once
+        watched([sys.executable, "-c", IMPORTS], folder)  # from the disk, before any of them pays for it
         order = random.Random(arguments.seed)
         for number in range(arguments.rounds):
             for name in order.sample(names, len(names)):
@@ -159,7 +159,7 @@ def run(name: str, prepared: Prepared, ours: Sequence[str], folder: Path) -> dic
     else:
         replace(prepared.job, output=str(output)).write(folder / "job.json")
         command = [sys.executable, "-m", RIVALS[name], str(folder / "job.json")]
-    seconds, peak, stdout = watched(command, folder)
+    spent, stdout = watched(command, folder)
     if name in OURS:
         record = json.loads(Path(stdout.split("record: ")[-1].strip()).read_text())
         done = {"examples_per_second": record["steady_examples_per_second"], "metric": record["metric"]}
@@ -167,11 +167,17 @@ def run(name: str, prepared: Prepared, ours: Sequence[str], folder: Path) -> dic
         done |= {"trainable_params": record["trainable_params"]}
     else:
         done = json.loads((output / "result.json").read_text())
-    return done | {"seconds": seconds} | ({} if prepared.job.on_gpu else {"peak_bytes": peak})
+    if prepared.job.on_gpu:
+        del spent["peak_bytes"]
+    return done | spent
 
 
-def watched(command: Sequence[str], folder: Path) -> tuple[float, int, str]:
-    """Run a program to its end: its seconds, the peak of its resident memory in bytes, and what it printed.
+def watched(command: Sequence[str], folder: Path) -> tuple[dict[str, float], str]:
+    """Run a program to its end: what it took, and what it printed.
+
+    Returns:
+        ``seconds``, those of all its processes on a CPU (``cpu_seconds``), and the resident peak of the largest of them
+        (``peak_bytes``); stdout.
 
     Raises:
         RuntimeError: it failed; with its last words.
@@ -190,7 +196,8 @@ def watched(command: Sequence[str], folder: Path) -> tuple[float, int, str]:
         err.seek(0)
         if process.returncode:
             raise RuntimeError(f"exit code {process.returncode}: {last_words(err.read())}")
-        return seconds, used.ru_maxrss * 1024, out.read()
+        spent = {"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": used.ru_maxrss * 1024}
+        return spent, out.read()
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -205,8 +212,9 @@ def row(name: str, runs: list[dict[str, Any]], error: str | None) -> dict[str, A
     listed: dict[str, Any] = {"method": name, "error": error}
     if not runs:
         return listed
-    for key, place, digits in (("train", "examples_per_second", 1), ("seconds", "seconds", 2)):
-        values = [one[place] for one in runs]
+    names = {"train": "examples_per_second", "seconds": "seconds", "cpu_seconds": "cpu_seconds"}
+    for key, place in names.items():
+        values, digits = [one[place] for one in runs], 1 if key == "train" else 2
         listed |= {key: round(statistics.median(values), digits), f"{key}_spread": round(spread(values), digits)}
     listed["peak_bytes"] = max(one["peak_bytes"] for one in runs)
     return listed | {key: runs[-1][key] for key in ("trainable_params", "metric", "value")}
@@ -214,9 +222,9 @@ def row(name: str, runs: list[dict[str, Any]], error: str | None) -> dict[str, A
 
 def shown(result: dict[str, Any]) -> str:
     """The result as a table for a terminal."""
-    lines = [["contender", "examples/s", "spread", "seconds", "spread", "peak GB", "accuracy", "trainable"]]
-    specs = {"train": ",.1f", "train_spread": ",.1f", "seconds": ".1f", "seconds_spread": ".1f", "peak_bytes": ".2f"}
-    specs |= {"value": ".4f", "trainable_params": ",d"}
+    lines = [["contender", "examples/s", "spread", "seconds", "spread", "CPU s", "peak GB", "accuracy", "trainable"]]
+    specs = {"train": ",.1f", "train_spread": ",.1f", "seconds": ".1f", "seconds_spread": ".1f", "cpu_seconds": ".1f"}
+    specs |= {"peak_bytes": ".2f", "value": ".4f", "trainable_params": ",d"}
     for one in result["rows"]:
         cells = one | {"peak_bytes": one["peak_bytes"] / 1e9 if "peak_bytes" in one else None}
         lines.append([one["method"], *(formatted(cells.get(key), spec) for key, spec in specs.items())])

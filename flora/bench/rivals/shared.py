@@ -19,7 +19,7 @@ class Job:
 
     Attributes:
         kind: ``image`` (classes of images), ``classify`` (classes of texts) or ``write`` (a language model).
-        data: folder of the splits: folders of classes, parquet of ``sentence`` and ``label``, or JSON lines of ``text``.
+        data: folder of the splits: folders of classes, parquet of ``sentence`` and ``label``, JSON lines of ``text``.
         network: folder of the network with its weights as transformers reads it, with its tokenizer.
         output: folder for checkpoints and the adapter.
         batch, eval_batch, epochs: of training and evaluation.

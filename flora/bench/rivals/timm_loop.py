@@ -98,7 +98,14 @@ def loader(job: Job, split: str, device: torch.device) -> Any:
 
 
 def train_one_epoch(
-    epoch: int, model: nn.Module, loader: Any, optimizer: Any, scheduler: Any, autocast: Autocast, clock: Clock, job: Job
+    epoch: int,
+    model: nn.Module,
+    loader: Any,
+    optimizer: Any,
+    scheduler: Any,
+    autocast: Autocast,
+    clock: Clock,
+    job: Job,
 ) -> None:
     """One pass over the training images."""
     model.train()
