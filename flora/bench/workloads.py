@@ -171,7 +171,8 @@ def _images(
         wanted = count if split == "train" else min(extent.test, tables[split].num_rows)
         write_images(tables[split], wanted, Path(job.data, split), extent.seed)
     classes = len(list(Path(job.data, "train").iterdir()))
-    config = transformers.TimmWrapperConfig(architecture=spec.timm_name, num_labels=classes)
+    config: Any = transformers.TimmWrapperConfig(architecture=spec.timm_name)
+    config.num_labels = classes
     network = transformers.TimmWrapperForImageClassification(config)
     network.timm_model.load_state_dict(spec.build(classes).state_dict())
     network.save_pretrained(job.network)
@@ -210,7 +211,7 @@ def write_images(table: pa.Table, count: int, folder: Path, seed: int) -> None:
 
 
 def balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Row numbers ``[count]`` in which classes take turns, in a drawn order; all rows again where they do not suffice."""
+    """Row numbers ``[count]``: classes take turns, in a drawn order; all rows again where they do not suffice."""
     order = draw(len(labels), seed)
     seen: dict[int, int] = {}
     turns = []

@@ -42,8 +42,8 @@ class Record:
             lack all but values, chosen and seconds.
         train_seconds: the reported run's training time without evaluation, in seconds.
         examples_per_second: training throughput of the reported run.
-        steady_examples_per_second: the same after the first quarter of its steps, in which workers start and kernels are
-            chosen; None where there are no others.
+        steady_examples_per_second: the same after the first quarter of its steps, in which workers start and kernels
+            are chosen; None where there are no others.
         gpu_busy_share: share of the training time in which the GPU ran kernels, of any process, as NVML says;
             None on a CPU or where NVML says nothing.
         execution: how the steps were run: captured as CUDA graphs, compiled, with the data kept on the GPU, from which

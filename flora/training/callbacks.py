@@ -19,7 +19,7 @@ class StepMeter(TrainerCallback):
 
     Attributes:
         train_seconds, steps: of the whole fit.
-        first_steps, first_seconds: of its first quarter, in which workers start and kernels are chosen; 0 before its end.
+        first_steps, first_seconds: of its first quarter, in which workers start and kernels are chosen; 0 before.
     """
 
     def __init__(self, on_gpu: bool) -> None:

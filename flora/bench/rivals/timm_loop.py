@@ -70,7 +70,7 @@ def main() -> None:
             print(f"epoch {epoch}: validation {top1:.4f}", flush=True)
         scheduler.step(epoch + 1, top1)  # type: ignore[union-attr]
     peak = peak_bytes(job_)
-    model.save_pretrained(Path(job_.output, "adapter"))
+    model.save_pretrained(f"{job_.output}/adapter")
     leave(job_, clock, peak, model, "accuracy", validate(model, test, autocast, device))
 
 
