@@ -60,6 +60,10 @@ APPENDED = {
         *["--rounds", "1", "--steps", "1", "--warmup", "1", "--trainer", "num_workers=0"],
     ],
     "python scripts/export.py outputs/RUN_ID model.onnx --to program": ["--help"],  # see tests/models/test_programs.py
+    "python scripts/bench_end_to_end.py --workload convnext_64 --data data": [
+        *["--device", "cpu", "--batch", "4", "--steps", "4", "--rounds", "1", "--test", "4", "--workers", "0"],
+        *["--size", "32", "--contenders", "flora,timm"],
+    ],
     "wandb sync outputs/RUN_ID/wandb": ["--dry-run"],
 }
 
@@ -76,6 +80,7 @@ SLOW = {
     "python scripts/make_tables.py step_cost",
     "python scripts/make_tables.py first_table --results results/measured --results outputs/records",
     "python scripts/bench_train.py --model convnext --batch 256 --size 64",
+    "python scripts/bench_end_to_end.py --workload convnext_64 --data data",
     "python scripts/bench_dense.py --task segment --model convnext --batch 16 --trainer num_workers=12",
     "python scripts/bench_step.py --model resnet50 --batch 64 --methods floor,full,lora,flora",
     "python train.py task=digits adapter.budget=100k adapter.allocation=proportional",

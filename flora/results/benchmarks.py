@@ -30,8 +30,9 @@ SETTINGS = (
 TITLES = {
     "step": "Forward and backward",
     "infer": "Inference",
-    "train": "train.py from end to end",
-    "dense": "Segmentation and detection, train.py from end to end",
+    "train": "train.py beside its bare step",
+    "dense": "Segmentation and detection, train.py beside its bare step",
+    "end_to_end": "train.py beside other trainers, from start to end",
     "start": "A start from gradients",
 }
 _COLUMNS = {
@@ -39,6 +40,10 @@ _COLUMNS = {
     "infer": ("model", "ms", "spread", "x base", "spread", "x LoRA", "spread", "kept MB", "differs by"),
     "train": ("method", "train.py, examples/s", "spread", "bare step, examples/s", "spread", "share"),
     "dense": ("method", "train.py, images/s", "spread", "bare step, images/s", "spread", "share", "bare step x LoRA"),
+    "end_to_end": (
+        *("trainer", "examples/s", "spread", "x transformers", "x timm", "seconds in all", "spread", "CPU seconds"),
+        *("peak GB", "accuracy", "trainable params"),
+    ),
     "start": ("method", "batches", "seconds", "peak GB", "share kept"),
 }
 _ENDS = {True: ("", " through torch.compile"), False: ("",)}  # sections of a benchmark: eager results, compiled ones
@@ -142,6 +147,7 @@ def heading(result: dict[str, Any]) -> str:
     words += [f"{result['model']}, batch {result['batch']}"]
     words += [f"{result['size']} px"] if result.get("size") else []
     words += [f"{result['tokens']} tokens"] if result.get("tokens") else []
+    words += [f"{result['dataset']}, {result['steps']} steps"] if result["benchmark"] == "end_to_end" else []
     words += [result["dtype"], f"r {result['r']}"]
     words += [f"kernel rank {result['kernel_rank']}"] if result.get("size") else []
     words += ["FLoRA with LoRA's number of parameters"] if result.get("match") else []
@@ -161,7 +167,8 @@ def _table(result: dict[str, Any]) -> list[str]:
     benchmark = result["benchmark"]
     columns = (*_COLUMNS[benchmark], *(_COMPILED if result.get("compiled") else ()))
     of = {"step": _step_cells, "infer": _infer_cells, "train": _train_cells, "start": _start_cells}
-    return markdown_table(columns, (of | {"dense": _dense_cells})[benchmark](result), numbers=True)
+    of |= {"dense": _dense_cells, "end_to_end": _end_to_end_cells}
+    return markdown_table(columns, of[benchmark](result), numbers=True)
 
 
 def _step_cells(result: dict[str, Any]) -> list[list[str]]:
@@ -199,6 +206,27 @@ def _dense_cells(result: dict[str, Any]) -> list[list[str]]:
     return [[*cells, times] for cells, times in zip(_train_cells(result), beside, strict=True)]
 
 
+TRAINERS = {
+    "flora": "train.py, FLoRA",
+    "lora": "train.py, LoRA",
+    "huggingface": "transformers' Trainer, PEFT's LoRA",
+    "timm": "timm's loop, PEFT's LoRA",
+}
+
+
+def _end_to_end_cells(result: dict[str, Any]) -> list[list[str]]:
+    rates = {row["method"]: row.get("train") for row in result["rows"]}
+    rows = []
+    for row in result["rows"]:
+        rate, peak = row.get("train"), row.get("peak_bytes")
+        beside = [rate / rates[name] if rate and rates.get(name) else None for name in ("huggingface", "timm")]
+        cells = [(rate, ",.0f"), (row.get("train_spread"), ",.0f"), *((share, ".2f") for share in beside)]
+        cells += [(row.get(key), ".1f") for key in ("seconds", "seconds_spread", "cpu_seconds")]
+        cells += [(peak and peak / 1e9, ".2f"), (row.get("value"), ".4f"), (row.get("trainable_params"), ",d")]
+        rows.append([TRAINERS[row["method"]], *(formatted(value, spec) for value, spec in cells)])
+    return rows
+
+
 def _start_cells(result: dict[str, Any]) -> list[list[str]]:
     rows = []
     for row in result["rows"]:
@@ -226,9 +254,11 @@ def _source(result: dict[str, Any]) -> list[str]:
     for row in result.get("programs", ()):
         ended = row.get("error") or f"logits on a CPU equal to {row['difference']:.1e} of the largest"
         lines.append(f"{row['to']} of {row['method']}: {ended}")
+    lines += [f"weights: {result['weights']}"] if "weights" in result else []
     dirty = ", with uncommitted changes" if result["dirty"] else ""
     several = f"{result['processes']} processes, " if result.get("processes", 1) > 1 else ""
     several += f"{result['cpus']} CPU cores, " if "cpus" in result else ""
+    several += f"{result['workers']} that load images, " if "workers" in result and result.get("size") else ""
     where = f"{several}{result['device']}, torch {result['torch']}, commit {str(result['commit'])[:12]}{dirty}"
     return [f"- {line}" for line in (*map(escaped, (*lines, where)), code(str(result["command"])))]
 
@@ -242,7 +272,8 @@ def as_csv(measured: Sequence[dict[str, Any]]) -> str:
     facts = ("file", "benchmark", "device", "torch", "commit", *SETTINGS)
     costs = ("ms", "ms_spread", "ratio", "ratio_spread", "peak_bytes", "trainable_params")
     compiled = ("compile_seconds", "graphs", "graph_breaks")
-    numbers = (*costs, "train", "train_spread", "bare", "bare_spread", "share", "seconds", "kept", *compiled, "error")
+    numbers = (*costs, "train", "train_spread", "bare", "bare_spread", "share", "seconds", "kept")
+    numbers = (*numbers, "seconds_spread", "cpu_seconds", "value", *compiled, "error")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*facts, "method", "adapted_layers", *numbers])

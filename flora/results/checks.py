@@ -120,7 +120,11 @@ _KINDS: _Rules = (  # of fields that are there; the first records lack some
     (("execution",), _execution, "an object that says how the steps were run"),
     (("history",), _list(_named(_finite)), "a list of objects of finite numbers"),
     (("value", "lr"), _or_none(_finite), "a finite number or null"),
-    (("train_seconds", "examples_per_second"), _or_none(_measured), "a number from 0 or null"),
+    (
+        ("train_seconds", "examples_per_second", "steady_examples_per_second"),
+        _or_none(_measured),
+        "a number from 0 or null",
+    ),
     (("gpu_busy_share",), _or_none(_share), "a share from 0 to 1 or null"),
     (("trainable_params", "head_params", "total_params", "peak_memory_bytes"), _or_none(_count), "a count or null"),
     (("deterministic", "masked"), _flag, "true or false"),

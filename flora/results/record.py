@@ -42,6 +42,8 @@ class Record:
             lack all but values, chosen and seconds.
         train_seconds: the reported run's training time without evaluation, in seconds.
         examples_per_second: training throughput of the reported run.
+        steady_examples_per_second: the same after the first quarter of its steps, in which workers start and kernels
+            are chosen; None where there are no others.
         gpu_busy_share: share of the training time in which the GPU ran kernels, of any process, as NVML says;
             None on a CPU or where NVML says nothing.
         execution: how the steps were run: captured as CUDA graphs, compiled, with the data kept on the GPU, from which
@@ -84,6 +86,7 @@ class Record:
     ranks: dict[str, list[int]] = field(default_factory=dict)
     train_seconds: float | None = None
     examples_per_second: float | None = None
+    steady_examples_per_second: float | None = None
     gpu_busy_share: float | None = None
     execution: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int | None = None

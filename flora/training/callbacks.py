@@ -15,11 +15,17 @@ from flora.training.meters import BusyShare, PeakMemory
 
 
 class StepMeter(TrainerCallback):
-    """Training time without evaluation, examples per second, peak memory and how busy the GPU was."""
+    """Training time without evaluation, peak memory and how busy the GPU was.
+
+    Attributes:
+        train_seconds, steps: of the whole fit.
+        first_steps, first_seconds: of its first quarter, in which workers start and kernels are chosen; 0 before.
+    """
 
     def __init__(self, on_gpu: bool) -> None:
         self.train_seconds = 0.0
         self.steps = 0
+        self.first_steps, self.first_seconds = 0, 0.0
         self.peak_memory_bytes = 0
         self._started: float | None = None
         self._on_gpu = on_gpu
@@ -40,6 +46,17 @@ class StepMeter(TrainerCallback):
         self._memory.reset()
         self._start()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        """Read the clock where the first quarter of the steps ends."""
+        if state.global_step == max(1, state.max_steps // 4):
+            self.first_steps, self.first_seconds = state.global_step, self.train_seconds + self._running()
+
+    def rate(self, batch: int) -> float | None:
+        """Examples a second after the first quarter of the steps; None where there are no others."""
+        seconds = self.train_seconds - self.first_seconds
+        counted = self.steps - self.first_steps
+        return counted * batch / seconds if self.first_steps and counted and seconds else None
+
     def on_train_end(self, args, state, control, **kwargs):
         """Stop the clock and read the peak."""
         self._stop()
@@ -50,12 +67,14 @@ class StepMeter(TrainerCallback):
         """For a checkpoint; while it is paused or has stopped."""
         peak = max(self.peak_memory_bytes, self._memory.read())
         numbers = {"train_seconds": self.train_seconds, "steps": self.steps, "peak_memory_bytes": peak}
-        return numbers | {"busy": self._busy.samples}
+        first = {"first_steps": self.first_steps, "first_seconds": self.first_seconds}
+        return numbers | first | {"busy": self._busy.samples}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """From a checkpoint."""
         self.train_seconds, self.steps = saved["train_seconds"], saved["steps"]
         self.peak_memory_bytes, self._busy.samples = saved["peak_memory_bytes"], list(saved["busy"])
+        self.first_steps, self.first_seconds = saved.get("first_steps", 0), saved.get("first_seconds", 0.0)
 
     @contextlib.contextmanager
     def pause(self):
@@ -74,11 +93,16 @@ class StepMeter(TrainerCallback):
 
     def _stop(self) -> None:
         self._busy.stop()
-        if self._started is not None:
-            if self._on_gpu:
-                torch.cuda.synchronize()
-            self.train_seconds += time.perf_counter() - self._started
-            self._started = None
+        self.train_seconds += self._running()
+        self._started = None
+
+    def _running(self) -> float:
+        """Seconds since the clock was started, the device's work included; 0 where it stands."""
+        if self._started is None:
+            return 0.0
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - self._started
 
 
 class TellEpoch(TrainerCallback):

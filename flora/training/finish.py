@@ -71,6 +71,8 @@ def _finished(record: Record, run: Run, outcome: Outcome, cfg: DictConfig) -> Re
         if outcome.lr is not None:  # something was trained
             record.train_seconds = round(meter.train_seconds, 3)
             record.examples_per_second = round(meter.steps * run.settings.batch_size / meter.train_seconds, 1)
+            if (rate := meter.rate(run.settings.batch_size)) is not None:
+                record.steady_examples_per_second = round(rate, 1)
             record.gpu_busy_share, record.execution = meter.gpu_busy_share, outcome.trainer.execution
             record.peak_memory_bytes = meter.peak_memory_bytes
             record.history = outcome.trainer.state.log_history
