@@ -90,8 +90,7 @@ class Pool:
             crowded = self._give(worker)
         if not (worker.full and crowded) or self._stopped:
             return code, said
-        print(f"out of memory beside other cells, again alone: {' '.join(overrides)}", file=sys.stderr, flush=True)
-        with self._alone(self._gpus[worker.gpu]) as alone:
+        with self._alone(self._gpus[worker.gpu], " ".join(overrides)) as alone:
             return (INTERRUPTED, "interrupted") if alone is None else alone.run(overrides)
 
     def stop(self, at_once: bool) -> None:
@@ -115,12 +114,13 @@ class Pool:
         return min(able, key=lambda gpu: len(gpu.on), default=None)
 
     @contextmanager
-    def _alone(self, gpu: _Gpu) -> Iterator[Worker | None]:
+    def _alone(self, gpu: _Gpu, cell: str) -> Iterator[Worker | None]:
         """A worker of a GPU on which no other process is; None where the pool is stopped."""
         worker = None
         with self._changed:
             gpu.measured = True  # from now on memory decides
             gpu.wanted += 1
+            print(f"out of memory beside other cells, again alone: {cell}", file=sys.stderr, flush=True)
             self._changed.wait_for(lambda: self._stopped or not gpu.on)
             if not self._stopped:
                 worker = gpu.take()

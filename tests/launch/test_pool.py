@@ -117,6 +117,7 @@ def test_each_gpu_has_room_of_its_own_and_the_emptier_one_is_taken():
         gpus.let(1, name)
     for name in "01":
         gpus.await_on(2, name)
+    for name in "01":
         gpus.let(2, name)
     ended(threads)
 
