@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flora.errors import AlreadyRunning, ConfigError
 from flora.files import saved_weights
 from flora.launch.entry import main
-from flora.launch.worker import Pool, pool
+from flora.launch.pool import Pool, pool
+from flora.launch.room import MOST
+from flora.launch.sweep import visible_gpus
 from flora.results.cells import Cell, Table, load
 from flora.results.store import SHIPPED, Contents, Store
 
@@ -48,7 +50,12 @@ def reproduce() -> None:
         default="reference",
         help="reference: cells that ship as finished (results/measured) count as such; own: only those of --results",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="cells to run side by side, over the visible GPUs in turn")
+    parser.add_argument(
+        "--jobs",
+        type=jobs_of,
+        default=1,
+        help="cells to run side by side, over the visible GPUs in turn; auto: as many as cores and memory allow",
+    )
     parser.add_argument("--status", action="store_true", help="say how each cell stands, and run nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
     parser.add_argument("--retry", action="store_true", help="run failed cells again")
@@ -56,8 +63,8 @@ def reproduce() -> None:
         "overrides", nargs="*", help="further overrides that do not change results, e.g. paths.data=DIR"
     )
     arguments = parser.parse_intermixed_args()
-    if arguments.jobs < 1:
-        raise ConfigError(f"--jobs {arguments.jobs}: at least 1")
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ConfigError(f"--jobs {arguments.jobs}: at least 1, or auto")
 
     table, stores = load(arguments.table, arguments.scale), [Store(arguments.results)]
     if arguments.reuse == "reference" and SHIPPED.resolve() != arguments.results.resolve():
@@ -94,6 +101,11 @@ def reproduce() -> None:
     if failed:
         print(f"error: {len(failed)} cells failed (--retry runs them again)", file=sys.stderr)
         sys.exit(1)
+
+
+def jobs_of(word: str) -> int | None:
+    """The number that ``--jobs`` gives; None: auto."""
+    return None if word == "auto" else int(word)
 
 
 def selected(table: Table, only: list[str]) -> list[Cell]:
@@ -164,20 +176,24 @@ def placed(cell: Cell, stores: list[Store]) -> list[str]:
     return [word if folder is None else f"{key}={folder}" for word, key, folder in words]
 
 
-def overview(table: Table, states: dict[Cell, str], contents: Contents, jobs: int) -> None:
+def overview(table: Table, states: dict[Cell, str], contents: Contents, jobs: int | None) -> None:
     """Say on stderr how many cells stand how, what is wrong with which record, and how long the rest will take."""
     counted = Counter(states.values())
     parts = [f"{counted[word]} {word}" for word in STATES if counted[word] and word != "finished"]
     left = seconds_left(states, contents, jobs)
-    estimate = f"; about {timedelta(seconds=round(left))} left" if left else ""
+    about = "about" if jobs else "at most about"
+    estimate = f"; {about} {timedelta(seconds=round(left))} left" if left else ""
     done = f"{table.name}: {counted['finished']} of {len(states)} cells finished"
     print(", ".join([done, *parts]) + estimate, file=sys.stderr)
     for problem in contents.problems:
         print(f"left out: {problem}", file=sys.stderr)
 
 
-def seconds_left(states: dict[Cell, str], contents: Contents, jobs: int) -> float | None:
-    """An estimate from finished cells, the most alike first; None where none has finished or none is left."""
+def seconds_left(states: dict[Cell, str], contents: Contents, jobs: int | None) -> float | None:
+    """An estimate from finished cells, the most alike first; None where none has finished or none is left.
+
+    With ``jobs`` None, the most that it may take.
+    """
     took: dict[tuple[str, ...], list[float]] = {}
     for cell in (c for c, word in states.items() if word in ("finished", "to run again")):
         record = contents.finished(cell.cell_id)
@@ -189,7 +205,7 @@ def seconds_left(states: dict[Cell, str], contents: Contents, jobs: int) -> floa
     if not took or not left:
         return None
     alike = [next(took[key] for key in _likeness(cell) if key in took) for cell in left]
-    return sum(sum(seconds) / len(seconds) for seconds in alike) / jobs
+    return sum(sum(seconds) / len(seconds) for seconds in alike) / (jobs or 1)
 
 
 def _likeness(cell: Cell) -> list[tuple[str, ...]]:
@@ -202,17 +218,18 @@ def named(table: Table, cell: Cell) -> list[str]:
     return [f"table={table.name}", f'cell="{label}"']
 
 
-def run_all(todo: dict[Cell, list[str]], first: Collection[Cell], jobs: int, stores: list[Store]) -> list[Cell]:
-    """Run cells in worker processes, ``jobs`` at a time, GPUs in turn; returns those that failed.
+def run_all(todo: dict[Cell, list[str]], first: Collection[Cell], jobs: int | None, stores: list[Store]) -> list[Cell]:
+    """Run cells in worker processes, GPUs in turn; returns those that failed.
 
     Args:
         todo: the cells, each with further overrides.
         first: those of them that end before others start, and among them what they start from before them.
-        jobs: how many run side by side.
+        jobs: how many run side by side; None: as many as there is room for.
         stores: of records, the last one of theirs.
     """
     report, codes = Report(len(todo)), dict[Cell, int]()
-    with report.bar, ThreadPoolExecutor(jobs) as threads, pool(jobs) as workers:
+    threads = ThreadPoolExecutor(jobs or max(1, len(visible_gpus())) * MOST)  # those beyond the workers wait for one
+    with report.bar, threads, pool(jobs) as workers:
         stages = [[c for c in todo if c in first and c.depth == depth] for depth in sorted({c.depth for c in first})]
         for cells in (*stages, [c for c in todo if c not in first]):
             ended = threads.map(lambda c: run(c, todo[c], stores, report, workers), cells)
@@ -225,13 +242,14 @@ def run(cell: Cell, extra: list[str], stores: list[Store], report: "Report", wor
     """Run a cell, or wait while another process does; returns the exit code."""
     overrides = placed(cell, stores)
     words = " ".join(overrides)
-    report.start(words)
+    begin = partial(report.start, words)
     while True:
-        code, said = workers.run([*overrides, *extra])
+        code, said = workers.run([*overrides, *extra], begin)
         if code != AlreadyRunning.exit_code:
             break
         while stores[-1].read_all().state(cell.cell_id) == "running":
             time.sleep(POLL)
+        begin = report.go_on
         extra = [word for word in extra if word != "force=true"]  # what was to be done again has been
     report.end(words, code, said)
     return code
@@ -251,6 +269,9 @@ class Report:
         """A cell starts."""
         self.started += 1
         self.console.print(f"[{self.started}/{self.total}] python train.py {words}")
+
+    def go_on(self) -> None:
+        """A cell starts that has been said to."""
 
     def end(self, words: str, code: int, stderr: str) -> None:
         """A cell ended; its last line on stderr says how."""

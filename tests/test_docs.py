@@ -87,7 +87,7 @@ SLOW = {
     "python train.py task=digits protocol.lr_grid=[3e-4,1e-3,3e-3]",
     "python train.py -m task=digits adapter=flora,lora seed=0,1",
     "python train.py -m seed=0,1 hydra/launcher=joblib hydra.launcher.n_jobs=2",
-    "python train.py -m seed=0,1 launcher=gpu_pool workers=2",
+    "python train.py -m seed=0,1 launcher=gpu_pool",
     "torchrun --nproc-per-node 2 train.py task=digits trainer.device=cpu",
 }
 

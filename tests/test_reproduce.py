@@ -204,7 +204,7 @@ def test_what_others_start_from_has_ended_before_they_start(store, monkeypatch):
 
 def test_what_another_process_runs_again_is_not_forced_once_more(store):
     asked, answers = [], iter([(75, "another process does"), (0, "finished")])
-    workers = SimpleNamespace(run=lambda words: asked.append(words) or next(answers))
+    workers = SimpleNamespace(run=lambda words, begin: asked.append(words) or next(answers))
     assert reproduce.run(load("eurosat").cells[0], ["force=true"], [store], reproduce.Report(1), workers) == 0
     assert ["force=true" in words for words in asked] == [True, False]
 

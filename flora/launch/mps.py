@@ -4,7 +4,6 @@ Source: NVIDIA, Multi-Process Service (docs.nvidia.com/deploy/mps). A daemon of 
 a sweep and ends with it, however that ends: it is told to quit by a shell whose input the sweep's process keeps open.
 """
 
-import atexit
 import os
 import shutil
 import subprocess
@@ -14,10 +13,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from flora.launch.sweep import visible_gpus
+from flora.launch.sweep import Throughout, visible_gpus
 
 CONTROL = "nvidia-cuda-mps-control"
 FOLDERS = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")
@@ -66,23 +64,9 @@ def _running() -> bool:
     return asked.returncode == 0
 
 
-class Service(Callback):
+class Service(Throughout):
     """Hydra callback of configs/launcher/gpu_pool.yaml: the service for the processes of a sweep."""
 
-    _service: AbstractContextManager[bool] | None = None
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Start it before the launcher starts processes; it ends with this one at the latest."""
-        self._service = shared(config.workers)
-        self._service.__enter__()
-        atexit.register(self._stop)
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Stop it."""
-        self._stop()
-
-    def _stop(self) -> None:
-        atexit.unregister(self._stop)
-        service, self._service = self._service, None
-        if service is not None:
-            service.__exit__(None, None, None)
+    def context(self, config: DictConfig) -> AbstractContextManager[bool]:
+        """See ``shared``."""
+        return shared(config.workers)

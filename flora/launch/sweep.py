@@ -1,11 +1,13 @@
 """A multirun's outcome: each job leaves a file in the sweep's folder, whoever launches it; a summary ends the sweep."""
 
+import atexit
 import contextlib
 import json
 import os
 import sys
 import textwrap
 from concurrent.futures import BrokenExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from flora.errors import AlreadyRunning, ConfigError, Interrupted, WorkerLost
 from flora.files import write_json
@@ -93,12 +95,61 @@ class OneGpu(Callback):
 
     _chosen = False
 
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Choose the number of processes, where ``workers=auto`` leaves it open, before the launcher reads it."""
+        if config.workers == "auto":
+            from flora.launch import room
+
+            gpus = visible_gpus()
+            with flag_override(config, ["struct", "readonly"], [False, False]):
+                config.workers = room.unseen(gpus) * len(gpus) if gpus else 2
+
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """At the process's first job, before anything asks CUDA: number n takes the n-th GPU, counted round."""
         gpus = visible_gpus()
         if len(gpus) > 1 and not OneGpu._chosen:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus[config.hydra.job.num % len(gpus)]
         OneGpu._chosen = True
+
+
+class Throughout(Callback):
+    """Hydra callback that keeps a context for the time of a sweep; it ends with this process at the latest."""
+
+    _kept: AbstractContextManager[Any] | None = None
+
+    def context(self, config: DictConfig) -> AbstractContextManager[Any]:
+        """What is kept."""
+        raise NotImplementedError
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Enter it before the launcher starts processes."""
+        self._kept = self.context(config)
+        self._kept.__enter__()
+        atexit.register(self._leave)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Leave it."""
+        self._leave()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a launcher sends to its processes: not what is kept here."""
+        return {}
+
+    def _leave(self) -> None:
+        atexit.unregister(self._leave)
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.__exit__(None, None, None)
+
+
+class Shared(Throughout):
+    """Hydra callback of configs/launcher/gpu_pool.yaml: processes of a sweep decode images once for all."""
+
+    def context(self, config: DictConfig) -> AbstractContextManager[None]:
+        """See ``flora.shared.folder``."""
+        from flora import shared
+
+        return shared.folder()
 
 
 def visible_gpus() -> list[str]:

@@ -1,7 +1,8 @@
 """Cells one after another in processes that import everything once: the workers of scripts/reproduce.py.
 
 `python -m flora.launch.worker` reads a line of JSON for each cell, its overrides, from stdin, and answers each on
-stdout with the exit code of `python train.py OVERRIDES`. What a cell says goes to stderr.
+stdout with a line of JSON: ``code``, the exit code of `python train.py OVERRIDES`, ``full``, whether memory ran out,
+and ``seen``, what it took of its GPU. A long cell says ``seen`` alone before. What a cell says in words goes to stderr.
 """
 
 import gc
@@ -12,22 +13,24 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import cycle, islice
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 from flora.config import composed
+from flora.errors import OutOfMemory
 from flora.files import ROOT
-from flora.launch import mps, preemption, processes
+from flora.launch import preemption, processes
 from flora.launch.entry import main
-from flora.launch.sweep import visible_gpus
+from flora.launch.room import Seen, seen
 from flora.secrets import unspoken
 
 INTERRUPTED = preemption.BY_HAND
+SETTLED = 60.0  # seconds after which a cell has most likely taken what it needs
 
 
 class Worker:
@@ -36,9 +39,15 @@ class Worker:
     Args:
         gpu: the only GPU that it sees, as CUDA_VISIBLE_DEVICES names it; None: all that this process sees.
         folder: takes a file of what it says.
+
+    Attributes:
+        full: whether memory ran out in the last cell.
+        heard: called with what a cell was seen to take of its GPU.
     """
 
     def __init__(self, gpu: str | None, folder: Path) -> None:
+        self.gpu, self.full = gpu, False
+        self.heard: Callable[[Seen], None] = lambda seen: None
         places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         inherited = {name: value for name, value in os.environ.items() if name not in processes.ENVIRONMENT}
         self.environment = {**inherited, "PYTHONPATH": os.pathsep.join(places)}
@@ -59,10 +68,10 @@ class Worker:
         self._said.seek(0, os.SEEK_END)
         try:
             print(json.dumps(list(overrides)), file=self.process.stdin, flush=True)
-            answer = self.process.stdout.readline()
+            answer = self._answer(self.process.stdout)
         except BrokenPipeError:
-            answer = ""
-        code = int(answer) if answer else self.process.wait() or 1
+            answer = {}
+        code, self.full = answer["code"] if answer else self.process.wait() or 1, answer.get("full", False)
         said = self._said.read().decode(errors="replace")
         return code, said if code >= 0 else f"{said}\nkilled by signal {-code}: started again the cell goes on"
 
@@ -76,51 +85,21 @@ class Worker:
             self.process.stdin.close()
         self.process.wait()
 
+    def _answer(self, answers: IO[str]) -> dict[str, Any]:
+        """What ends a cell; nothing where its process died."""
+        for line in answers:
+            answer = json.loads(line)
+            if answer["seen"]:
+                self.heard(Seen(**answer["seen"]))
+            if "code" in answer:
+                return answer
+        return {}
+
     def _start(self) -> subprocess.Popen[str]:
         with self.log.open("a") as said:
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said}
             command = [sys.executable, "-m", "flora.launch.worker"]
             return subprocess.Popen(command, env=self.environment, text=True, **pipes)
-
-
-class Pool:
-    """Workers that share cells between them, and the visible GPUs in turn."""
-
-    def __init__(self, workers: list[Worker]) -> None:
-        self.workers = workers
-        self._idle: SimpleQueue[Worker] = SimpleQueue()
-        self._stopped = False
-        for worker in workers:
-            self._idle.put(worker)
-
-    def run(self, overrides: Sequence[str]) -> tuple[int, str]:
-        """Run a cell in the next idle worker, from any thread; returns its exit code and what it said."""
-        worker = self._idle.get()
-        try:
-            return (INTERRUPTED, "interrupted") if self._stopped else worker.run(overrides)
-        finally:
-            self._idle.put(worker)
-
-    def stop(self, at_once: bool) -> None:
-        """End all workers; cells that come later are not run."""
-        self._stopped = True
-        for worker in self.workers:
-            worker.stop(at_once)
-
-
-@contextmanager
-def pool(count: int) -> Iterator[Pool]:
-    """``count`` workers for the time of a ``with`` block; an exception ends their cells at the next step."""
-    gpus = visible_gpus()
-    with tempfile.TemporaryDirectory() as folder, mps.shared(count):
-        names: Any = islice(cycle(gpus if len(gpus) > 1 else [None]), count)
-        workers = Pool([Worker(name, Path(folder)) for name in names])
-        try:
-            yield workers
-        except BaseException:
-            workers.stop(at_once=True)
-            raise
-        workers.stop(at_once=False)
 
 
 def serve() -> None:
@@ -131,9 +110,27 @@ def serve() -> None:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # what a cell prints must not mix with the answers
     train, environment = _train(), dict(os.environ)
+
+    def say(**answer: Any) -> None:
+        found = seen()
+        print(json.dumps(answer | {"seen": asdict(found) if found else None}), file=answers, flush=True)
+
+    def say_what_is_known() -> None:
+        with suppress(Exception):  # the cell goes on, and finds out for itself
+            say()
+
     for line in asked:
-        code, sound = _run(train, json.loads(line))
-        print(code, file=answers, flush=True)
+        settled = threading.Timer(SETTLED, say_what_is_known)
+        settled.daemon = True
+        settled.start()
+        code, full, sound = _run(train, json.loads(line))
+        settled.cancel()
+        settled.join()
+        try:
+            say(code=code, full=full)
+        except RuntimeError:  # CUDA's, after an error that the process does not survive
+            print(json.dumps({"code": code, "full": full, "seen": None}), file=answers, flush=True)
+            sound = False
         if not sound:
             sys.exit(code)
         os.environ.clear()
@@ -151,17 +148,21 @@ def _train() -> Any:
 
 
 @unspoken()
-def _run(train: Any, overrides: list[str]) -> tuple[int, bool]:
-    """Exit code of a cell, and whether the process may run another: an unforeseen error may leave a GPU unusable."""
+def _run(train: Any, overrides: list[str]) -> tuple[int, bool, bool]:
+    """Exit code of a cell, whether memory ran out, and whether the process may run another.
+
+    An unforeseen error may leave a GPU unusable.
+    """
     sys.argv = ["train.py", *overrides]  # the record quotes it
     try:
         main(lambda: train.run(composed(overrides), overrides), trace=lambda: "debug=trace" in overrides)
     except SystemExit as end:
-        return int(end.code or 0), end.code != INTERRUPTED and not preemption.wanted()
+        full = isinstance(end.__context__, OutOfMemory)
+        return int(end.code or 0), full, end.code != INTERRUPTED and not preemption.wanted()
     except Exception:
         traceback.print_exc()
-        return 1, False
-    return 0, True
+        return 1, False, False
+    return 0, False, True
 
 
 def _tidy() -> None:
@@ -173,6 +174,7 @@ def _tidy() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """CUDA's multi-process service starts with a sweep that shares GPUs and ends with it, also after a kill."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from flora.files import ROOT
 from flora.launch import mps
-from flora.launch.worker import pool
+from flora.launch.pool import pool
 
 # Writes what it is asked to a log; runs while there is a file in the folder that the environment names.
 PROGRAM = """#!/bin/sh
@@ -39,6 +41,7 @@ def service(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("FLORA_CACHE", raising=False)
     monkeypatch.setenv("LOG", str(log))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     for name in mps.FOLDERS:
@@ -56,10 +59,14 @@ def test_workers_that_share_gpus_have_the_service(service):
     assert not any(name in os.environ for name in mps.FOLDERS)
 
 
-def test_a_killed_sweep_leaves_no_service(service):
-    code = "import time\nfrom flora.launch import mps\nwith mps.shared(4):\n print('on', flush=True)\n time.sleep(60)"
+def test_a_killed_pool_leaves_no_service_and_the_next_one_removes_its_images(service):
+    code = (
+        "import os, time\nfrom flora.launch.pool import pool\nwith pool(4):\n"
+        " print(os.environ['FLORA_SHARED'], flush=True)\n time.sleep(60)"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "on\n"
+    images = Path(process.stdout.readline().strip())
+    assert images.is_dir()
     process.send_signal(signal.SIGKILL)
     process.wait()
     for _ in range(100):
@@ -67,6 +74,9 @@ def test_a_killed_sweep_leaves_no_service(service):
             break
         time.sleep(0.1)
     assert service() == ["get_server_list", "start all", "quit"]
+    assert images.is_dir()
+    with pool(1):
+        assert not images.exists()
 
 
 @pytest.mark.parametrize(
@@ -111,5 +121,7 @@ def test_a_sweep_of_the_launcher_has_it(service):
     callback, config = mps.Service(), OmegaConf.create({"workers": 3})
     callback.on_multirun_start(config)
     assert os.path.exists(os.environ["CUDA_MPS_PIPE_DIRECTORY"])
+    pickle.loads(pickle.dumps(callback)).on_multirun_end(config)  # joblib sends it to its processes
+    assert service() == ["get_server_list", "start all"]
     callback.on_multirun_end(config)
     assert service() == ["get_server_list", "start all", "quit"]

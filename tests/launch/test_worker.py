@@ -9,8 +9,9 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
+from flora.launch.pool import Pool, pool
 from flora.launch.sweep import OneGpu, visible_gpus
-from flora.launch.worker import Pool, Worker, pool
+from flora.launch.worker import Worker
 
 TINY = (
     *("task=digits", "model=timm", "model.timm_name=resnet10t", "model.pretrained=false", "trainer.max_steps=2"),

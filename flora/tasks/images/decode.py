@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from flora import memory
+from flora import memory, shared
 from flora.errors import ConfigError, DataError, first_line
 from flora.tasks.images.dataset import ImageDataset
 from flora.tasks.images.formats import open_image
@@ -169,8 +171,9 @@ def decode(
     unreadable: str,
     resize: str = "squash",
     orientation: str = "exif",
+    content: Callable[[], str | None] = lambda: None,
 ) -> tuple[ImageDataset, list[str]]:
-    """Decode the given rows of a pool, in ascending order.
+    """Decode the given rows of a pool, in ascending order; once for all processes of a sweep, see ``flora.shared``.
 
     Args:
         pool: where they come from.
@@ -180,6 +183,7 @@ def decode(
         unreadable: ``error``, or ``skip`` to leave out an image that cannot be decoded.
         resize: ``squash`` or ``crop``, see ``as_square``.
         orientation: one of ORIENTATIONS.
+        content: names what the pool holds; None where nobody can say.
 
     Returns:
         The images, and where the ones left out lie.
@@ -190,34 +194,52 @@ def decode(
     interpolation_mode(interpolation)
     _check_room(3 * len(rows), image_size)
     rows = np.sort(rows)
-    images = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8)
-    pixels = images.numpy()
 
-    def decode_one(position: int, open_image: Callable[[], Image.Image]) -> str | None:
-        place = pool.where(int(rows[position]))
+    def key() -> str | None:
+        chosen = hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()
+        settings = [image_size, interpolation, unreadable, resize, orientation]
+        return None if (held := content()) is None else json.dumps([held, chosen, *settings])
+
+    def pixels(image: Image.Image) -> np.ndarray:
+        return as_square(image, image_size, interpolation, resize).transpose(2, 0, 1)
+
+    found = shared.once(key, lambda: _decoded(pool, rows, image_size, pixels, unreadable == "skip", orientation))
+    kept = found["kept"]
+    missed = [pool.where(int(row)) for row in rows[~kept]]
+    return ImageDataset(torch.from_numpy(found["images"]), torch.from_numpy(pool.labels[rows][kept])), missed
+
+
+def _decoded(
+    pool: Pool,
+    rows: np.ndarray,
+    size: int,
+    change: Callable[[Image.Image], np.ndarray],
+    skip: bool,
+    orientation: str,
+) -> shared.Arrays:
+    """``images`` uint8 ``[m, 3, size, size]``, and which rows they are, ``kept`` bool ``[n]``."""
+    images = np.empty((len(rows), 3, size, size), np.uint8)
+
+    def decode_one(position: int, open_image: Callable[[], Image.Image]) -> bool:
         try:
-            rgb = as_rgb(open_image, place, orientation)
+            rgb = as_rgb(open_image, pool.where(int(rows[position])), orientation)
         except DataError:
-            if unreadable == "skip":
-                return place
+            if skip:
+                return False
             raise
-        pixels[position] = as_square(rgb, image_size, interpolation, resize).transpose(2, 0, 1)
-        return None
+        images[position] = change(rgb)
+        return True
 
-    outcomes: list[str | None] = []
+    outcomes: list[bool] = []
     openers = pool.open_rows(rows)
     # Pillow frees the interpreter lock while it decodes. Chunks bound the encoded bytes held at a time.
     with ThreadPoolExecutor() as threads:
         while chunk := list(islice(openers, _CHUNK)):
             outcomes += threads.map(decode_one, range(len(outcomes), len(outcomes) + len(chunk)), chunk)
-    kept = np.array([outcome is None for outcome in outcomes])
+    kept = np.array(outcomes)
     if not kept.any():
         raise DataError(f"{pool.where(int(rows[0]))} and all others asked for: no image can be decoded")
-    labels = torch.from_numpy(pool.labels[rows])
-    if not kept.all():
-        chosen = torch.from_numpy(np.flatnonzero(kept))
-        images, labels = images[chosen], labels[chosen]
-    return ImageDataset(images, labels), [outcome for outcome in outcomes if outcome is not None]
+    return {"images": images if kept.all() else images[kept], "kept": kept}
 
 
 def from_grey(grey: np.ndarray, labels: np.ndarray, image_size: int, interpolation: str) -> ImageDataset:
@@ -225,10 +247,18 @@ def from_grey(grey: np.ndarray, labels: np.ndarray, image_size: int, interpolati
     interpolation_mode(interpolation)
     _check_room(len(grey), image_size)
     if grey.shape[1:] != (image_size, image_size):
-        resized = np.empty((len(grey), image_size, image_size), np.uint8)
-        for target, source in zip(resized, grey, strict=True):
-            target[:] = as_square(Image.fromarray(source), image_size, interpolation)[..., 0]
-        grey = resized
+
+        def key() -> str:
+            return json.dumps([hashlib.sha256(grey.tobytes()).hexdigest(), grey.shape, image_size, interpolation])
+
+        def resized() -> shared.Arrays:
+            squares = (as_square(Image.fromarray(image), image_size, interpolation)[..., 0] for image in grey)
+            whole = np.empty((len(grey), image_size, image_size), np.uint8)
+            for target, square in zip(whole, squares, strict=True):
+                target[:] = square
+            return {"grey": whole}
+
+        grey = shared.once(key, resized)["grey"]
     images = torch.from_numpy(grey)[:, None].expand(-1, 3, -1, -1)
     return ImageDataset(images, torch.from_numpy(labels.astype(np.int64)))
 

@@ -7,6 +7,8 @@ files hold the official ones.
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,7 @@ class Vtab(ImageTask):
                 unreadable=self.unreadable,
                 resize=self.resize,
                 orientation=self.orientation,
+                content=partial(self._content, data_dir, split if split in pools else "train"),
             )
             skipped += missed
         if skipped:
@@ -120,6 +123,12 @@ class Vtab(ImageTask):
         if folder is None and self.hub is None and self.dataset not in RENDERED:
             return {"source": self._open(data_dir)[2]["source"]}
         return super().contents(data_dir)
+
+    def _content(self, data_dir: Path | None, pool: str) -> str | None:
+        """Names what a pool holds; None where files do not say: what torchvision downloads counts by its source."""
+        if self._folder(data_dir) is None and self.hub is None:
+            return None
+        return json.dumps([self.dataset, pool, sorted(self.contents(data_dir).items())])
 
     def _open(self, data_dir: Path | None) -> tuple[dict[str, Pool], list[str], dict[str, Any]]:
         """Pools train and, where the source has them, validation and test; class names; facts on the source."""
