@@ -272,8 +272,18 @@ def as_csv(measured: Sequence[dict[str, Any]]) -> str:
     facts = ("file", "benchmark", "device", "torch", "commit", *SETTINGS)
     costs = ("ms", "ms_spread", "ratio", "ratio_spread", "peak_bytes", "trainable_params")
     compiled = ("compile_seconds", "graphs", "graph_breaks")
-    numbers = (*costs, "train", "train_spread", "bare", "bare_spread", "share", "seconds", "kept")
-    numbers = (*numbers, "seconds_spread", "cpu_seconds", "value", *compiled, "error")
+    whole = (
+        "train",
+        "train_spread",
+        "bare",
+        "bare_spread",
+        "share",
+        "seconds",
+        "kept",
+        "seconds_spread",
+        "cpu_seconds",
+    )
+    numbers = (*costs, *whole, "value", *compiled, "error")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*facts, "method", "adapted_layers", *numbers])
