@@ -5,10 +5,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora.replaced.precision import full_precision
+
 
 def linear_plus_thin(base: nn.Linear, input: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """A linear layer and the update ``left @ right`` of its weight in one op, in ``dtype``."""
+    if not torch.is_grad_enabled():  # the same operations, without what recording them costs
+        return _sum(input, base.weight, base.bias, left, right, dtype)[0]
     return _LinearPlusThin.apply(input, base.weight, base.bias, left, right, dtype)
+
+
+def _sum(
+    input: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x W^T + b + (x R^T) L^T; and x, W and x R^T in ``dtype``."""
+    with full_precision(input.device):
+        x = input.to(dtype)
+        flat, matrix, thin = x.flatten(0, -2), weight.to(dtype), right.to(dtype)
+        hidden = flat @ thin.mT
+        # Not a view: torch forbids to change a view that such a function returns in place (ReLU(inplace=True)).
+        output = flat.new_empty(*input.shape[:-1], len(matrix))
+        rows = output.view(-1, len(matrix))
+        if bias is None:
+            torch.mm(flat, matrix.T, out=rows)
+        else:
+            torch.addmm(bias.to(dtype), flat, matrix.T, out=rows)
+        rows.addmm_(hidden, left.to(dtype).mT)
+        return output, x, matrix, hidden
 
 
 class _LinearPlusThin(torch.autograd.Function):
@@ -18,21 +41,10 @@ class _LinearPlusThin(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            x = input.to(dtype)
-            flat, matrix, thin = x.flatten(0, -2), weight.to(dtype), right.to(dtype)
-            hidden = flat @ thin.mT
-            # Not a view: torch forbids to change a view that such a function returns in place (ReLU(inplace=True)).
-            output = flat.new_empty(*input.shape[:-1], len(matrix))
-            rows = output.view(-1, len(matrix))
-            if bias is None:
-                torch.mm(flat, matrix.T, out=rows)
-            else:
-                torch.addmm(bias.to(dtype), flat, matrix.T, out=rows)
-            rows.addmm_(hidden, left.to(dtype).mT)
-            ctx.save_for_backward(x, matrix, left, right, hidden)
-            ctx.dtypes = input.dtype, None if bias is None else bias.dtype
-            return output
+        output, x, matrix, hidden = _sum(input, weight, bias, left, right, dtype)
+        ctx.save_for_backward(x, matrix, left, right, hidden)
+        ctx.dtypes = input.dtype, None if bias is None else bias.dtype
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

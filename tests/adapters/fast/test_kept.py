@@ -293,3 +293,16 @@ def test_what_is_kept_goes_with_the_block(x):
 def test_fewer_states_than_none_are_refused():
     with pytest.raises(ValueError, match="keep: must be 0 or more states, got -1"):
         flora.batched(nn.Linear(2, 2), keep=-1)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_fused_op_gives_the_same_bits_whether_it_is_recorded_or_not(autocast):
+    model, x = (
+        alone(nn.Sequential(nn.Linear(24, 20)), target_modules=["0"], forward="factored").eval(),
+        torch.ones(3, 24),
+    )
+    with flora.batched(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        recorded = model(x)
+        assert "LinearPlusThin" in type(recorded.grad_fn).__name__
+        with torch.no_grad():
+            assert torch.equal(model(x), recorded)
