@@ -26,6 +26,10 @@ def batched(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     in place through ``tensor.data`` within a block goes unnoticed, since torch counts no version for it. All forward
     passes of a block share one graph: call backward once for them. What a block builds stays in memory until it ends.
 
+    A compiled region builds together only what enters the block within it: ``torch.compile(together(model))`` compiles
+    a function that does, under the autocast of the call. There, cores, factors and base weights must not be written to
+    in place between the entry and a layer that uses them; what is traced cannot tell.
+
     Args:
         model: a module with adapted layers, such as a ``peft.PeftModel``; layers added later build their own.
 
