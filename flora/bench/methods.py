@@ -217,4 +217,4 @@ def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 
 def _add_start(module: Any, inputs: Any, output: Tensor) -> Tensor:
-    return output + module.start
+    return output if output.requires_grad else output + module.start  # the layer may have calls of both kinds

@@ -46,10 +46,11 @@ def compiled(model: nn.Module, together: Any, dtype: str) -> Callable[..., Any]:
 
     Args:
         model: the network, as accelerate wraps it.
-        together: a block of ``flora.batched``, entered within what is compiled; a null context: none.
+        together: a block of ``flora.batched``, entered within what is compiled; a null context: none. Not around DDP,
+            at which torch.compile breaks the graph.
         dtype: that of autocast, or ``fp32``. The block is entered under the autocast that the network enters later.
     """
-    if isinstance(together, contextlib.nullcontext):
+    if isinstance(together, contextlib.nullcontext) or isinstance(model, nn.parallel.DistributedDataParallel):
         return torch.compile(model)
     run = together(model)
     if dtype == "fp32":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import flora
 from flora.adapters import FloraLayer
 
-from .layer_cases import Holder, Mixture
+from .layer_cases import Holder
 
 
 def adapt(model: nn.Module, **settings: Any) -> peft.PeftModel:
@@ -272,38 +272,3 @@ def test_generation_reads_adapted_weights():
     generated = model.generate(input_ids=ids, **settings)
     assert not torch.equal(generated, base.generate(input_ids=ids, **settings))
     assert torch.equal(generated, model.merge_and_unload().generate(input_ids=ids, **settings))
-
-
-COMPILED: dict[str, tuple[nn.Module, Tensor, dict[str, Any]]] = {
-    "Linear merged": (nn.Linear(6, 5), torch.randn(3, 6), {"forward": "merged"}),
-    "Linear factored": (nn.Linear(6, 5), torch.randn(3, 6), {"forward": "factored"}),
-    "Linear with magnitude": (nn.Linear(6, 5), torch.randn(3, 6), {"use_dora": True}),
-    "Linear with dropout": (nn.Linear(6, 5), torch.randn(3, 6), {"flora_dropout": 0.1}),
-    "Linear folded": (nn.Linear(6, 18), torch.randn(3, 6), {"fold_pattern": {"layer": [3, 6, 6]}}),
-    "Conv2d merged": (nn.Conv2d(4, 6, 3), torch.randn(2, 4, 6, 6), {}),
-    "Conv2d factored": (nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 6, 6), {"forward": "factored"}),
-    "Conv2d depthwise": (nn.Conv2d(4, 4, 3, groups=4), torch.randn(2, 4, 6, 6), {}),
-    "Conv1d circular": (nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), torch.randn(2, 4, 9), {}),
-    "ConvTranspose2d": (nn.ConvTranspose2d(4, 6, 3, stride=2), torch.randn(2, 4, 5, 5), {}),
-    "Embedding": (nn.Embedding(9, 5), torch.arange(9), {}),
-    "LSTMCell": (nn.LSTMCell(6, 5), torch.randn(3, 6), {}),
-    "bare parameter": (
-        Mixture([3, 4, 5]),
-        torch.randn(2, 5),
-        {"target_modules": None, "target_parameters": ["experts"]},
-    ),
-    "own forward": (OwnForward(6, 5), torch.randn(3, 6), {}),
-}
-
-
-@pytest.mark.parametrize("case", COMPILED)
-def test_compiles_without_graph_breaks(case):
-    layer, x, settings = COMPILED[case]
-    model = adapt(Holder(layer), **settings).eval()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    expected = torch.autograd.grad(model(x).square().sum(), parameters)
-    for ours, theirs in zip(torch.autograd.grad(compiled(x).square().sum(), parameters), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -187,6 +187,7 @@ def test_the_spread_is_the_interquartile_range():
         ("--model deberta --size 64", "--size"),
         ("--model deberta --tokens 9999", "--tokens: deberta reads at most 512"),
         ("--model resnet18 --device cpu --capture", "--capture"),
+        ("--model resnet18 --compile default --capture", "--capture"),
         ("--model resnet18 --json /dev/null/step.json", "--json /dev/null/step.json: cannot be written"),
         ("--model resnet18 --json tests", "--json tests: cannot be written"),
     ],
@@ -214,6 +215,54 @@ def test_a_vision_language_model_takes_an_image_and_a_text(run, tmp_path, monkey
     assert (inputs["input_ids"] == 4).sum(1).tolist() == [4, 4]
     assert inputs["pixel_values"].shape == (2, 3, 64, 64)
     assert torch.equal(inputs["labels"] == -100, inputs["input_ids"] == 4)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without a C++ compiler; gives the modes that were asked for."""
+    modes, compile = [], torch.compile
+
+    def noting(run, mode):
+        modes.append(mode)
+        return compile(run, backend="aot_eager")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", noting)
+    return modes
+
+
+def test_a_compiled_step_says_what_compiling_took_and_how_many_graphs_it_made(run, tmp_path, traced, small):
+    file = tmp_path / "step.json"
+    settings = ("--batch", 2, "--tokens", 8, "--device", "cpu", "--rounds", 1, "--steps", 1, "--warmup", 0, "--r", 2)
+    methods = ("--methods", "floor,lora,flora", "--compile", "max-autotune-no-cudagraphs")
+    code, out, err = run(bench_step, "--model", "llama", *settings, *methods, "--json", file)
+    assert code == 0, err
+    assert traced == 3 * ["max-autotune-no-cudagraphs"]
+    assert "torch.compile max-autotune-no-cudagraphs" in out
+    result = json.loads(file.read_text())
+    assert result["compiled"] == "max-autotune-no-cudagraphs"
+    for row in result["rows"]:
+        assert row["compile_seconds"] > 1e-3 * row["ms"] > 0, row["method"]
+        assert (row["graphs"], row["graph_breaks"]) == (1, 0), row["method"]
+
+
+def test_a_compiled_floor_carries_the_gradients_of_the_eager_one(small, traced):
+    net = network("deberta", batch=2, tokens=8)
+    methods = Methods(net, Ranks(r=4))
+    torch.manual_seed(0)
+    base = net.build(CPU).eval()
+    inputs = net.inputs(CPU)
+    eager = methods.prepare("floor", copy.deepcopy(base))
+    seen = []
+    watched = [eager.model.get_input_embeddings(), *map(eager.model.get_submodule, methods._adapted)]
+    for module in watched:
+        module.register_forward_hook(lambda m, i, o: seen.append(o) if o.is_leaf else None)
+    Step(net, eager, inputs)()
+    made = methods.prepare("floor", copy.deepcopy(base), compiled=True)
+    Step(net, made, inputs, "default")()
+    expected = sorted(output.grad.abs().sum().item() for output in seen)
+    assert sorted(start.grad.abs().sum().item() for start in made.starts) == pytest.approx(expected, rel=1e-4)
+    assert len(expected) == 1 + 2 * 2  # the embeddings, and positions in two layers through two projections
 
 
 @pytest.mark.slow

@@ -111,6 +111,21 @@ def test_the_speed_up_over_lora_is_a_geometric_mean_of_comparable_runs():
     assert "captured, equal r" in lines[2]
 
 
+def test_compiled_steps_have_a_section_and_a_speed_up_of_their_own(results):
+    compiled = {"compile_seconds": 61.25, "graphs": 1, "graph_breaks": 0}
+    rows = [row("lora", 30.0, **compiled), row("flora", 10.0, **compiled)]
+    file = results / "benchmarks" / "resnet50_compiled.json"
+    file.write_text(json.dumps(step(compiled="max-autotune-no-cudagraphs", rows=rows)))
+    text = benchmarks.rendered(results)[results / "tables" / "step_cost.md"]
+    eager, rest = text.split("## Forward and backward through torch.compile")
+    own = rest.split("## Inference")[0]
+    assert "### resnet50" in eager
+    assert "mode max-autotune-no-cudagraphs" not in eager.split("## Forward and backward")[1]
+    assert "mode max-autotune-no-cudagraphs" in own
+    assert "| flora | 10.00 | 0.25 | 1.00 | 0.33 | 2.50 | 53 | 1,234,567 | 61.2 | 1 | 0 |" in own
+    assert "x3.00 as fast as LoRA, geometric mean of 1 (NVIDIA H100 80GB HBM3, torch.compile max-autotune-no" in eager
+
+
 def test_the_csv_holds_every_number_unrounded(results):
     text = benchmarks.rendered(results)[results / "tables" / "step_cost.csv"]
     lines = list(csv.DictReader(io.StringIO(text)))

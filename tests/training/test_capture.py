@@ -3,10 +3,20 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 
+<<<<<<< HEAD
 from flora.errors import CaptureFailed, ConfigError
 from flora.methods import Full
+=======
+from flora.adapters.fast import traced
+from flora.errors import ConfigError
+from flora.methods import Full
+from flora.methods.peft import Peft
+from flora.tasks.images.augment import Augment
+from flora.tasks.images.dataset import ImageDataset
+>>>>>>> compile
 from flora.training import TrainerSettings, capture
 from tests.training.test_run import lora, toy_run
 
@@ -346,12 +356,33 @@ def test_on_a_cpu_the_run_goes_on_eagerly_and_says_so(tmp_path, capsys):
     assert not any(asked.trainer.execution.values())
 
 
+<<<<<<< HEAD
 def test_by_default_a_run_on_a_cpu_says_nothing(tmp_path, capsys):
     capture.say_once.cache_clear()
     run = toy_run(tmp_path, FULL, max_steps=60, epochs=20, device="cpu")
     assert run.settings.cuda_graph == "auto"
     assert not run.train().trainer.execution["cuda_graph"]
     assert "cuda_graph" not in capsys.readouterr().err
+=======
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_compiled_run_of_flora_builds_its_weights_together(tmp_path, monkeypatch, dtype):
+    used, compile = [], torch.compile
+
+    def backend(graph, inputs):  # needs no C++ compiler
+        weights = [node for node in graph.graph.nodes if any(of.target is traced.build for of in node.all_input_nodes)]
+        used.append(sum(len(node.users) for node in weights))
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda run: compile(run, backend=backend))
+    torch._dynamo.reset()
+    settings = {"max_steps": 4, "device": "cpu", "log_every": 1, "dtype": dtype}
+    flora = Peft("flora", "flora.FloraConfig", r=2, forward="merged")
+    eager, compiled = (toy_run(tmp_path, flora, compile=how, **settings).train() for how in (False, True))
+    assert used[0] >= 2
+    if dtype == "fp32":
+        assert_same_run(compiled, eager)
+    assert compiled.trainer.execution["compile"]
+>>>>>>> compile
 
 
 @pytest.mark.slow

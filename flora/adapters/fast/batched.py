@@ -55,7 +55,7 @@ class Batched:
 
     def __enter__(self) -> "Batched":
         if torch.compiler.is_compiling():
-            TRACED.append(TracedPass(self.layers))
+            TRACED.append(TracedPass(self.layers, TRACED[-1] if TRACED else None))
         else:
             RUNNING.set(Pass(self, RUNNING.get()))
         return self

@@ -33,7 +33,8 @@ class TracedPass:
     within a part that is checkpointed, or transformed by functorch, could not be used outside it.
     """
 
-    def __init__(self, layers: Sequence[FloraLayer]) -> None:
+    def __init__(self, layers: Sequence[FloraLayer], outer: "TracedPass | None") -> None:
+        self._outer = outer
         self._ready: dict[int, tuple[Any, Any, list[Tensor]]] = {}
         self._devices: list[str] = []
         for layer in layers:
@@ -72,7 +73,9 @@ class TracedPass:
 
     def prepared_for(self, layer: FloraLayer) -> Any:
         """What the layer runs with, if it was built and the layer stands as it did."""
-        if id(layer) not in self._ready or self._mode_now() != self._mode:
+        if id(layer) not in self._ready:
+            return None if self._outer is None else self._outer.prepared_for(layer)
+        if self._mode_now() != self._mode:
             return None
         prepared, state, sources = self._ready[id(layer)]
         if _state(layer) != state:
