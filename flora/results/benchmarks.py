@@ -228,8 +228,8 @@ def as_csv(measured: Sequence[dict[str, Any]]) -> str:
     """Every number unrounded, one line per method and file."""
     facts = ("file", "benchmark", "device", "torch", "commit", *SETTINGS)
     costs = ("ms", "ms_spread", "ratio", "ratio_spread", "peak_bytes", "trainable_params")
-    numbers = (*costs, "train", "train_spread", "bare", "bare_spread", "share", "seconds", "kept")
-    numbers = (*numbers, "seconds_spread", "cpu_seconds", "value", "error")
+    rates = ("train", "train_spread", "bare", "bare_spread", "share")
+    numbers = (*costs, *rates, "seconds", "seconds_spread", "cpu_seconds", "value", "kept", "error")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*facts, "method", "adapted_layers", *numbers])
