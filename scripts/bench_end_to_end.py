@@ -107,7 +107,7 @@ def bench_end_to_end() -> None:
         "kernel_rank": arguments.kernel_rank,
         "steps": arguments.steps,
         "epochs": prepared.job.epochs,
-        "workers": arguments.workers,
+        "workers": prepared.job.workers,
         "cpus": len(os.sched_getaffinity(0)),
         "trainer": given(arguments.trainer),
         "rounds": arguments.rounds,

@@ -11,47 +11,45 @@ from torch import nn
 def batched(model: nn.Module, keep: int = 0) -> contextlib.AbstractContextManager[Any]:
     """A context for a forward pass in which FLoRA builds the weights of all layers of ``model`` together: same result.
 
-        Each layer by itself launches about ten small operations; together, layers of one shape share them. Make it once
-        and enter it for every forward pass; the backward pass may lie outside::
+    Each layer by itself launches about ten small operations; together, layers of one shape share them. Make it once
+    and enter it for every forward pass; the backward pass may lie outside::
 
-            together = flora.batched(model)
-            for inputs in data:
-                with together:
-                    loss = model(**inputs).loss
-                loss.backward()
+        together = flora.batched(model)
+        for inputs in data:
+            with together:
+                loss = model(**inputs).loss
+            loss.backward()
 
-        Nothing is kept on the model, and nothing but the grouping of layers from one block to the next. Within a block, a
-        layer whose weights, active adapters or scale have changed since, and every layer where operations are recorded or
-        repeated (gradient checkpointing, functorch, forward-mode AD, tracing, torch.compile), builds its own. A change
-        in place through ``tensor.data`` within a block goes unnoticed, since torch counts no version for it. All forward
-        passes of a block share one graph: call backward once for them. What a block builds stays in memory until it ends.
+    Nothing is kept on the model, and nothing but the grouping of layers from one block to the next. Within a block, a
+    layer whose weights, active adapters or scale have changed since, and every layer where operations are recorded or
+    repeated (gradient checkpointing, functorch, forward-mode AD, tracing, torch.compile), builds its own. A change
+    in place through ``tensor.data`` within a block goes unnoticed, since torch counts no version for it. All forward
+    passes of a block share one graph: call backward once for them. What a block builds stays in memory until it ends.
 
-    <<<<<<< ours
-        For inference, ``keep`` has a block last over many passes, each as fast as with the adapter merged. Under
-        ``torch.no_grad`` or ``torch.inference_mode`` every layer then runs in the merged form, whichever it trains in (the
-        results differ in their rounding), unless its adapter was made with ``forward="factored"``; it keeps what it runs
-        with, and builds it anew where weights or scale have changed::
+    For inference, ``keep`` has a block last over many passes, each as fast as with the adapter merged. Under
+    ``torch.no_grad`` or ``torch.inference_mode`` every layer then runs in the merged form, whichever it trains in (the
+    results differ in their rounding), unless its adapter was made with ``forward="factored"``; it keeps what it runs
+    with, and builds it anew where weights or scale have changed::
 
-            with torch.inference_mode(), flora.batched(model, keep=2):
-                for adapter, inputs in requests:
-                    model.set_adapter(adapter)
-                    model(**inputs)
-    =======
-        A compiled region builds together only what enters the block within it: ``torch.compile(together(model))`` compiles
-        a function that does, under the autocast of the call. There, cores, factors and base weights must not be written to
-        in place between the entry and a layer that uses them; what is traced cannot tell.
-    >>>>>>> theirs
+        with torch.inference_mode(), flora.batched(model, keep=2):
+            for adapter, inputs in requests:
+                model.set_adapter(adapter)
+                model(**inputs)
 
-        Args:
-            model: a module with adapted layers, such as a ``peft.PeftModel``; layers added later build their own.
-            keep: in how many states (active adapters and their scales) each layer keeps its weight, a copy of it for each;
-                0: none outlives a change.
+    A compiled region builds together only what enters the block within it: ``torch.compile(together(model))`` compiles
+    a function that does, under the autocast of the call. There, cores, factors and base weights must not be written to
+    in place between the entry and a layer that uses them; what is traced cannot tell.
 
-        Returns:
-            A context manager that can be entered again and again, by several threads too.
+    Args:
+        model: a module with adapted layers, such as a ``peft.PeftModel``; layers added later build their own.
+        keep: in how many states (active adapters and their scales) each layer keeps its weight, a copy of it for each;
+            0: none outlives a change.
 
-        Raises:
-            ValueError: if ``keep`` is below 0.
+    Returns:
+        A context manager that can be entered again and again, by several threads too.
+
+    Raises:
+        ValueError: if ``keep`` is below 0.
     """
     if keep < 0:
         raise ValueError(f"keep: must be 0 or more states, got {keep}")

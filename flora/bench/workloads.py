@@ -141,7 +141,7 @@ def prepare(workload: Workload, extent: Extent, data: Path, folder: Path, spec: 
         alpha=2 * extent.r,
         targets=None,
         head="",
-        workers=extent.workers,
+        workers=extent.workers if workload.kind == "image" else 0,  # texts are tokens already: the examples' default
         dtype=extent.dtype,
         device=extent.device,
         seed=extent.seed,

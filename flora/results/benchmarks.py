@@ -271,19 +271,11 @@ def as_csv(measured: Sequence[dict[str, Any]]) -> str:
     """Every number unrounded, one line per method and file."""
     facts = ("file", "benchmark", "device", "torch", "commit", *SETTINGS)
     costs = ("ms", "ms_spread", "ratio", "ratio_spread", "peak_bytes", "trainable_params")
-    compiled = ("compile_seconds", "graphs", "graph_breaks")
-    whole = (
-        "train",
-        "train_spread",
-        "bare",
-        "bare_spread",
-        "share",
-        "seconds",
-        "kept",
-        "seconds_spread",
-        "cpu_seconds",
+    rates = (
+        *("train", "train_spread", "bare", "bare_spread", "share"),
+        *("seconds", "seconds_spread", "cpu_seconds", "value", "kept"),
     )
-    numbers = (*costs, *whole, "value", *compiled, "error")
+    numbers = (*costs, *rates, "compile_seconds", "graphs", "graph_breaks", "error")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*facts, "method", "adapted_layers", *numbers])

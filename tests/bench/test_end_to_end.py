@@ -148,7 +148,7 @@ def test_a_program_is_watched_to_its_end(tmp_path):
 
 def fake(monkeypatch, tmp_path):
     """Runs that take no time, of which timm's fails."""
-    job = SimpleNamespace(epochs=2)
+    job = SimpleNamespace(epochs=2, workers=2)
     monkeypatch.setattr(script, "prepare", lambda *_: SimpleNamespace(job=job, weights="shipped"))
     monkeypatch.setattr(script, "watched", lambda *_: None)
     rates = {"flora": iter([30.0, 10.0, 20.0]), "lora": iter([8.0, 8.0, 8.0]), "huggingface": iter([10.0, 10.0, 10.0])}

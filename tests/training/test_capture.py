@@ -6,17 +6,10 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 
-<<<<<<< HEAD
+from flora.adapters.fast import traced
 from flora.errors import CaptureFailed, ConfigError
 from flora.methods import Full
-=======
-from flora.adapters.fast import traced
-from flora.errors import ConfigError
-from flora.methods import Full
 from flora.methods.peft import Peft
-from flora.tasks.images.augment import Augment
-from flora.tasks.images.dataset import ImageDataset
->>>>>>> compile
 from flora.training import TrainerSettings, capture
 from tests.training.test_run import lora, toy_run
 
@@ -356,14 +349,14 @@ def test_on_a_cpu_the_run_goes_on_eagerly_and_says_so(tmp_path, capsys):
     assert not any(asked.trainer.execution.values())
 
 
-<<<<<<< HEAD
 def test_by_default_a_run_on_a_cpu_says_nothing(tmp_path, capsys):
     capture.say_once.cache_clear()
     run = toy_run(tmp_path, FULL, max_steps=60, epochs=20, device="cpu")
     assert run.settings.cuda_graph == "auto"
     assert not run.train().trainer.execution["cuda_graph"]
     assert "cuda_graph" not in capsys.readouterr().err
-=======
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_compiled_run_of_flora_builds_its_weights_together(tmp_path, monkeypatch, dtype):
     used, compile = [], torch.compile
@@ -382,7 +375,6 @@ def test_a_compiled_run_of_flora_builds_its_weights_together(tmp_path, monkeypat
     if dtype == "fp32":
         assert_same_run(compiled, eager)
     assert compiled.trainer.execution["compile"]
->>>>>>> compile
 
 
 @pytest.mark.slow
