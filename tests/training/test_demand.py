@@ -60,7 +60,7 @@ def test_a_setting_that_asks_for_too_much_is_refused_first(overrides, remedy, sa
             r"warning: trainer.batch_size=5000 is more than the \d+ examples that there are",
         ),
         (
-            ["adapter=lora", "adapter.r=500", SLIM],
+            ["adapter=lora", "adapter.r=64", "model.image_size=32", SLIM],
             r"warning: lora: in \d+ layers \(first .*\) the adapter has",
         ),
         (
