@@ -1,6 +1,7 @@
 """Shared fixtures. The hub is offline: nothing here may depend on it."""
 
 import contextlib
+import gc
 import os
 import resource
 import sys
@@ -15,6 +16,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+gc.disable()  # until all tests are imported: none of that is garbage
+
+FEW = 50  # modules
 MEMORY = 24 << 30  # of addresses: a hostile config may ask for more than the machine has
 
 
@@ -53,6 +57,28 @@ def sandbox(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _one_seed():
     torch.manual_seed(0)
+
+
+_set_apart = 0  # how many modules were imported then
+
+
+def pytest_collection_finish():
+    """Imported objects are no garbage: they are set apart, so that no collection looks at them."""
+    gc.enable()
+    _set_imports_apart()
+
+
+def pytest_runtest_setup():
+    """What a test before has imported is set apart as well: each training asks for a full collection."""
+    if len(sys.modules) > _set_apart + FEW:
+        _set_imports_apart()
+
+
+def _set_imports_apart():
+    global _set_apart
+    gc.collect()
+    gc.freeze()
+    _set_apart = len(sys.modules)
 
 
 def pytest_report_header():

@@ -136,6 +136,7 @@ def serve() -> None:
         os.environ.clear()
         os.environ.update(environment)
         _tidy()
+        gc.freeze()  # what is imported: the next cell's collections need not look at it
 
 
 def _train() -> Any:

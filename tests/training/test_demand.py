@@ -13,6 +13,7 @@ from flora.errors import ConfigError
 from flora.launch.entry import main
 from tests.launch.test_sweep import TINY
 
+SLIM = "+model.architecture={channels:[16,16,32,32]}"
 TOKENS = ("model.timm_name=vit_tiny_patch16_224", "adapter=vpt")
 
 
@@ -59,11 +60,11 @@ def test_a_setting_that_asks_for_too_much_is_refused_first(overrides, remedy, sa
             r"warning: trainer.batch_size=5000 is more than the \d+ examples that there are",
         ),
         (
-            ["adapter=lora", "adapter.r=500"],
+            ["adapter=lora", "adapter.r=64", "model.image_size=32", SLIM],
             r"warning: lora: in \d+ layers \(first .*\) the adapter has",
         ),
         (
-            ["adapter=flora", "adapter.r=500", "adapter.kernel_rank=7"],
+            ["adapter=flora", "adapter.r=500", "adapter.kernel_rank=7", SLIM],
             r"warning: flora: in \d+ layers \(first .*\) the adapter has",
         ),
     ],

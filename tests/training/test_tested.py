@@ -116,7 +116,7 @@ def test_hydra_a_sweep_and_a_worker_read_the_run(run, script, monkeypatch, tmp_p
     swept = [json.loads(path.read_text()) for path in Path("swept").glob("*.json")]
     assert sorted(r["config"]["trainer"]["max_eval_examples"] for r in swept) == [8, 12]
     assert {r["dataset"] for r in swept} == {run["dataset"]}
-    assert worker._run(train, [*asked, "paths.results=worked"]) == (0, True)
+    assert worker._run(train, [*asked, "paths.results=worked"]) == (0, False, True)
     (path,) = Path("worked").glob("*.json")
     assert json.loads(path.read_text())["metrics"] == run["metrics"]
 
