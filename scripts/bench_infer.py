@@ -12,6 +12,8 @@ import statistics
 from functools import partial
 from typing import Any
 
+import flora.launch.installed  # noqa: F401
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves

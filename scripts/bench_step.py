@@ -11,6 +11,8 @@ import statistics
 import sys
 from typing import Any
 
+import flora.launch.installed  # noqa: F401
+
 from flora.bench.methods import METHODS, asked_for
 from flora.bench.networks import add_options
 from flora.bench.report import device_of, facts, main, options, positive, table, write
