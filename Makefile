@@ -15,7 +15,7 @@ check: .venv/installed-dev
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e .
+	$(BIN)/python -m pip install -e ".[suite]"
 	touch $@
 
 .venv/installed-dev: .venv/installed

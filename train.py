@@ -13,6 +13,8 @@ if __name__ == "__main__":
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach flora.launch.entry.main, which prints one line
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import flora.launch.installed  # noqa: F401
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig

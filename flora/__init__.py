@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flora.adapters import FloraConfig, FloraLayer, FloraModel, batched, init_from_gradients, parameter_groups
     from flora.predict import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "FloraConfig",
     "FloraLayer",

@@ -55,7 +55,15 @@ def public(package: str, homes: Mapping[str, str], name: str) -> Any:
 
     Raises:
         AttributeError: no such name.
+        ModuleNotFoundError: what it builds on is not installed; the message names the extra that brings it.
     """
     if name not in homes:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+    except ModuleNotFoundError as error:
+        from flora import extras
+
+        if (said := extras.explained(f"{package}.{name}", error)) is None:
+            raise
+        raise ModuleNotFoundError(said, name=error.name) from None

@@ -5,6 +5,8 @@ import csv
 import json
 from pathlib import Path
 
+import flora.launch.installed  # noqa: F401
+
 import torch
 from matplotlib import pyplot as plt
 from omegaconf import OmegaConf

@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import flora.launch.installed
+
 import numpy as np
 import torch
 from PIL import Image

@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import flora.launch.installed  # noqa: F401
+
 import torch
 from torch import Tensor, nn
 

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import flora.launch.installed
+
 import torch
 from torch import nn
 

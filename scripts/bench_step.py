@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import flora.launch.installed  # noqa: F401
+
 from flora.bench.methods import METHODS, asked_for
 from flora.bench.networks import add_options, add_training_options
 from flora.bench.report import chosen, device_of, facts, main, options, positive, table, write

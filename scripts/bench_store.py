@@ -6,6 +6,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import flora.launch.installed  # noqa: F401
+
 from flora.bench.report import main, positive
 from flora.config import recorded_id
 from flora.errors import DataError

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import flora.launch.installed  # noqa: F401
+
 import torch
 
 from flora.bench.loop import SPREAD, add_options, given, lines_of, row, train_seconds, trainer_settings

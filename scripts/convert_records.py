@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import flora.launch.installed  # noqa: F401
+
 from flora import inputs
 from flora.config import recorded_cell, recorded_id
 from flora.errors import DataError

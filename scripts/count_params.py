@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import flora.launch.installed  # noqa: F401
+
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach flora.launch.entry.main, which prints one line
 
 import hydra

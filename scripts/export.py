@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flora.launch.installed
+
 import peft
 import torch
 import transformers

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import flora.launch.installed  # noqa: F401
+
 from flora.files import ROOT
 from flora.launch.entry import main
 from flora.results.markdown import DASH, markdown_table

@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flora.launch.installed  # noqa: F401
+
 from flora.errors import DataError
+from flora.extras import DISTRIBUTION
 from flora.files import ROOT
 from flora.launch.entry import main
 
@@ -26,7 +29,7 @@ def rendered(report: dict) -> str:
     """The lock of what pip reports (``pip install --report``) that it would install."""
     where = report["environment"]
     packages = {p["metadata"]["name"]: p["metadata"]["version"] for p in report["install"]}
-    lines = [f"{name}=={version}" for name, version in packages.items() if name != "flora"]
+    lines = [f"{name}=={version}" for name, version in packages.items() if name != DISTRIBUTION]
     system = f"{where['platform_system']} {where['platform_machine']}"
     head = HEAD.format(python=where["python_version"], system=system, extras=EXTRAS.replace(",", ", "))
     return head + "\n".join(sorted(lines, key=str.lower)) + "\n"

@@ -5,6 +5,8 @@ import sys
 from functools import reduce
 from pathlib import Path
 
+import flora.launch.installed  # noqa: F401
+
 from flora.launch.entry import main
 from flora.results import freshness
 

@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import flora.launch.installed  # noqa: F401
+
 from flora.errors import DataError
 from flora.launch.entry import main
 from flora.tasks import manifest

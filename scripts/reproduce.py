@@ -11,6 +11,8 @@ from datetime import datetime, timedelta
 from functools import partial, reduce
 from pathlib import Path
 
+import flora.launch.installed  # noqa: F401
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import flora.launch.installed  # noqa: F401
+
 import yaml
 from rich import box
 from rich.console import Console

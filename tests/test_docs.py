@@ -94,7 +94,7 @@ SLOW = {
 # Commands that cannot run here, with the reason; what of them is tested says their first word (see `elsewhere`).
 ELSEWHERE = {
     "python -m venv .venv && . .venv/bin/activate": "a shell's line; run by bash",
-    "pip install -e .": "needs the package index; the tests run in what it made",
+    "pip install -e .[suite]": "needs the package index; the tests run in what it made",
     "make demo": "minutes; printed by make -n",
     "python train.py task=glue task.dataset=rte": "weights of a package",
     "python train.py task=commonsense task.dataset=boolq": "weights of a package",

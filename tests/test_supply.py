@@ -18,8 +18,9 @@ from scripts.make_lock import EXTRAS, rendered
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-REQUIRED = [Requirement(text) for text in PROJECT["dependencies"]]
-EVERY = REQUIRED + [Requirement(text) for extra in PROJECT["optional-dependencies"].values() for text in extra]
+EXTRA = PROJECT["optional-dependencies"]
+REQUIRED = [Requirement(text) for text in PROJECT["dependencies"] + EXTRA["suite"] + EXTRA["lycoris"]]
+EVERY = REQUIRED + [Requirement(text) for texts in EXTRA.values() for text in texts if PROJECT["name"] not in text]
 
 # Used without an import of ours: who imports it, and the words of ours that make it do so.
 INDIRECT = {
@@ -74,11 +75,17 @@ def unmet(requirement, versions):
     return version is None or not requirement.specifier.contains(version, prereleases=True)
 
 
+def of(extras):
+    """What extras ask for, through each other too."""
+    needs = [Requirement(text) for extra in extras for text in EXTRA[extra]]
+    own = {extra for need in needs if need.name == PROJECT["name"] for extra in need.extras}
+    return [need for need in needs if need.name != PROJECT["name"]] + (of(own) if own else [])
+
+
 def test_the_lock_file_is_exact_and_within_the_bounds():
     versions = locked()
-    assert "flora" not in versions
-    extras = [Requirement(text) for extra in EXTRAS.split(",") for text in PROJECT["optional-dependencies"][extra]]
-    assert [str(requirement) for requirement in REQUIRED + extras if unmet(requirement, versions)] == []
+    assert not {"flora", PROJECT["name"]} & set(versions)
+    assert [str(need) for need in [*REQUIRED, *of(EXTRAS.split(","))] if unmet(need, versions)] == []
 
 
 def test_the_lock_file_names_all_that_its_packages_need():
@@ -94,7 +101,7 @@ def test_the_lock_file_names_all_that_its_packages_need():
 
 def test_the_lock_is_what_pip_says_it_would_install():
     where = {"python_version": "3.11", "platform_system": "Linux", "platform_machine": "x86_64"}
-    names = {"torch": "2", "flora": "0.1.0", "Absl": "1"}
+    names = {"torch": "2", "flora-peft": "0.2.0", "Absl": "1"}
     install = [{"metadata": {"name": name, "version": version}} for name, version in names.items()]
     lines = rendered({"environment": where, "install": install}).splitlines()
     assert [line for line in lines if not line.startswith("#")] == ["Absl==1", "torch==2"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from flora import extras
 from flora.errors import ConfigError, FloraError
 from flora.files import write_json
 from flora.launch import pipes, processes
@@ -29,6 +30,11 @@ def main(entry: Callable[[], None]) -> None:
         if processes.tells():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if (said := extras.explained("this", error)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
 
 
 def options(description: str | None) -> argparse.ArgumentParser:

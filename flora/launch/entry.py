@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
+from flora import extras
 from flora.config import one_line
 from flora.errors import ConfigError, FloraError, Interrupted, enough_memory
 from flora.launch import hints, pipes, preemption, processes, sweep
@@ -113,6 +114,12 @@ def _run(entry: Callable[[], Any], trace: Callable[[], bool]) -> None:
         where = f"{error.filename}: " if error.filename else ""
         _tell(f"error: {where}{error.strerror or error}{_remedy(error)}", trace())
         sys.exit(2 if error.filename else 1)
+    except ModuleNotFoundError as error:
+        if (said := extras.explained("this", error)) is None:
+            processes.tells()
+            raise
+        _tell(f"error: {said}", trace())
+        sys.exit(ConfigError.exit_code)
     except Exception:
         processes.tells()  # Python prints the trace, where it is heard
         raise

@@ -1,6 +1,7 @@
 """What to type instead, where Hydra refuses an override: the nearest name there is, or the quoting that works."""
 
 import difflib
+import importlib.util
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ from hydra.errors import ConfigCompositionException, HydraException, OverridePar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flora import config
+from flora import config, extras
 from flora.errors import FloraError
 from flora.files import ROOT
 
@@ -52,6 +53,8 @@ def flags(words: Sequence[str]) -> str | None:
 
 
 def _no_option(group: str, option: str) -> str | None:
+    if option.startswith("submitit_") and importlib.util.find_spec("submitit") is None:
+        return extras.needs(f"{group}={option}", "submitit")
     folder = ROOT / "configs" / group
     options = sorted(path.stem for path in folder.glob("*.yaml"))
     if not options:

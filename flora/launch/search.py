@@ -12,12 +12,12 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
+from flora import extras
 from flora.config import HEAD_ALONE
 from flora.errors import ConfigError, Interrupted
 from flora.launch.sweep import error_of
 
 DIGITS = 3  # significant ones of a number that is tried, so that it can be typed
-INSTALL = 'a search needs optuna: pip install -e ".[search]"'
 
 
 def search(
@@ -48,7 +48,7 @@ def search(
     try:
         import optuna
     except ImportError:
-        raise ConfigError(INSTALL) from None
+        raise ConfigError(extras.needs("a search", "optuna")) from None
     parsed = OverridesParser.create().parse_overrides(arguments)
     fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
     searched = _space(config, space, parsed)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from flora import extras
 from flora.errors import WeightsError, first_line
 from flora.models.quiet import quietly
 from flora.models.weights import cache_dir, sha256_of
@@ -29,7 +30,7 @@ def converted(path: Path) -> Path:
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:
-        raise WeightsError(f"{path.name} needs the package gguf: pip install flora[embedded]")
+        raise WeightsError(extras.needs(path.name, "gguf"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as folder, quietly():

@@ -246,7 +246,7 @@ def _from_package(source: Source) -> Path:
 
 
 def _installed(package: str, member: str) -> Path | None:
-    """The file in an installed package of that version (``pip install flora[embedded]``), which is not imported."""
+    """The file in an installed package of that version (the extra ``embedded``), which is not imported."""
     name, _, version = package.partition("==")
     try:
         distribution = importlib.metadata.distribution(name)

@@ -18,7 +18,8 @@ IMPORT = "import flora"
 LOADING = f"""## Loading this adapter
 
 PEFT knows its method, {{method}}, once the package `flora` is imported; without that, loading ends with
-`KeyError: '{{method}}'`. Install the package (in a clone of its repository: `pip install .`), then:
+`KeyError: '{{method}}'`. Install its distribution, `flora-peft` (in a clone of its repository: `pip install .`; the
+package index's `flora` is another project), then:
 
 ```python
 {IMPORT}  # registers its methods with PEFT

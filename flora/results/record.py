@@ -11,12 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from flora import __version__
 from flora.files import ROOT, write_json
 from flora.secrets import without_secrets
 
 SCHEMA_VERSION = 2
 STATUSES = ("finished", "failed", "interrupted", "running")
-_PACKAGES = ("flora", "torch", "torchvision", "transformers", "accelerate", "peft", "timm", "datasets", "numpy")
+_PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "timm", "datasets", "numpy")
 
 
 @dataclass
@@ -134,7 +135,7 @@ def device_name(use_cpu: bool) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a number."""
-    numbers = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version(), "flora": __version__}  # of the code, wherever it is installed
     for package in _PACKAGES:
         try:
             numbers[package] = version(package)

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from transformers import TrainerCallback
 
+from flora import extras
 from flora.errors import ConfigError
 from flora.results.record import Record
 from flora.secrets import without_secrets
@@ -216,8 +217,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            needed = 'logger=tensorboard needs TensorBoard: pip install -e ".[tensorboard]"'
-            raise ConfigError(f"{needed} ({error})") from error
+            raise ConfigError(f"{extras.needs('logger=tensorboard', 'tensorboard')} ({error})") from error
         self._writer = SummaryWriter
 
     @contextmanager

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import train
+from flora import extras
 from flora.errors import ConfigError
 from flora.launch.entry import main
-from flora.launch.search import INSTALL, validation_value
+from flora.launch.search import validation_value
 
 TINY = (
     *("task=digits", "logger=none", "trainer.device=cpu", "trainer.max_steps=2", "trainer.max_eval_examples=16"),
@@ -35,7 +36,7 @@ def records():
 
 
 def test_a_search_tries_settings_finds_them_again_and_says_the_best(searched):
-    pytest.importorskip("optuna", reason=INSTALL)
+    pytest.importorskip("optuna", reason=extras.needs("this test", "optuna"))
     code, out, err = searched("adapter.r=2")
     assert code == 0, err
     made = records()
@@ -62,7 +63,7 @@ def test_a_search_tries_settings_finds_them_again_and_says_the_best(searched):
 
 
 def test_keys_that_a_method_lacks_are_left_out_and_typed_ranges_replace_the_space(searched):
-    pytest.importorskip("optuna", reason=INSTALL)
+    pytest.importorskip("optuna", reason=extras.needs("this test", "optuna"))
     code, _, err = searched("adapter=lora", "adapter.r=2,4", "trainer.lr=tag(log,interval(0.001,0.002))")
     assert code == 0, err
     assert "search: adapter.scale is left out, nothing here has it" in err
@@ -82,7 +83,7 @@ def test_keys_that_a_method_lacks_are_left_out_and_typed_ranges_replace_the_spac
     ],
 )
 def test_a_search_that_cannot_be_is_one_line(searched, override, message):
-    pytest.importorskip("optuna", reason=INSTALL)
+    pytest.importorskip("optuna", reason=extras.needs("this test", "optuna"))
     code, _, err = searched(override)
     assert code == 2
     assert err.splitlines()[-1].startswith(f"error: {message}")
@@ -92,7 +93,7 @@ def test_a_search_that_cannot_be_is_one_line(searched, override, message):
 def test_without_optuna_the_error_names_the_command(searched, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     code, _, err = searched()
-    assert (code, err) == (2, f"error: {INSTALL}\n")
+    assert (code, err) == (2, 'error: a search needs optuna, which is not installed: pip install -e ".[search]"\n')
 
 
 def test_the_validation_metric_and_never_the_test_is_searched_by():

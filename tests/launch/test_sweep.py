@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from flora import extras
+
 TINY = (
     *("task=digits", "model=timm", "model.timm_name=resnet10t", "model.pretrained=false", "trainer.max_steps=2"),
     *("trainer.max_eval_examples=16", "trainer.batch_size=8", "adapter=linear_probe", "logger=none"),
@@ -25,7 +27,7 @@ LAUNCHERS = {
 
 def needs(launcher):
     if launcher == "submitit":
-        pytest.importorskip("submitit", reason="pip install flora[slurm]")
+        pytest.importorskip("submitit", reason=extras.needs("this test", "submitit"))
 
 
 def command(folder, *overrides):

@@ -137,7 +137,9 @@ def test_what_tensorboards_thread_meets_prints_no_trace(tmp_path, capsys, monkey
 
 def test_without_tensorboard_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ConfigError, match=r"needs TensorBoard: pip install -e \"\.\[tensorboard\]\""):
+    with pytest.raises(
+        ConfigError, match=r"needs tensorboard, which is not installed: pip install -e \"\.\[tensorboard\]\""
+    ):
         TensorBoard()
 
 

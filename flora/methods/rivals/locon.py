@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from flora import extras
+from flora.errors import ConfigError
 from flora.methods.rivals.base import Parametrization, RivalConfig, RivalModel
 from flora.replaced.config import PeftMethod
 
@@ -50,8 +52,10 @@ class Locon(Parametrization):
 
 
 def _lycoris() -> Any:
-    import lycoris.functional.locon  # imports half a second of what only this method needs
-
+    try:
+        import lycoris.functional.locon  # imports half a second of what only this method needs
+    except ModuleNotFoundError as error:
+        raise ConfigError(extras.explained("locon_tucker", error) or str(error)) from error
     return lycoris.functional.locon
 
 
