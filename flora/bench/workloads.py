@@ -22,7 +22,7 @@ from flora.tasks.base import draw
 from flora.tasks.commonsense.questions import DATASETS, PROMPT, RESPONSE, TRAINING_PROMPT
 
 EPOCHS = 2  # so that an epoch ends, is evaluated and another one begins
-HELD_OUT = 120  # texts that a language model is looked at with after each epoch, configs/task/commonsense.yaml
+HELD_OUT = 120  # texts at most that a language model is validated on, as configs/task/commonsense.yaml has it
 SPLITS = ("train", "validation", "test")
 _SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png"}
 
@@ -225,7 +225,8 @@ def _texts(
     workload: Workload, extent: Extent, job: Job, spec: Any, tables: Mapping[str, pa.Table], count: int
 ) -> tuple[Job, list[str], str]:
     writes = workload.kind == "write"
-    wanted = count + (HELD_OUT if writes else 0)
+    held_out = min(HELD_OUT, extent.test) if writes else 0
+    wanted = count + held_out
     train, test = (tables[split] for split in SPLITS[:2])
     if wanted > train.num_rows:
         raise ConfigError(f"--steps: {workload.dataset} has {train.num_rows} texts, {wanted} are needed; lower it")
@@ -245,14 +246,15 @@ def _texts(
         return replace(job, head=spec.classifier[-1]), own, weights
     order = draw(wanted, 0)  # as task.split_seed draws what is held out
     splits = {
-        "train": (train.take(order[HELD_OUT:]), TRAINING_PROMPT),
-        "validation": (train.take(order[:HELD_OUT]), TRAINING_PROMPT),
+        "train": (train.take(order[held_out:]), TRAINING_PROMPT),
+        "validation": (train.take(order[:held_out]), TRAINING_PROMPT),
         "test": (test, PROMPT),
     }
     for split, (rows, prompt) in splits.items():
         with (folder / f"{split}.jsonl").open("w") as lines:
             lines.writelines(json.dumps({"text": text}) + "\n" for text in _dialogues(rows, prompt))
     answers = list(DATASETS["sst2"].ask({"sentence": "", "label": 0}).answers)
+    own += [f"task.validation_size={held_out}"]
     return replace(job, answers=answers), ["task=commonsense", *own], weights
 
 
