@@ -256,6 +256,6 @@ print(predictor.predict(Image.new("RGB", (8, 8))).label in predictor.class_names
     assert ended.returncode == 0, ended.stderr
     ended = without([], tmp_path, "-c", program, place=site)
     assert ended.returncode == 0, ended.stderr
-    known, place = ended.stdout.split()
+    known, place = ended.stdout.splitlines()[-1].split()
     assert known == "True"
     assert Path(place).is_relative_to(tmp_path / "site")
