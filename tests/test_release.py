@@ -249,13 +249,13 @@ def test_the_wheel_alone_runs_the_peft_example_and_loads_a_saved_run(built, tmp_
 import flora
 from PIL import Image
 predictor = flora.load({str(run)!r})
-print(predictor.predict(Image.new("RGB", (8, 8))).label, flora.__file__)
+print(predictor.predict(Image.new("RGB", (8, 8))).label in predictor.class_names, flora.__file__)
 """
     site = tmp_path / "site"
     ended = without(of_extras(), tmp_path, "-c", EXAMPLE, place=site)
     assert ended.returncode == 0, ended.stderr
     ended = without([], tmp_path, "-c", program, place=site)
     assert ended.returncode == 0, ended.stderr
-    label, place = ended.stdout.split()
-    assert label in set("0123456789")
+    known, place = ended.stdout.splitlines()[-1].split()
+    assert known == "True"
     assert Path(place).is_relative_to(tmp_path / "site")
