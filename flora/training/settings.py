@@ -86,7 +86,7 @@ class TrainerSettings:
     log_every: int = 10
     warmup_steps: int | None = None
     eval_steps: int | None = None
-    cuda_graph: str | bool = "auto"
+    cuda_graph: str | bool = False
     compile: bool = False
     distributed: str | None = None
     cache_on_device: str | bool = "auto"
@@ -168,7 +168,7 @@ class TrainerSettings:
                 f"gradient_accumulation={self.gradient_accumulation}: make it a multiple of {parts}"
             )
         if self.cuda_graph is True and processes.count() > 1:
-            raise ConfigError("trainer.cuda_graph=true is for one process: leave it auto under torchrun")
+            raise ConfigError("trainer.cuda_graph=true is for one process: set it to auto or false under torchrun")
 
     @property
     def on_gpu(self) -> bool:

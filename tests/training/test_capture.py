@@ -255,14 +255,14 @@ def test_a_batch_without_padding_runs_eagerly_where_its_mask_is_left_out(recorde
 )
 def test_auto_captures_where_that_is_right_and_pays(monkeypatch, settings, steps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert capture.wanted(TrainerSettings(epochs=1, lr=1, **settings), steps) == expected
+    assert capture.wanted(TrainerSettings(epochs=1, lr=1, **({"cuda_graph": "auto"} | settings)), steps) == expected
 
 
 def test_auto_captures_in_one_process(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert not capture.wanted(TrainerSettings(epochs=1, lr=1), 1000)
+    assert not capture.wanted(TrainerSettings(epochs=1, lr=1, cuda_graph="auto"), 1000)
 
 
 def test_rates_are_of_single_precision_as_a_graph_reads_them():
@@ -349,10 +349,9 @@ def test_on_a_cpu_the_run_goes_on_eagerly_and_says_so(tmp_path, capsys):
     assert not any(asked.trainer.execution.values())
 
 
-def test_by_default_a_run_on_a_cpu_says_nothing(tmp_path, capsys):
+def test_auto_says_nothing_on_a_cpu(tmp_path, capsys):
     capture.say_once.cache_clear()
-    run = toy_run(tmp_path, FULL, max_steps=60, epochs=20, device="cpu")
-    assert run.settings.cuda_graph == "auto"
+    run = toy_run(tmp_path, FULL, max_steps=60, epochs=20, device="cpu", cuda_graph="auto")
     assert not run.train().trainer.execution["cuda_graph"]
     assert "cuda_graph" not in capsys.readouterr().err
 

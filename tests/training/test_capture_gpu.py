@@ -161,7 +161,7 @@ LONG = {"max_steps": 60, "epochs": 60}  # auto leaves short runs alone
     ids=str,
 )
 @pytest.mark.parametrize("method", [lora(), FULL], ids=["lora", "full"])
-def test_by_default_steps_are_captured_and_equal_eager_ones_bit_for_bit(tmp_path, exact, monkeypatch, method, settings):
+def test_steps_are_captured_and_equal_eager_ones_bit_for_bit(tmp_path, exact, monkeypatch, method, settings):
     add_layer(monkeypatch, lambda: nn.Dropout(0.3))
     monkeypatch.setattr(ToyTask, "augment", lambda self: Augment())
     (captured, eager), numbers = drawn(tmp_path, method, **LONG, **settings)
@@ -184,9 +184,7 @@ class Failing(nn.Module):
     ("layer", "reason"),
     [(Failing, "cannot be captured"), (Waiting, "waits for the GPU"), (Drawing, "draws random numbers")],
 )
-def test_by_default_what_cannot_be_captured_runs_eagerly_bit_for_bit(
-    tmp_path, exact, monkeypatch, capsys, layer, reason
-):
+def test_what_auto_cannot_capture_runs_eagerly_bit_for_bit(tmp_path, exact, monkeypatch, capsys, layer, reason):
     capture.say_once.cache_clear()
     add_layer(monkeypatch, lambda: nn.Sequential(nn.Dropout(0.3), layer()))
     monkeypatch.setattr(ToyTask, "augment", lambda self: Augment())
@@ -334,10 +332,10 @@ def text_trainer(folder, network, **settings):
 
 @pytest.mark.parametrize("settings", [{}, {"pad_to_multiple_of": 8}, {"gradient_accumulation": 2}], ids=str)
 @pytest.mark.parametrize(("make", "attention"), [(bert, "sdpa"), (deberta, "eager")], ids=["bert", "deberta"])
-def test_by_default_texts_are_captured_and_equal_eager_ones_bit_for_bit(tmp_path, exact, make, attention, settings):
+def test_texts_are_captured_and_equal_eager_ones_bit_for_bit(tmp_path, exact, make, attention, settings):
     eager, model = twins(lambda: make(attention))
     before, expected = text_trainer(tmp_path, eager, cuda_graph=False, **settings)
-    after, numbers = text_trainer(tmp_path, model, **settings)
+    after, numbers = text_trainer(tmp_path, model, cuda_graph="auto", **settings)
     assert after.execution["cuda_graph"], after.captured.refusal
     losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (after, before)]
     assert len(losses[0]) == 640
