@@ -90,6 +90,7 @@ METHODS = {
     "lokr": "67928a49fb6a",
     "lora": "0db422088178",
     "lora_flat": "354ccae22de5",
+    "lora_plus": "0b08966f367a",
     "lotr": "2ba2f854ab37",
     "moslora": "15f31405ede0",
     "norm_tuning": "9cd5893eb8b2",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from flora.config import composed
 from flora.results.cells import Table
 from flora.results.markdown import DASH, formatted, markdown_table
+from flora.results.paired import paired_markdown
 from flora.results.rows import Row, by_task
 from flora.results.statistics import mean_std
 from flora.results.validation import rates
@@ -139,7 +140,8 @@ def means_markdown(table: Table, rows: Sequence[Row]) -> list[str]:
             [f"{len(reached)} of {len(line.steps)}" if line.steps else DASH, _median(line.steps)] if reaching else []
         )
         body.append(shown)
-    return ["", *markdown_table(head, body), "", f"{_NOTE} {_OF_RATES}" if of_rates else _NOTE]
+    tests = paired_markdown([line for line in lines if line.rate == CHOSEN], table.against, [] if of_rates else models)
+    return ["", *markdown_table(head, body), "", f"{_NOTE} {_OF_RATES}" if of_rates else _NOTE, *tests]
 
 
 def _difference(line: Contender, lines: Sequence[Contender], rows: Sequence[Row], name: str) -> str:

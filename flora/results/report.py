@@ -17,12 +17,14 @@ from markupsafe import Markup
 from flora.results.cells import Table, load, scales
 from flora.results.conclusions import Conclusions, complete, conclusions
 from flora.results.escape import plain
+from flora.results.looks import style
 from flora.results.markdown import DASH
 from flora.results.notes import markers, notes
-from flora.results.plots import Plot, style
+from flora.results.plots import Plot
+from flora.results.reported import as_printed
 from flora.results.rows import Row, blocks, rate_counts
 from flora.results.statistics import mean_std
-from flora.results.tables import COLUMNS, cells_as_text
+from flora.results.tables import COLUMNS, cells_as_text, dashes
 
 ORDER = (  # of tables: the paper's, then ours; those that are not named come last
     *("table1_convnext", "table2_internvit", "table3_glue", "table4_llava", "table5_cost"),
@@ -87,12 +89,17 @@ class Section:
     @property
     def notes(self) -> list[str]:
         """The table's footer."""
-        return notes(self.table, self.rows)
+        return [*dashes(self.rows), *notes(self.table, self.rows)]
+
+    @property
+    def published(self) -> tuple[list[str], list[list[str]], list[str]]:
+        """What was published for it, of other models: head, rows, notes."""
+        return as_printed(self.table)
 
     @property
     def finished(self) -> int:
         """How many of its runs are finished."""
-        return sum(len(row.records) for row in self.rows)
+        return sum(len(row.records) for row in self.rows if not row.chosen)
 
     @property
     def complete(self) -> bool:

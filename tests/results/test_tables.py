@@ -317,7 +317,7 @@ def test_every_kind_of_figure_can_be_drawn(tmp_path, render):
         steps = [{"step": step, "delta_norm": 0.1 * step, "amplification": 2.0} for step in (50, 100)]
         write(store, cell, 0.5, history=steps)
     kinds = set()
-    for name in ("first_table", "rank_sweep", "figure4_norms"):
+    for name in ("vtab", "rank_sweep", "figure4_norms"):
         _, out, _ = render(name)
         kinds |= {path.rpartition("/")[2].split("_")[0] for path in out.split() if path.endswith(".svg")}
     assert kinds == {"pareto", "curves", "radar", "cost", "rank", "norms"}
