@@ -6,7 +6,7 @@ from flora.config import cell_id, composed, identity, semantic_config
 
 OWN_HEAD = ["model=efficientnet_lite0", "model.head_init=null"]  # measured with the head that timm draws
 VTAB = ["task=vtab", "task.augment=auto"]  # measured with crop and flip; VTAB-1K has neither
-GRID = [*VTAB, "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]"]  # tables eurosat and first_table
+GRID = [*VTAB, "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]"]  # of tables that are gone
 MATCHED = [*GRID, "adapter.budget=match:lora:8"]
 ALPHA_16 = [*MATCHED, "adapter.lora_alpha=16"]
 FLORA = ["adapter=flora", "adapter.init=orthogonal", "adapter.scale=1.0"]  # the defaults when these ran

@@ -79,7 +79,7 @@ def paired_markdown(lines: Sequence[Any], against: Sequence[str], models: Sequen
         return []
     head = [*(["protocol"] if protocols else []), "method", "against", "models", "n", "difference", "95 % interval"]
     head += ["p (t)", "p (Holm)", "p (Wilcoxon)", "above, below"]
-    return ["", *markdown_table(head, body), "", _NOTE]
+    return [*markdown_table(head, body), "", _NOTE]
 
 
 def _shown(test: Paired, adjusted: float) -> list[str]:

@@ -8,7 +8,9 @@ from flora.errors import DataError
 from flora.results import benchmarks, own
 from flora.results.cells import Table, load, names, scales
 from flora.results.claims import claims, read_values
-from flora.results.freshness import PAGE, README, README_TABLE, tables_and_figures
+from flora.results.conclusions import complete
+from flora.results.freshness import ANSWERS, PAGE, README, README_TABLE, tables_and_figures
+from flora.results.means import means_lines, tests_lines
 from flora.results.plots import plots, written_hash
 from flora.results.report import Section, address, page
 from flora.results.rows import Row, record_of, rows
@@ -80,13 +82,16 @@ def rendering(
         figures[path].write(path)
     stale = [*outdated, *uncounted] if not draw else []
     if table is None:
-        readme, whole = output.parent / Path(README).name, output / PAGE
-        if readme.exists():
-            texts[readme] = README_TABLE.sub(lambda place: _embedded(place, contents), readme.read_text())
+        answers, whole = output / ANSWERS, output / PAGE
+        for readme in (output.parent / Path(README).name, answers):
+            if readme.exists():
+                texts[readme] = README_TABLE.sub(lambda place: _embedded(place, contents), readme.read_text())
         if stale and whole.exists():
             stale.append(whole)
         elif draw or whole.exists():
-            texts[whole] = page(sections, documents, lambda record: address(Path(record["path"]), whole))
+            texts[whole] = page(
+                sections, documents, lambda record: address(Path(record["path"]), whole), texts.get(answers)
+            )
     stem = "*" if table is None else sections[0].table.stem if sections else table
     there = {path for path in tables_and_figures(output, stem) if not path.name.startswith("claims.")}
     return Rendering(texts, list(figures), stale, sorted(there - {*texts, *figures}))
@@ -143,6 +148,13 @@ def _texts(section: Section, output: Path) -> dict[Path, str]:
 
 
 def _embedded(place: re.Match[str], contents: Contents) -> str:
-    """A table of the README, between its markers."""
-    table = load(place[2])
-    return f"{place[1]}{compact(table, rows(table, contents))}{place[3]}"
+    """What stands in a README between its markers; of an unfinished table's means and tests, how far it is."""
+    table = load(place[3])
+    lines = rows(table, contents)
+    if place[2] == "table":
+        return f"{place[1]}{compact(table, lines)}{place[4]}"
+    if not complete(table, lines):
+        done = sum(len(row.records) for row in lines if not row.chosen)
+        return f"{place[1]}No answer yet: {done} of {len(table.cells)} runs are finished.\n{place[4]}"
+    text = means_lines(table, lines) if place[2] == "means" else tests_lines(table, lines)
+    return "\n".join([place[1].rstrip("\n"), *text, place[4]])

@@ -26,13 +26,14 @@ from flora.results.rows import Row, blocks, rate_counts
 from flora.results.statistics import mean_std
 from flora.results.tables import COLUMNS, cells_as_text, dashes
 
-ORDER = (  # of tables: the paper's, then ours; those that are not named come last
-    *("table1_convnext", "table2_internvit", "table3_glue", "table4_llava", "table5_cost"),
-    *("figure1_radar", "figure4_norms", "vtab", "commonsense", "classification"),
-    *("first_table", "eurosat", "instruct", "glue_rates", "rank_sweep", "kernel_rank_ablation"),
-    *("structure_ablation", "small_budgets", "defaults", "starts", "text_defaults", "demo", "own_runs"),
+ORDER = (  # of tables: those that answer most first; those that are not named come last
+    *("vtab", "budget_curve", "structure_ablation", "ratios", "small_budgets", "table1_convnext", "table2_internvit"),
+    *("table3_glue", "table4_llava", "instruct", "commonsense", "table5_cost", "figure1_radar", "figure4_norms"),
+    *("classification", "eurosat", "rank_sweep", "kernel_rank_ablation", "defaults", "starts", "text_defaults"),
+    *("demo", "own_runs"),
 )
 FILTERS = ("task", "model", "method")
+_LINK = re.compile(r"\[([^\]]+)\]\([^()\s]+\)")  # in Markdown; the page keeps its text
 _ALWAYS = (*FILTERS, "ours")
 
 
@@ -146,7 +147,7 @@ def true_name(record: dict[str, Any]) -> str:
 
 
 def ordered(sections: list[Section]) -> list[Section]:
-    """Tables in the order of the paper, then ours."""
+    """Tables in their order."""
     place = {name: number for number, name in enumerate(ORDER)}
     return sorted(sections, key=lambda section: place.get(section.table.name, len(ORDER)))
 
@@ -189,13 +190,19 @@ class Document:
         return re.sub(r"\W+", "-", self.title.lower())
 
 
-def page(sections: list[Section], documents: list[str], records: Callable[[dict[str, Any]], str]) -> str:
+def page(
+    sections: list[Section],
+    documents: list[str],
+    records: Callable[[dict[str, Any]], str],
+    answers: str | None = None,
+) -> str:
     """The page as HTML; what stands in a record, a config or a name is text there, whatever it holds.
 
     Args:
         sections: the tables.
         documents: further tables, as the Markdown that `make_tables.py` writes.
         records: summary to the address of the record, relative to the page.
+        answers: what the page opens with, as Markdown; None: with what complete tables say.
     """
     loader = PackageLoader("flora.results", "page")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -211,6 +218,7 @@ def page(sections: list[Section], documents: list[str], records: Callable[[dict[
         choices={name: sorted({getattr(row, name) for row in rows}) for name in FILTERS},
         runs=len({record["run_id"] for row in rows for record in row.records.values()}),
         documents=[document(text) for text in documents],
+        answers=None if answers is None else document(answers),
         look=Markup(look),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -223,7 +231,7 @@ def document(text: str) -> Document:
     blocks: list[tuple[str, list[Any]]] = []
     kinds = {"#": "heading", "-": "list", "|": "table"}
     before = ""
-    for line in lines:
+    for line in (_LINK.sub(r"\1", line) for line in lines if not line.startswith(("<!--", "```"))):
         kind = kinds.get(line[:1], "text") if line else ""
         if kind and (kind != before or kind in ("heading", "text")):
             blocks.append((kind, []))
