@@ -18,7 +18,7 @@ from flora.launch.entry import main
 from flora.methods.heads import in_head
 from flora.results.delta import Kept, energy_kept
 from flora.results.escape import file_name, label, spreadsheet
-from flora.results.plots import style
+from flora.results.looks import style
 from flora.results.store import read
 from flora.training import saved
 

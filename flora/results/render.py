@@ -151,7 +151,7 @@ def _embedded(place: re.Match[str], contents: Contents) -> str:
     """What stands in a README between its markers; of an unfinished table's means and tests, how far it is."""
     table = load(place[3])
     lines = rows(table, contents)
-    if place[2] == "table":
+    if place[2] == "table" and any(row.records for row in lines):
         return f"{place[1]}{compact(table, lines)}{place[4]}"
     if not complete(table, lines):
         done = sum(len(row.records) for row in lines if not row.chosen)

@@ -71,8 +71,9 @@ def test_the_main_table_has_five_seeds_of_every_method_at_matched_budgets_and_fo
 
 
 def test_tables_share_cells_that_are_the_same():
-    ids = {name: {cell.cell_id for cell in load(name).cells} for name in ("vtab", "budget_curve", "ratios", "rank_sweep")}
-    at_eight = [cell for cell in load("vtab").cells if cell.method in ("flora", "flora_gradient", "lora") and cell.seed < 3]
+    tables, methods = ("vtab", "budget_curve", "ratios", "rank_sweep"), ("flora", "flora_gradient", "lora")
+    ids = {name: {cell.cell_id for cell in load(name).cells} for name in tables}
+    at_eight = [cell for cell in load("vtab").cells if cell.method in methods and cell.seed < 3]
     for cell in at_eight:
         if cell.model != "efficientnet_lite0":
             assert cell.cell_id in ids["ratios"]
