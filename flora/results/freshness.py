@@ -39,6 +39,7 @@ def inputs(results: Sequence[Path], output: Path) -> str:
     groups: list[tuple[Path, Iterable[Path]]] = [
         *((folder, [p for p in folder.glob("*.json") if not p.name.startswith(".")]) for folder in results),
         (output, (output / "benchmarks").glob("*.json")),
+        (output, (output / "tables").glob("delta_*.csv")),
         (ROOT, (ROOT / "experiments").glob("*.yaml")),
         (ROOT, (ROOT / "configs").rglob("*.yaml")),
         (ROOT, (ROOT / "results" / "reported").glob("*.csv")),

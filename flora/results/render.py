@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora.errors import DataError
-from flora.results import benchmarks, own
+from flora.results import benchmarks, energy, own
 from flora.results.cells import Table, load, names, scales
 from flora.results.claims import claims, read_values
 from flora.results.conclusions import complete
@@ -17,7 +17,7 @@ from flora.results.rows import Row, record_of, rows
 from flora.results.store import Contents
 from flora.results.tables import as_csv, compact, latex, markdown
 
-OTHERS = ("claims", "step_cost")  # tables that are not made of records
+OTHERS = ("claims", "step_cost", "energy")  # tables that are not made of records
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ def rendering(
         texts |= benchmarks.rendered(output)
     if not texts and table == "step_cost":
         raise DataError(f"no result in {output / 'benchmarks'}: run scripts/bench_step.py --json first")
+    energies = energy.read(output / "tables") if table in (None, "energy") else []
+    texts |= {output / "tables" / "energy.md": energy.markdown(energies)} if energies else {}
+    if not texts and table == "energy":
+        raise DataError(f"no delta_*.csv in {output / 'tables'}: run scripts/analyze_delta.py on full runs first")
     documents = [text for path, text in texts.items() if path.suffix == ".md"]
     sections = [] if table in OTHERS else _sections(table, scale, folder, contents, output)
     for section in sections:
@@ -77,6 +81,9 @@ def rendering(
     if table is None and not sections and not benchmarks.rendered(output):
         raise DataError(f"no finished record in {folder}: run train.py or scripts/reproduce.py first")
     figures = {path: plot for section in sections for path, plot in section.figures.items()}
+    if energies:
+        plot = energy.plot(energies)
+        figures[output / "figures" / "energy" / plot.name] = plot
     outdated = [path for path, plot in figures.items() if written_hash(path) != plot.hash]
     for path in outdated if draw else []:
         figures[path].write(path)
