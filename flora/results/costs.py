@@ -1,4 +1,4 @@
-"""Table 5 of the paper from the benchmarks: a step's time, examples a second, memory, and inference with merged weights."""
+"""Table 5 of the paper from the benchmarks: a step's time, examples a second, memory, and merged inference."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ _HEAD = (
     "x LoRA's memory",
 )
 _NOTES = (
-    "forward and backward of one batch, the optimiser left out; ms: median, ± interquartile range; examples/s: the batch"
+    "forward and backward of one batch, the optimiser left out; ms: median, ± interquartile range; examples/s: batch"
     " over that time; memory: the GPU allocator's peak",
     "adapters have the parameters of LoRA of the rank named (bench_step.py --match); full trains everything",
     "networks have random weights and inputs; spreads, commands and commits stand in step_cost",
@@ -55,7 +55,7 @@ def _network(result: dict[str, Any]) -> str:
 def _lines(result: dict[str, Any]) -> list[list[str]]:
     """A line for each method that ran: floors are no methods."""
     rows = [row for row in result["rows"] if not row["method"].startswith("floor")]
-    lora = next((row for row in rows if row["method"] == "lora"), {})
+    lora: dict[str, Any] = next((row for row in rows if row["method"] == "lora"), {})
     lines = []
     for row in rows:
         ms, peak = row.get("ms"), row.get("peak_bytes")
