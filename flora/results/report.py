@@ -90,7 +90,7 @@ class Section:
     @property
     def notes(self) -> list[str]:
         """The table's footer."""
-        return [*dashes(self.rows), *notes(self.table, self.rows)]
+        return [*notes(self.table, self.rows), *dashes(self.rows)]
 
     @property
     def published(self) -> tuple[list[str], list[list[str]], list[str]]:
@@ -218,7 +218,7 @@ def page(
         choices={name: sorted({getattr(row, name) for row in rows}) for name in FILTERS},
         runs=len({record["run_id"] for row in rows for record in row.records.values()}),
         documents=[document(text) for text in documents],
-        answers=None if answers is None else document(answers),
+        answers=None if answers is None else document(_LINK.sub(r"\1", answers)),
         look=Markup(look),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -231,7 +231,7 @@ def document(text: str) -> Document:
     blocks: list[tuple[str, list[Any]]] = []
     kinds = {"#": "heading", "-": "list", "|": "table"}
     before = ""
-    for line in (_LINK.sub(r"\1", line) for line in lines if not line.startswith(("<!--", "```"))):
+    for line in (line for line in lines if not line.startswith(("<!--", "```"))):
         kind = kinds.get(line[:1], "text") if line else ""
         if kind and (kind != before or kind in ("heading", "text")):
             blocks.append((kind, []))

@@ -160,7 +160,7 @@ def markdown(table: Table, rows: Sequence[Row]) -> str:
     lines += markdown_table(shown, [[line[column] for column in shown] for line in body])
     lines += [*_groups_markdown(rows, table.groups), *means_markdown(table, rows)]
     lines += [*(correlations_markdown(rows) if "correlation" in table.definition.get("figures", []) else []), ""]
-    lines += [f"- {escape.markdown(note)}" for note in (*dashes(rows), *notes(table, rows))]
+    lines += [f"- {escape.markdown(note)}" for note in (*notes(table, rows), *dashes(rows))]
     return "\n".join(lines + _published_markdown(table)) + "\n"
 
 
@@ -209,7 +209,7 @@ def latex(table: Table, rows: Sequence[Row]) -> str:
             cells = {column: "--" if text == DASH else escape.latex(text) for column, text in texts[id(row)].items()}
             cells["ours"] = marks[row.mark].format(cells["ours"])
             lines.append(" & ".join(cells[column] for column in shown) + r" \\")
-    said = [f"% {escape.one_line(note)}" for note in (*dashes(rows), *notes(table, rows))]
+    said = [f"% {escape.one_line(note)}" for note in (*notes(table, rows), *dashes(rows))]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *said, r"\end{table}"]) + "\n"
 
 
