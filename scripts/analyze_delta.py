@@ -1,4 +1,4 @@
-"""How low-rank a fine-tuned change is: `python scripts/analyze_delta.py outputs/RUN_ID`, a run with adapter=full."""
+"""How low-rank fine-tuned changes are: `python scripts/analyze_delta.py outputs/RUN_ID ...`, runs with adapter=full."""
 
 import argparse
 import csv
@@ -19,18 +19,17 @@ from flora.errors import ConfigError, DataError, first_line
 from flora.launch.entry import main
 from flora.methods.heads import in_head
 from flora.results.delta import Kept, energy_kept
+from flora.results.energy import STRUCTURES
 from flora.results.escape import file_name, label, spreadsheet
-from flora.results.plots import style
+from flora.results.looks import style
 from flora.results.store import read
 from flora.training import saved
-
-STRUCTURES = {"tucker": "flora", "flattened": "flora_flat", "shuffled": "flora_shuffled"}
 
 
 def analyze_delta() -> None:
     """Parse the command line, compare the weights before and after, write a table and a figure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="output folder of a finished run with adapter=full")
+    parser.add_argument("runs", nargs="+", metavar="run", help="output folder of a finished run with adapter=full")
     parser.add_argument("--r", type=int, default=8, help="rank of the channel modes")
     parser.add_argument("--kernel-rank", type=int, default=2, help="rank of the kernel modes")
     parser.add_argument("--results", type=Path, default=Path("outputs/records"), help="folder of the records")
@@ -40,10 +39,16 @@ def analyze_delta() -> None:
     for name, rank in (("--r", arguments.r), ("--kernel-rank", arguments.kernel_rank)):
         if rank < 1:
             raise ConfigError(f"{name} {rank}: at least 1")
-    folder = saved.adapter_folder(arguments.run)
+    for run in arguments.runs:
+        analyze(run, arguments, alone=len(arguments.runs) == 1)
+
+
+def analyze(run: str, arguments: argparse.Namespace, alone: bool) -> None:
+    """Compare one run's weights before and after, print means and write its table; a figure too where it is alone."""
+    folder = saved.adapter_folder(run)
     facts = saved.facts(folder)
     if facts.get("adapter") != "full":
-        raise ConfigError(f"{arguments.run} is a run with adapter={facts.get('adapter')}: choose one with adapter=full")
+        raise ConfigError(f"{run} is a run with adapter={facts.get('adapter')}: choose one with adapter=full")
     run_id, classes = facts.get("run_id"), facts.get("num_classes")
     if run_id != file_name(str(run_id)) or type(classes) is not int or classes < 1:
         raise DataError(f"{folder / 'run.json'}: run_id {run_id!r:.40}, num_classes {classes!r:.40} are of no run")
@@ -52,7 +57,7 @@ def analyze_delta() -> None:
     if record is None:
         raise DataError(problem or f"{path}: no record")
     if record.get("weights", {}).get("pretrained") is False:
-        raise ConfigError(f"{arguments.run} started from random weights, which are not kept: choose a pretrained model")
+        raise ConfigError(f"{run} started from random weights, which are not kept: choose a pretrained model")
     config = OmegaConf.create(record.get("config", {}))
     model, task = instantiate(config.get("model")), instantiate(config.get("task"))
     if not hasattr(model, "build") or not hasattr(task, "network"):
@@ -71,17 +76,20 @@ def analyze_delta() -> None:
         if not torch.equal(after, before[name])
     ]
     if not layers:
-        raise DataError(f"{arguments.run}: no weight outside the head has changed")
+        raise DataError(f"{run}: no weight outside the head has changed")
     stem = file_name("delta", record["dataset"], record["model"], run_id)
     title = f"{record['dataset']}, {record['model']}, full fine-tuning ({run_id}), r = {arguments.r}"
     table = arguments.output / "tables" / f"{stem}.csv"
-    write_table(layers, table)
-    figure = arguments.output / "figures" / f"{stem}.png"
-    draw(layers, f"{title}, kernel rank {arguments.kernel_rank}", figure)
+    of_run = (record["dataset"], record["model"], arguments.r, arguments.kernel_rank)
+    write_table(layers, table, of_run)
     convolutions = [k for k in layers if k.shuffled is not None]
     means = {structure: mean(convolutions, structure) for structure in STRUCTURES}
     print(json.dumps({"layers": len(layers), "convolutions": len(convolutions)} | means))
-    print(table, figure, sep="\n")
+    print(table)
+    if alone:
+        figure = arguments.output / "figures" / f"{stem}.png"
+        draw(layers, f"{title}, kernel rank {arguments.kernel_rank}", figure)
+        print(figure)
 
 
 def weights_of(path: Path) -> dict[str, Tensor]:
@@ -112,16 +120,18 @@ def mean(layers: list[Kept], structure: str) -> float | None:
     return round(sum(getattr(k, structure) for k in layers) / len(layers), 4) if layers else None
 
 
-def write_table(layers: list[Kept], path: Path) -> None:
-    """One line per layer: shape, parameters, shares kept by structure and by mode."""
+def write_table(layers: list[Kept], path: Path, of_run: tuple[str, str, int, int]) -> None:
+    """One line per layer: shape, parameters, shares kept by structure and by mode, and what was analyzed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["layer", "shape", "params", *STRUCTURES, "modes"])
+        writer.writerow(["layer", "shape", "params", *STRUCTURES, "modes", "dataset", "model", "r", "kernel_rank"])
         for k in layers:
             shares = ["" if share is None else f"{share:.6f}" for share in (k.tucker, k.flattened, k.shuffled)]
             modes = " ".join(f"{share:.4f}" for share in k.modes)
-            writer.writerow([spreadsheet(k.layer), "x".join(map(str, k.shape)), k.params, *shares, modes])
+            writer.writerow(
+                [spreadsheet(k.layer), "x".join(map(str, k.shape)), k.params, *shares, modes, *map(spreadsheet, of_run)]
+            )
 
 
 def draw(layers: list[Kept], title: str, path: Path) -> None:

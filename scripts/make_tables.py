@@ -17,7 +17,9 @@ def make_tables() -> None:
     """Parse the command line, read the records, then write the files or say which are stale."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "table", nargs="?", help="name of a file in experiments/, or step_cost; default: all that have records"
+        "table",
+        nargs="?",
+        help="name of a file in experiments/, or step_cost or energy; default: all that have records",
     )
     parser.add_argument("--scale", default="mini", help="mini or paper")
     parser.add_argument(

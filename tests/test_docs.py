@@ -39,9 +39,9 @@ APPENDED = {
     "python scripts/prepare_data.py eurosat glue/rte": ["--from", "datasets"],  # instead of a download
     "python scripts/prepare_data.py eurosat --from /mnt/datasets --data data": ["--from", "datasets"],
     "python scripts/prepare_data.py easy_vqa": ["--from", "datasets"],
-    "python scripts/reproduce.py first_table --jobs 2": ["--dry-run"],  # 90 runs
+    "python scripts/reproduce.py vtab --jobs 2": ["--dry-run"],  # 650 runs
     "python scripts/reproduce.py table3_glue --only adapter=lora,flora --only seed=0": ["--dry-run"],
-    "python scripts/make_tables.py first_table --results results/measured --results outputs/records": [
+    "python scripts/make_tables.py vtab --results results/measured --results outputs/records": [
         *("--results", str(ROOT / "results" / "measured"))  # records of the repository
     ],
     "python scripts/bench_step.py --model resnet50 --batch 64 --methods floor,full,lora,flora": [
@@ -78,7 +78,7 @@ SLOW = {
     "python scripts/make_tables.py --check",
     "python scripts/runs.py --page",
     "python scripts/make_tables.py step_cost",
-    "python scripts/make_tables.py first_table --results results/measured --results outputs/records",
+    "python scripts/make_tables.py vtab --results results/measured --results outputs/records",
     "python scripts/bench_train.py --model convnext --batch 256 --size 64",
     "python scripts/bench_end_to_end.py --workload convnext_64 --data data",
     "python scripts/bench_dense.py --task segment --model convnext --batch 16 --trainer num_workers=12",

@@ -6,7 +6,7 @@ from flora.config import cell_id, composed, identity, semantic_config
 
 OWN_HEAD = ["model=efficientnet_lite0", "model.head_init=null"]  # measured with the head that timm draws
 VTAB = ["task=vtab", "task.augment=auto"]  # measured with crop and flip; VTAB-1K has neither
-GRID = [*VTAB, "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]"]  # tables eurosat and first_table
+GRID = [*VTAB, "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]"]  # of tables that are gone
 MATCHED = [*GRID, "adapter.budget=match:lora:8"]
 ALPHA_16 = [*MATCHED, "adapter.lora_alpha=16"]
 FLORA = ["adapter=flora", "adapter.init=orthogonal", "adapter.scale=1.0"]  # the defaults when these ran
@@ -90,6 +90,7 @@ METHODS = {
     "lokr": "67928a49fb6a",
     "lora": "0db422088178",
     "lora_flat": "354ccae22de5",
+    "lora_plus": "0b08966f367a",
     "lotr": "2ba2f854ab37",
     "moslora": "15f31405ede0",
     "norm_tuning": "9cd5893eb8b2",

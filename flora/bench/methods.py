@@ -12,8 +12,10 @@ from flora.bench.dense import make_dense
 from flora.bench.networks import Network, network
 from flora.bench.report import DTYPES
 from flora.errors import ConfigError
+from flora.methods.bitfit import BitFit
 from flora.methods.full import Full
 from flora.methods.heads import trained
+from flora.methods.linear_probe import LinearProbe
 from flora.methods.peft import Peft
 
 METHODS = {
@@ -22,11 +24,22 @@ METHODS = {
     "floor_cast": "the same with the weights of linear layers and convolutions already in the compute dtype",
     "full": "everything trains",
     "lora": "PEFT's LoRA, depthwise and grouped convolutions left out",
+    "dora": "PEFT's DoRA, depthwise and grouped convolutions left out",
+    "lora_flat": "LoRA with convolutions flattened, depthwise ones too",
+    "locon_tucker": "LyCORIS' LoCon with Tucker-2 for convolutions",
+    "bitfit": "biases, those of normalisation layers too",
+    "linear_probe": "the head alone",
     "flora": "FLoRA, forward=auto, within flora.batched, as train.py runs it",
     "flora_alone": "FLoRA, forward=auto, every layer building its own weights, as without flora.batched",
     "flora_factored": "FLoRA, forward=factored",
     "flora_merged": "FLoRA, forward=merged",
     "dense": "FLoRA as its published layers run it",
+}
+_CONVOLUTIONS = ["Linear", "Conv1d", "Conv2d", "Conv3d"]
+_RIVALS: dict[str, tuple[str, dict[str, Any]]] = {  # config class and options, beside the rank or the budget
+    "dora": ("peft.LoraConfig", {"use_dora": True, "lora_alpha": "2r", "skip_depthwise": True}),
+    "lora_flat": ("flora.methods.LoraFlatConfig", {"alpha": "2r", "layer_types": ["Linear", "Conv2d"]}),
+    "locon_tucker": ("flora.methods.LoconConfig", {"alpha": "r", "layer_types": _CONVOLUTIONS}),
 }
 _CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -91,8 +104,9 @@ class Methods:
             self._adapted = list(lora.ranks)
             if layers == "common":
                 self.targets = "|".join(re.escape(name) for name in sorted(lora.ranks))
+            self._matched = trained(lora.model, self.head)[0] if ranks.match else None
             if ranks.match:
-                solved: Any = self._flora("flora", trained(lora.model, self.head)[0])
+                solved: Any = self._flora("flora", self._matched)
                 self._rank_pattern = solved.apply(spec.skeleton(), self.head).model.peft_config["default"].rank_pattern
 
     def prepare(self, method: str, model: nn.Module, compiled: bool = False) -> Prepared:
@@ -145,10 +159,17 @@ class Methods:
             layer.register_forward_hook(_add_start)
         return list(starts.values())
 
-    def tuning(self, method: str) -> Full | Peft:
+    def tuning(self, method: str) -> Full | Peft | BitFit | LinearProbe:
         """The fine-tuning method behind a name other than the floors."""
-        if method == "full":
-            return Full("full")
+        simple: dict[str, Any] = {"full": Full("full"), "bitfit": BitFit("bitfit", norms=True)}
+        simple["linear_probe"] = LinearProbe("linear_probe")
+        if method in simple:
+            return simple[method]
+        if method in _RIVALS:
+            config, options = _RIVALS[method]
+            rival = Peft(method, config, self.targets, **{"r": self.ranks.r, **options})
+            rival.set_budget(self._matched)
+            return rival
         return self._lora() if method == "lora" else self._flora(method)
 
     def _lora(self) -> Peft:

@@ -24,13 +24,16 @@ class BitFit:
         """Unfreeze the biases and the head; layers without a bias are listed as skipped.
 
         Raises:
-            ValueError: no convolution or linear layer has a bias.
+            ValueError: no convolution or linear layer has a bias, nor, with ``norms``, a normalisation layer.
         """
         layers = [n for n in adaptable(model, head) if not isinstance(model.get_submodule(n), nn.Embedding)]
         biased = {f"{name}.bias" for name in layers if getattr(model.get_submodule(name), "bias", None) is not None}
-        if not biased:
-            raise ValueError("bitfit: no convolution or linear layer of this model has a bias to train")
-        trained = biased | {f"{name}.bias" for name in normalisations(model, head) if self.norms}
+        norms = normalisations(model, head) if self.norms else []
+        of_norms = [name for name in norms if getattr(model.get_submodule(name), "bias", None) is not None]
+        trained = biased | {f"{name}.bias" for name in of_norms}
+        if not trained:
+            hint = "" if self.norms else "; adapter.norms=true trains those of normalisation layers"
+            raise ValueError(f"bitfit: no convolution or linear layer of this model has a bias to train{hint}")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained or in_head(name, head))
         return Adapted(model, skipped=[name for name in layers if f"{name}.bias" not in biased])

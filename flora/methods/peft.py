@@ -44,6 +44,7 @@ class Peft:
             methods that run their update as a convolution with the layer's ``padding``.
         layer_types: the kinds of layers that the method can adapt, e.g. ``[Linear]``; others are left out. None: all.
         core_lr_ratio: how many times faster FLoRA's cores learn than all else; None: as fast.
+        b_lr_ratio: the same of LoRA's second matrix B, as in LoRA+ (arXiv 2402.12354).
         explain: say on stderr, when training starts, in which form every layer runs (methods that have several).
         options: everything else goes to the PEFT config; a ``*_pattern`` may be a list of ``{pattern, rank}`` (or
             ``{pattern, shape}``), since Hydra's command line cannot carry a regex as a key; an alpha may be a multiple
@@ -67,6 +68,7 @@ class Peft:
         skip_own_padding: bool = False,
         layer_types: Sequence[str] | None = None,
         core_lr_ratio: float | None = None,
+        b_lr_ratio: float | None = None,
         explain: bool = False,
         **options: Any,
     ) -> None:
@@ -82,9 +84,10 @@ class Peft:
             raise ValueError(f"adapter.config_class {config_class!r} is not allowed: it is no PEFT config")
         self.budget: Budget | None = None
         self.explain = explain
-        if core_lr_ratio is not None and not (type(core_lr_ratio) in (int, float) and 0 < core_lr_ratio < math.inf):
-            raise ValueError(f"adapter.core_lr_ratio must be a number above 0, got {core_lr_ratio!r}")
-        self.core_lr_ratio = core_lr_ratio
+        self._lr_ratios = {"core_lr_ratio": core_lr_ratio, "b_lr_ratio": b_lr_ratio}
+        for key, ratio in self._lr_ratios.items():
+            if ratio is not None and not (type(ratio) in (int, float) and 0 < ratio < math.inf):
+                raise ValueError(f"adapter.{key} must be a number above 0, got {ratio!r}")
         self.target_modules = target_modules
         self.skip_depthwise = skip_depthwise
         self.skip_own_padding = skip_own_padding
@@ -157,11 +160,22 @@ class Peft:
                 f"target_modules: {self.target_modules!r} match no layer; layers are called {layers}, ..."
             ) from error
         callbacks: list[TrainerCallback] = [Explain()] if self.explain else []
-        cores = core_parameters(wrapped) if self.core_lr_ratio is not None else {}
-        if self.core_lr_ratio is not None and not cores:
-            raise ValueError(f"core_lr_ratio: {self.name} trains no core; leave it out")
-        scales = dict.fromkeys(cores, self.core_lr_ratio or 1.0)
-        return Adapted(wrapped, skipped, effective_ranks(wrapped), callbacks, lr_scales=scales)
+        return Adapted(wrapped, skipped, effective_ranks(wrapped), callbacks, lr_scales=self._lr_scales(wrapped))
+
+    def _lr_scales(self, wrapped: nn.Module) -> dict[str, float]:
+        """Factors of the learning rate, by name, of what learns at a rate of its own."""
+        scales: dict[str, float] = {}
+        for key, parameters, what in (
+            ("core_lr_ratio", core_parameters, "core"),
+            ("b_lr_ratio", _b_parameters, "matrix B of LoRA"),
+        ):
+            ratio = self._lr_ratios[key]
+            if ratio is not None:
+                faster = parameters(wrapped)
+                if not faster:
+                    raise ValueError(f"{key}: {self.name} trains no {what}; leave it out")
+                scales |= dict.fromkeys(faster, ratio)
+        return scales
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's format, head included)."""
@@ -227,6 +241,12 @@ class Explain(TrainerCallback):
         low = torch.float16 if args.fp16 else torch.bfloat16
         with torch.autocast(args.device.type, low, enabled=args.bf16 or args.fp16):
             print(*tuner.explain(), sep="\n", file=sys.stderr)
+
+
+def _b_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained second matrices of LoRA's layers and embeddings, by name."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {n: p for n, p in trained.items() if ".lora_B." in f".{n}" or ".lora_embedding_B." in f".{n}"}
 
 
 def _pattern(key: str, value: Any) -> Any:

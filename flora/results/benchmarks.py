@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flora.errors import DataError
+from flora.results import costs
 from flora.results.escape import code, spreadsheet
 from flora.results.escape import markdown as escaped
 from flora.results.markdown import formatted, markdown_table
@@ -70,7 +71,11 @@ def rendered(results: Path) -> dict[Path, str]:
     """The files made of ``results/benchmarks``: text by path; nothing where nothing was measured."""
     measured = read(results / "benchmarks")
     stem = results / "tables" / "step_cost"
-    return {stem.with_suffix(".md"): markdown(measured), stem.with_suffix(".csv"): as_csv(measured)} if measured else {}
+    if not measured:
+        return {}
+    texts = {stem.with_suffix(".md"): markdown(measured), stem.with_suffix(".csv"): as_csv(measured)}
+    table_5 = costs.markdown(measured)
+    return texts | ({results / "tables" / "table5_cost.md": table_5} if table_5 else {})
 
 
 def markdown(measured: Sequence[dict[str, Any]]) -> str:

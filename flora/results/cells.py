@@ -13,7 +13,8 @@ each, of its metrics ``boolq_accuracy`` and ``piqa_accuracy``.
 A part's ``label`` stands in its rows for the settings in which parts differ; empty: its rows show the method alone.
 A scale that chooses says ``split: validation``: its values are those of validation, at the chosen rate and at each rate
 of the grid. ``against: [lora, dora]``, names of rows, asks for means over data sets and models and for the differences
-to these rows (``flora.results.means``).
+to these rows (``flora.results.means``), with paired tests. ``choose: [{method: M, label: L, of: [rows]}]`` adds rows
+that take, seed by seed, the best of several rows on validation (``flora.results.rows.chosen_rows``).
 """
 
 import itertools
@@ -148,6 +149,11 @@ class Table:
         return self._of_scale.get("against", [])
 
     @property
+    def choose(self) -> list[dict[str, Any]]:
+        """Rows to add, each with its ``method``, its ``label`` and the names ``of`` rows that it chooses from."""
+        return self._of_scale.get("choose", [])
+
+    @property
     def _of_scale(self) -> dict[str, Any]:
         return self.definition.get("scales", {}).get(self.scale, {})
 
@@ -214,6 +220,11 @@ def load(table: str, scale: str = "mini") -> Table:
             raise ConfigError(f"experiments/{table}.yaml lists the same cell twice: {' '.join(cell.overrides)}")
     loaded = Table(table, scale, definition, cells)
     there = {row_name(method, settings) for _, _, method, settings, _ in loaded.rows}
+    if missing := [name for choice in loaded.choose for name in choice["of"] if name not in there]:
+        raise ConfigError(
+            f"experiments/{table}.yaml: choose: no row is called {missing[0]!r}: choose of {', '.join(sorted(there))}"
+        )
+    there |= {row_name(choice["method"], choice["label"]) for choice in loaded.choose}
     if missing := [name for name in loaded.against if name not in there]:
         raise ConfigError(
             f"experiments/{table}.yaml: against: no row is called {missing[0]!r}: choose of {', '.join(sorted(there))}"
@@ -261,6 +272,14 @@ def _parts(table: str, scale: Any) -> list[dict[str, Any]]:
     against = scale.get("against", [])
     if not isinstance(against, list) or not all(isinstance(name, str) for name in against):
         raise ConfigError(f"experiments/{table}.yaml: against must be a list of names of rows, got {against!r:.100}")
+    choices = scale.get("choose", [])
+    for choice in choices if isinstance(choices, list) else [choices]:
+        sound = isinstance(choice, dict) and choice.keys() == {"method", "label", "of"}
+        if not sound or not isinstance(choice["of"], list) or scale.get("split", "test") != "test":
+            raise ConfigError(
+                f"experiments/{table}.yaml: choose must list {{method, label, of: [rows]}}, of a table of tests;"
+                f" got {choice!r:.100}"
+            )
     for part in (scale, *parts):
         tests = part.get("tests", [])
         if not isinstance(tests, list) or not all(isinstance(name, str) for name in tests):

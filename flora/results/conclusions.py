@@ -25,7 +25,7 @@ class Conclusions:
 def complete(table: Table, rows: Sequence[Row]) -> bool:
     """Whether all runs of a table that can be run are finished; a table without cells is a list of what was run."""
     wanted = len([cell for cell in table.cells if cell.not_runnable_yet is None])
-    done = sum(len(row.records) for row in rows)
+    done = sum(len(row.records) for row in rows if not row.chosen)
     return done > 0 and (not table.cells or done == wanted)
 
 

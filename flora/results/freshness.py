@@ -19,10 +19,11 @@ from typing import Any
 from flora.files import ROOT, write_json
 
 MANIFEST = "rendered.json"
-PAGE, README = "report.html", "../README.md"  # seen from the folder of what is rendered
+PAGE, README, ANSWERS = "report.html", "../README.md", "README.md"  # seen from the folder of what is rendered
 README_TABLE = re.compile(
-    r"(<!-- table (\w+), rendered by scripts/make_tables.py -->\n).*?(<!-- end of table -->)", re.S
+    r"(<!-- (table|means|tests) (\w+), rendered by scripts/make_tables.py -->\n).*?(<!-- end of \2 -->)", re.S
 )
+"""Places in a README: a table at a glance, or its means, or its paired tests."""
 # What run ids, tests of significance and pages come from. Not matplotlib: a figure is told by the hash of its data.
 _PACKAGES = ("hydra-core", "omegaconf", "pyyaml", "numpy", "scipy", "jinja2", "markupsafe")
 _RENDERER = ROOT / "flora" / "results" / "render.py"
@@ -38,6 +39,7 @@ def inputs(results: Sequence[Path], output: Path) -> str:
     groups: list[tuple[Path, Iterable[Path]]] = [
         *((folder, [p for p in folder.glob("*.json") if not p.name.startswith(".")]) for folder in results),
         (output, (output / "benchmarks").glob("*.json")),
+        (output, (output / "tables").glob("delta_*.csv")),
         (ROOT, (ROOT / "experiments").glob("*.yaml")),
         (ROOT, (ROOT / "configs").rglob("*.yaml")),
         (ROOT, (ROOT / "results" / "reported").glob("*.csv")),
@@ -100,7 +102,7 @@ def fresh(table: str | None, results: Sequence[Path], output: Path) -> bool:
     files = tables_and_figures(output, table or "*")
     due = {key: digest for key, digest in manifest["files"].items() if table is None or _belongs(key, table)}
     if table is None:
-        files += [output / name for name in (PAGE, README) if (output / name).exists()]
+        files += [output / name for name in (PAGE, README, ANSWERS) if (output / name).exists()]
         if not (output / PAGE).exists():
             due.pop(PAGE, None)
     return bool(due) and {_key(path, output): _sum(path) for path in files} == due

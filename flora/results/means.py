@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from flora.config import composed
 from flora.results.cells import Table
 from flora.results.markdown import DASH, formatted, markdown_table
+from flora.results.paired import paired_markdown
 from flora.results.rows import Row, by_task
 from flora.results.statistics import mean_std
 from flora.results.validation import rates
@@ -113,12 +114,29 @@ def _default_rates(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def means_markdown(table: Table, rows: Sequence[Row]) -> list[str]:
-    """The means as a Markdown table, below the rows; nothing where the table asks for none, or no run is finished."""
+    """Means and paired tests, below the rows; nothing where the table asks for none, or no run is finished."""
     if not table.against or not any(row.records for row in rows):
         return []
-    lines = contenders(table, rows)
+    tests = tests_lines(table, rows)
+    return ["", *means_lines(table, rows), *(["", *tests] if tests else [])]
+
+
+def tests_lines(table: Table, rows: Sequence[Row]) -> list[str]:
+    """Paired tests of the rows against those that the table names, as Markdown, at the rates chosen."""
+    chosen = [line for line in contenders(table, rows) if line.rate == CHOSEN]
+    return paired_markdown(chosen, table.against, [] if table.split == "validation" else _models(rows))
+
+
+def _models(rows: Sequence[Row]) -> list[str]:
+    """The models, where there are several."""
     models = list(dict.fromkeys(row.model for row in rows))
-    models = models if len(models) > 1 else []
+    return models if len(models) > 1 else []
+
+
+def means_lines(table: Table, rows: Sequence[Row]) -> list[str]:
+    """The means as a Markdown table, and how they are made."""
+    lines = contenders(table, rows)
+    models = _models(rows)
     of_rates = any(line.rate != CHOSEN for line in lines)
     reaching = any(line.steps for line in lines)
     protocols = any(line.protocol for line in lines)
@@ -139,7 +157,7 @@ def means_markdown(table: Table, rows: Sequence[Row]) -> list[str]:
             [f"{len(reached)} of {len(line.steps)}" if line.steps else DASH, _median(line.steps)] if reaching else []
         )
         body.append(shown)
-    return ["", *markdown_table(head, body), "", f"{_NOTE} {_OF_RATES}" if of_rates else _NOTE]
+    return [*markdown_table(head, body), "", f"{_NOTE} {_OF_RATES}" if of_rates else _NOTE]
 
 
 def _difference(line: Contender, lines: Sequence[Contender], rows: Sequence[Row], name: str) -> str:

@@ -13,7 +13,7 @@ _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 def notes(table: Table, rows: Sequence[Row]) -> list[str]:
     """What every table ends with, and what its file says of it."""
-    records = [record for row in rows for record in row.records.values()]
+    records = [record for row in rows if not row.chosen for record in row.records.values()]
     lines = [
         *stated(table, rows),
         "ours: mean ± sample standard deviation over n seeds; adapter params leave the head out",

@@ -1,4 +1,4 @@
-"""Figures from records. A method looks the same everywhere, in colours safe for colour-blind readers (Okabe-Ito)."""
+"""Figures from records."""
 
 import hashlib
 import io
@@ -6,49 +6,27 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from flora.errors import ConfigError
+from flora.results import budget_figure
+from flora.results import norms as norm_figures
 from flora.results.cells import Table
 from flora.results.escape import file_name
 from flora.results.escape import label as shown_as
+from flora.results.looks import LOOK, SIZE, legend, looks, metric_of, plain_axes, style
 from flora.results.rows import Row, digest
 from flora.results.statistics import mean_std
 from flora.results.vector import noted, small
 
-STYLES = {
-    "flora": ("#D55E00", "o"),
-    "lora": ("#0072B2", "s"),
-    "dora": ("#009E73", "P"),
-    "full": ("#000000", "D"),
-    "linear_probe": ("#999999", "^"),
-    "bitfit": ("#E69F00", "v"),
-    "adalora": ("#56B4E9", "<"),
-    "houlsby": ("#CC79A7", ">"),
-    "flora_flat": ("#F0A070", "X"),
-    "flora_shuffled": ("#A04000", "*"),
-    "flora_nocore": ("#E8C468", "h"),
-    "flora_kernelfree": ("#7A5230", "p"),
-}
-OTHER = ("#CC79A7", "d")
-SIZE = (5.6, 3.6)  # inches; the legend stands below
-LOOK: Any = {  # of matplotlib
-    **{"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False},
-    **{"svg.fonttype": "none", "svg.hashsalt": "flora"},
-}
 _VERSION = 4  # bumped when figures of the same data look different
-_LINES, _FILLS = ("-", "--", ":", "-."), ("full", "none", "left", "right", "top", "bottom")
 _NEAR, _APART = 0.03, 0.03  # of an axis: markers nearer than this are set so far apart
 
 
@@ -109,9 +87,8 @@ def plots(table: Table, rows: list[Row], whole: Callable[[str], dict[str, Any] |
     for kind in table.definition.get("figures", ["pareto"]):
         if kind not in _KINDS:
             raise ConfigError(f"experiments/{table.name}.yaml: no figure {kind!r}: choose among {', '.join(_KINDS)}")
-        per_model = kind == "radar"
-        for key in dict.fromkeys(("" if per_model else r.task, r.model, r.protocol) for r in measured):
-            chosen = [row for row in measured if (row.model, row.protocol) == key[1:] and key[0] in ("", row.task)]
+        for key in dict.fromkeys(_place(kind, row) for row in measured):
+            chosen = [row for row in measured if _place(kind, row) == key]
             if not _USABLE[kind](chosen, whole):
                 continue
             title = ", ".join(part for part in key if part) + "\n" + textwrap.fill(table.title, 78)
@@ -119,6 +96,12 @@ def plots(table: Table, rows: list[Row], whole: Callable[[str], dict[str, Any] |
             content = json.dumps([_VERSION, kind, title, digest(records)])
             draw = _drawing(kind, shown_as(title), chosen, whole)
             yield Plot(kind, *key, hashlib.sha256(content.encode()).hexdigest(), draw)
+
+
+def _place(kind: str, row: Row) -> tuple[str, str, str]:
+    """Task, model and protocol of the figure of a kind that a row belongs to; empty where a figure shows several."""
+    task, model = kind not in ("radar", "budget"), kind != "budget"
+    return row.task if task else "", row.model if model else "", row.protocol
 
 
 def _drawing(kind: str, title: str, rows: list[Row], whole: Callable[[str], Any]) -> Callable[[], Figure]:
@@ -130,7 +113,7 @@ def pareto(title: str, rows: list[Row], whole: Any) -> Figure:
 
     Budgets within a decade or so get an even axis. Markers of nearly equal budgets are set apart, and the axis says so.
     """
-    figure, axes = _axes(title, "trained parameters (adapter and head)", _metric(rows))
+    figure, axes = plain_axes(title, "trained parameters (adapter and head)", metric_of(rows))
     trained = [row.first["trainable_params"] + row.first["head_params"] for row in rows]
     wide = max(trained) > 20 * max(1, min(trained))
     places = apart([math.log10(max(1, count)) if wide else float(count) for count in trained])
@@ -150,7 +133,7 @@ def pareto(title: str, rows: list[Row], whole: Any) -> Figure:
     axes.xaxis.set_major_formatter(lambda value, _: _count(value))
     if not np.allclose(shown, trained, rtol=1e-9):
         axes.set_xlabel(axes.get_xlabel() + ", equal ones set apart")
-    _legend(figure, drawn, linestyle="none")
+    legend(figure, drawn, linestyle="none")
     return figure
 
 
@@ -190,7 +173,7 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def rank(title: str, rows: list[Row], whole: Any) -> Figure:
     """Metric against rank, one line a method, bars for the deviation over seeds; methods stand a little apart."""
-    figure, axes = _axes(title, "rank r", _metric(rows))
+    figure, axes = plain_axes(title, "rank r", metric_of(rows))
     methods = list(dict.fromkeys(row.method for row in rows if _rank(row)))
     drawn = looks((method, method) for method in methods)
     for at, method in enumerate(methods):
@@ -202,7 +185,7 @@ def rank(title: str, rows: list[Row], whole: Any) -> Figure:
     axes.set_xticks(sorted({r for row in rows if (r := _rank(row))}))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    _legend(figure, drawn)
+    legend(figure, drawn)
     return figure
 
 
@@ -212,9 +195,9 @@ def curves(title: str, rows: list[Row], whole: Callable[[str], Any]) -> Figure:
 
 
 def norms(title: str, rows: list[Row], whole: Callable[[str], Any]) -> Figure:
-    """Norm of the change and its amplification factor against step (Figure 4 of the paper)."""
+    """Norm of the change and its amplification against step (the paper's Figure 4), each method at its best rate."""
     shown = [("delta_norm", "mean norm of the change, Frobenius"), ("amplification", "mean amplification factor")]
-    return _over_steps(title, rows, whole, shown)
+    return _over_steps(title, norm_figures.best_rates(rows), whole, shown)
 
 
 def radar(title: str, rows: list[Row], whole: Any) -> Figure:
@@ -244,8 +227,8 @@ def radar(title: str, rows: list[Row], whole: Any) -> Figure:
         height = "center" if abs(y) < 0.3 else "bottom" if y > 0 else "top"
         text = f"{shown_as(task)}\n{low:.3f} to {high:.3f}"
         axes.text(angle, 1.13, text, ha=side, va=height, fontsize=8)
-    figure.suptitle(f"{_metric(rows)}, {title}", fontsize=8)
-    _legend(figure, drawn)
+    figure.suptitle(f"{metric_of(rows)}, {title}", fontsize=8)
+    legend(figure, drawn)
     return figure
 
 
@@ -269,28 +252,6 @@ def cost(title: str, rows: list[Row], whole: Any) -> Figure:
     return figure
 
 
-def style(method: str) -> tuple[str, str]:
-    """A method's colour and marker; a flattened rival looks like the method."""
-    return STYLES.get(method) or STYLES.get(method.removesuffix("_flat")) or OTHER
-
-
-def looks(named: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
-    """Names of lines, each once, and how they are drawn: their method's colour and marker; settings of one differ.
-
-    Args:
-        named: methods, each with the name of a line.
-    """
-    chosen: dict[str, dict[str, Any]] = {}
-    before: dict[tuple[str, str], int] = {}
-    for method, name in named:
-        if name not in chosen:
-            colour, marker = style(method)
-            at = before[colour, marker] = before.get((colour, marker), -1) + 1
-            line, fill = _LINES[at % len(_LINES)], _FILLS[at % len(_FILLS)]
-            chosen[name] = {"color": colour, "marker": marker, "linestyle": line, "fillstyle": fill}
-    return chosen
-
-
 def _over_steps(title: str, rows: list[Row], whole: Callable[[str], Any], shown: list[tuple[str, str]]) -> Figure:
     figure, many = plt.subplots(
         1, len(shown), figsize=(SIZE[0] * (1 if len(shown) == 1 else 1.5), SIZE[1]), layout="constrained", squeeze=False
@@ -308,7 +269,7 @@ def _over_steps(title: str, rows: list[Row], whole: Callable[[str], Any], shown:
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(label)
     figure.suptitle(title, fontsize=8)
-    _legend(figure, drawn)
+    legend(figure, drawn)
     return figure
 
 
@@ -324,29 +285,6 @@ def _goes_on(name: str) -> Callable[[list[Row], Any], bool]:
     return lambda rows, whole: any(len(_series(row, whole, name)[0]) > 1 for row in rows)
 
 
-def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
-    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.set_title(title, fontsize=8)
-    return figure, axes
-
-
-def _legend(figure: Figure, drawn: dict[str, dict[str, Any]], **other: Any) -> None:
-    """What names look like, below a figure, which grows by it; ``other`` replaces what is the same for all."""
-    texts = [shown_as(textwrap.fill(name, 44)) for name in drawn]
-    columns = min(3 if max(map(len, texts)) < 30 else 2, len(texts))
-    handles = [Line2D([], [], markersize=5, **look | other) for look in drawn.values()]
-    lines = sum(text.count("\n") + 1 for text in texts) / columns
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.15 * math.ceil(lines) + 0.1)
-    figure.legend(handles, texts, loc="outside lower center", ncols=columns, fontsize=7)
-
-
-def _metric(rows: list[Row]) -> str:
-    return shown_as("test " + ", ".join(sorted({row.first["metric"] for row in rows})))
-
-
 def _rank(row: Row) -> int | None:
     match = re.search(r"(?:^|, )r=(\d+)", row.settings)
     return int(match[1]) if match else None
@@ -357,6 +295,8 @@ _KINDS: dict[str, Callable[[str, list[Row], Any], Figure]] = {
     "rank": rank,
     "curves": curves,
     "norms": norms,
+    "correlation": norm_figures.correlation,
+    "budget": budget_figure.budget,
     "radar": radar,
     "cost": cost,
 }
@@ -367,6 +307,8 @@ _USABLE: dict[str, Callable[[list[Row], Any], bool]] = {  # whether there is mor
     ),
     "curves": _goes_on("loss"),
     "norms": _goes_on("delta_norm"),
+    "correlation": norm_figures.usable,
+    "budget": budget_figure.usable,
     "radar": lambda rows, whole: len({row.task for row in rows}) > 2 and len({row.name for row in rows}) > 1,
     "cost": lambda rows, whole: sum(bool(row.relative("train_seconds")) for row in rows) > 1,
 }

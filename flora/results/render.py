@@ -5,17 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora.errors import DataError
-from flora.results import benchmarks, own
+from flora.results import benchmarks, energy, own
 from flora.results.cells import Table, load, names, scales
 from flora.results.claims import claims, read_values
-from flora.results.freshness import PAGE, README, README_TABLE, tables_and_figures
+from flora.results.conclusions import complete
+from flora.results.freshness import ANSWERS, PAGE, README, README_TABLE, tables_and_figures
+from flora.results.means import means_lines, tests_lines
 from flora.results.plots import plots, written_hash
 from flora.results.report import Section, address, page
 from flora.results.rows import Row, record_of, rows
 from flora.results.store import Contents
 from flora.results.tables import as_csv, compact, latex, markdown
 
-OTHERS = ("claims", "step_cost")  # tables that are not made of records
+OTHERS = ("claims", "step_cost", "energy")  # tables that are not made of records
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ def rendering(
         texts |= benchmarks.rendered(output)
     if not texts and table == "step_cost":
         raise DataError(f"no result in {output / 'benchmarks'}: run scripts/bench_step.py --json first")
+    energies = energy.read(output / "tables") if table in (None, "energy") else []
+    texts |= {output / "tables" / "energy.md": energy.markdown(energies)} if energies else {}
+    if not texts and table == "energy":
+        raise DataError(f"no delta_*.csv in {output / 'tables'}: run scripts/analyze_delta.py on full runs first")
     documents = [text for path, text in texts.items() if path.suffix == ".md"]
     sections = [] if table in OTHERS else _sections(table, scale, folder, contents, output)
     for section in sections:
@@ -75,18 +81,24 @@ def rendering(
     if table is None and not sections and not benchmarks.rendered(output):
         raise DataError(f"no finished record in {folder}: run train.py or scripts/reproduce.py first")
     figures = {path: plot for section in sections for path, plot in section.figures.items()}
+    if energies:
+        plot = energy.plot(energies)
+        figures[output / "figures" / "energy" / plot.name] = plot
     outdated = [path for path, plot in figures.items() if written_hash(path) != plot.hash]
     for path in outdated if draw else []:
         figures[path].write(path)
     stale = [*outdated, *uncounted] if not draw else []
     if table is None:
-        readme, whole = output.parent / Path(README).name, output / PAGE
-        if readme.exists():
-            texts[readme] = README_TABLE.sub(lambda place: _embedded(place, contents), readme.read_text())
+        answers, whole = output / ANSWERS, output / PAGE
+        for readme in (output.parent / Path(README).name, answers):
+            if readme.exists():
+                texts[readme] = README_TABLE.sub(lambda place: _embedded(place, contents), readme.read_text())
         if stale and whole.exists():
             stale.append(whole)
         elif draw or whole.exists():
-            texts[whole] = page(sections, documents, lambda record: address(Path(record["path"]), whole))
+            texts[whole] = page(
+                sections, documents, lambda record: address(Path(record["path"]), whole), texts.get(answers)
+            )
     stem = "*" if table is None else sections[0].table.stem if sections else table
     there = {path for path in tables_and_figures(output, stem) if not path.name.startswith("claims.")}
     return Rendering(texts, list(figures), stale, sorted(there - {*texts, *figures}))
@@ -143,6 +155,13 @@ def _texts(section: Section, output: Path) -> dict[Path, str]:
 
 
 def _embedded(place: re.Match[str], contents: Contents) -> str:
-    """A table of the README, between its markers."""
-    table = load(place[2])
-    return f"{place[1]}{compact(table, rows(table, contents))}{place[3]}"
+    """What stands in a README between its markers; of an unfinished table's means and tests, how far it is."""
+    table = load(place[3])
+    lines = rows(table, contents)
+    if place[2] == "table" and any(row.records for row in lines):
+        return f"{place[1]}{compact(table, lines)}{place[4]}"
+    if not complete(table, lines):
+        done = sum(len(row.records) for row in lines if not row.chosen)
+        return f"{place[1]}No answer yet: {done} of {len(table.cells)} runs are finished.\n{place[4]}"
+    text = means_lines(table, lines) if place[2] == "means" else tests_lines(table, lines)
+    return "\n".join([place[1].rstrip("\n"), *text, place[4]])

@@ -17,20 +17,23 @@ from markupsafe import Markup
 from flora.results.cells import Table, load, scales
 from flora.results.conclusions import Conclusions, complete, conclusions
 from flora.results.escape import plain
+from flora.results.looks import style
 from flora.results.markdown import DASH
 from flora.results.notes import markers, notes
-from flora.results.plots import Plot, style
+from flora.results.plots import Plot
+from flora.results.reported import as_printed
 from flora.results.rows import Row, blocks, rate_counts
 from flora.results.statistics import mean_std
-from flora.results.tables import COLUMNS, cells_as_text
+from flora.results.tables import COLUMNS, cells_as_text, dashes
 
-ORDER = (  # of tables: the paper's, then ours; those that are not named come last
-    *("table1_convnext", "table2_internvit", "table3_glue", "table4_llava", "table5_cost"),
-    *("figure1_radar", "figure4_norms", "vtab", "commonsense", "classification"),
-    *("first_table", "eurosat", "instruct", "glue_rates", "rank_sweep", "kernel_rank_ablation"),
-    *("structure_ablation", "small_budgets", "defaults", "starts", "text_defaults", "demo", "own_runs"),
+ORDER = (  # of tables: those that answer most first; those that are not named come last
+    *("vtab", "budget_curve", "structure_ablation", "ratios", "small_budgets", "table1_convnext", "table2_internvit"),
+    *("table3_glue", "table4_llava", "instruct", "commonsense", "table5_cost", "figure1_radar", "figure4_norms"),
+    *("classification", "eurosat", "rank_sweep", "kernel_rank_ablation", "defaults", "starts", "text_defaults"),
+    *("demo", "own_runs"),
 )
 FILTERS = ("task", "model", "method")
+_LINK = re.compile(r"\[([^\]]+)\]\([^()\s]+\)")  # in Markdown; the page keeps its text
 _ALWAYS = (*FILTERS, "ours")
 
 
@@ -87,12 +90,17 @@ class Section:
     @property
     def notes(self) -> list[str]:
         """The table's footer."""
-        return notes(self.table, self.rows)
+        return [*notes(self.table, self.rows), *dashes(self.rows)]
+
+    @property
+    def published(self) -> tuple[list[str], list[list[str]], list[str]]:
+        """What was published for it, of other models: head, rows, notes."""
+        return as_printed(self.table)
 
     @property
     def finished(self) -> int:
         """How many of its runs are finished."""
-        return sum(len(row.records) for row in self.rows)
+        return sum(len(row.records) for row in self.rows if not row.chosen)
 
     @property
     def complete(self) -> bool:
@@ -139,7 +147,7 @@ def true_name(record: dict[str, Any]) -> str:
 
 
 def ordered(sections: list[Section]) -> list[Section]:
-    """Tables in the order of the paper, then ours."""
+    """Tables in their order."""
     place = {name: number for number, name in enumerate(ORDER)}
     return sorted(sections, key=lambda section: place.get(section.table.name, len(ORDER)))
 
@@ -182,13 +190,19 @@ class Document:
         return re.sub(r"\W+", "-", self.title.lower())
 
 
-def page(sections: list[Section], documents: list[str], records: Callable[[dict[str, Any]], str]) -> str:
+def page(
+    sections: list[Section],
+    documents: list[str],
+    records: Callable[[dict[str, Any]], str],
+    answers: str | None = None,
+) -> str:
     """The page as HTML; what stands in a record, a config or a name is text there, whatever it holds.
 
     Args:
         sections: the tables.
         documents: further tables, as the Markdown that `make_tables.py` writes.
         records: summary to the address of the record, relative to the page.
+        answers: what the page opens with, as Markdown; None: with what complete tables say.
     """
     loader = PackageLoader("flora.results", "page")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -204,6 +218,7 @@ def page(sections: list[Section], documents: list[str], records: Callable[[dict[
         choices={name: sorted({getattr(row, name) for row in rows}) for name in FILTERS},
         runs=len({record["run_id"] for row in rows for record in row.records.values()}),
         documents=[document(text) for text in documents],
+        answers=None if answers is None else document(_LINK.sub(r"\1", answers)),
         look=Markup(look),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -216,7 +231,7 @@ def document(text: str) -> Document:
     blocks: list[tuple[str, list[Any]]] = []
     kinds = {"#": "heading", "-": "list", "|": "table"}
     before = ""
-    for line in lines:
+    for line in (line for line in lines if not line.startswith(("<!--", "```"))):
         kind = kinds.get(line[:1], "text") if line else ""
         if kind and (kind != before or kind in ("heading", "text")):
             blocks.append((kind, []))

@@ -3,14 +3,14 @@
 import hashlib
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flora.results.cells import Cell, Table, row_name
 from flora.results.reported import Published, published
 from flora.results.statistics import first_places
 from flora.results.store import Contents
-from flora.results.validation import first_reaching, on_validation
+from flora.results.validation import first_reaching, on_validation, rates, with_norms
 
 METHODS = {
     "flora": "FLoRA",
@@ -49,9 +49,11 @@ class Row:
         overrides: what to type after ``python train.py``, the seed left out.
         note: what the table's file says of these runs, or None.
         published: the published number of the same cell, or None.
+        published_model: the model that it is of, where that is another; there is no difference to it then.
         mark: ``best``, ``tied`` or nothing.
         lora: the record of LoRA that time and memory are related to, by seed.
         runnable: how many of the cells can run; None: all.
+        chosen: its runs are those of other rows, the best of each seed on validation, and count there.
     """
 
     task: str
@@ -67,6 +69,8 @@ class Row:
     mark: str = ""
     lora: dict[int, dict[str, Any]] = field(default_factory=dict)
     runnable: int | None = None
+    published_model: str | None = None
+    chosen: bool = False
 
     @property
     def complete(self) -> bool:
@@ -87,6 +91,13 @@ class Row:
     def first(self) -> dict[str, Any]:
         """The record of the lowest seed."""
         return self.records[min(self.records)]
+
+    @property
+    def difference(self) -> float | None:
+        """How far its mean lies above the published number; None where that is of another model, or there is none."""
+        if not self.records or self.published is None or self.published.value is None or self.published_model:
+            return None
+        return statistics.fmean(self.values) - self.published.value
 
     @property
     def tuned(self) -> bool:
@@ -112,7 +123,9 @@ class Row:
         """Its note, how it was run where a published number stands beside it, and where its grid chose nothing."""
         said = [self.note] if self.note else []
         beside = self.published is not None and self.published.value is not None and self.records
-        if beside and not self.note and self.protocol != AS_PUBLISHED:
+        if beside and self.published_model:
+            said.append(f"the published number is of {self.published_model}, so that no difference is shown")
+        elif beside and not self.note and self.protocol != AS_PUBLISHED:
             rate = "chosen on validation" if self.tuned else "not chosen"
             here = f"{self.model}, protocol {self.first['protocol']}, learning rate {rate}"
             said.append(f"not known to follow the protocol of the published number beside it: {here}")
@@ -159,7 +172,45 @@ def _way(record: dict[str, Any]) -> tuple[Any, ...]:
 def rows(table: Table, contents: Contents) -> list[Row]:
     """The lines of a table, blocks of one task and model together, marks set."""
     reported = published(table)
-    return set_marks([_row(key, cells, table, contents, reported) for key, cells in table.rows.items()])
+    measured = [_row(key, cells, table, contents, reported) for key, cells in table.rows.items()]
+    return set_marks([*measured, *chosen_rows(table.choose, measured)])
+
+
+def chosen_rows(choices: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[Row]:
+    """A row for each choice in each block of one task, model and protocol that has all rows to choose from.
+
+    Each of its seeds is the run that did best on validation at its own chosen rate, of equal ones the first named; a
+    seed stands only where all the runs to choose from are finished, and chose a rate on validation.
+
+    Args:
+        choices: each with the ``method`` and ``label`` to show, and the names ``of`` the rows to choose from.
+        rows: of the table.
+    """
+    named: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        named.setdefault((row.task, row.model, row.protocol), {})[row.name] = row
+    made = []
+    for choice in choices:
+        for block in named.values():
+            if block.keys() >= set(choice["of"]):
+                made.append(_chosen(choice["method"], choice["label"], [block[name] for name in choice["of"]]))
+    return made
+
+
+def _chosen(method: str, label: str, rows: Sequence[Row]) -> Row:
+    records = {}
+    for seed in sorted(set.intersection(*(set(row.records) for row in rows))):
+        runs = [(_reached(row.records[seed]), row.records[seed]) for row in rows]
+        if all(reached is not None for reached, _ in runs):
+            records[seed] = max(runs, key=lambda run: run[0] or 0.0)[1]
+    kept: dict[str, Any] = {"overrides": (), "note": None, "published": None, "chosen": True}
+    return replace(rows[0], method=method, settings=label, records=records, **kept)
+
+
+def _reached(record: dict[str, Any]) -> float | None:
+    """What a run reached on validation at the rate that it chose there; None where it chose none."""
+    chosen = (record.get("selection") or {}).get("chosen")
+    return None if chosen is None else rates(record).get(f"{chosen:g}")
 
 
 def set_marks(rows: Sequence[Row]) -> list[Row]:
@@ -220,6 +271,8 @@ def _row(
 ) -> Row:
     task, model, method, settings, protocol = key
     records = {c.seed: on_set(record_of(c, contents), task if c.tests else None) for c in cells}
+    if "correlation" in table.definition.get("figures", []):
+        records = {seed: with_norms(record, contents.whole) for seed, record in records.items()}
     if table.split == "validation":
         records = {seed: on_validation(record, contents.whole) for seed, record in records.items()}
     printed = reported.get((cells[0].published or "", METHODS.get(method, method), task))
@@ -227,9 +280,10 @@ def _row(
     finished = {s: r for s, r in sorted(records.items()) if r}
     note = cells[0].note
     runnable = sum(not cell.not_runnable_yet for cell in cells)
-    return Row(
-        *(task, model, method, settings, finished, len(cells), overrides, protocol, note, printed), runnable=runnable
-    )
+    of = (table.definition.get("published") or {}).get("model")
+    elsewhere = of if of and of != model else None
+    said: dict[str, Any] = {"runnable": runnable, "published_model": elsewhere}
+    return Row(*(task, model, method, settings, finished, len(cells), overrides, protocol, note, printed), **said)
 
 
 def record_of(cell: Cell, contents: Contents) -> dict[str, Any] | None:

@@ -9,7 +9,9 @@ from flora.results import escape
 from flora.results.cells import Table
 from flora.results.markdown import DASH, formatted, markdown_table
 from flora.results.means import means_markdown
+from flora.results.norms import correlations_markdown
 from flora.results.notes import markers, notes, stated
+from flora.results.reported import as_printed
 from flora.results.rows import Row, blocks, by_task, rate_counts
 from flora.results.statistics import mean_std
 
@@ -34,9 +36,42 @@ _MARKS = {"best": "**{}**", "tied": "{}*", "": "{}"}
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """The columns of a table: the protocol where it has several, steps where it knows some."""
+    """The columns of a table: protocols, steps, published numbers and differences to them where it has any."""
+    beside = any(row.published and row.published.value is not None for row in rows)
     shown = {"protocol": any(row.protocol for row in rows), "steps to LoRA": any(row.steps_to_lora for row in rows)}
+    shown |= {"published": beside, "difference": any(row.difference is not None for row in rows)}
     return [column for column in COLUMNS if shown.get(column, True)]
+
+
+_DASHES = {
+    "published": "the paper, or a table that it takes over, prints no such number, or none was found",
+    "difference": "no number to compare with",
+    "steps to LoRA": "no seed reaches LoRA's final value on validation, or LoRA is not finished",
+    "time / LoRA": "no run of LoRA on the same kind of device in the same way, or several of them",
+    "memory / LoRA": "as for time, or memory was not measured",
+    "lr": "the head alone was trained, at a rate that was not chosen",
+}
+
+
+def dashes(rows: Sequence[Row]) -> list[str]:
+    """What the dashes of a table mean, a line for each column that has some; then which rows have no run, and why."""
+    shown = set(columns(rows))
+    texts = [dict(zip(COLUMNS, cells_as_text(row), strict=True)) for row in rows if row.records]
+    said = [f"{c}, -: {why}" for c, why in _DASHES.items() if c in shown and any(text[c] == DASH for text in texts)]
+    empty = [row for row in rows if not row.records]
+    closed = sum(row.runnable == 0 for row in empty)
+    if closed:
+        said.append(f"rows of dashes: {closed} cannot be run yet, for the reason that the table's file gives")
+    if len(empty) > closed:
+        said.append(f"rows of dashes: of {len(empty) - closed} no run is finished")
+    return said
+
+
+def _published_markdown(table: Table) -> list[str]:
+    head, body, said = as_printed(table)
+    if not head:
+        return []
+    return ["", "## Published", "", *markdown_table(head, body), "", *(f"- {escape.markdown(line)}" for line in said)]
 
 
 def group_means(rows: Sequence[Row], groups: dict[str, list[str]]) -> list[list[str]]:
@@ -86,7 +121,7 @@ def cells_as_text(row: Row) -> list[str]:
     return [
         *text,
         f"{mean:.4f}" + (f" ± {std:.4f}" if std is not None else "") + f" ({n})",
-        formatted(None if printed is None else mean - printed, "+.4f"),
+        formatted(row.difference, "+.4f"),
         first["metric"],
         _steps(row),
         f"{first['trainable_params']:,}",
@@ -123,8 +158,10 @@ def markdown(table: Table, rows: Sequence[Row]) -> str:
         line["ours"] = _marked(row, line["ours"])
     lines = [f"# {escape.markdown(table.title)}", ""]
     lines += markdown_table(shown, [[line[column] for column in shown] for line in body])
-    lines += [*_groups_markdown(rows, table.groups), *means_markdown(table, rows), ""]
-    return "\n".join(lines + [f"- {escape.markdown(note)}" for note in notes(table, rows)]) + "\n"
+    lines += [*_groups_markdown(rows, table.groups), *means_markdown(table, rows)]
+    lines += [*(correlations_markdown(rows) if "correlation" in table.definition.get("figures", []) else []), ""]
+    lines += [f"- {escape.markdown(note)}" for note in (*notes(table, rows), *dashes(rows))]
+    return "\n".join(lines + _published_markdown(table)) + "\n"
 
 
 def compact(table: Table, rows: Sequence[Row]) -> str:
@@ -140,7 +177,7 @@ def compact(table: Table, rows: Sequence[Row]) -> str:
         body.append([model, _with_protocol(name, protocol), ", ".join(sorted(params)) or DASH, *shown])
     lines = markdown_table(["model", "method", "adapter params", *names], body)
     said = [f"- {escape.markdown(note)}" for note in stated(table, rows)]
-    done = sum(len(row.records) for row in rows)
+    done = sum(len(row.records) for row in rows if not row.chosen)
     where = f"results/tables/{table.stem}.md"
     end = f"{done} of {len(table.cells)} runs are finished; [all columns]({where})."
     return "\n".join([*lines, "", *said, *([""] if said else []), end, ""])
@@ -162,7 +199,7 @@ def latex(table: Table, rows: Sequence[Row]) -> str:
     """A booktabs table, a rule between blocks of one task, model and protocol."""
     marks = {"best": r"\textbf{{{}}}", "tied": "{}*", "": "{}"}
     shown, texts = columns(rows), dict(zip(map(id, rows), lines_as_text(rows), strict=True))
-    left = shown.index("published")
+    left = sum(column in ("task", "model", "method", "protocol") for column in shown)
     lines = [r"% \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{escape.latex(table.title)}}}"]
     lines += [r"\begin{tabular}{" + "l" * left + "r" * (len(shown) - left) + "}", r"\toprule"]
     lines += [" & ".join(map(escape.latex, shown)) + r" \\", r"\midrule"]
@@ -172,7 +209,7 @@ def latex(table: Table, rows: Sequence[Row]) -> str:
             cells = {column: "--" if text == DASH else escape.latex(text) for column, text in texts[id(row)].items()}
             cells["ours"] = marks[row.mark].format(cells["ours"])
             lines.append(" & ".join(cells[column] for column in shown) + r" \\")
-    said = [f"% {escape.one_line(note)}" for note in notes(table, rows)]
+    said = [f"% {escape.one_line(note)}" for note in (*notes(table, rows), *dashes(rows))]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *said, r"\end{table}"]) + "\n"
 
 
@@ -186,10 +223,9 @@ def as_csv(rows: Sequence[Row]) -> str:
     for row in rows:
         printed = row.published.value if row.published else None
         mean, std = mean_std(row.values) if row.records else (None, None)
-        difference = mean - printed if mean is not None and printed is not None else None
         metric = row.first["metric"] if row.records else None
         what = [row.task, row.model, row.method, row.settings, row.protocol, metric]
-        left = [*what, printed, mean, std, len(row.values), difference, row.mark]
+        left = [*what, printed, mean, std, len(row.values), row.difference, row.mark]
         spent = [_mean_of(row, key) for key in costs]
         right = [row.relative("train_seconds"), row.relative("peak_memory_bytes")]
         writer.writerow(map(escape.spreadsheet, (*left, *spent, *right, "; ".join(row.footnotes))))

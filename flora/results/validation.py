@@ -41,6 +41,21 @@ def on_validation(
     return record | {"value": value, "metric": f"validation {metric}", "split": "validation", "curve": curve}
 
 
+def with_norms(record: dict[str, Any] | None, whole: Callable[[str], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """A summary with its run's last ``delta_norm`` and ``amplification``, and ``validation``, what it reached there.
+
+    Args:
+        record: a summary, or None.
+        whole: run id to the whole record.
+    """
+    if record is None:
+        return None
+    history = (whole(record["run_id"]) or {}).get("history") or []
+    last = {name: seen[-1][1] for name in ("delta_norm", "amplification") if (seen := series(history, name))}
+    reached = on_validation(record, whole)
+    return record | last | ({} if reached is None else {"validation": reached["value"]})
+
+
 def rates(record: dict[str, Any]) -> dict[str, float | None]:
     """The value on validation at each rate of a grid, None at one that diverged; empty without a grid."""
     return (record.get("selection") or {}).get("values") or {}

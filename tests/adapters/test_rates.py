@@ -3,10 +3,11 @@
 import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 import flora
-from flora.config import cell_id, composed
+from flora.config import cell_id, composed, instantiate_method
 from flora.methods import Peft
 from flora.training.groups import parameter_groups
 from flora.training.settings import TrainerSettings
@@ -67,3 +68,20 @@ def test_a_ratio_that_is_none_is_refused(settings, said):
         Peft("flora", "flora.FloraConfig", ["0"], **settings)
     with pytest.raises(ValueError, match="lora trains no core"):
         Peft("lora", "peft.LoraConfig", ["2"], core_lr_ratio=2).apply(network(), [])
+    with pytest.raises(ValueError, match="b_lr_ratio: flora trains no matrix B of LoRA"):
+        Peft("flora", "flora.FloraConfig", ["0"], b_lr_ratio=2, r=2).apply(network(), [])
+
+
+def test_lora_plus_gives_b_the_rate_that_pefts_helper_gives_it():
+    adapter = composed(["adapter=lora_plus", "adapter.b_lr_ratio=4", "adapter.target_modules=all"]).adapter
+    adapted = instantiate_method(adapter).apply(network(), ["2"])
+    groups = parameter_groups(
+        adapted.model.named_parameters(), ["2"], adapted.lr_scales, TrainerSettings(epochs=1, lr=0.01, head_lr=None)
+    )
+    names = {id(p): name for name, p in adapted.model.named_parameters()}
+    ours = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    theirs = create_loraplus_optimizer(adapted.model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=4)
+    expected = {names[id(p)]: group["lr"] for group in theirs.param_groups for p in group["params"]}
+    matrices = [name for name in ours if "lora_" in name]  # the helper takes a head's bias for one of B
+    assert {name: ours[name] for name in matrices} == pytest.approx({name: expected[name] for name in matrices})
+    assert all(rate == (0.04 if "lora_B" in name else 0.01) for name, rate in ours.items())

@@ -9,7 +9,7 @@ from flora.errors import ConfigError
 from flora.results import cells
 from tests.methods.small import Small, method
 
-TWICE = ("lora", "dora", "lora_flat", "dora_flat", "moslora", "trilora")
+TWICE = ("lora", "lora_plus", "dora", "lora_flat", "dora_flat", "moslora", "trilora")
 ONCE = ("pissa", "loha", "lokr", "locon_tucker")
 FACTORS = {**dict.fromkeys(TWICE, 2.0), **dict.fromkeys(ONCE, 1.0)}
 BUDGETS = dict.fromkeys(FACTORS, 3000) | {"pissa": 7 * 128, "lokr": 2000}  # in reach, and not of one rank everywhere

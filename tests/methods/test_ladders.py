@@ -30,6 +30,7 @@ FORMULAS = {
     "lora": lambda o, i, k, g, r: r * (i * max(k, 1) ** 2 + o),
     "dora": lambda o, i, k, g, r: r * (i * max(k, 1) ** 2 + o) + o,
     "rslora": lambda o, i, k, g, r: r * (i * max(k, 1) ** 2 + o),
+    "lora_plus": lambda o, i, k, g, r: r * (i * max(k, 1) ** 2 + o),
     "lora_flat": lambda o, i, k, g, r: r * max(k, 1) ** 2 * (i + o // g),
     "dora_flat": lambda o, i, k, g, r: r * max(k, 1) ** 2 * (i + o // g) + o,
     "loha": lambda o, i, k, g, r: 2 * r * (i // g * max(k, 1) ** 2 + o),
@@ -43,7 +44,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_costs_are_the_published_formulas_and_what_peft_builds(name):
-    formula, skips = FORMULAS[name], name in ("lora", "dora", "rslora")
+    formula, skips = FORMULAS[name], name in ("lora", "dora", "rslora", "lora_plus")
     layers = {"stem": (24, 3, 5, 1), "depthwise": (24, 24, 3, 24), "point": (32, 24, 1, 1), "up": (96, 32, 0, 1)}
     chosen = method(name)
     model = Small()

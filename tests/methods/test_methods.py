@@ -38,6 +38,7 @@ SKIPPED = {
     ("pissa", "convnext"): r"conv_dw|stem\.0|downsample\.1",
     ("pissa", "vit"): r"patch_embed\.proj",
     ("rslora", "convnext"): "conv_dw",
+    ("lora_plus", "convnext"): "conv_dw",
 }
 # LLaVA reads the features before its vision tower's last layer, so nothing trains behind them.
 UNUSED = ("layers.1.", "post_layernorm")

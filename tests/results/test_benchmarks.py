@@ -11,7 +11,7 @@ import pytest
 from flora.errors import DataError
 from flora.files import ROOT
 from flora.launch.entry import main
-from flora.results import benchmarks
+from flora.results import benchmarks, costs
 from scripts import make_tables
 
 FACTS = {
@@ -190,3 +190,21 @@ def test_the_page_on_speed_says_what_the_benchmarks_measured():
         result = json.loads((ROOT / "results" / "benchmarks" / f"{name}.json").read_text())
         spreads = [row["ms_spread"] / row["ms"] for row in result["rows"]]
         assert (0.11 < min(spreads) < max(spreads) < 0.34) if name in noisy else max(spreads) < 0.05
+
+
+def test_table_5_shows_methods_at_equal_parameters_on_a_gpu():
+    rows = [
+        {"method": "floor", "ms": 10.0, "ms_spread": 0.1, "peak_bytes": 10**9, "trainable_params": 0},
+        {"method": "lora", "ms": 20.0, "ms_spread": 0.2, "peak_bytes": 2 * 10**9, "trainable_params": 1000},
+        {"method": "flora", "ms": 16.0, "ms_spread": 0.1, "peak_bytes": 10**9, "trainable_params": 999},
+        {"method": "dora", "ms": None, "ms_spread": None, "peak_bytes": None, "trainable_params": 998},
+    ]
+    facts = {"benchmark": "step", "model": "net", "batch": 32, "size": 64, "dtype": "bf16", "r": 8, "captured": False}
+    measured = [facts | {"rows": rows, "match": True, "device": "GPU"}]
+    text = costs.markdown([*measured, facts | {"rows": rows, "match": False, "device": "GPU"}])
+    (flora,) = [line for line in text.splitlines() if "| flora |" in line]
+    assert flora.endswith("| eager | flora | 16.00 ± 0.10 | 2,000 | 1.00 | 999 | 0.80 | 0.50 |")
+    (dora,) = [line for line in text.splitlines() if "| dora |" in line]
+    assert dora.endswith("| dora | - | - | - | 998 | - | - |")
+    assert "| floor" not in text
+    assert costs.markdown([measured[0] | {"device": "cpu: a"}]) == ""

@@ -54,12 +54,12 @@ def test_a_markdown_table_keeps_its_cells(evil):
     lines = markdown(TABLE, evil).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + len(evil)
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {15}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {13}
     read = document("\n".join(lines))
     assert read.title == SHOWN
     ((_, cells),) = [block for block in read.blocks if block[0] == "table"]
     assert cells[2][0] == SHOWN
-    assert all(len(row) == 14 for row in cells)
+    assert all(len(row) == 12 for row in cells)
     notes = [line for kind, lines in read.blocks if kind == "list" for line in lines]
     assert notes[:2] == [SHOWN, f"¹ {SHOWN}"]
     assert markdown_table(["a"], [["x | y"]])[-1] == r"| x \| y |"
@@ -69,7 +69,7 @@ def test_latex_has_no_command_of_a_text(evil):
     text = latex(TABLE, evil)
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(body) == 1 + len(evil)
-    assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {13}
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {11}
     known = r"\\(?:textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar)\{\}|\\[&%$#_{}]"
     for line in body:
         left = re.sub(rf"{known}|\\textbf\{{|\$\\pm\$|\$\^\{{1\}}\$|\\\\$", "", line)

@@ -81,9 +81,9 @@ def test_marks_are_set_within_one_protocol():
         ("rates chosen", "lora"),
     ]
     text = markdown(TABLE, shown)
-    assert "| task | model | method | protocol | published |" in text
-    assert re.search(r"\| flora \| published rates \| - \| \*\*0\.8567", text)
-    assert re.search(r"\| lora \| rates chosen \| - \| \*\*0\.8610", text)
+    assert "| task | model | method | protocol | ours |" in text
+    assert re.search(r"\| flora \| published rates \| \*\*0\.8567", text)
+    assert re.search(r"\| lora \| rates chosen \| \*\*0\.8610", text)
     assert text.count("**") == 4
     assert latex(TABLE, shown).count(r"\midrule") == 2
     assert ",published rates,accuracy," in as_csv(shown)

@@ -8,7 +8,8 @@ from matplotlib import pyplot as plt
 from matplotlib.text import Text
 
 from flora.results.cells import Table
-from flora.results.plots import LOOK, apart, plots
+from flora.results.looks import LOOK
+from flora.results.plots import apart, plots
 from flora.results.rows import Row
 from flora.tasks.imagefolder.confusion import confusion
 from flora.tasks.vqa.dialogues import Dialogue

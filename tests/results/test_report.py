@@ -275,21 +275,21 @@ def test_a_page_of_a_users_own_folder_shows_runs_of_no_table(tmp_path, monkeypat
 
 
 def test_the_page_of_what_was_measured_holds_the_tables_and_figures_that_are_in_git(tmp_path, monkeypatch, script):
-    monkeypatch.setattr("flora.results.render.names", lambda: ["instruct", "eurosat"])
+    monkeypatch.setattr("flora.results.render.names", lambda: ["starts", "small_budgets"])
     monkeypatch.setattr("flora.results.render.own.own_rows", lambda *_: [])  # the other tables' runs
     out, results = tmp_path / "out", ROOT / "results"
     shutil.copytree(results / "figures", out / "figures")
     run = partial(main, make_tables, trace=lambda: False)
     assert script(run, "make_tables.py", "--results", results / "measured", "--output", out)[0] == 0
     page = (out / "report.html").read_text()
-    for table in ("instruct", "eurosat"):
+    for table in ("starts", "small_budgets"):
         assert (out / "tables" / f"{table}.md").read_text() == (results / "tables" / f"{table}.md").read_text()
-        for figure in (results / "figures" / table).iterdir():
+        for figure in (results / "figures" / table).glob("*"):
             assert (out / "figures" / table / figure.name).read_bytes() == figure.read_bytes()
     addresses = [a["src"] for tag, a in Elements(page).tags if tag == "img"]
-    figures = [path for table in ("instruct", "eurosat") for path in (results / "figures" / table).iterdir()]
+    figures = [path for table in ("starts", "small_budgets") for path in (results / "figures" / table).glob("*")]
     assert len(addresses) == len(figures) + 1
-    finished = load("eurosat").cells
+    finished = [c for c in load("small_budgets").cells if c.task == "eurosat"]
     records = [json.loads(path.read_text()) for path in (results / "measured").glob("*.json")]
     shown = [r["run_id"] for r in records if f"{r['run_id']}.json" in page and r["dataset"] == "eurosat"]
     assert len(shown) >= len(finished)
