@@ -82,6 +82,8 @@ CHANGES = {
     "a benchmark is new": lambda folder: edit_new(folder / "out/benchmarks/new.json"),
     "the page is edited": lambda folder: edit(folder / "out/report.html"),
     "the README has another table": lambda folder: (folder / "README.md").write_text(f"{BEGIN}{END}"),
+    "a run was analyzed": lambda folder: (folder / "out/tables/delta_a.csv").touch(),
+    "the answers say other": lambda folder: (folder / "out/README.md").write_text("# Answers\n\nNone.\n"),
     "the README has no table": lambda folder: (folder / "README.md").write_text("words"),
     "the README is gone": lambda folder: (folder / "README.md").unlink(),
     "the manifest is gone": lambda folder: (folder / "out/rendered.json").unlink(),
@@ -110,7 +112,7 @@ def test_words_of_the_readme_a_page_that_is_not_there_and_files_of_others_change
     readme = tmp_path / "README.md"
     readme.write_text(readme.read_text().replace("words", "other words"))
     (tmp_path / "out" / "report.html").unlink()
-    (tmp_path / "out" / "tables" / "delta_eurosat_convnext_0123.csv").touch()
+    (tmp_path / "out" / "tables" / "delta_eurosat_convnext_0123.png").touch()
     (tmp_path / "records" / ".locks").mkdir()
     assert fresh()
     assert render("--check") == 0
