@@ -17,12 +17,19 @@ _HEAD = (
     "x LoRA's time",
     "x LoRA's memory",
 )
+_INFERENCE = {  # columns, and the rows of bench_infer.py that they show; adapted: FLoRA's in the first records
+    "merged": ("merged",),
+    "FLoRA unmerged": ("flora", "adapted"),
+    "kept": ("flora_kept",),
+    "LoRA unmerged": ("lora",),
+}
 _NOTES = (
     "forward and backward of one batch, the optimiser left out; ms: median, ± interquartile range; examples/s: batch"
     " over that time; memory: the GPU allocator's peak",
     "adapters have the parameters of LoRA of the rank named (bench_step.py --match); full trains everything",
     "networks have random weights and inputs; spreads, commands and commits stand in step_cost",
-    "merged: the adapter merged into the weights, as a multiple of the base model's time; unmerged: beside the weights",
+    "merged: the adapter merged into the weights, as a multiple of the base model's time; unmerged: beside the weights,"
+    " within flora.batched; kept: within flora.batched(model, keep=1)",
     "published: the paper's Table 5 was never found; a review reads FLoRA as cheaper than DoRA in time and memory",
 )
 
@@ -37,13 +44,17 @@ def markdown(measured: Sequence[dict[str, Any]]) -> str:
     merged = [(r, {row["method"]: row for row in r["rows"]}) for r in measured if r["benchmark"] == "infer"]
     if merged:
         shown = [
-            [_network(result), *(formatted(rows.get(name, {}).get("ratio"), ".3f") for name in ("merged", "adapted"))]
+            [_network(result), *(formatted(_ratio(rows, *names), ".3f") for names in _INFERENCE.values())]
             for result, rows in merged
         ]
-        lines += ["", *markdown_table(["network", "merged, x base", "unmerged, x base"], shown, numbers=True)]
+        lines += ["", *markdown_table(["network", *(f"{name}, x base" for name in _INFERENCE)], shown, numbers=True)]
     devices = sorted({str(result["device"]) for result in (*steps, *(r for r, _ in merged))})
     notes = [*_NOTES, f"device: {'; '.join(devices)}", "a dash: not measured"]
     return "\n".join([*lines, "", *(f"- {escape.markdown(note)}" for note in notes)]) + "\n"
+
+
+def _ratio(rows: dict[str, Any], *names: str) -> float | None:
+    return next((rows[name].get("ratio") for name in names if name in rows), None)
 
 
 def _network(result: dict[str, Any]) -> str:
