@@ -24,6 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flora.launch.installed
+
 import yaml
 
 from flora.bench.loop import SPREAD, given

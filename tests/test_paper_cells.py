@@ -121,7 +121,7 @@ def test_a_cell_of_each_family_runs_two_steps_on_weights_in_a_local_folder(table
 
 @pytest.mark.parametrize(("dataset", "further"), [("bccd", DETECTOR), ("camvid", SEGMENTER)])
 def test_a_cell_of_table_1_on_small_sets_runs_two_steps_at_each_rate(dataset, further, tmp_path, ran):
-    """Of scale mini: at a budget, of three rates validation chooses one."""
+    """Of scale mini: at a budget, validation chooses a rate, where one is better than the others after going on there."""
     cells = [cell for cell in load("table1_convnext").cells if (cell.task, cell.method) == (dataset, "flora")]
     cfg = composed(cells[0].overrides)
     write_data(cfg.task, tmp_path / "data")
@@ -129,7 +129,7 @@ def test_a_cell_of_table_1_on_small_sets_runs_two_steps_at_each_rate(dataset, fu
     overrides = [*cells[0].overrides, *stand_in(cells[0].overrides, tmp_path), *small, *further]
     record = ran(*overrides, *PLACES)
     assert (record["status"], record["dataset"], record["protocol"]) == ("finished", dataset, "holdout")
-    assert len(record["selection"]["values"]) == 3
+    assert len(record["selection"]["values"]) >= 2
     assert record["selection"]["chosen"] == record["lr"]
     assert Cell(tuple(overrides)).cell_id == recorded_cell(record["config"])
     assert {cell.settings["adapter.budget"] for cell in cells} == {"match:lora:4", "match:lora:16"}
