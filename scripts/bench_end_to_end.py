@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import flora.launch.installed
+import flora.launch.installed  # noqa: F401
 
 import yaml
 
