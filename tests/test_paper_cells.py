@@ -121,7 +121,7 @@ def test_a_cell_of_each_family_runs_two_steps_on_weights_in_a_local_folder(table
 
 @pytest.mark.parametrize(("dataset", "further"), [("bccd", DETECTOR), ("camvid", SEGMENTER)])
 def test_a_cell_of_table_1_on_small_sets_runs_two_steps_at_each_rate(dataset, further, tmp_path, ran):
-    """Of scale mini: at a budget, validation chooses a rate, where one is better than the others after going on there."""
+    """Of scale mini: at a budget, validation chooses a rate, and the grid goes on where the best lies at an edge."""
     cells = [cell for cell in load("table1_convnext").cells if (cell.task, cell.method) == (dataset, "flora")]
     cfg = composed(cells[0].overrides)
     write_data(cfg.task, tmp_path / "data")
