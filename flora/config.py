@@ -46,7 +46,7 @@ _SEMANTIC = ("mode", "checkpoint", "task", "model", "adapter", "trainer", "proto
 _GROUPS = ("task", "model", "adapter", "trainer", "protocol", "logger", "paths", "analysis")
 _NOT_SEMANTIC: dict[str, tuple[str, ...]] = {
     "trainer": (
-        *("num_workers", "device", "log_every", "cuda_graph", "compile", "cache_on_device"),
+        *("num_workers", "device", "log_every", "cuda_graph", "compile", "channels_last", "cache_on_device"),
         *("resume", "checkpoint_every", "distributed"),
     ),
     "adapter": (*_TRAINER_DEFAULTS, "explain"),

@@ -34,6 +34,7 @@ from flora.models import get
 from flora.models.spec import ModelSpec
 from flora.tasks import Detect, Segment, Splits
 from flora.tasks.base import Task
+from flora.training import layout
 
 METHODS = ("full", "lora", "flora")
 DISTINCT = 64  # photographs; files of the same content beside them make an epoch
@@ -191,6 +192,8 @@ def bare_seconds(
     """Seconds of as many steps on one batch, without data, schedule or clipping."""
     torch.manual_seed(arguments.seed)
     model = methods.prepare(name, spec.build(splits.num_classes).to(device).train()).model
+    if given(arguments.trainer).get("channels_last"):
+        layout.channels_last(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4, fused=True)
     batch = {key: tensor.to(device) for key, tensor in splits.train.__getitems__(range(arguments.batch)).items()}

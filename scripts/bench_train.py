@@ -29,6 +29,7 @@ from flora.bench.timing import Step, timed
 from flora.errors import ConfigError
 from flora.launch import processes
 from flora.tasks import ImageDataset, ImageTask, Splits
+from flora.training import layout
 
 METHODS = ("full", "lora", "flora", "flora_factored", "flora_merged")
 
@@ -128,6 +129,8 @@ def bare_seconds(methods: Methods, name: str, device: torch.device, arguments: a
     """Seconds of as many steps on one batch, without data, schedule or clipping."""
     torch.manual_seed(arguments.seed)
     prepared = methods.prepare(name, methods.network.build(device).to(device))
+    if given(arguments.trainer).get("channels_last"):
+        layout.channels_last(prepared.model)
     step = Step(methods.network, prepared, methods.network.inputs(device))
     trained = [p for p in prepared.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4, fused=True)

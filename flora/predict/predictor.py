@@ -126,7 +126,13 @@ class Predictor:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{folder}/run.json says too little of its data ({error}): copy it again") from error
         self.class_names = _distinct([str(name) for name in names])
-        plain: Any = {"deterministic": False, "compile": False, "cuda_graph": False, "distributed": None}
+        plain: Any = {
+            "deterministic": False,
+            "compile": False,
+            "channels_last": False,
+            "cuda_graph": False,
+            "distributed": None,
+        }
         with tempfile.TemporaryDirectory() as scratch, _generators_kept():  # transformers' trainer wants a folder
             _seed_of_cpu(config["seed"])
             base = self.spec.build(self.num_classes, drop_path=settings.drop_path)

@@ -52,6 +52,7 @@ class TrainerSettings:
         pad_to_multiple_of: texts to train on are filled up to a multiple of so many tokens, or to the longest of all;
             null: to the longest of their batch. Few lengths make few CUDA graphs.
         compile: train through torch.compile.
+        channels_last: images and frozen convolutions in ``torch.channels_last``, see ``flora.training.layout``.
         distributed: how several processes share the work: ``ddp`` (each has the whole model; null means this too) or
             ``fsdp`` (each has a shard of every parameter).
         resume: ``auto`` goes on from a checkpoint of an interrupted run; false starts over.
@@ -88,6 +89,7 @@ class TrainerSettings:
     eval_steps: int | None = None
     cuda_graph: str | bool = False
     compile: bool = False
+    channels_last: bool = False
     distributed: str | None = None
     cache_on_device: str | bool = "auto"
     gradient_checkpointing: bool = False
@@ -136,7 +138,7 @@ class TrainerSettings:
         schedules = [kind.value for kind in SchedulerType if kind.value not in _WANTS_MORE]
         if self.schedule not in schedules:
             raise ConfigError(f"trainer.schedule must be one of {', '.join(schedules)}, got {self.schedule!r}")
-        for name in ("compile", "gradient_checkpointing", "deterministic", "group_by_modality"):
+        for name in ("compile", "channels_last", "gradient_checkpointing", "deterministic", "group_by_modality"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"trainer.{name} must be true or false, got {getattr(self, name)!r}")
         if self.resume not in ("auto", False):

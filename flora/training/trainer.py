@@ -20,7 +20,7 @@ from flora.errors import TrainingDiverged
 from flora.launch import processes
 from flora.models.deberta import positions_kept
 from flora.tasks.base import Forward, Split, cross_entropy
-from flora.training import internals, parts, sharding
+from flora.training import internals, layout, parts, sharding
 from flora.training.callbacks import ClosingLoss, StepMeter, StopOnDivergence, TellEpoch
 from flora.training.capture import CapturedAdamW, CapturedStep, compiled, say_once, wanted
 from flora.training.ema import Ema
@@ -112,6 +112,8 @@ class Trainer(internals.Loop):
             for parameter in model.parameters():
                 if not parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in as_statistics:
                     parameter.data = parameter.data.bfloat16()
+        if settings.channels_last:
+            layout.channels_last(model)
         if settings.distributed == "fsdp":
             sharding.shard(model, arguments.device)
         self.meter = StepMeter(self.on_gpu)
