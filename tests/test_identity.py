@@ -187,8 +187,8 @@ def test_a_saved_run_refuses_a_shard_that_has_changed(tmp_path):
 def test_cifar_called_eurosat_is_not_the_record_of_eurosat(tmp_path):
     data = Path(os.environ["FLORA_DATA"])
     (tmp_path / "eurosat").symlink_to(data / "cifar10")
-    asked = ("task=vtab", "task.augment=auto", "protocol.lr_grid=[3e-4,1e-3,3e-3,1e-2]")
-    asked = (*asked, "task.dataset=eurosat", "adapter=lora", "seed=2")
+    asked = ("task=vtab", "task.augment=auto", "model=resnet", "protocol.lr_grid=[5e-4,2e-3,6e-3,2e-2]")
+    asked = (*asked, "task.dataset=eurosat", "adapter=lora", "adapter.r=8", "seed=2")
     found = {}
     for folder in (data, tmp_path):
         cfg = composed([*asked, "reuse=reference", f"paths.data={folder}", f"paths.results={tmp_path}/records"])
@@ -203,18 +203,21 @@ def test_cifar_called_eurosat_is_not_the_record_of_eurosat(tmp_path):
     assert found[tmp_path] is None
 
 
-def test_the_first_command_of_the_readme_trains_though_a_record_of_ours_exists(tmp_path, monkeypatch):
+OURS = (  # a record that ships, of a data set that is rendered
+    *("task=vtab", "task.augment=auto", "task.dataset=dsprites_location", "model=resnet", "adapter=linear_probe"),
+    "protocol.lr_grid=[3e-3,1e-2,3e-2,1e-1]",
+)
+
+
+def test_a_command_trains_though_a_record_of_ours_exists(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = (ROOT / "README.md").read_text()
-    command = ["task=vtab", "model=convnext", "adapter=flora"]
-    assert f"python train.py {' '.join(command)}" in said
-    cfg = composed([*command, "adapter.init=orthogonal"])  # the default when ours ran
+    cfg = composed(OURS)
     asks = identify(cfg)
     assert finished(asks, Store(cfg.paths.results), cfg) is None
     assert not (ROOT / cfg.paths.results).resolve().is_relative_to(SHIPPED.resolve())
     cfg.reuse = "reference"
     record, path = finished(asks, Store(cfg.paths.results), cfg)
-    assert (path.parent, record["adapter"]) == (SHIPPED, "flora")
+    assert (path.parent, record["adapter"]) == (SHIPPED, "linear_probe")
     cfg.force = True
     assert finished(asks, Store(cfg.paths.results), cfg) is None
 
@@ -222,7 +225,7 @@ def test_the_first_command_of_the_readme_trains_though_a_record_of_ours_exists(t
 def test_a_run_of_ours_is_told_as_ours_and_is_not_written(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in SHIPPED.glob("*.json")}
-    words = ("adapter.init=orthogonal", "reuse=reference")
+    words = (*OURS, "reuse=reference")
     code, out, err = script(partial(main, train.job, trace=lambda: False), "train.py", *words)
     assert code == 0, err
     assert "a record that ships with flora" in err
