@@ -32,8 +32,7 @@ def seen() -> Seen | None:
     if torch is None or not torch.cuda.is_initialized():
         return None
     free, _ = torch.cuda.mem_get_info()
-    need = max(torch.cuda.max_memory_reserved(), torch.cuda.memory_reserved())
-    return Seen(need + _CONTEXT, free + torch.cuda.memory_reserved() + _CONTEXT)
+    return Seen(torch.cuda.max_memory_reserved() + _CONTEXT, free + torch.cuda.memory_reserved() + _CONTEXT)
 
 
 def by_cores(gpus: int) -> int:

@@ -1,6 +1,5 @@
-"""A training step as CUDA graphs, what it launches recorded once and replayed in a few launches; or compiled."""
+"""A training step as CUDA graphs: what a step launches is recorded once and then replayed in a few launches."""
 
-import contextlib
 import math
 import random
 import sys
@@ -39,29 +38,6 @@ def wanted(settings: TrainerSettings, steps: int) -> bool:
     if settings.cuda_graph and not settings.on_gpu:
         say_once("trainer.cuda_graph needs a GPU: this run is not captured")
     return bool(settings.cuda_graph) and settings.on_gpu
-
-
-def compiled(model: nn.Module, together: Any, dtype: str) -> Callable[..., Any]:
-    """The network's forward pass through torch.compile.
-
-    Args:
-        model: the network, as accelerate wraps it.
-        together: a block of ``flora.batched``, entered within what is compiled; a null context: none. Not around DDP,
-            at which torch.compile breaks the graph.
-        dtype: that of autocast, or ``fp32``. The block is entered under the autocast that the network enters later.
-    """
-    if isinstance(together, contextlib.nullcontext) or isinstance(model, nn.parallel.DistributedDataParallel):
-        return torch.compile(model)
-    run = together(model)
-    if dtype == "fp32":
-        return torch.compile(run)
-    kind, cast = next(model.parameters()).device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(kind, cast):
-            return run(*args, **kwargs)
-
-    return torch.compile(forward)
 
 
 class Recorder:

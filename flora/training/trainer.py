@@ -20,9 +20,9 @@ from flora.errors import TrainingDiverged
 from flora.launch import processes
 from flora.models.deberta import positions_kept
 from flora.tasks.base import Forward, Split, cross_entropy
-from flora.training import internals, layout, parts, sharding
+from flora.training import compiling, internals, layout, parts, sharding
 from flora.training.callbacks import ClosingLoss, StepMeter, StopOnDivergence, TellEpoch
-from flora.training.capture import CapturedAdamW, CapturedStep, compiled, say_once, wanted
+from flora.training.capture import CapturedAdamW, CapturedStep, say_once, wanted
 from flora.training.ema import Ema
 from flora.training.groups import layer_scales, parameter_groups
 from flora.training.order import ModalityOrder, padded_to
@@ -197,7 +197,7 @@ class Trainer(internals.Loop):
     def prepared(self, model):
         """Compile or capture the step as the settings ask, seed what differs between processes."""
         self._in_training_mode = False
-        self._running = compiled(model, self._together, self.settings.dtype) if self.settings.compile else model
+        self._running = compiling.run(model, self._together, self.settings.dtype) if self.settings.compile else model
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not processes.first():  # what is drawn for other examples is drawn otherwise
             transformers.set_seed(self.args.seed + processes.index())
