@@ -197,10 +197,10 @@ def bare_seconds(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4, fused=True)
     batch = {key: tensor.to(device) for key, tensor in splits.train.__getitems__(range(arguments.batch)).items()}
-    forward, dtype = task.forward(spec), methods.network.dtype
+    forward, dtype, together = task.forward(spec), methods.network.dtype, flora.batched(model)
 
     def run() -> None:
-        with flora.batched(model):
+        with together:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 outputs, targets = forward(model, batch, True)
             loss = task.loss(outputs, targets, 0.0)
