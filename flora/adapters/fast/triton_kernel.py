@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -190,12 +191,11 @@ class _Launch:
     def __init__(
         self, products: dict[int, Product], layout: _Layout, tile: tuple[int, int, int], device: torch.device
     ) -> None:
-        counts = {i: (triton.cdiv(p.m, tile[0]), triton.cdiv(p.n, tile[1])) for i, p in products.items()}
-        tiles = [
-            torch.cartesian_prod(torch.tensor([number]), torch.arange(down), torch.arange(across))
-            for number, (down, across) in counts.items()
-        ]
-        self.tiles = torch.cat(tiles).int().to(device)
+        counts = {i: (-(-p.m // tile[0]), -(-p.n // tile[1])) for i, p in products.items()}
+        numbers = np.repeat([*counts], [down * across for down, across in counts.values()])
+        places = [np.divmod(np.arange(down * across), across) for down, across in counts.values()]
+        tiles = np.stack([numbers, *np.concatenate(places, axis=1)], axis=1)
+        self.tiles = torch.from_numpy(tiles.astype(np.int32)).to(device)
         self.grid = (len(self.tiles), 1, 1)
         self.layout = layout
         self._constants = (*tile, *layout[:-1])
