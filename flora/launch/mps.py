@@ -19,8 +19,9 @@ from flora.launch.sweep import Throughout, visible_gpus
 
 CONTROL = "nvidia-cuda-mps-control"
 FOLDERS = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")
-# Numbers of GPUs count among those that the daemon sees, so that it must see all.
-_GUARD = f"unset CUDA_VISIBLE_DEVICES; {CONTROL} -d && echo up && cat >/dev/null; echo quit | {CONTROL}"
+# Numbers of GPUs count among those that the daemon sees, so that it must see all. A sweep hands signals on to its
+# processes, of which this is one: it stays until they have ended.
+_GUARD = f"trap : TERM; unset CUDA_VISIBLE_DEVICES; {CONTROL} -d && echo up && cat >/dev/null; echo quit | {CONTROL}"
 
 
 @contextmanager

@@ -79,8 +79,19 @@ def test_a_killed_pool_leaves_no_service_and_the_next_one_removes_its_images(ser
         assert not images.exists()
 
 
+def test_the_service_ends_with_a_sweep_that_hands_a_signal_on_to_its_processes(service):
+    code = (
+        "import os, signal\nfrom flora.launch import mps, preemption\npreemption.install()\npreemption.forward()\n"
+        "with mps.shared(3):\n os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert service() == ["get_server_list", "start all", "quit"]
+
+
 @pytest.mark.parametrize(
-    ("processes", "gpus"), [(2, "2,3"), (4, ""), (4, "MIG-a,MIG-b")], ids=["a GPU each", "no GPU", "parts"]
+    ("processes", "gpus"),
+    [(2, "2,3"), (4, ""), (4, "-1"), (4, "MIG-a,MIG-b")],
+    ids=["a GPU each", "no GPU", "none by number", "parts"],
 )
 def test_where_no_whole_gpu_is_shared_nothing_starts(service, monkeypatch, processes, gpus):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)

@@ -202,7 +202,16 @@ def test_an_exception_ends_the_workers_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("named", "expected"), [("", []), ("3", ["3"]), ("0,2", ["0", "2"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])]
+    ("named", "expected"),
+    [
+        ("", []),
+        ("-1", []),
+        ("NoDevFiles", []),
+        ("3", ["3"]),
+        ("0,2", ["0", "2"]),
+        ("0, 2,-1,3", ["0", "2"]),
+        ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]),
+    ],
 )
 def test_workers_take_the_visible_gpus_in_turn(monkeypatch, named, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
