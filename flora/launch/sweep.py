@@ -44,6 +44,8 @@ class Outcomes(Callback):
         global _folder, _asked
         _check_secrets(config, "a sweep writes its overrides to disk")
         _folder, _asked = _cells(config), _cells_asked(config)
+        for left in _folder.glob("*.json"):  # of an earlier sweep
+            left.unlink(missing_ok=True)
         if config.hydra.launcher._target_.endswith(("JoblibLauncher", "LocalLauncher")):
             preemption.forward()
 
