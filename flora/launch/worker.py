@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -129,6 +130,8 @@ def serve() -> None:
         found = seen()
         print(json.dumps(answer | {"seen": asdict(found) if found else None}), file=answers, flush=True)
 
+    threading.Thread(target=_end_unheard, args=[answers], daemon=True).start()
+
     def say_what_is_known() -> None:
         with suppress(Exception):  # the cell goes on, and finds out for itself
             say()
@@ -151,6 +154,14 @@ def serve() -> None:
         os.environ.update(environment)
         _tidy()
         gc.freeze()  # what is imported: the next cell's collections need not look at it
+
+
+def _end_unheard(answers: IO[str]) -> None:
+    """Stop the cell that is on, with a checkpoint, once the process that reads the answers is gone."""
+    poll = select.poll()
+    poll.register(answers, 0)  # no event but a reader that has gone
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _train() -> Any:

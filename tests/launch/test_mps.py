@@ -62,18 +62,21 @@ def test_workers_that_share_gpus_have_the_service(service):
 def test_a_killed_pool_leaves_no_service_and_the_next_one_removes_its_images(service):
     code = (
         "import os, time\nfrom flora.launch.pool import pool\nwith pool(4):\n"
-        " print(os.environ['FLORA_SHARED'], flush=True)\n time.sleep(60)"
+        " print(os.environ['FLORA_SHARED'], flush=True)\n print(os.environ['CUDA_MPS_PIPE_DIRECTORY'], flush=True)\n"
+        " time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    images = Path(process.stdout.readline().strip())
+    images, pipes = (Path(process.stdout.readline().strip()) for _ in range(2))
     assert images.is_dir()
+    assert pipes.is_dir()
     process.send_signal(signal.SIGKILL)
     process.wait()
     for _ in range(100):
-        if service()[-1:] == ["quit"]:
+        if not pipes.exists():
             break
         time.sleep(0.1)
     assert service() == ["get_server_list", "start all", "quit"]
+    assert not pipes.exists()
     assert images.is_dir()
     with pool(1):
         assert not images.exists()

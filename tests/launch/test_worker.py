@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 from omegaconf import OmegaConf
 
+from flora.files import ROOT
 from flora.launch.pool import Pool, pool
 from flora.launch.sweep import OneGpu, visible_gpus
 from flora.launch.worker import INTERRUPTED, Worker
@@ -142,6 +144,28 @@ def test_all_workers_are_told_to_stop_before_any_is_waited_for(tmp_path):
     for thread in (stopping, *threads):
         thread.join(timeout=60)
     assert ended
+
+
+def test_cells_stop_where_the_process_that_started_them_is_killed(tmp_path):
+    code = (
+        "import sys, threading, time\nfrom pathlib import Path\nfrom tests.launch.test_worker import Quick\n"
+        "worker = Quick(None, Path(sys.argv[1]))\nthreading.Thread(target=worker.run, args=[['seed=2']]).start()\n"
+        "while 'on\\n' not in worker.log.read_text():\n time.sleep(0.05)\n"
+        "print(worker.process.pid, flush=True)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    orphan = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    for _ in range(200):
+        if not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.1)
+    else:
+        orphan.kill()
+        raise AssertionError("the cell goes on, and nobody hears of it")
+    (log,) = tmp_path.glob("*.log")
+    assert "interrupted: the signal SIGTERM asked it to stop" in log.read_text()
 
 
 def test_a_stopped_worker_starts_no_process_for_a_cell_that_it_was_just_given(tmp_path):
