@@ -32,14 +32,14 @@ _OWNER, _STARTS = "owner.lock", "starts.lock"
 @contextlib.contextmanager
 def folder() -> Iterator[None]:
     """A folder for the time of a ``with`` block, for processes that are started inside; at the end its size is said."""
-    place = cache_dir() / "shared"
+    place = cache_dir().absolute() / "shared"  # a process may run elsewhere
     with contextlib.ExitStack() as held:
         try:
             place.mkdir(parents=True, exist_ok=True)
             with FileLock(place / _STARTS):  # a folder is there with its lock held, or not there
                 _remove_stale(place)
                 own = Path(tempfile.mkdtemp(dir=place))
-                held.callback(shutil.rmtree, own, ignore_errors=True)
+                held.callback(_remove, own)
                 held.enter_context(FileLock(own / _OWNER))
         except OSError as error:
             print(f"warning: {place} cannot be used ({first_line(error)}): runs share no data", file=sys.stderr)
@@ -69,25 +69,36 @@ def once(key: Callable[[], str | None], make: Callable[[], Arrays]) -> Arrays:
     Returns:
         The arrays by name. Writing to a mapped one changes it for this process alone.
     """
-    asked = key() if os.environ.get(VARIABLE) else None
+    asked = key() if on() else None
     if asked is None:
         return make()
     entry = Path(os.environ[VARIABLE]) / hashlib.sha256(asked.encode()).hexdigest()
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(FileLock(f"{entry}.lock"))
-        except OSError:  # the sweep was killed, and its folder is gone
+        except OSError:  # the disk is full
             return make()
-        if entry.is_dir():
-            return _mapped(entry)
+        if (found := _mapped(entry)) is not None:
+            return found
         made = make()
-        return _mapped(entry) if key() == asked and _kept(entry, made) else made
+        found = _mapped(entry) if key() == asked and _kept(entry, made) else None
+        return made if found is None else found
 
 
-def _mapped(entry: Path) -> Arrays:
+def on() -> bool:
+    """Whether this process belongs to a sweep whose folder is there: who outlives a killed one finds it removed."""
+    folder = os.environ.get(VARIABLE)
+    return folder is not None and Path(folder, _OWNER).exists()  # FileLock would make the folder again
+
+
+def _mapped(entry: Path) -> Arrays | None:
+    """The arrays of an entry; None where there is none, or it is removed meanwhile."""
     import numpy as np
 
-    return {path.stem: np.load(path, mmap_mode="c") for path in entry.glob("*.npy")}
+    try:
+        return {path.stem: np.load(path, mmap_mode="c") for path in entry.glob("*.npy")} or None
+    except OSError:
+        return None
 
 
 def _kept(entry: Path, arrays: Arrays) -> bool:
@@ -122,4 +133,12 @@ def _remove_stale(place: Path) -> None:
         with contextlib.suppress(OSError, Timeout):
             if left.is_dir():
                 with FileLock(left / _OWNER, timeout=0):
-                    shutil.rmtree(left, ignore_errors=True)
+                    _remove(left)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, its name first: who reads from it finds all of an entry or none."""
+    gone = folder.with_name(f"{folder.name}.gone")
+    with contextlib.suppress(OSError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -5,9 +5,12 @@ python scripts/bench_end_to_end.py --workload minilm_sst2 --random --tokenizer D
 
 Contenders: train.py with FLoRA and with LoRA; transformers' Trainer and, for images, timm's loop, both with PEFT's LoRA
 (flora/bench/rivals). Each is a process of its own, which builds the network, trains two epochs, looks at validation
-after each, tests, and saves. Same files, network, weights, examples, batches, rank, rates and precision; images are
-cropped and flipped at random by all. Rounds in random order, medians. The rate leaves out the first quarter of the
-steps, evaluation and checkpoints; the seconds leave out nothing.
+after each, tests, and saves. Same files, network, weights, examples, sizes of batches, rank, rates and precision;
+images are cropped and flipped at random by all. Else each does what it does by default: train.py puts texts of similar
+length into a batch, keeps small data on the GPU and workers over epochs, and writes checkpoints by the clock;
+transformers and timm write one an epoch; transformers resizes bilinearly and fuses AdamW; timm lets cuDNN try its
+kernels. Rounds in random order, medians. The rate leaves out the first quarter of the steps, evaluation and
+checkpoints; the seconds leave out nothing.
 """
 
 import argparse

@@ -249,8 +249,8 @@ def run(cell: Cell, extra: list[str], stores: list[Store], report: "Report", wor
         code, said = workers.run([*overrides, *extra], begin)
         if code != AlreadyRunning.exit_code:
             break
-        while stores[-1].read_all().state(cell.cell_id) == "running":
-            time.sleep(POLL)
+        while stores[-1].read_all().state(cell.cell_id) == "running" and not workers.pause(POLL):
+            pass
         begin = report.go_on
         extra = [word for word in extra if word != "force=true"]  # what was to be done again has been
     report.end(words, code, said)

@@ -1,6 +1,7 @@
 """`python scripts/reproduce.py TABLE`: what is done, what is left, how long it will take."""
 
 import os
+import threading
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ from hydra import compose, initialize_config_dir
 from flora.config import cell_id, recorded_id
 from flora.files import ROOT
 from flora.launch.entry import main
+from flora.launch.pool import Pool
 from flora.results import Store
 from flora.results.cells import load
+from flora.results.store import Contents
 from scripts import reproduce
 from tests.results.records import settings_of, write
 
@@ -207,6 +210,16 @@ def test_what_another_process_runs_again_is_not_forced_once_more(store):
     workers = SimpleNamespace(run=lambda words, begin: asked.append(words) or next(answers))
     assert reproduce.run(load("eurosat").cells[0], ["force=true"], [store], reproduce.Report(1), workers) == 0
     assert ["force=true" in words for words in asked] == [True, False]
+
+
+def test_who_waits_for_another_process_stops_with_the_pool(store, monkeypatch):
+    """Ctrl-C must not wait until the other process has done the cell."""
+    monkeypatch.setattr(Contents, "state", lambda *_: "running")
+    workers = Pool([])
+    answers = iter([(75, "another process does"), (130, "interrupted")])
+    monkeypatch.setattr(workers, "run", lambda words, begin: next(answers))
+    threading.Timer(0.2, workers.stop, [True]).start()
+    assert reproduce.run(load("eurosat").cells[0], [], [store], reproduce.Report(1), workers) == 130
 
 
 def test_a_failing_cell_does_not_stop_the_others(store, call):

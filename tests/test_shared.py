@@ -15,7 +15,7 @@ from flora import memory, shared
 from flora.files import ROOT
 from flora.tasks.images.digits import Digits
 from flora.tasks.vtab.task import Vtab
-from tests.tasks.conftest import write_split  # noqa: F401  a fixture
+from tests.tasks.conftest import numbers, write_split  # noqa: F401  a fixture
 
 
 @pytest.fixture
@@ -130,9 +130,36 @@ def test_what_a_killed_sweep_leaves_the_next_one_removes_and_a_running_one_keeps
     processes[1].wait()
 
 
-def test_a_process_that_outlives_its_sweep_makes_its_own(sweep, monkeypatch):
+def test_a_process_that_outlives_its_sweep_makes_its_own_and_leaves_nothing(sweep, monkeypatch):
     monkeypatch.setenv(shared.VARIABLE, str(sweep / "gone"))
     assert shared.once(lambda: "key", lambda: {"a": np.ones(1)})["a"] == 1
+    assert not (sweep / "gone").exists()
+
+
+@pytest.mark.parametrize(("module", "name"), [(shared, "_mapped"), (np, "load")], ids=["before", "among"])
+def test_images_that_are_removed_while_they_are_read_are_made(sweep, monkeypatch, module, name):
+    """Who outlives a killed sweep reads from a folder that the next sweep removes."""
+
+    def make():
+        return {"a": np.ones(1), "b": np.ones(2)}
+
+    def late(*arguments, **options):
+        monkeypatch.setattr(module, name, function)
+        shared._remove(sweep)
+        return function(*arguments, **options)
+
+    shared.once(lambda: "key", make)
+    function = getattr(module, name)
+    monkeypatch.setattr(module, name, late)
+    found = shared.once(lambda: "key", make)
+    assert {name: array.sum() for name, array in found.items()} == {"a": 1, "b": 2}
+
+
+def test_a_process_in_another_folder_finds_the_images_too(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLORA_CACHE", "cache")
+    with shared.folder():
+        assert Path(os.environ[shared.VARIABLE]).is_absolute()
 
 
 def splits(data, interpolation="bicubic", **options):
@@ -174,6 +201,23 @@ def test_other_contents_and_settings_are_never_taken_for_these(sweep, tmp_path, 
     splits(tmp_path, resize="crop")
     splits(tmp_path, orientation="stored")
     assert len(made(sweep)) == 15
+
+
+def test_files_that_change_once_they_are_open_are_not_taken_for_the_new_ones(sweep, tmp_path, write_split, monkeypatch):  # noqa: F811
+    for split, rows in (("train", 30), ("validation", 8), ("test", 9)):
+        write_split(split, rows)
+    opened = Vtab._open
+
+    def replaced_behind(task, data_dir):
+        found = opened(task, data_dir)  # who has opened the old file goes on reading it
+        (tmp_path / "eurosat" / "test.parquet").unlink()
+        write_split("test", 9, start=500)
+        return found
+
+    with monkeypatch.context() as during:
+        during.setattr(Vtab, "_open", replaced_behind)
+        assert numbers(splits(tmp_path).test.images.numpy()) == list(range(9))
+    assert numbers(splits(tmp_path).test.images.numpy()) == list(range(500, 509))
 
 
 def test_grey_images_are_shared_where_they_are_resized(place):

@@ -19,8 +19,12 @@ from flora.launch.sweep import Throughout, visible_gpus
 
 CONTROL = "nvidia-cuda-mps-control"
 FOLDERS = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")
-# Numbers of GPUs count among those that the daemon sees, so that it must see all.
-_GUARD = f"unset CUDA_VISIBLE_DEVICES; {CONTROL} -d && echo up && cat >/dev/null; echo quit | {CONTROL}"
+# Numbers of GPUs count among those that the daemon sees, so that it must see all. A sweep hands signals on to its
+# processes, of which this is one: it stays until they have ended.
+_GUARD = (
+    f"trap : TERM; unset CUDA_VISIBLE_DEVICES; {CONTROL} -d && echo up && cat >/dev/null; echo quit | {CONTROL}; "
+    'rm -rf "$1"'
+)
 
 
 @contextmanager
@@ -39,7 +43,7 @@ def shared(processes: int) -> Iterator[bool]:
         before = {name: os.environ.get(name) for name in FOLDERS}
         os.environ.update(dict.fromkeys(FOLDERS, folder))
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        guard = subprocess.Popen(["sh", "-c", _GUARD], start_new_session=True, text=True, **pipes)
+        guard = subprocess.Popen(["sh", "-c", _GUARD, "sh", folder], start_new_session=True, text=True, **pipes)
         try:
             assert guard.stdout is not None
             said = guard.stdout.readline().strip()

@@ -82,13 +82,14 @@ class Pool:
         worker = self._take()
         if worker is None:
             return INTERRUPTED, "interrupted"
-        crowded = False
+        full = crowded = False
         try:
             begin()
             code, said = worker.run(overrides)
+            full = worker.full  # now: another cell may take the worker
         finally:
             crowded = self._give(worker)
-        if not (worker.full and crowded) or self._stopped:
+        if not (full and crowded) or self._stopped:
             return code, said
         with self._alone(self._gpus[worker.gpu], " ".join(overrides)) as alone:
             return (INTERRUPTED, "interrupted") if alone is None else alone.run(overrides)
@@ -98,8 +99,12 @@ class Pool:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        for worker in self.workers:
-            worker.stop(at_once)
+        _end(self.workers, at_once)
+
+    def pause(self, seconds: float) -> bool:
+        """Wait so long; whether the pool was stopped meanwhile."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._stopped, timeout=seconds)
 
     def _take(self) -> Worker | None:
         """A worker that is idle, as soon as a GPU has room for it; None where the pool is stopped."""
@@ -124,8 +129,7 @@ class Pool:
             self._changed.wait_for(lambda: self._stopped or not gpu.on)
             if not self._stopped:
                 worker = gpu.take()
-                for one in gpu.workers:
-                    one.stop(at_once=False)  # an idle process takes memory too
+                _end(gpu.workers, at_once=False)  # an idle process takes memory too
         try:
             yield worker
         finally:
@@ -151,6 +155,14 @@ class Pool:
             if gpu.on == {worker} and (gpu.room is None or gpu.wanted):  # idle processes would count as well
                 gpu.room = seen.room
             self._changed.notify_all()
+
+
+def _end(workers: Sequence[Worker], at_once: bool) -> None:
+    """Stop workers, and wait for all together."""
+    for worker in workers:
+        worker.stop(at_once)
+    for worker in workers:
+        worker.wait()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from concurrent.futures import BrokenExecutor
 from contextlib import AbstractContextManager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class Outcomes(Callback):
         global _folder, _asked
         _check_secrets(config, "a sweep writes its overrides to disk")
         _folder, _asked = _cells(config), _cells_asked(config)
+        for left in _folder.glob("*.json"):  # of an earlier sweep
+            left.unlink(missing_ok=True)
         if config.hydra.launcher._target_.endswith(("JoblibLauncher", "LocalLauncher")):
             preemption.forward()
 
@@ -155,8 +158,9 @@ class Shared(Throughout):
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for name in named.split(",") if name]
+    if named is not None:  # CUDA looks no further than the first that names none: -1, NoDevFiles
+        names = (name.strip() for name in named.split(","))
+        return list(takewhile(lambda name: name.isdecimal() or name.startswith(("GPU-", "MIG-")), names))
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]

@@ -2,13 +2,15 @@
 
 `python -m flora.launch.worker` reads a line of JSON for each cell, its overrides, from stdin, and answers each on
 stdout with a line of JSON: ``code``, the exit code of `python train.py OVERRIDES`, ``full``, whether memory ran out,
-and ``seen``, what it took of its GPU. A long cell says ``seen`` alone before. What a cell says in words goes to stderr.
+``ends``, whether the process ends with it, and ``seen``, what it took of its GPU. A long cell says ``seen`` alone
+before. What a cell says in words goes to stderr.
 """
 
 import gc
 import importlib.util
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -57,12 +59,16 @@ class Worker:
         os.close(handle)
         self.log = Path(name)
         self._said = self.log.open("rb")
+        self._starting, self._stopped = threading.Lock(), False
         self.process: subprocess.Popen[str] | None = None
 
     def run(self, overrides: Sequence[str]) -> tuple[int, str]:
         """Run a cell; returns its exit code and what it said. A process that dies fails this cell alone."""
-        if self.process is None or self.process.poll() is not None:
-            self.process = self._start()
+        with self._starting:
+            if self._stopped:
+                return INTERRUPTED, "interrupted"
+            if self.process is None or self.process.poll() is not None:
+                self.process = self._start()
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._said.seek(0, os.SEEK_END)
@@ -72,18 +78,27 @@ class Worker:
         except BrokenPipeError:
             answer = {}
         code, self.full = answer["code"] if answer else self.process.wait() or 1, answer.get("full", False)
+        if answer.get("ends"):
+            self.process.wait()  # it would take the next cell along
         said = self._said.read().decode(errors="replace")
         return code, said if code >= 0 else f"{said}\nkilled by signal {-code}: started again the cell goes on"
 
     def stop(self, at_once: bool) -> None:
-        """End the process when its cell is done, or ``at_once``, after a checkpoint at the next step."""
-        if self.process is None:
-            return
-        if at_once:
-            self.process.terminate()
-        elif self.process.stdin is not None:
-            self.process.stdin.close()
-        self.process.wait()
+        """Have the process end when its cell is done, or ``at_once``, after a checkpoint at the next step, for good."""
+        with self._starting:
+            self._stopped |= at_once
+            if self.process is None:
+                return
+            if at_once:
+                self.process.terminate()
+            elif self.process.stdin is not None:
+                with suppress(BrokenPipeError):  # it was killed, and what it was told is still to be written
+                    self.process.stdin.close()
+
+    def wait(self) -> None:
+        """Wait for the end of a process that was stopped."""
+        if self.process is not None:
+            self.process.wait()
 
     def _answer(self, answers: IO[str]) -> dict[str, Any]:
         """What ends a cell; nothing where its process died."""
@@ -115,6 +130,8 @@ def serve() -> None:
         found = seen()
         print(json.dumps(answer | {"seen": asdict(found) if found else None}), file=answers, flush=True)
 
+    threading.Thread(target=_end_unheard, args=[answers], daemon=True).start()
+
     def say_what_is_known() -> None:
         with suppress(Exception):  # the cell goes on, and finds out for itself
             say()
@@ -127,9 +144,9 @@ def serve() -> None:
         settled.cancel()
         settled.join()
         try:
-            say(code=code, full=full)
+            say(code=code, full=full, ends=not sound)
         except RuntimeError:  # CUDA's, after an error that the process does not survive
-            print(json.dumps({"code": code, "full": full, "seen": None}), file=answers, flush=True)
+            print(json.dumps({"code": code, "full": full, "ends": True, "seen": None}), file=answers, flush=True)
             sound = False
         if not sound:
             sys.exit(code)
@@ -137,6 +154,14 @@ def serve() -> None:
         os.environ.update(environment)
         _tidy()
         gc.freeze()  # what is imported: the next cell's collections need not look at it
+
+
+def _end_unheard(answers: IO[str]) -> None:
+    """Stop the cell that is on, with a checkpoint, once the process that reads the answers is gone."""
+    poll = select.poll()
+    poll.register(answers, 0)  # no event but a reader that has gone
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _train() -> Any:

@@ -11,6 +11,7 @@ from scipy import stats
 from flora.results.markdown import DASH, markdown_table
 from flora.results.statistics import holm
 
+_DECIMALS = 12  # of differences: rounding of floats would rank equal ones above each other
 _NOTE = (
     "Paired tests: differences of the test metric over the runs that both have, paired by data set, model and seed, at"
     " the rates that each chose; two-sided t-test (p, and p adjusted by Holm over the rows compared with one another),"
@@ -37,6 +38,7 @@ def paired(ours: Mapping[Any, float | None], theirs: Mapping[Any, float | None])
     """Compare runs by key; None with fewer than two in common."""
     both = [(mine, theirs.get(key)) for key, mine in ours.items()]
     found = np.array([mine - other for mine, other in both if mine is not None and other is not None], dtype=float)
+    found = found.round(_DECIMALS)
     if len(found) < 2:
         return None
     above, below = int((found > 0).sum()), int((found < 0).sum())

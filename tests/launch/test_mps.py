@@ -62,25 +62,39 @@ def test_workers_that_share_gpus_have_the_service(service):
 def test_a_killed_pool_leaves_no_service_and_the_next_one_removes_its_images(service):
     code = (
         "import os, time\nfrom flora.launch.pool import pool\nwith pool(4):\n"
-        " print(os.environ['FLORA_SHARED'], flush=True)\n time.sleep(60)"
+        " print(os.environ['FLORA_SHARED'], flush=True)\n print(os.environ['CUDA_MPS_PIPE_DIRECTORY'], flush=True)\n"
+        " time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    images = Path(process.stdout.readline().strip())
+    images, pipes = (Path(process.stdout.readline().strip()) for _ in range(2))
     assert images.is_dir()
+    assert pipes.is_dir()
     process.send_signal(signal.SIGKILL)
     process.wait()
     for _ in range(100):
-        if service()[-1:] == ["quit"]:
+        if not pipes.exists():
             break
         time.sleep(0.1)
     assert service() == ["get_server_list", "start all", "quit"]
+    assert not pipes.exists()
     assert images.is_dir()
     with pool(1):
         assert not images.exists()
 
 
+def test_the_service_ends_with_a_sweep_that_hands_a_signal_on_to_its_processes(service):
+    code = (
+        "import os, signal\nfrom flora.launch import mps, preemption\npreemption.install()\npreemption.forward()\n"
+        "with mps.shared(3):\n os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert service() == ["get_server_list", "start all", "quit"]
+
+
 @pytest.mark.parametrize(
-    ("processes", "gpus"), [(2, "2,3"), (4, ""), (4, "MIG-a,MIG-b")], ids=["a GPU each", "no GPU", "parts"]
+    ("processes", "gpus"),
+    [(2, "2,3"), (4, ""), (4, "-1"), (4, "MIG-a,MIG-b")],
+    ids=["a GPU each", "no GPU", "none by number", "parts"],
 )
 def test_where_no_whole_gpu_is_shared_nothing_starts(service, monkeypatch, processes, gpus):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)

@@ -65,6 +65,9 @@ class Fake:
     def stop(self, at_once):
         self.stopped += 1
 
+    def wait(self):
+        """Idle."""
+
 
 def started(workers, *cells):
     """Threads that each run a cell, and the exit codes of those that have ended."""
@@ -151,6 +154,30 @@ def test_more_workers_than_memory_allows_are_found_out_and_the_cell_runs_again_a
     gpus.let(1)
     ended(threads)
     assert codes == [0, 0, 0]
+
+
+def test_what_ran_out_of_memory_is_known_though_another_cell_has_taken_the_worker(monkeypatch):
+    gpus = Gpus(10 * GB)
+    fakes = [Fake(gpus), Fake(gpus)]
+    workers = Pool(fakes)
+    give = workers._give
+
+    def given(worker):
+        crowded = give(worker)
+        worker.full = False  # as the next cell found
+        return crowded
+
+    monkeypatch.setattr(workers, "_give", given)
+    threads, codes = started(workers, ["6"])
+    gpus.await_on(1)
+    more, others = started(workers, ["6"])
+    while len(gpus.ran) < 2:
+        pass
+    gpus.let(1)
+    gpus.await_on(1)
+    gpus.let(1)
+    ended([*threads, *more])
+    assert (codes, others) == ([0], [0])
 
 
 def test_a_cell_too_large_for_the_whole_gpu_fails_at_once():

@@ -53,6 +53,17 @@ def test_a_failing_cell_does_not_stop_the_others_and_the_sweep_says_so(tmp_path)
     assert sorted(r["config"]["trainer"]["label_smoothing"] for r in records(tmp_path)) == [0, 0.1]
 
 
+def test_what_an_earlier_sweep_left_in_the_same_folder_does_not_count(tmp_path):
+    cells = tmp_path / "sweep" / "cells"
+    cells.mkdir(parents=True)
+    for number in (0, 1):
+        left = {"overrides": ["seed=9"], "outcome": "failed", "message": "earlier"}
+        (cells / f"{number}.json").write_text(json.dumps(left))
+    ended = sweep(tmp_path, f"hydra.sweep.dir={tmp_path}/sweep", "trainer.lr=-1", "seed=0")
+    assert "sweep: 1 cells: 0 finished, 1 failed, 0 running elsewhere" in ended.stderr
+    assert "seed=9" not in ended.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_other_launchers_do_the_same_in_processes_of_their_own(tmp_path, launcher):

@@ -1,6 +1,7 @@
 """Paired tests, rows that validation chooses, sizes and correlations, against scipy and numbers by hand."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -48,6 +49,23 @@ def test_a_paired_test_is_scipys_over_common_runs():
     wilcoxon = stats.wilcoxon(left[1:], (left + change)[1:]).pvalue
     assert (found.t, found.wilcoxon) == pytest.approx((test.pvalue, wilcoxon))
     assert (found.above, found.below) == ((change[1:] < 0).sum(), (change[1:] > 0).sum())
+
+
+@pytest.mark.parametrize(
+    ("right", "change"),
+    [
+        ([382, 407, 410, 411], [1, -1, 1, 0]),
+        ([388, 414, 406, 414], [-4, -4, 4, 3]),
+        ([392, 381, 407, 409, 387, 402, 395], [2, 2, -2, 1, 1, -1, 3]),
+    ],
+)
+def test_equal_differences_of_accuracies_are_ties_whatever_their_last_digit(right, change):
+    """Of so many right among 500: 383 / 500 - 382 / 500 is another float than 407 / 500 - 406 / 500."""
+    theirs = {seed: count / 500 for seed, count in enumerate(right)}
+    ours = {seed: (count + more) / 500 for seed, (count, more) in enumerate(zip(right, change, strict=True))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert paired(ours, theirs).wilcoxon == pytest.approx(stats.wilcoxon(change).pvalue)
 
 
 def test_equal_runs_differ_in_nothing_and_one_pair_is_no_test():

@@ -2,8 +2,8 @@
 
 timm's loader with its prefetcher, which normalises on the device; its random resized crop and flip; its AdamW groups,
 its schedule by updates, its gradient clipping, autocast; after every epoch its top-1 accuracy on validation, read batch
-by batch, and its CheckpointSaver. As there, the loss is read every 50 updates only. Colour jitter is off, label
-smoothing too, as train.py has neither by default.
+by batch, and its CheckpointSaver. As there, the loss is read every 50 updates only. Colour jitter, label smoothing and
+TF32 are off, as train.py has none of them by default.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,6 @@ def main() -> None:
     Path(job_.output).mkdir(parents=True, exist_ok=True)
     utils.random_seed(job_.seed, 0)
     if job_.on_gpu:
-        torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     device = torch.device(job_.device)
     classes = sum(path.is_dir() for path in Path(job_.data, "train").iterdir())

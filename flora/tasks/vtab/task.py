@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from flora import shared
 from flora.errors import ConfigError, DataError
 from flora.models.weights import check_repository
 from flora.tasks.base import Splits, draw
@@ -79,6 +80,7 @@ class Vtab(ImageTask):
         """See ImageTask.load; from ``data_dir/DATASET/*.parquet``, else a download, or rendered."""
         if self.dataset in RENDERED and self._folder(data_dir) is None:
             return load_rendered(self.dataset, self.test_size, self.split_seed, image_size, interpolation)
+        opened = self._named(data_dir) if shared.on() else None
         pools, class_names, facts = self._open(data_dir)
         rows, rule, warnings = self.choose(pools)
         splits: dict[str, Any] = {}
@@ -92,7 +94,7 @@ class Vtab(ImageTask):
                 unreadable=self.unreadable,
                 resize=self.resize,
                 orientation=self.orientation,
-                content=partial(self._content, data_dir, split if split in pools else "train"),
+                content=partial(self._content, data_dir, split if split in pools else "train", opened),
             )
             skipped += missed
         if skipped:
@@ -124,11 +126,15 @@ class Vtab(ImageTask):
             return {"source": self._open(data_dir)[2]["source"]}
         return super().contents(data_dir)
 
-    def _content(self, data_dir: Path | None, pool: str) -> str | None:
-        """Names what a pool holds; None where files do not say: what torchvision downloads counts by its source."""
+    def _content(self, data_dir: Path | None, pool: str, opened: str | None) -> str | None:
+        """Names what a pool holds; None where that is no more what the files held before they were ``opened``."""
+        return None if opened is None or self._named(data_dir) != opened else json.dumps([pool, opened])
+
+    def _named(self, data_dir: Path | None) -> str | None:
+        """Names what the files hold; None where they do not say: what torchvision downloads counts by its source."""
         if self._folder(data_dir) is None and self.hub is None:
             return None
-        return json.dumps([self.dataset, pool, sorted(self.contents(data_dir).items())])
+        return json.dumps([self.dataset, sorted(self.contents(data_dir).items())])
 
     def _open(self, data_dir: Path | None) -> tuple[dict[str, Pool], list[str], dict[str, Any]]:
         """Pools train and, where the source has them, validation and test; class names; facts on the source."""
