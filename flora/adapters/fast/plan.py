@@ -238,7 +238,7 @@ def stacks(layers: Sequence[FloraLayer]) -> list[Stack]:
         weight = layer.base_layer._parameters.get("weight")
         if weight is None or not _at_hand(weight, described) or layer.form_for(adapters) != "merged":
             continue
-        if isinstance(layer.scaling[adapter], Tensor):  # which may change in place
+        if not layer.stackable or isinstance(layer.scaling[adapter], Tensor):  # now; a tensor may change in place
             continue
         modes = factor_modes(described.shape, ranks)
         core = layer.core(adapter)
