@@ -317,22 +317,6 @@ def test_a_block_around_training_steps_trains_as_without(form, x):
     torch.testing.assert_close(model(x), twin(x))
 
 
-@FORMS
-def test_a_pass_that_is_left_without_a_backward_one_does_not_hinder_those_after_a_step(form, x):
-    model = alone(Net(), forward=form, target_modules=r"(conv|pointwise|fc)\.\d")
-    layer, expected = model.base_model.model.fc[2], gradients(model, x)
-    layer.core("default").grad = torch.ones_like(layer.core("default"))
-    with flora.batched(model):
-        model(x)
-        torch.optim.SGD([layer.core("default")], lr=0.1).step()
-        found = gradients(model, x)
-    assert_same(found, gradients(model, x))
-    assert not torch.allclose(
-        found["base_model.model.fc.0.tucker_core.default.weight"],
-        expected["base_model.model.fc.0.tucker_core.default.weight"],
-    )
-
-
 def test_blocks_of_two_models_within_each_other(x):
     one, two = alone(Net()), alone(Net(), scale=2.0)
     outer, inner = flora.batched(one), flora.batched(two)
