@@ -264,8 +264,6 @@ def states(model: peft.PeftModel) -> Iterator[str]:
     yield "the first again"
     with model.disable_adapter():
         yield "disabled"
-    inner.fc[1].tucker_core["default"] = copy.deepcopy(inner.fc[0].tucker_core["default"])
-    yield "another core"
     inner.fc[0].scale_layer(3.0)
     yield "scaled"
     model.merge_adapter()
