@@ -38,7 +38,8 @@ class _Conv(FloraLayer):
     @property
     @override
     def stackable(self) -> bool:  # type: ignore[override]
-        return self.plain_op
+        # A forward of the layer's own, put there later, takes the weight in its own dtype.
+        return self.plain_op and "forward" not in vars(self.get_base_layer())
 
     @override
     def form_apart(self, adapter_name: str) -> Form | None:

@@ -23,8 +23,9 @@ def batched(model: nn.Module, keep: int = 0) -> contextlib.AbstractContextManage
     Nothing is kept on the model, and nothing but the grouping of layers from one block to the next. Within a block, a
     layer whose weights, active adapters or scale have changed since, and every layer where operations are recorded or
     repeated (gradient checkpointing, functorch, forward-mode AD, tracing, torch.compile), builds its own. A change
-    in place through ``tensor.data`` within a block goes unnoticed, since torch counts no version for it. All forward
-    passes of a block share one graph: call backward once for them. What a block builds stays in memory until it ends.
+    in place through ``tensor.data`` within a block goes unnoticed, since torch counts no version for it; a step of an
+    optimizer is noticed, fused or not. All forward passes of a block share one graph: call backward once for them. What
+    a block builds stays in memory until it ends.
 
     For inference, ``keep`` has a block last over many passes, each as fast as with the adapter merged. Under
     ``torch.no_grad`` or ``torch.inference_mode`` every layer then runs in the merged form, whichever it trains in (the

@@ -26,7 +26,8 @@ TRACED: list[Any] = []
 
 def running() -> Any:
     """The pass that layers may share work in now; None without one, and where others watch what the layers compute."""
-    if torch.compiler.is_compiling():  # first, since torch.compile cannot trace what follows
+    # First, since torch.compile cannot trace what follows; `is_compiling` holds in all threads while one compiles.
+    if torch.compiler.is_dynamo_compiling():
         return TRACED[-1] if TRACED else None
     shared = RUNNING.get()
     return None if shared is None or _watched() else shared

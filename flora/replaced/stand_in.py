@@ -91,7 +91,7 @@ _SWAPS = threading.RLock()  # held while a layer bears other weights than its ow
 
 
 def _swapping() -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else _SWAPS
+    return contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _SWAPS
 
 
 def _copy(root: nn.Module, module: nn.Module, prefix: str, weights: dict[str, Tensor]) -> nn.Module:

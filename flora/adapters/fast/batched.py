@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from flora.adapters.fast.factored_plan import FactoredPlan, factored_stacks
 from flora.adapters.fast.fused import linear_plus_thin
-from flora.adapters.fast.kept import Kept, Prepared, captured
+from flora.adapters.fast.kept import Kept, Prepared, Steps, captured
 from flora.adapters.fast.kept import autocast_to as _autocast
 from flora.adapters.fast.kept import state as _state
 from flora.adapters.fast.plan import Plan, capturing, stacks
@@ -54,14 +54,14 @@ class Batched:
         self._captured: list[Plan | FactoredPlan] = []
 
     def __enter__(self) -> "Batched":
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             TRACED.append(TracedPass(self.layers, TRACED[-1] if TRACED else None))
         else:
             RUNNING.set(Pass(self, RUNNING.get()))
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             TRACED.pop()
             return
         entered = RUNNING.get()
@@ -127,7 +127,7 @@ class Pass:
         # A CUDA graph reads what was built while it was captured: anything else may be gone when it is replayed.
         mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), captured()
         built = self._built.get((*mode, *map(_autocast, self.batched.devices)))
-        if built is None or built.spent:
+        if built is None or built.spent or built.step is not Steps.last:
             built = _Built(self.batched)
             self._built[*mode, *map(_autocast, self.batched.devices)] = built
         return built.prepared_for(layer)
@@ -161,16 +161,20 @@ class _Built:
     def __init__(self, batched: Batched) -> None:
         signature = [_signature(layer) for layer in batched.layers]
         batched.devices = tuple(sorted({weight.device.type for _, weight, *_ in signature if weight is not None}))
+        self.step = Steps.last  # of an optimizer, before
         self.spent: list[bool] = []  # filled by a backward pass that goes through what was built, and frees its graph
         self._ready: dict[int, tuple[Prepared, Any, list[Any]]] = {}
         self._memory: list[Any] = []  # held without gradients, in blocks that may last: no later tensor has its address
         states = {id(layer): state for layer, (state, *_) in zip(batched.layers, signature, strict=True)}
         for planned in batched.plans([_plannable(*part) for part in signature], tuple(map(_autocast, batched.devices))):
+            # Before they are built: a change by another thread in between is then a change.
+            sources = [_sources(places) for places in planned.places]
             outputs = planned.build(batched, self.spent)
             if outputs is None:
                 continue
-            for layer, places, prepared in zip(planned.layers, planned.places, outputs, strict=True):
-                made_from = [(owner, key, owner[key], *_version(owner[key])) for owner, key in places]
+            for layer, made_from, prepared in zip(planned.layers, sources, outputs, strict=True):
+                if made_from is None:
+                    continue
                 if not torch.is_grad_enabled():
                     self._memory += [source.untyped_storage() for _, _, source, *_ in made_from]
                 self._ready[id(layer)] = prepared, states[id(layer)], made_from
@@ -184,7 +188,7 @@ class _Built:
         if _state(layer) != state:
             return None
         for owner, key, source, version, address, trained in made_from:  # `_version` written out: every layer asks
-            if owner.get(key) is not source or source._version != version:
+            if owner.get(key) is not source or source.is_inference() or source._version != version:
                 return None
             if source.data_ptr() != address or source.requires_grad is not trained:
                 return None
@@ -204,7 +208,7 @@ class _Planned:
         parameters = self.plan.parameters()
         kinds = {(type(parameter), parameter.dtype, parameter.is_inference()) for parameter in parameters}
         if len({dtype for _, dtype, _ in kinds}) > 1 or any(inference for *_, inference in kinds):
-            return None  # tensors of the inference mode count no changes
+            return None
         if any(issubclass(kind, DTensor) for kind, *_ in kinds) or 0 in {p.numel() for p in parameters}:
             return None
         outputs: Sequence[Prepared] = self.plan.build(parameters)
@@ -251,6 +255,13 @@ def plans(layers: Sequence[FloraLayer]) -> list[Plan | FactoredPlan]:
 def _version(tensor: Tensor) -> tuple[int, int, bool]:
     """What tells apart a tensor's numbers, where they lie (``tensor.data = ...``), and whether it is trained."""
     return tensor._version, tensor.data_ptr(), tensor.requires_grad
+
+
+def _sources(places: list[tuple[dict[str, Any], str]]) -> list[Any] | None:
+    """The tensors that lie there now; None where some were made in inference mode, which counts no changes of them."""
+    if any(owner[key].is_inference() for owner, key in places):
+        return None
+    return [(owner, key, owner[key], *_version(owner[key])) for owner, key in places]
 
 
 def _places(layer: FloraLayer, adapter: str) -> list[tuple[dict[str, Any], str]]:

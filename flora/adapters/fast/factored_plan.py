@@ -136,7 +136,7 @@ def factored_stacks(layers: Sequence[FloraLayer]) -> list[FactoredStack]:
         if layer.disable_adapters or layer.merged or len(adapters) != 1 or layer.form_for(adapters) == "merged":
             continue
         side = layer.thin_core_side(adapters[0])
-        if side is None:
+        if side is None or isinstance(layer.scaling[adapters[0]], Tensor):
             continue
         core, weight = layer.core(adapters[0]), layer.base_weight("weight")
         key = (adapters[0], side, layer.scaling[adapters[0]], compute_dtype(weight))

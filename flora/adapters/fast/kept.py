@@ -1,10 +1,11 @@
 """Weights kept for inference: built once for a layer as it stands, and used until what they are made of changes."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from flora.adapters.layer import FloraLayer
 from flora.replaced import bases, stand_in
@@ -13,6 +14,8 @@ from flora.replaced.precision import compute_dtype
 
 # What a layer runs with: merged, its weight, perhaps with its bias; factored, its two thin matrices.
 Prepared = dict[str, Tensor] | tuple[Tensor, Tensor]
+# The children of a layer by which its adapters take part in what it computes.
+_HELD = ("tucker_core", "tucker_factors", "tucker_magnitude", "tucker_dropout")
 
 
 @dataclass(slots=True)
@@ -41,9 +44,38 @@ class Source:
         return cls(owner, key, tensor, tensor._version, tensor.untyped_storage(), tensor.data_ptr())
 
     def same(self) -> bool:
-        """Whether it lies there yet, unchanged."""
+        """Whether it lies there yet, unchanged; not for one that inference mode has swapped its contents into."""
         tensor = self.owner.get(self.key)
-        return tensor is self.tensor and tensor._version == self.version and tensor.data_ptr() == self.address
+        if tensor is not self.tensor or tensor.is_inference():
+            return False
+        return tensor._version == self.version and tensor.data_ptr() == self.address
+
+
+class Steps:
+    """Tells whether an optimizer has made a step: fused ones change parameters without counting a version.
+
+    Attributes:
+        last: stands for the last step.
+    """
+
+    last = object()
+
+    @classmethod
+    def made(cls, *_: object) -> None:
+        """Note a step; what torch.compile makes of one counts versions."""
+        if not torch.compiler.is_dynamo_compiling():
+            cls.last = object()
+
+
+register_optimizer_step_post_hook(Steps.made)
+
+
+class _Found(NamedTuple):
+    """What a layer runs with, what that was made of, and the last step of an optimizer before."""
+
+    prepared: Prepared
+    sources: list[Source]
+    step: object
 
 
 class Kept:
@@ -52,7 +84,8 @@ class Kept:
     A state is what ``state`` tells: which adapter is active, with which scale. Without gradients alone. A layer for
     which nothing can be kept runs in its own way: a quantised, offloaded, sharded or hooked one, an embedding that runs
     factored, one with dropout on, one whose parameters were made in inference mode (torch counts no changes of those),
-    and every layer while a CUDA graph is captured, which would read the memory after it is gone.
+    one whose scale is a tensor, and every layer while a CUDA graph is captured, which would read the memory after it is
+    gone.
 
     Args:
         states: how many of a layer.
@@ -60,7 +93,7 @@ class Kept:
 
     def __init__(self, states: int) -> None:
         self.states = states
-        self._of: dict[FloraLayer, dict[Any, tuple[Prepared, list[Source]]]] = {}
+        self._of: dict[FloraLayer, dict[Any, _Found]] = {}
 
     def prepared_for(self, layer: FloraLayer) -> Prepared | None:
         """What the layer runs with, built now if need be; None where it runs in its own way."""
@@ -68,17 +101,17 @@ class Kept:
         if own["_disable_adapters"] or own["merged_adapters"] or captured():
             return None
         mine, key = self._of.setdefault(layer, {}), (*state(layer), torch.is_inference_mode_enabled(), _casts(layer))
-        found = mine.get(key)
-        if found is None or not all(source.same() for source in found[1]):
+        step, found = Steps.last, mine.get(key)
+        if found is None or found.step is not step or not all(source.same() for source in found.sources):
             mine.pop(key, None)
-            if (found := _built(layer)) is None:
+            if (found := _built(layer, step)) is None:
                 return None
         elif len(mine) > 1:
-            del mine[key]  # to stand last, as the one used last
+            mine.pop(key, None)  # to stand last, as the one used last; threads may share a block
         mine[key] = found
-        if len(mine) > self.states:
-            del mine[next(iter(mine))]
-        return found[0]
+        for oldest in list(mine)[: -self.states]:
+            mine.pop(oldest, None)
+        return found.prepared
 
 
 def captured() -> bool:
@@ -87,26 +120,35 @@ def captured() -> bool:
 
 
 def state(layer: FloraLayer) -> tuple[Any, ...]:
-    """Which adapter a layer runs with, and how."""
+    """Which adapter a layer runs with, and how.
+
+    Holds modules rather than their addresses, which others have once they are gone.
+    """
     own = layer.__dict__  # past nn.Module's attribute lookup
-    active, base = own["_active_adapter"], own["_modules"]["base_layer"]
+    active, modules = own["_active_adapter"], own["_modules"]
+    base = modules["base_layer"]
+    names = (active,) if isinstance(active, str) else tuple(active)
     return (
-        id(base),
+        base,
+        *base._modules.values(),
+        *[modules[kind]._modules.get(name) for kind in _HELD for name in names],
         bool(base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__),
         own["revision"],
         own["training"],
         own["_disable_adapters"],
         len(own["merged_adapters"]),
-        active if isinstance(active, str) else tuple(active),
+        names,
         *own["scaling"].values(),
     )
 
 
-def _built(layer: FloraLayer) -> tuple[Prepared, list[Source]] | None:
+def _built(layer: FloraLayer, step: object) -> _Found | None:
     """What the layer runs with as it stands, and what that was made of; None where it runs in its own way."""
     adapters = layer._present(layer.active_adapters)
     places = _places(layer, adapters) if adapters and layer.is_tucker() else None
     if places is None or any(owner[key].is_inference() for owner, key in places):
+        return None
+    if any(isinstance(layer.scaling[adapter], Tensor) for adapter in adapters):
         return None
     # Before it is built: a change by another thread in between is then a change.
     sources = [Source.of(owner, key) for owner, key in places]
@@ -118,12 +160,12 @@ def _built(layer: FloraLayer) -> tuple[Prepared, list[Source]] | None:
                 return None
             dtype = compute_dtype(layer.base_weight("weight"))
             left, right = layer.thin_matrices(adapters[0])  # type: ignore[operator]
-            return (left.to(dtype), right.to(dtype)), sources
+            return _Found((left.to(dtype), right.to(dtype)), sources, step)
     names = dict.fromkeys(name for adapter in adapters for name in layer.weights[adapter])
     prepared = {name: layer.adapted_weight(name, adapters) for name in names}
     if layer.stackable:  # its op is known: autocast would convert the weight in every pass
         prepared = {name: weight.to(compute_dtype(weight)) for name, weight in prepared.items()}
-    return prepared, sources
+    return _Found(prepared, sources, step)
 
 
 def _places(layer: FloraLayer, adapters: list[str]) -> list[tuple[dict[str, Any], str]] | None:

@@ -238,6 +238,8 @@ def stacks(layers: Sequence[FloraLayer]) -> list[Stack]:
         weight = layer.base_layer._parameters.get("weight")
         if weight is None or not _at_hand(weight, described) or layer.form_for(adapters) != "merged":
             continue
+        if not layer.stackable or isinstance(layer.scaling[adapter], Tensor):  # now; a tensor may change in place
+            continue
         modes = factor_modes(described.shape, ranks)
         core = layer.core(adapter)
         if not modes or torch.promote_types(core.dtype, weight.dtype) != core.dtype:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import flora
 from tests.adapters.fast.nets import adapt, assert_same, built, gradients, layer_by_layer
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -159,3 +160,26 @@ def test_a_sum_is_not_rounded_to_an_adapter_of_lower_precision():
         if "tucker" in name:
             parameter.data = parameter.data.bfloat16()
     torch.testing.assert_close(model(x), base(x))
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("kind", [nn.Linear, lambda *sizes: nn.Conv2d(*sizes, 1)], ids=["linear", "conv"])
+def test_a_forward_that_is_put_into_a_layer_and_leaves_autocast_gets_the_weight_in_its_own_dtype(kind, late, keep):
+    torch.set_default_dtype(torch.float32)
+    model = layer_by_layer(adapt(nn.Sequential(kind(6, 6)), target_modules=["0"]))
+    base, x = model.base_model.model[0].base_layer, torch.randn(2, 6) if kind is nn.Linear else torch.randn(2, 6, 3, 3)
+    forward = base.forward
+
+    def exact(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return forward(x)
+
+    block = None if late else flora.batched(model, keep)
+    base.forward = exact
+    block = block or flora.batched(model, keep)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+            expected = model(x)
+            with block:
+                assert torch.equal(model(x), expected)

@@ -235,3 +235,20 @@ def test_explain_says_which_form_each_shape_runs_in():
     ]
     thin = adapt(Net(), target_modules=r"fc\.\d", forward="factored")
     assert thin.base_model.explain() == ["factored [5, 5] ranks [3, 3]: 3 weights, 3 built together (fc.0.weight, ...)"]
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("form", ["merged", "factored"])
+def test_a_pass_that_is_left_without_a_backward_one_does_not_hinder_those_after_a_step(form, x):
+    model = layer_by_layer(adapt(Net(), forward=form, target_modules=r"(conv|pointwise|fc)\.\d"))
+    layer, expected = model.base_model.model.fc[2], gradients(model, x)
+    layer.core("default").grad = torch.ones_like(layer.core("default"))
+    with flora.batched(model):
+        model(x)
+        torch.optim.SGD([layer.core("default")], lr=0.1).step()
+        found = gradients(model, x)
+    assert_same(found, gradients(model, x))
+    assert not torch.allclose(
+        found["base_model.model.fc.0.tucker_core.default.weight"],
+        expected["base_model.model.fc.0.tucker_core.default.weight"],
+    )

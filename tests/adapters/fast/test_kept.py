@@ -1,7 +1,9 @@
 """Inference with weights that a block keeps: those of layer by layer, after every change of what they are made of."""
 
+import contextvars
 import copy
 import gc
+import threading
 import weakref
 
 import peft
@@ -24,8 +26,8 @@ def builds(monkeypatch):
     """What was built, layer by layer, in order."""
     built, build = [], kept._built
 
-    def watched(layer):
-        if (found := build(layer)) is not None:
+    def watched(layer, *args):
+        if (found := build(layer, *args)) is not None:
             built.append(layer)
         return found
 
@@ -96,10 +98,12 @@ def test_adapters_that_take_turns_are_built_once_each_and_the_one_used_longest_a
     assert not torch.allclose(expected["second"], expected["third"])
 
 
-def step(model):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+def step(model, **how):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, **how)
+    token = passes.RUNNING.set(None)
     with torch.enable_grad():
         model(torch.randn(2, 3, 6, 6)).square().sum().backward()
+    passes.RUNNING.reset(token)
     optimizer.step()
 
 
@@ -123,12 +127,27 @@ def last(model):
     return model.base_model.model.fc[2]
 
 
+def other_core(model):
+    core = copy.deepcopy(last(model).tucker_core["default"])
+    core["weight"].mul_(2)
+    last(model).tucker_core["default"] = core
+
+
+def other_contents(model):
+    with torch.inference_mode():
+        core = last(model).core("default")
+        torch.utils.swap_tensors(core, nn.Parameter(2 * core, requires_grad=False))
+
+
 def grown(model):
     return {key: 2 * value for key, value in model.state_dict().items()}
 
 
 CHANGES = {
     "a step of an optimizer": lambda model, folder: step(model),
+    "a step of a fused optimizer": lambda model, folder: step(model, fused=True),
+    "another core": lambda model, folder: other_core(model),
+    "other contents, made in inference mode": lambda model, folder: other_contents(model),
     "in place, in inference mode": lambda model, folder: in_place(model),
     "other numbers behind a parameter": lambda model, folder: setattr(
         last(model).core("default"), "data", torch.ones(3, 3)
@@ -145,14 +164,52 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("form", ["auto", "factored"])
-def test_a_change_within_the_block_takes_effect(change, form, x, tmp_path):
+@pytest.mark.parametrize("keep", [0, 2])
+def test_a_change_within_the_block_takes_effect(change, form, keep, x, tmp_path):
     model = several(forward=form)
-    with torch.no_grad(), flora.batched(model, keep=2):
+    with torch.no_grad(), flora.batched(model, keep):
         before = model(x)
         CHANGES[change](model, tmp_path)
         after = model(x)
         torch.testing.assert_close(after, outside(model, x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(after, before, rtol=1e-3)
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+@pytest.mark.parametrize("form", ["merged", "factored"])
+def test_base_layers_that_follow_one_another_at_one_address_are_told_apart(keep, form):
+    model, x = alone(nn.Sequential(nn.Linear(6, 5)), target_modules=["0"], forward=form).eval(), torch.randn(2, 6)
+    layer = model.base_model.model[0]
+    with torch.no_grad(), flora.batched(model, keep):
+        for _ in range(60):  # the address of one that is gone is soon another's
+            torch.testing.assert_close(model(x), outside(model, x))
+            layer.base_layer = nn.Linear(6, 5).requires_grad_(False)
+
+
+@pytest.mark.parametrize("form", ["merged", "factored"])
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_scale_that_is_a_tensor_may_change_in_place(form, keep):
+    model, x = alone(nn.Sequential(nn.Linear(6, 5)), target_modules=["0"], forward=form).eval(), torch.randn(2, 6)
+    scale = model.base_model.model[0].scaling["default"] = torch.tensor(0.5)
+    with torch.no_grad(), flora.batched(model, keep):
+        for _ in range(2):
+            torch.testing.assert_close(model(x), outside(model, x))
+            scale.mul_(3)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("keep", [0, 1])
+def test_base_weights_made_in_inference_mode_are_not_relied_on(grad, keep):
+    model, x = alone(nn.Sequential(nn.Linear(6, 5)), target_modules=["0"]).eval(), torch.randn(2, 6)
+    base = model.base_model.model[0].base_layer
+    with torch.inference_mode():
+        base.weight = nn.Parameter(2 * base.weight, requires_grad=False)
+    with torch.set_grad_enabled(grad), flora.batched(model, keep):
+        before = model(x)
+        with torch.inference_mode():
+            base.weight.mul_(2)
+        torch.testing.assert_close(model(x), outside(model, x))
+    assert not torch.allclose(model(x), before)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -216,6 +273,40 @@ def test_attention_and_recurrent_layers_are_kept_and_embeddings_look_their_rows_
             for _ in range(2):
                 torch.testing.assert_close(model(tokens), expected)
     assert [type(layer.base_layer) for layer in builds] == [nn.MultiheadAttention, nn.GRU]
+
+
+def test_another_module_within_a_base_layer_is_seen():
+    config = flora.FloraConfig(target_modules=["attention"], r=3, init_weights=False)
+    model, tokens = peft.get_peft_model(Mixed(), config).eval(), torch.arange(10).view(2, 5)
+    attention = model.base_model.model.attention.base_layer
+    with torch.no_grad(), flora.batched(model, keep=1):
+        before = model(tokens)
+        attention.out_proj = copy.deepcopy(attention.out_proj)
+        attention.out_proj.weight.mul_(2)
+        torch.testing.assert_close(model(tokens), outside(model, tokens))
+    assert not torch.allclose(model(tokens), before)
+
+
+def test_threads_that_share_a_block(double, x):
+    model = several("second")
+    expected, errors = outside(model, x), []
+
+    def work():
+        try:
+            for i in range(60):
+                mode = torch.no_grad if i % 2 else torch.inference_mode
+                with mode():
+                    torch.testing.assert_close(model(x), expected.detach())
+        except BaseException as error:
+            errors.append(error)
+
+    with flora.batched(model, keep=2):
+        threads = [threading.Thread(target=contextvars.copy_context().run, args=(work,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
 
 
 def test_magnitudes_and_several_active_adapters_are_kept(x, builds):

@@ -1,6 +1,7 @@
 """Weights built together within a compiled region: built there, the same numbers, and off where they cannot be."""
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -157,6 +158,33 @@ def test_two_models_in_one_region_and_an_exception_on_the_way_leave_nothing_behi
         run(torch.randn(3, 5))
     assert flora.replaced.passes.TRACED == []
     torch.testing.assert_close(copy.deepcopy(one)(x), one(x))
+
+
+def test_a_block_in_another_thread_while_one_compiles_is_no_part_of_what_is_compiled():
+    model, together = chain()
+    x, outputs, entered, compiled = torch.randn(3, 4), [], threading.Event(), threading.Event()
+
+    def eager() -> None:
+        with flora.batched(model):
+            entered.set()
+            compiled.wait(60)
+            outputs.append(model(x))
+        outputs.append(flora.replaced.passes.RUNNING.get())
+
+    def slowly(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        thread.start()
+        entered.wait(60)
+        assert flora.replaced.passes.TRACED == []
+        return graph
+
+    thread = threading.Thread(target=eager)
+    torch._dynamo.reset()
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(together, backend=slowly)(x), expected)
+    compiled.set()
+    thread.join()
+    torch.testing.assert_close(outputs[0], expected)
+    assert outputs[1] is None
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch.compile takes no `with` of an object made outside")
