@@ -97,11 +97,20 @@ def reproduce() -> None:
             print(shlex.join(["python", "train.py", *placed(cell, stores), *further]))
         return
     failed = run_all(todo, first, arguments.jobs, stores)
+    contents = read(stores)
+    stopped = [cell for cell in failed if state(cell, contents) == "interrupted"]
+    failed = [cell for cell in failed if cell not in stopped]
     failed += [] if arguments.retry else [cell for cell, word in states.items() if word == "failed"]
-    for cell in failed:
-        print("failed:", *cell.overrides, file=sys.stderr)
-    if failed:
-        print(f"error: {len(failed)} cells failed (--retry runs them again)", file=sys.stderr)
+    said = []
+    for cells, word, next_time in (
+        (failed, "failed", "--retry runs them again"),
+        (stopped, "interrupted", "the same command goes on with them"),
+    ):
+        for cell in cells:
+            print(f"{word}:", *cell.overrides, file=sys.stderr)
+        said += [f"{len(cells)} cells {word} ({next_time})"] if cells else []
+    if said:
+        print(f"error: {', '.join(said)}", file=sys.stderr)
         sys.exit(1)
 
 

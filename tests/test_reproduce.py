@@ -228,6 +228,14 @@ def test_a_failing_cell_does_not_stop_the_others(store, call):
     assert len([line for line in err.splitlines() if line.startswith("failed: ")]) == 6
 
 
+def test_a_cell_that_was_interrupted_has_not_failed(store, call):
+    """The fifth cell, FLoRA's, left a record of an interrupted run; the others that ended with 75 left none."""
+    code, _, err, _ = call("eurosat", codes={"flora": 75})
+    assert code == 1
+    assert [line.split(":")[0] for line in err.splitlines()].count("interrupted") == 1
+    assert "cells failed (--retry runs them again), 1 cells interrupted (the same command goes on with them)" in err
+
+
 def test_cells_that_cannot_run_yet_are_shown_and_left_alone(call):
     code, out, err, _ = call("table2_internvit", "--scale", "paper", "--status")
     assert code == 0
