@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import flora
 from flora.adapters import FloraLayer, gradients
-
 from tests.training.processes import together
 
 from .layer_cases import Holder, Mixture
