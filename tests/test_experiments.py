@@ -162,6 +162,7 @@ def test_an_experiment_runs_two_steps_and_leaves_its_record(name, tmp_path, monk
     if cfg.task.name == "oriented":
         monkeypatch.setattr(rendered, "COUNTS", {"train": 4, "validation": 3, "test": 3})
         small += ["task.tile=64", "task.overlap=16", "task.seen=[64]", "task.channels=8", "task.hidden=8"]
+        small += ["task.proposals=50", "task.regions=32", "task.at_once=20"]
         small += ["task.held_out=0.3", "trainer.num_workers=0"]
     if cfg.task.name == "imagefolder":
         small += ["task.classes=null", "trainer.gradient_accumulation=1", "task.held_out=0.2"]

@@ -79,17 +79,13 @@ def test_adapters_under_a_detector_and_a_segmenter_have_the_sizes_of_table_1(cel
     cfg = composed(cell.overrides)
     task = instantiate(cfg.task)
     spec = task.network(instantiate(cfg.model))
+    skeleton = spec.skeleton(80 if cell.task == "coco" else 150)
+    around = sum(p.numel() for n, p in skeleton.named_parameters() if not n.startswith("backbone.network."))
     with torch.device("meta"):
-        adapted = instantiate_method(cfg.adapter).apply(
-            spec.skeleton(80 if cell.task == "coco" else 150), spec.classifier
-        )
+        adapted = instantiate_method(cfg.adapter).apply(skeleton, spec.classifier)
     size, head = trained(adapted.model, spec.classifier)
     if cell.method == "flora":
         assert 0.999 * PRINTED[cell.published] < size <= PRINTED[cell.published]
     else:
         assert size == EXACT[cell.published, cell.method]
-    assert head == sum(
-        p.numel()
-        for n, p in spec.skeleton(80 if cell.task == "coco" else 150).named_parameters()
-        if not n.startswith("backbone.network.")
-    )
+    assert head == around

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,19 +69,23 @@ def sources(module: Path) -> set[Path]:
     while ahead:
         path = ahead.pop()
         seen.add(path)
-        ahead |= set(_imports(ast.parse(path.read_text()))) - seen
+        for name in _imports(path.read_text()):
+            place = ROOT.joinpath(*name.split("."))
+            ahead |= {file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()} - seen
     return seen
 
 
-def _imports(tree: ast.AST) -> Iterator[Path]:
-    for node in _executed(tree):
+@cache
+def _imports(code: str) -> set[str]:
+    """Names below flora that code imports, and what they are in."""
+    found: set[str] = set()
+    for node in _executed(ast.parse(code)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{name}" for name in names]
         for parts in (name.split(".") for name in names if name.startswith("flora")):
-            for end in range(1, len(parts) + 1):
-                place = ROOT.joinpath(*parts[:end])
-                yield from (file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file())
+            found |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return found
 
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:

@@ -176,8 +176,11 @@ class Loop(transformers.Trainer):
     # ------------------------------------------------------------------ transformers' side
 
     def _inner_training_loop(self, *args, **kwargs):
-        with self.fitting():
-            return super()._inner_training_loop(*args, **kwargs)
+        try:
+            with self.fitting():
+                return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            end_workers(self.callback_handler.train_dataloader)
 
     def _prepare_for_training(self, *args, **kwargs):
         model, loader = super()._prepare_for_training(*args, **kwargs)
@@ -270,6 +273,14 @@ def draw_as_anew(loader: Any) -> None:
     loader = getattr(loader, "base_dataloader", loader)  # accelerate's is around torch's
     if loader.persistent_workers and getattr(loader, "_iterator", None) is not None:
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+
+
+def end_workers(loader: Any) -> None:
+    """End the processes of a data loader that keeps them: found by the garbage collector, each takes five seconds."""
+    loader = getattr(loader, "base_dataloader", loader)
+    if (batches := getattr(loader, "_iterator", None)) is not None:
+        batches._shutdown_workers()
+        loader._iterator = None
 
 
 def raise_for_killed_workers() -> None:

@@ -1,5 +1,7 @@
 """Parameter counts: the adapter's own against counts written out here, and both against known figures."""
 
+import copy
+import functools
 import math
 
 import peft
@@ -17,11 +19,16 @@ def adapter_parameters(model: nn.Module, config: flora.FloraConfig) -> int:
     return sum(p.numel() for name, p in wrapped.named_parameters() if ".tucker_" in name)
 
 
+@functools.cache
+def convnextv2_large() -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model("convnextv2_large", num_classes=1000)
+
+
 @pytest.fixture(scope="module")
 def convnext_shapes() -> dict[str, tuple[int, ...]]:
     """Weight shapes of the 40 convolutions and 72 linear layers of ConvNeXt-V2-L, head excluded."""
-    with torch.device("meta"):
-        model = timm.create_model("convnextv2_large", num_classes=1000)
+    model = convnextv2_large()
     shapes = {
         name: tuple(module.weight.shape)
         for name, module in model.named_modules()
@@ -33,8 +40,7 @@ def convnext_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def convnext(shapes: dict, **settings) -> int:
-    with torch.device("meta"):
-        model = timm.create_model("convnextv2_large", num_classes=1000)
+    model = copy.deepcopy(convnextv2_large())
     return adapter_parameters(model, flora.FloraConfig(target_modules=sorted(shapes), **settings))
 
 

@@ -24,18 +24,18 @@ SIZES: dict[str, Any] = {
 }
 
 
-def mixtral() -> nn.Module:
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4))
+def mixtral(**changes: int) -> nn.Module:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES | changes, num_local_experts=4))
 
 
-def qwen() -> nn.Module:
+def qwen(**changes: int) -> nn.Module:
     sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **sizes))
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES | sizes | changes))
 
 
-def gpt_oss() -> nn.Module:
+def gpt_oss(**changes: int) -> nn.Module:
     sizes = {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
-    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES, **sizes))
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES | sizes | changes))
 
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -48,9 +48,9 @@ def ids() -> Tensor:
     return torch.randint(3, 40, (2, 7))
 
 
-def made(build: Callable[[], nn.Module], way: str = "eager") -> Any:
+def made(build: Callable[..., nn.Module], way: str = "eager", **changes: int) -> Any:
     """Weights large enough that logits depend on the experts."""
-    model: Any = build().eval().requires_grad_(False)
+    model: Any = build(**changes).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.3)
     model.set_experts_implementation(way)
@@ -166,7 +166,7 @@ def test_only_some_layers(build, ids):
 
 @models
 def test_compiles_without_graph_breaks(build, ids):
-    base = made(build, "batched_mm")
+    base = made(build, "batched_mm", num_hidden_layers=1)
     model = adapt(base).base_model.model
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -1,7 +1,6 @@
 """The start from gradients: its factors are the higher-order SVD of the gradients, and nothing else changes."""
 
 import copy
-import multiprocessing
 
 import numpy as np
 import peft
@@ -13,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import flora
 from flora.adapters import FloraLayer, gradients
+from tests.training.processes import together
 
 from .layer_cases import Holder, Mixture
 
@@ -234,14 +234,15 @@ def test_without_gradients_the_adapter_stays_as_it_was(batches, objective, said)
         flora.init_from_gradients(model, batches, objective, adapter_name="other")
 
 
-def one_of_two(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def one_of_two():
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     model, leading = adapted("convolution"), gradients.ModeSum.leading
     sign = 1 - 2 * rank
     gradients.ModeSum.leading = lambda mode_sum: (leading(mode_sum)[0], sign * leading(mode_sum)[1])
     flora.init_from_gradients(model, batches_of("convolution", 4)[rank::2], loss)
-    torch.save([f.detach() for f in layer_of(model).factors("default")], folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+    return [f.detach() for f in layer_of(model).factors("default")]
 
 
 def test_a_sketch_is_the_same_whatever_was_drawn_before():
@@ -257,16 +258,10 @@ def test_a_sketch_is_the_same_whatever_was_drawn_before():
 @pytest.mark.dist
 def test_two_processes_find_what_one_finds(tmp_path):
     """Though one's eigenvectors have the other sign, as those of another device may."""
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=one_of_two, args=(rank, tmp_path)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
     model = adapted("convolution")
     flora.init_from_gradients(model, batches_of("convolution", 4), loss)
-    for worker in workers:
-        worker.join()
     whole = layer_of(model).factors("default")
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = together(tmp_path, one_of_two)
     for factor, one, two in zip(whole, first, second, strict=True):
         assert torch.equal(one, two)
         torch.testing.assert_close(one @ one.T, factor @ factor.T)

@@ -15,6 +15,7 @@ from flora import extras
 TINY = (
     *("task=digits", "model=timm", "model.timm_name=resnet10t", "model.pretrained=false", "trainer.max_steps=2"),
     *("trainer.max_eval_examples=16", "trainer.batch_size=8", "adapter=linear_probe", "logger=none"),
+    "model.image_size=32",
 )
 
 
@@ -74,7 +75,7 @@ def test_other_launchers_do_the_same_in_processes_of_their_own(tmp_path, launche
     assert len(records(tmp_path)) == 2
 
 
-LONG = ("trainer.epochs=2000", "trainer.max_steps=40000", "trainer.checkpoint_every=50", "model.image_size=32")
+LONG = ("trainer.epochs=2000", "trainer.max_steps=40000", "trainer.checkpoint_every=50")
 
 
 def sweeping(folder, log, *overrides):
@@ -129,7 +130,7 @@ def seeds(numbers):
 def test_a_signal_that_asks_submitit_for_a_requeue_gets_it_after_a_checkpoint(tmp_path):
     needs("submitit")
     log = tmp_path / "log"
-    short = ("trainer.epochs=2000", "trainer.max_steps=400", "trainer.checkpoint_every=10", "model.image_size=32")
+    short = ("trainer.epochs=2000", "trainer.max_steps=400", "trainer.checkpoint_every=10")
     running = sweeping(tmp_path, log, *short, "seed=0", *LAUNCHERS["submitit"])
     wait_for(lambda: list(tmp_path.glob("outputs/*/checkpoints/[0-9]*")), running)
     (lock,) = tmp_path.glob("results/.locks/*.lock")

@@ -20,7 +20,7 @@ from flora.training.trainer import Trainer
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "adapter"
 ADAPTERS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 CLASSES = 5
-EXAMPLES = 16
+EXAMPLES = 8
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 ENCODER = ["attention.output.dense", "intermediate.dense", "output.dense"]
 DECODER = r".*(language_model|^model)\.layers.*\.(q|k|v|o|gate|up|down)_proj"

@@ -1,16 +1,13 @@
 """A small network of every layer kind that budgets meet, and methods for it as a run makes them."""
 
-from hydra import compose, initialize_config_dir
 from torch import nn
 
-from flora.config import instantiate_method
-from flora.files import ROOT
+from flora.config import composed, instantiate_method
 
 
 def method(name, *overrides):
     """The method of ``adapter=NAME OVERRIDES`` on all layers outside the head."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", [f"adapter={name}", *overrides])
+    cfg = composed([f"adapter={name}", *overrides])
     if "target_modules" in cfg.adapter:
         cfg.adapter.target_modules = "all"
     return instantiate_method(cfg.adapter)

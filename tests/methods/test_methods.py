@@ -74,7 +74,7 @@ def cross_entropy(model, batch):
     return F.cross_entropy(evaluated(model, batch), batch.columns["labels"]).item()
 
 
-def train(adapted, family, batch, folder, steps=20, lr=1e-2):
+def train(adapted, family, batch, folder, steps=8, lr=1e-2):
     transformers.set_seed(3)
     run = trainer(adapted, FAMILIES[family], batch, folder, steps, lr)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
@@ -97,7 +97,7 @@ def is_own(name, method, model, head):
 @pytest.mark.parametrize(
     ("name", "family"), [pytest.param(*pair, marks=[] if quick(*pair) else pytest.mark.slow) for pair in PAIRS]
 )
-def test_twenty_steps(name, family, tmp_path):
+def test_a_few_steps(name, family, tmp_path):
     base, batch, head = build(family), batch_of(family), FAMILIES[family].head
     before, start = copy.deepcopy(base.state_dict()), evaluated(base, batch)
     method = adapter(name, FAMILIES[family])

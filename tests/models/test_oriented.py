@@ -25,7 +25,9 @@ from flora.models.oriented import (
 )
 from tests.models.test_quads import rotated
 
-SMALL = Sizes(short_sides=(64,), longest_side=64, anchors=(8, 16, 32, 64, 128), channels=16, hidden=32)
+SMALL = Sizes(
+    short_sides=(64,), longest_side=64, anchors=(8, 16, 32, 64, 128), channels=16, hidden=32, proposals=(200, 100)
+)
 
 
 def turned(degrees, sides=(24.0, 8.0), middle=(50.0, 40.0)):

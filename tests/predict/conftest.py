@@ -70,7 +70,7 @@ def write_data():
         Path(place).write_bytes(png(number))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A folder that holds data and each run of RUNS under its name; records by name."""
     place, records = tmp_path_factory.mktemp("finished"), {}

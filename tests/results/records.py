@@ -7,6 +7,9 @@ from typing import Any
 from flora.config import composed, semantic_config
 from flora.results import Record, Store
 from flora.results.cells import Cell
+from flora.results.record import versions
+
+VERSIONS = versions()
 
 
 def settings_of(cell: Cell) -> dict[str, Any]:
@@ -40,6 +43,9 @@ def write(store: Store, cell: Cell, value: float, **changes) -> None:
         dtype=settings["trainer"]["dtype"],
         device="cpu",
         started="2026-01-01T00:00:00+00:00",
+        commit="c0ffee",
+        dirty=False,
+        versions=VERSIONS,
     )
     made.status, made.metric, made.value, made.finished = "finished", "accuracy", value, "2026-01-01T00:01:40+00:00"
     made.metrics = {"accuracy": value}
@@ -49,7 +55,6 @@ def write(store: Store, cell: Cell, value: float, **changes) -> None:
     made.trainable_params, made.head_params, made.total_params = 50, 10, 1000
     made.train_seconds, made.examples_per_second, made.peak_memory_bytes = 2.0, 100.0, 10**6
     made.history = [{"loss": 1.0 / (step + 1), "step": step} for step in (0, 10, 20)]
-    made.commit, made.dirty = "c0ffee", False
     for name, changed in changes.items():
         setattr(made, name, changed)
     store.write(made)

@@ -12,7 +12,7 @@ from flora.errors import ConfigError
 from flora.launch.entry import main
 from flora.training.debugging import watching
 
-DIGITS = ("task=digits", "logger=none", "trainer.device=cpu", "model.image_size=32")
+DIGITS = ("task=digits", "logger=none", "trainer.device=cpu", "model.image_size=32", "trainer.batch_size=16")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_overfitting_one_batch_says_whether_the_loss_fell(run, rate, steps, verd
 
 
 def test_a_profile_is_a_table_and_a_trace(run):
-    record, err = run("debug=profile", "trainer.batch_size=4")
+    record, err = run("debug=profile")
     assert "Self CPU" in err
     (path,) = Path("outputs/debug").glob("*/trace.json")
     assert path.parent.name == record["run_id"]

@@ -65,9 +65,16 @@ def kinds(model: peft.PeftModel) -> dict[str, int]:
 
 
 @ready
-@FORMATS
-@pytest.mark.parametrize("ranks", [{}, {"kernel_rank": 1}, {"r": 16, "kernel_rank": 3}])
-def test_outputs_and_gradients_are_those_of_float64(memory_format, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "memory_format"),
+    [
+        ({}, torch.contiguous_format),
+        ({}, torch.channels_last),
+        ({"kernel_rank": 1}, torch.channels_last),
+        ({"r": 16, "kernel_rank": 3}, torch.contiguous_format),
+    ],
+)
+def test_outputs_and_gradients_are_those_of_float64(ranks, memory_format):
     model, x = adapted(memory_format, **ranks), images()
     twin = exact(model)
     torch.testing.assert_close(model(x).double(), twin(x.double()), rtol=0, atol=1e-6)
@@ -213,4 +220,4 @@ def test_the_tests_above_in_tritons_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "38 passed, 2 skipped" in done.stdout
+    assert "36 passed, 2 skipped" in done.stdout

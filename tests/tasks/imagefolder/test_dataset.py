@@ -1,5 +1,6 @@
 """Images decoded batch by batch: the same wherever that is done, and what happens to those that cannot be."""
 
+import multiprocessing
 import random
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def test_images_that_worker_processes_skip_are_counted(tmp_path):
     run.splits = run.task.load_for(Network(), tmp_path / "data")
     (tmp_path / "run").mkdir()
     run.train()
+    assert multiprocessing.active_children() == [], "their processes end with the training"
     of = {"train": 0, "validation": 0, "test": 1}
     assert run.splits.facts["unreadable"] == {"policy": "skip", "skipped": 1, "first": [str(broken)], "of": of}
 
