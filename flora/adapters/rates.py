@@ -1,5 +1,7 @@
 """Learning rates of cores and factors apart, as LoRA+ (arXiv 2402.12354) has them for LoRA's two matrices."""
 
+import math
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -24,13 +26,13 @@ def parameter_groups(model: nn.Module, lr: float, core_lr_ratio: float = 1.0) ->
         ``[{"params", "lr"}, ...]``: the cores, then all others; an empty group is left out.
 
     Raises:
-        ValueError: the model trains no core, or a rate or ratio is not above 0.
+        ValueError: the model trains no core, or a rate or ratio is no number above 0.
     """
     cores = core_parameters(model)
     if not cores:
         raise ValueError("model: it trains no core of FLoRA (tucker_core), so that there is nothing to give a rate")
-    if not (lr > 0 and core_lr_ratio > 0):
-        raise ValueError(f"lr and core_lr_ratio must be above 0, got {lr} and {core_lr_ratio}")
+    if not all(isinstance(number, Real) and 0 < number < math.inf for number in (lr, core_lr_ratio)):
+        raise ValueError(f"lr and core_lr_ratio must be numbers above 0, got {lr!r} and {core_lr_ratio!r}")
     others = [p for name, p in model.named_parameters() if p.requires_grad and name not in cores]
     groups = [{"params": list(cores.values()), "lr": lr * core_lr_ratio}, {"params": others, "lr": lr}]
     return [group for group in groups if group["params"]]

@@ -38,8 +38,9 @@ def test_what_has_no_cores_or_no_rate_is_refused():
     with pytest.raises(ValueError, match="it trains no core of FLoRA"):
         flora.parameter_groups(lora, 0.1, 4)
     model = peft.get_peft_model(network(), flora.FloraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="core_lr_ratio must be above 0"):
-        flora.parameter_groups(model, 0.1, 0)
+    for ratio in (0, "x", None, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="core_lr_ratio must be numbers above 0"):
+            flora.parameter_groups(model, 0.1, ratio)
 
 
 def test_the_trainers_groups_have_the_ratio_and_the_heads_rate():
