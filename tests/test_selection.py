@@ -16,7 +16,7 @@ def run(sandbox, script):
 
     def call(*overrides):
         quick = ["task=digits", "logger=none", "trainer.batch_size=8", "trainer.max_eval_examples=16"]
-        words = [*quick, "trainer.device=cpu", *overrides]
+        words = [*quick, "trainer.device=cpu", "model.image_size=32", *overrides]
         code, out, err = script(partial(main, train.job, trace=lambda: False), "train.py", *words)
         return code, json.loads(Path(out.splitlines()[-1].removeprefix("record: ")).read_text()), err
 
