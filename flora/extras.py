@@ -6,18 +6,8 @@ DISTRIBUTION = "flora-peft"  # `flora` on the package index is another project
 MODULES = {  # what can be imported with each extra
     "suite": (
         *("torchvision", "timm", "datasets", "evaluate", "hydra", "omegaconf", "wandb", "sklearn", "pyarrow", "PIL"),
-        *(
-            "sentencepiece",
-            "google.protobuf",
-            "matplotlib",
-            "hotcoco",
-            "scipy",
-            "psutil",
-            "pynvml",
-            "filelock",
-            "rich",
-            "jinja2",
-        ),
+        *("sentencepiece", "google.protobuf", "matplotlib", "hotcoco", "scipy", "psutil", "filelock", "pynvml"),
+        *("rich", "jinja2"),
     ),
     "lycoris": ("lycoris",),
     "embedded": ("gguf",),
