@@ -221,6 +221,7 @@ def test_projectors_and_tokenizers_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.slow
 def test_llava_mini_is_its_parts():
     """The packages' own weights: the tower and the language model give what they give alone."""
+    pytest.importorskip("gguf")
     spec = flora.models.get("llava_mini")
     model, tokenizer = spec.build(0).eval(), spec.tokenizer()
     tower, language = flora.models.get("efficientnet_lite0").build(1).eval(), flora.models.get("smollm2_135m").build(0)
