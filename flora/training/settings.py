@@ -332,7 +332,7 @@ class Paths:
 
     def __post_init__(self) -> None:
         for key in ("data", "output", "results"):
-            if not isinstance(getattr(self, key), str) or not getattr(self, key):
+            if not isinstance(getattr(self, key), str) or not getattr(self, key).strip():
                 raise ConfigError(f"paths.{key} must be a folder, got {getattr(self, key)!r}")
 
     def prepare(self, run: str) -> Path:

@@ -53,3 +53,10 @@ def test_a_pipe_holds_no_run_up(tmp_path, monkeypatch, script, name):
     assert err.splitlines()[-1].startswith(f"error: {name.partition('/')[0]}")
     assert err.endswith(f"{path.name} is not a file, as this run has to write there: move it away\n")
     assert not list(tmp_path.glob("outputs/*/adapter"))
+
+
+@pytest.mark.parametrize("key", ["data", "output", "results"])
+@pytest.mark.parametrize("blank", ["", " ", None])
+def test_a_folder_without_a_name_is_refused(key, blank):
+    with pytest.raises(ConfigError, match=f"paths.{key} must be a folder"):
+        Paths(**{"data": "data", "output": "outputs", "results": "results", key: blank})
