@@ -121,7 +121,7 @@ def test_peft_may_be_found_by_a_finder_of_its_own_as_an_editable_install_is(run)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
-def test_threads_that_import_peft_at_once_see_every_method(run):
+def test_threads_that_import_peft_at_once_see_every_method():
     code = f"""
 import importlib, threading
 import flora
@@ -132,7 +132,7 @@ for thread in threads: thread.join()
 {NAMES}
 {REGISTERED}
 """
-    done = run(code)
+    done = alone(code)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
