@@ -2,7 +2,8 @@
 
 Every import of a module of ours imports ``flora`` first, and so comes by here before any that builds on PEFT. Threads
 may import PEFT at once. The first imports of PEFT in one thread and of ``flora.adapters`` in another must not be, for
-each holds a lock of Python's that the other waits for: Python then says "deadlock detected".
+each holds a lock of Python's that the other waits for: Python then says "deadlock detected". Nor, with or without
+flora, those of PEFT and of a module in it: PEFT imports itself in circles, and one of the threads may see half of it.
 """
 
 import importlib

@@ -51,8 +51,7 @@ APPENDED = {
     " --stay": ["--help"],  # 7B parameters
     "python scripts/bench_start.py --model convnext --batches 8": ["--batches", "1", "--batch", "2", "--device", "cpu"],
     "python train.py task=digits adapter=flora_gradient": [
-        "adapter.gradient.batches=2",
-        "adapter.gradient.head_steps=2",
+        *("adapter.gradient.batches=2", "adapter.gradient.head_steps=2")
     ],
     "python scripts/bench_infer.py --model convnext --batch 64": [
         *["--device", "cpu", "--batch", "2", "--rounds", "1", "--steps", "1", "--no-export"]

@@ -1,7 +1,6 @@
 """Weights that a run has saved: what of them decides a test, and what is refused as not whole."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,22 +8,14 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-import train
-from flora.launch.entry import main
-from tests.test_train import QUICK, record_of
+from tests.quick import record_of, runner
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, script):
-    """Run train.py in this process: (exit code, stdout, stderr)."""
+    """See ``runner``; in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*overrides):
-        places = (f"paths.output={tmp_path}/outputs", f"paths.results={tmp_path}/results")
-        keyed = {override.split("=")[0]: override for override in (*QUICK, *places, *overrides)}  # the last one wins
-        return script(partial(main, train.job, trace=lambda: False), "train.py", *keyed.values())
-
-    return call
+    return runner(script, tmp_path)
 
 
 def saved_run(run, *overrides):

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import peft
@@ -16,10 +15,9 @@ import torch
 
 import flora
 import flora.models
-import train
-from flora.launch.entry import main
 from flora.tasks import Digits
 from flora.training import Trainer, evaluate
+from tests.quick import record_of, runner
 
 FIELDS = [
     *("schema_version", "method_version", "run_id", "status", "task", "dataset", "model", "adapter", "seed"),
@@ -27,30 +25,13 @@ FIELDS = [
     *("ranks", "train_seconds", "examples_per_second", "peak_memory_bytes", "device", "dtype", "commit", "dirty"),
     *("versions", "config", "started", "finished"),
 ]
-QUICK = ("task=digits", "trainer.max_steps=2", "trainer.max_eval_examples=16", "logger=none", "trainer.batch_size=8")
-QUICK += ("model.image_size=32",)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, script):
-    """Run train.py in this process: (exit code, stdout, stderr)."""
+    """See ``runner``; in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*overrides):
-        places = (f"paths.output={tmp_path}/outputs", f"paths.results={tmp_path}/results")
-        keyed = {override.split("=")[0]: override for override in (*QUICK, *places, *overrides)}  # the last one wins
-        if keyed["task"] == "task=glue":
-            del keyed["model.image_size"]
-        return script(partial(main, train.job, trace=lambda: False), "train.py", *keyed.values())
-
-    return call
-
-
-def record_of(out):
-    assert out.strip(), "nothing on stdout"
-    last = out.strip().splitlines()[-1]
-    assert last.startswith("record: ")
-    return json.loads(Path(last.removeprefix("record: ")).read_text())
+    return runner(script, tmp_path)
 
 
 @pytest.mark.parametrize("adapter", ["flora", "lora", "linear_probe", "full"])

@@ -103,7 +103,8 @@ def _property(name: str) -> property:
         w = self.__dict__[name] if name in self.__dict__ else self.__getattr__(name)  # as Python would without us
         if (layer := self._modules.get(CHILD)) is None:
             return w
-        if not torch.compiler.is_compiling() and _reader().startswith(_HANDLERS):
+        # torch.compile cannot look at its caller; `is_compiling` would hold in all threads while one compiles.
+        if not torch.compiler.is_dynamo_compiling() and _reader().startswith(_HANDLERS):
             return w
         return _read(self, layer, name, w)
 

@@ -79,6 +79,7 @@ NAMES = {
     "torch.cuda.memory:_cuda_releasePool": "the same",
     "torch:_C._error_if_any_worker_fails": "says that a data-loading process was killed",
     "torch.utils.data:DataLoader._iterator": "worker processes that stay draw as those that are begun at each epoch",
+    "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._shutdown_workers": "they end with their fit",
     "torch.distributed.distributed_c10d:_get_default_store": "flora.launch.processes: which process tells of an error",
     "hydra.core.utils:JobReturn._return_value": "flora.launch.sweep: the error of a job, without the words around it",
     "transformers:TrainingArguments._n_gpu": "one process uses one GPU",

@@ -263,3 +263,14 @@ def test_jacobians_by_the_adapters_parameters(x):
         assert theirs.keys() == jacobian.keys()
         for name, gradient in theirs.items():
             torch.testing.assert_close(jacobian[name][column], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_what_handles_parameters_reads_w_also_while_another_thread_compiles(monkeypatch):
+    """torch sets ``is_compiling`` for all threads; accelerate would save or move W + delta in the place of W."""
+    model = peft.get_peft_model(Plain(), flora.FloraConfig(r=2, target_parameters=["w"], init_weights=False))
+    owner = next(module for module in model.modules() if isinstance(module, Plain))
+    asked = {"__name__": "accelerate.hooks", "owner": owner}
+    before = eval("owner.w", asked)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert eval("owner.w", asked) is before is owner._parameters["w"]
+    assert not torch.allclose(owner.w, before)
