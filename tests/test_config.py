@@ -36,7 +36,7 @@ def config(**changes):
         {"force": True},
         {"debug": {"trace": True}},
         {"trainer": {"num_workers": 4}},
-        {"trainer": {"cuda_graph": "auto"}},
+        {"trainer": {"cuda_graph": False}},
         {"trainer": {"cuda_graph": True}},
         {"adapter": {"lr": 1e-2}},
     ],

@@ -87,7 +87,7 @@ class TrainerSettings:
     log_every: int = 10
     warmup_steps: int | None = None
     eval_steps: int | None = None
-    cuda_graph: str | bool = False
+    cuda_graph: str | bool = "auto"
     compile: bool = False
     channels_last: bool = False
     distributed: str | None = None

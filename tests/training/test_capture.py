@@ -255,14 +255,14 @@ def test_a_batch_without_padding_runs_eagerly_where_its_mask_is_left_out(recorde
 )
 def test_auto_captures_where_that_is_right_and_pays(monkeypatch, settings, steps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert capture.wanted(TrainerSettings(epochs=1, lr=1, **({"cuda_graph": "auto"} | settings)), steps) == expected
+    assert capture.wanted(TrainerSettings(epochs=1, lr=1, **settings), steps) == expected
 
 
 def test_auto_captures_in_one_process(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert not capture.wanted(TrainerSettings(epochs=1, lr=1, cuda_graph="auto"), 1000)
+    assert not capture.wanted(TrainerSettings(epochs=1, lr=1), 1000)
 
 
 def test_rates_are_of_single_precision_as_a_graph_reads_them():
