@@ -73,6 +73,7 @@ FIELDS = {
 NAMES = {
     "torch.nn.modules.batchnorm:_BatchNorm": "all kinds of batch norm: frozen ones keep their statistics",
     "torch.nn:Module._parameters": "what saves an adapter finds whole parameters in the place of shards",
+    "torch:Tensor._version": "a frozen norm that is written to has another scale",
     "torch:_foreach_lerp_": "all moving averages in one launch",
     "torch:_foreach_copy_": "all gradients in one launch",
     "torch.cuda.memory:_cuda_endAllocateToPool": "a capture that failed leaves the allocator to its graph",
@@ -282,6 +283,11 @@ def end_workers(loader: Any) -> None:
     if (batches := getattr(loader, "_iterator", None)) is not None:
         batches._shutdown_workers()
         loader._iterator = None
+
+
+def written(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to."""
+    return tensor._version
 
 
 def raise_for_killed_workers() -> None:

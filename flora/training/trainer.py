@@ -20,7 +20,7 @@ from flora.errors import TrainingDiverged
 from flora.launch import processes
 from flora.models.deberta import positions_kept
 from flora.tasks.base import Forward, Split, cross_entropy
-from flora.training import compiling, internals, layout, parts, sharding
+from flora.training import compiling, frozen_norms, internals, layout, parts, sharding
 from flora.training.callbacks import ClosingLoss, StepMeter, StopOnDivergence, TellEpoch
 from flora.training.capture import CapturedAdamW, CapturedStep, say_once, wanted
 from flora.training.ema import Ema
@@ -214,7 +214,11 @@ class Trainer(internals.Loop):
         """Time a fit, and leave the model as it was."""
         self._began = time.perf_counter()
         try:
-            with contextlib.nullcontext() if self.settings.compile else positions_kept(self._module):
+            with contextlib.ExitStack() as stack:
+                if not self.settings.compile:
+                    stack.enter_context(positions_kept(self._module))
+                    if self.settings.distributed != "fsdp":  # whose parameters lie in shards
+                        stack.enter_context(frozen_norms.scaling(self._frozen_norms))
                 yield
         finally:
             self.model_wrapped.__dict__.pop("zero_grad", None)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ from torch.utils.data import Dataset, get_worker_info
 from flora.errors import DataError
 from flora.tasks.base import COUNTS, Batch, draw
 from flora.tasks.images.decode import stand_in
+
+_TRIED = 4  # rows of a batch, which tell whether threads pay
+_SHORT = 2e-3  # seconds a row, below which they did not: photographs of some 300 pixels
 
 
 class LazyRows(Dataset[Batch], ABC):
@@ -61,7 +65,7 @@ class LazyRows(Dataset[Batch], ABC):
         """A batch of these examples; DataError where one cannot be decoded and is not skipped, or none can."""
         rows = self.rows[list(indices)]
         with self._decoding():
-            decoded = list(threads(os.getpid()).map(self._decode, rows))
+            decoded = self._decoded(rows)
             kept = [(example, int(row)) for example, row in zip(decoded, rows, strict=True) if example is not None]
             instead = [] if kept else stand_in(indices[-1], len(self), self._readable)
         if kept:
@@ -81,6 +85,14 @@ class LazyRows(Dataset[Batch], ABC):
     def subset(self, count: int, seed: int = 0) -> Self:
         """``count`` examples in their old order, drawn with ``seed``."""
         return self if count >= len(self) else self._with(self.rows[np.sort(draw(len(self), seed)[:count])])
+
+    def _decoded(self, rows: np.ndarray) -> list[Any]:
+        """Rows, decoded by threads where one takes so long that they help: they take turns at Python's own code."""
+        began = time.perf_counter()
+        first = [self._decode(row) for row in rows[:_TRIED]]
+        short = time.perf_counter() - began < _SHORT * len(first)
+        rest = map(self._decode, rows[_TRIED:]) if short else threads(os.getpid()).map(self._decode, rows[_TRIED:])
+        return [*first, *rest]
 
     def _readable(self, index: int) -> bool:
         return self._decode(self.rows[index]) is not None

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from flora.errors import DataError
 from flora.methods import Full
+from flora.tasks.images import lazy
 from flora.tasks.images.decode import as_rgb
 from flora.tasks.metrics import TopFive
 from flora.training import Protocol, Run, TrainerSettings
@@ -37,6 +39,19 @@ def test_what_is_done_to_an_image_depends_on_the_seed_the_epoch_and_the_image_al
     for seed, epoch in ((3, 2), (4, 1)):
         other = crops(train, seed, epoch, every)
         assert sum(torch.equal(a, b) for a, b in zip(once, other, strict=True)) <= 1
+
+
+@pytest.mark.parametrize(("seconds", "in_threads"), [(0.0, 6), (1e9, 0)])
+def test_threads_open_images_that_take_long_and_give_the_same(tmp_path, monkeypatch, seconds, in_threads):
+    """All but the first four of ten, which tell how long one takes."""
+    photographs(tmp_path)
+    train = load(tmp_path).train
+    expected = crops(train, 3, 1, range(10))
+    decode, seen = train._decode, []
+    monkeypatch.setattr(train, "_decode", lambda row: seen.append(threading.current_thread()) or decode(row))
+    monkeypatch.setattr(lazy, "_SHORT", seconds)
+    assert torch.equal(crops(train, 3, 1, range(10)), expected)
+    assert sum(thread is not threading.main_thread() for thread in seen) == in_threads
 
 
 def test_augmentation_leaves_the_random_numbers_of_the_process_alone(tmp_path):

@@ -1,0 +1,108 @@
+"""Batch norms that stand still: a scale and a shift, of which a backward pass needs the scale alone.
+
+torch keeps the input of such a norm for a backward pass that does not read it. Here nothing of its size is kept, so
+that a network of convolutions keeps little more than half of its activations; and the gradient is scaled by the kernel
+of the forward pass, where torch takes a slower one and, in channels-last order, a copy.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from flora.training.internals import BatchNorm, written
+
+
+@contextmanager
+def scaling(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, norms that are in eval mode run as a scale and a shift; those of a kind unknown here as they are."""
+    changed = run_as_scaling(norms)
+    try:
+        yield
+    finally:
+        for norm in changed:
+            norm.__dict__.pop("forward", None)
+
+
+def run_as_scaling(norms: Iterable[nn.Module]) -> list[nn.Module]:
+    """As ``scaling``, for good; returns those that run otherwise now."""
+    changed = []
+    for norm in norms:
+        if then := _after(norm):
+            norm.__dict__["forward"] = _Still(norm, then)
+            changed.append(norm)
+    return changed
+
+
+def _after(norm: Any) -> Callable[[Tensor], Tensor] | None:
+    """What a norm does after it has normalised; None for a kind of which that is not known."""
+    if norm.running_mean is None or "forward" in norm.__dict__:
+        return None
+    if type(norm).forward is BatchNorm.forward:
+        return _nothing
+    if type(norm) is BatchNormAct2d:
+        return lambda output: norm.act(norm.drop(output))
+    return None
+
+
+def _nothing(output: Tensor) -> Tensor:
+    return output
+
+
+class _Still:
+    """The forward pass of a norm."""
+
+    def __init__(self, norm: Any, then: Callable[[Tensor], Tensor]) -> None:
+        self.norm, self.then = norm, then
+        self._scales: tuple[Tensor, Tensor, Tensor] | None = None
+        self._of: list[tuple[Tensor, int]] = []
+
+    def __call__(self, input: Tensor) -> Tensor:
+        norm = self.norm
+        if norm.training or not (torch.is_grad_enabled() and input.requires_grad) or torch.compiler.is_compiling():
+            return type(norm).forward(norm, input)
+        trained = [norm.weight, norm.bias]
+        if any(parameter is not None and parameter.requires_grad for parameter in trained):
+            return type(norm).forward(norm, input)
+        still = norm.running_mean, norm.running_var, *trained, norm.eps
+        return self.then(_Normalised.apply(input, *self.scales(), *still))
+
+    def scales(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What an input is multiplied with, by channel ``[C]``, zeros and ones; anew where the norm's numbers are."""
+        norm = self.norm
+        of = [(tensor, written(tensor)) for tensor in (norm.weight, norm.running_var) if tensor is not None]
+        if self._scales is None or not all(a is c and b == d for (a, b), (c, d) in zip(of, self._of, strict=True)):
+            with torch.no_grad():
+                scale = 1 / torch.sqrt(norm.running_var + norm.eps)
+                scale = scale if norm.weight is None else scale * norm.weight
+                self._scales = scale, torch.zeros_like(scale), torch.ones_like(scale)
+            self._of = of
+        return self._scales
+
+
+class _Normalised(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        scale: Tensor,
+        zeros: Tensor,
+        ones: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(scale, zeros, ones)
+        return F.batch_norm(input, mean, variance, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scale, zeros, ones = ctx.saved_tensors
+        scaled = F.batch_norm(gradient, zeros, ones, scale, zeros, False, 0.0, 0.0)
+        return scaled, *[None] * 8

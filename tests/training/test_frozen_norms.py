@@ -1,0 +1,166 @@
+"""Frozen batch norms: the numbers of torch's, without what torch keeps for them."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from flora.methods import Full
+from flora.training import frozen_norms
+from flora.training.frozen_norms import scaling
+from tests.training.test_run import lora, toy_run
+
+
+def norm_of(kind, channels=5, **settings):
+    norm = kind(channels, **settings).double().eval()
+    for name, tensor in {**dict(norm.named_parameters()), **dict(norm.named_buffers())}.items():
+        if tensor.is_floating_point():
+            tensor.data.uniform_(0.5, 2.0) if name.endswith("var") else tensor.data.normal_()
+    return norm.requires_grad_(False)
+
+
+KINDS = [
+    (nn.BatchNorm1d, (4, 5, 7)),
+    (nn.BatchNorm1d, (4, 5)),
+    (nn.BatchNorm2d, (2, 5, 4, 3)),
+    (nn.BatchNorm3d, (2, 5, 3, 2, 2)),
+    (BatchNormAct2d, (2, 5, 4, 3)),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape"), KINDS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_a_frozen_norm_scales_and_shifts(kind, shape):
+    """Against (x - mean) / sqrt(var + eps) * weight + bias, and a ReLU, written out."""
+    norm, x = norm_of(kind), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight, bias, mean, var = (
+        tensor.view(1, 5, *[1] * (len(shape) - 2))
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    )
+    expected = (x - mean) / (var + norm.eps).sqrt() * weight + bias
+    if kind is BatchNormAct2d:
+        expected = expected.relu()
+    given = torch.randn_like(expected)
+    (grad,) = torch.autograd.grad(expected, x, given)
+    with scaling([norm]):
+        output = norm(x)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(torch.autograd.grad(output, x, given)[0], grad)
+
+
+def test_gradients_of_gradients_are_right():
+    norm, x = norm_of(nn.BatchNorm2d, 2), torch.randn(2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    with scaling([norm]):
+        assert torch.autograd.gradcheck(lambda x: norm(x).sin(), x)
+        assert torch.autograd.gradgradcheck(lambda x: norm(x).sin(), x)
+
+
+def test_a_norm_without_weights_scales_too():
+    norm, x = norm_of(nn.BatchNorm2d, affine=False), torch.randn(2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(norm(x).sin().sum(), x)
+    with scaling([norm]):
+        torch.testing.assert_close(torch.autograd.grad(norm(x).sin().sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_numbers_are_those_of_torch(dtype, order):
+    """Forward bit for bit; the gradient, which torch rounds otherwise, to one unit in the last place."""
+    norm = norm_of(nn.BatchNorm2d, 8).float()
+    x = torch.randn(4, 8, 6, 6, dtype=dtype).to(memory_format=order).requires_grad_()
+    given = torch.randn(4, 8, 6, 6, dtype=dtype).to(memory_format=order)
+    expected = norm(x)
+    (grad,) = torch.autograd.grad(expected, x, given)
+    with scaling([norm]):
+        output = norm(x)
+    (found,) = torch.autograd.grad(output, x, given)
+    assert torch.equal(output, expected)
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=order)
+    torch.testing.assert_close(found, grad, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def kept(model, x):
+    """Elements of all tensors that a forward pass keeps, those of parameters and buffers apart."""
+    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    seen = {}
+
+    def note(tensor):
+        if tensor.data_ptr() not in own:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model(x)
+    return sum(seen.values()), output
+
+
+def test_a_network_keeps_far_less():
+    model = timm.create_model("resnet18").train()
+    norms = [module.eval().requires_grad_(False) for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    x = torch.randn(2, 3, 64, 64, requires_grad=True)
+    before, expected = kept(model, x)
+    with scaling(norms):
+        after, output = kept(model, x)
+    assert torch.equal(output, expected)
+    assert after < 0.65 * before
+
+
+@pytest.mark.parametrize("change", ["train", "weight", "bias", "no_statistics"])
+def test_a_norm_that_does_not_stand_still_runs_as_torch_has_it(change):
+    norm = norm_of(nn.BatchNorm2d).float()
+    if change == "train":
+        norm.train()
+    elif change == "no_statistics":
+        norm.running_mean = norm.running_var = None
+    else:
+        getattr(norm, change).requires_grad_()
+    twin, x = copy.deepcopy(norm), torch.randn(3, 5, 4, 4, requires_grad=True)
+    expected = twin(x)
+    expected.sin().sum().backward()
+    grad, x.grad = x.grad, None
+    with scaling([norm]):
+        output = norm(x)
+    output.sin().sum().backward()
+    assert torch.equal(output, expected)
+    assert torch.equal(x.grad, grad)
+    for ours, theirs in zip(norm.parameters(), twin.parameters(), strict=True):
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+    for ours, theirs in zip(norm.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_new_numbers_of_a_norm_are_taken():
+    norm, x = norm_of(nn.BatchNorm2d), torch.randn(2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+    with scaling([norm]):
+        first = torch.autograd.grad(norm(x).sum(), x)[0]
+        norm.weight.mul_(2)
+        torch.testing.assert_close(torch.autograd.grad(norm(x).sum(), x)[0], 2 * first)
+        norm.running_var.add_(norm.eps).mul_(4).sub_(norm.eps)
+        torch.testing.assert_close(torch.autograd.grad(norm(x).sum(), x)[0], first)
+        norm.weight = nn.Parameter(-norm.weight, requires_grad=False)
+        torch.testing.assert_close(torch.autograd.grad(norm(x).sum(), x)[0], -first)
+
+
+def test_nothing_is_left_on_the_norms():
+    class Own(nn.BatchNorm2d):
+        def forward(self, input):
+            return super().forward(input) + 1
+
+    norms = [nn.BatchNorm2d(3), Own(3), nn.BatchNorm2d(3)]
+    norms[2].forward = lambda input: input
+    with scaling(norms):
+        assert ["forward" in norm.__dict__ for norm in norms] == [True, False, True]
+        assert norms[2](7) == 7
+    assert ["forward" in norm.__dict__ for norm in norms] == [False, False, True]
+
+
+@pytest.mark.parametrize(("method", "expected"), [(lora(), 1), (Full("full"), 0)], ids=["lora", "full"])
+def test_a_fit_runs_the_norms_that_it_freezes_so(tmp_path, monkeypatch, method, expected):
+    changed, real = [], frozen_norms.run_as_scaling
+    monkeypatch.setattr(frozen_norms, "run_as_scaling", lambda norms: changed.append(real(norms)) or changed[-1])
+    model = toy_run(tmp_path, method, max_steps=2).train().adapted.model
+    assert [len(norms) for norms in changed] == [expected]
+    assert not any("forward" in module.__dict__ for module in model.modules() if isinstance(module, nn.BatchNorm2d))
