@@ -27,7 +27,7 @@ import flora
 from flora.bench.loop import SPREAD, add_options, given, lines_of, row, train_seconds, trainer_settings
 from flora.bench.methods import Methods, Ranks
 from flora.bench.networks import Network
-from flora.bench.report import DTYPES, device_of, facts, main, options, positive, table, write
+from flora.bench.report import DTYPES, Measuring, device_of, facts, main, options, positive, table, write
 from flora.bench.timing import timed
 from flora.errors import ConfigError
 from flora.models import get
@@ -52,7 +52,7 @@ def bench_dense() -> None:
         raise ConfigError(f"--methods: choose of {','.join(METHODS)}; got {unknown[0]!r}")
     device = device_of(arguments.device)
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    settings = trainer_settings(arguments, device, dtype)
+    settings, measuring = trainer_settings(arguments, device, dtype), Measuring()
     with tempfile.TemporaryDirectory() as folder:
         task, spec, splits = made(arguments, Path(folder))
         try:
@@ -62,9 +62,10 @@ def bench_dense() -> None:
         order = random.Random(arguments.seed)
         rates: dict[tuple[str, str], list[float]] = {}
         losses: dict[str, float] = {}
-        for number in range(arguments.rounds):
-            turns = [(name, what) for name in names for what in ("train", "bare")]
-            for name, what in order.sample(turns, len(turns)):
+        pairs = [(name, what) for name in names for what in ("train", "bare")]
+        turns = ((n, *pair) for n in range(arguments.rounds) for pair in order.sample(pairs, len(pairs)))
+        with measuring:
+            for number, name, what in turns:
                 if what == "train":
                     seconds, losses[name] = train_seconds(task, spec, splits, methods.tuning(name), settings, arguments)
                 else:
@@ -87,10 +88,12 @@ def bench_dense() -> None:
         "rounds": arguments.rounds,
         "steps": arguments.steps,
         "spread": SPREAD,
-        "rows": [row(name, losses[name], rates[name, "train"], rates[name, "bare"]) for name in names],
+        **measuring.facts(),
+        "rows": [row(n, losses.get(n), rates.get((n, "train")), rates.get((n, "bare"))) for n in names],
     }
     print(shown(result))
     write(arguments.json, result)
+    measuring.end()
 
 
 def parsed() -> argparse.Namespace:

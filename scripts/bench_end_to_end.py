@@ -32,7 +32,7 @@ import flora.launch.installed  # noqa: F401
 import yaml
 
 from flora.bench.loop import SPREAD, given
-from flora.bench.report import device_of, facts, main, options, positive, table, write
+from flora.bench.report import Measuring, device_of, facts, main, options, positive, table, write
 from flora.bench.timing import spread
 from flora.bench.workloads import WORKLOADS, Extent, Prepared, emptied, last_words, prepare
 from flora.errors import ConfigError
@@ -81,13 +81,15 @@ def bench_end_to_end() -> None:
     )
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     errors: dict[str, str] = {}
+    measuring = Measuring()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepared = prepare(workload, extent, arguments.data, folder)
         watched([sys.executable, "-c", IMPORTS], folder)  # from the disk, before any of them pays for it
         order = random.Random(arguments.seed)
-        for number in range(arguments.rounds):
-            for name in order.sample(names, len(names)):
+        turns = ((n, name) for n in range(arguments.rounds) for name in order.sample(names, len(names)))
+        with measuring:
+            for number, name in turns:
                 if name in errors:
                     continue
                 try:
@@ -98,6 +100,8 @@ def bench_end_to_end() -> None:
                     runs[name].append(done)
                     said = f"{done['examples_per_second']:.1f} examples/s, {done['seconds']:.1f} s in all"
                 print(f"round {number + 1}: {name} {said}", file=sys.stderr, flush=True)
+    if measuring.stopped:
+        errors |= {name: Measuring.UNMEASURED for name in names if not runs[name] and name not in errors}
     result = {
         **facts("end_to_end", device),
         "workload": arguments.workload,
@@ -117,10 +121,12 @@ def bench_end_to_end() -> None:
         "trainer": given(arguments.trainer),
         "rounds": arguments.rounds,
         "spread": SPREAD,
+        **measuring.facts(),
         "rows": [row(name, runs[name], errors.get(name)) for name in names],
     }
     print(shown(result))
     write(arguments.json, result)
+    measuring.end()
 
 
 def parsed() -> argparse.Namespace:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flora.bench.inference import MODELS, Models, measured
 from flora.bench.methods import asked_for
 from flora.bench.networks import add_options
-from flora.bench.report import chosen, device_of, facts, main, options, positive, table, write
+from flora.bench.report import Measuring, chosen, device_of, facts, main, options, positive, table, write
 from flora.bench.timing import summary
 from flora.models import programs
 from flora.results.markdown import formatted
@@ -37,7 +37,8 @@ def bench_infer() -> None:
     device = device_of(arguments.device)
     methods, said = asked_for(arguments, device)
     models = Models(methods, names, device, arguments.adapters, arguments.seed)
-    rows = measured(models, arguments.rounds, arguments.steps, arguments.seed, device)
+    measuring = Measuring()
+    rows = measured(models, arguments.rounds, arguments.steps, arguments.seed, device, measuring)
     if "merged" in names:
         expected = models.logits("merged")
         for row in rows:
@@ -50,12 +51,14 @@ def bench_infer() -> None:
         "rounds": arguments.rounds,
         "steps": arguments.steps,
         "spread": SPREAD,
+        **measuring.facts(),
         "rows": rows,
     }
-    if not arguments.no_export:
+    if not (arguments.no_export or measuring.stopped):
         result["programs"] = exported(models, int(getattr(methods.network.spec, "max_length", 0)) or None)
     print(shown(result))
     write(arguments.json, result)
+    measuring.end()
 
 
 def parsed() -> argparse.Namespace:

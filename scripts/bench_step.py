@@ -19,7 +19,7 @@ import flora.launch.installed  # noqa: F401
 
 from flora.bench.methods import METHODS, asked_for
 from flora.bench.networks import add_options, add_training_options
-from flora.bench.report import chosen, device_of, facts, main, options, positive, table, write
+from flora.bench.report import Measuring, chosen, device_of, facts, main, options, positive, table, write
 from flora.bench.timing import MODES, SPREAD, Measured, TimingSettings, measure, spread
 from flora.errors import ConfigError
 from flora.results.benchmarks import beside_each_other
@@ -54,11 +54,16 @@ def bench_step() -> None:
     if device.type == "cpu":
         say("on a CPU a step of a large network takes minutes: --batch, --size, --rounds and --steps make it shorter")
     runs: list[dict[str, Measured]] = []
+    measuring = Measuring()
     for number in range(arguments.runs):
         if arguments.runs > 1:
             say(f"run {number + 1} of {arguments.runs}")
         again = [name for name in names if all(run[name].error is None for run in runs)]
-        runs.append(measure(methods, again, replace(settings, seed=arguments.seed + number), device, say))
+        runs.append(measure(methods, again, replace(settings, seed=arguments.seed + number), device, say, measuring))
+        if measuring.stopped:
+            if number and any(measured.error == Measuring.UNMEASURED for measured in runs[-1].values()):
+                runs.pop()  # those before are whole
+            break
     result = {
         **facts("step", device),
         **said,
@@ -71,10 +76,12 @@ def bench_step() -> None:
         "rounds": arguments.rounds,
         "steps": arguments.steps,
         "spread": SPREAD,
+        **measuring.facts(),
         "rows": rows(runs),
     }
     print(shown(result))
     write(arguments.json, result)
+    measuring.end()
 
 
 def say(line: str) -> None:

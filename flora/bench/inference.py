@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import flora
 from flora.bench.methods import Methods
 from flora.bench.networks import Network, unlabelled
+from flora.bench.report import Measuring
 from flora.bench.timing import spread, summary, timed
 
 MODELS = {
@@ -106,15 +107,19 @@ class Models:
 
 
 @torch.inference_mode()
-def measured(models: Models, rounds: int, steps: int, seed: int, device: torch.device) -> list[dict[str, Any]]:
+def measured(
+    models: Models, rounds: int, steps: int, seed: int, device: torch.device, measuring: Measuring | None = None
+) -> list[dict[str, Any]]:
     """A JSON object per model: milliseconds of a pass, by round, and what stays on the GPU because of it.
 
-    The models take turns in rounds of random order. A first round is not counted. One that fails keeps its error.
+    The models take turns in rounds of random order. A first round is not counted, nor one that ``measuring``, of the
+    script, ends. One that fails keeps its error.
     """
     order, runs = random.Random(seed), {name: models.runner(name) for name in models.names}
     rows: dict[str, dict[str, Any]] = {name: {"method": name, "ms_rounds": []} for name in models.names}
-    for number in range(rounds + 1):
-        for name in order.sample(models.names, len(models.names)):
+    turns = ((number, name) for number in range(rounds + 1) for name in order.sample(models.names, len(models.names)))
+    with measuring or Measuring() as measuring:
+        for number, name in turns:
             if "error" in rows[name]:
                 continue
             try:
@@ -127,6 +132,12 @@ def measured(models: Models, rounds: int, steps: int, seed: int, device: torch.d
                     rows[name]["kept_bytes"] = after
             except Exception as error:  # reported in the model's row; the others go on
                 rows[name]["error"] = summary(error)
+    if measuring.stopped:  # rounds that all have: ratios are taken within one
+        whole = min((len(row["ms_rounds"]) for row in rows.values() if "error" not in row), default=0)
+        for row in rows.values():
+            row["ms_rounds"] = row["ms_rounds"][:whole]
+            if not whole:
+                row.setdefault("error", Measuring.UNMEASURED)
     return [_row(row, rows) for row in rows.values()]
 
 

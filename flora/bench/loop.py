@@ -4,6 +4,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +99,17 @@ def train_seconds(
     return clock.seconds, loss
 
 
-def row(name: str, loss: float, train: list[float], bare: list[float] | None) -> dict[str, Any]:
-    """A method's loss, rates in examples per second, and the share of the bare step's that training reaches."""
-    listed = {"method": name, "loss": loss, "train": round(statistics.median(train), 1)}
-    listed["train_spread"] = round(spread(train), 1)
-    if bare is None:
-        return listed | {"bare": None, "bare_spread": None, "share": None}
-    return listed | {
-        "bare": round(statistics.median(bare), 1),
-        "bare_spread": round(spread(bare), 1),
-        "share": round(statistics.median(train) / statistics.median(bare), 4),
-    }
+def row(name: str, loss: float | None, train: Sequence[float] | None, bare: Sequence[float] | None) -> dict[str, Any]:
+    """A method's loss, rates in examples per second, and the share of the bare step's that training reaches.
+
+    None is what was not measured.
+    """
+    listed: dict[str, Any] = {"method": name, "loss": loss}
+    for what, rates in (("train", train), ("bare", bare)):
+        listed[what] = round(statistics.median(rates), 1) if rates else None
+        listed[f"{what}_spread"] = round(spread(rates), 1) if rates else None
+    share = round(statistics.median(train) / statistics.median(bare), 4) if train and bare else None
+    return listed | {"share": share}
 
 
 def lines_of(rows: list[dict[str, Any]]) -> list[list[str]]:

@@ -3,9 +3,11 @@
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ import torch
 from flora import extras
 from flora.errors import ConfigError, FloraError
 from flora.files import write_json
-from flora.launch import pipes, processes
+from flora.launch import pipes, preemption, processes
 from flora.results.record import commit, device_name, versions
 from flora.secrets import unspoken, without_secrets
 
@@ -35,6 +37,44 @@ def main(entry: Callable[[], None]) -> None:
             raise
         print(f"error: {said}", file=sys.stderr)
         sys.exit(ConfigError.exit_code)
+
+
+class Measuring:
+    """Around what measures: Ctrl-C, or SIGTERM as ``timeout`` sends it, ends that alone; what was measured is told.
+
+    Attributes:
+        stopped: whether that happened.
+    """
+
+    UNMEASURED = "stopped before it was measured"
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._before: Any = None
+
+    def __enter__(self) -> "Measuring":
+        self._before = signal.signal(signal.SIGTERM, self._stop)
+        return self
+
+    def _stop(self, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
+        signal.signal(signal.SIGTERM, self._before)
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            return False
+        self.stopped = True
+        print("stopped: this is what was measured before", file=sys.stderr, flush=True)
+        return True
+
+    def facts(self) -> dict[str, Any]:
+        """For the JSON file."""
+        return {"stopped": True} if self.stopped else {}
+
+    def end(self) -> None:
+        """End the script with the exit code of one that was stopped, if it was."""
+        if self.stopped:
+            sys.exit(preemption.BY_HAND)
 
 
 def options(description: str | None) -> argparse.ArgumentParser:

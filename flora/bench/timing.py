@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import flora
 from flora.bench.methods import Methods, Prepared
 from flora.bench.networks import Network
+from flora.bench.report import Measuring
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 STEADY = 5  # steps of a compiled model before it is timed: mode reduce-overhead records in the second and the third
@@ -78,6 +79,7 @@ def measure(
     settings: TimingSettings,
     device: torch.device,
     report: Callable[[str], None] = lambda line: None,
+    measuring: Measuring | None = None,
 ) -> dict[str, Measured]:
     """Time a step of every method; one that fails keeps its error and is left out of later rounds.
 
@@ -91,6 +93,7 @@ def measure(
         settings: how often.
         device: where.
         report: told of every pass.
+        measuring: of the script, which may be stopped within.
     """
     network = methods.network
     torch.manual_seed(settings.seed)
@@ -99,8 +102,10 @@ def measure(
     ready: dict[str, Callable[[], None]] = {}
     order = random.Random(settings.seed)
     on_gpu = device.type == "cuda"
-    for number in range(0 if on_gpu and settings.stay else 1, 1 + settings.rounds):
-        for name in order.sample(list(names), len(names)):
+    first = 0 if on_gpu and settings.stay else 1
+    turns = ((n, name) for n in range(first, 1 + settings.rounds) for name in order.sample(list(names), len(names)))
+    with measuring or Measuring() as measuring:
+        for number, name in turns:
             measured = results[name]
             if measured.error is None:
                 alone = on_gpu and not (settings.stay and number)
@@ -118,6 +123,9 @@ def measure(
                 if alone or measured.error:
                     ready.pop(name, None)
                 report(f"round {number} of {settings.rounds}: {name} {done}")
+    for measured in results.values():
+        if measuring.stopped and measured.error is None and not measured.rounds:
+            measured.error = Measuring.UNMEASURED
     return results
 
 

@@ -207,7 +207,7 @@ def _train_cells(result: dict[str, Any]) -> list[list[str]]:
 
 def _dense_cells(result: dict[str, Any]) -> list[list[str]]:
     lora = next((row["bare"] for row in result["rows"] if row["method"] == "lora"), None)
-    beside = [formatted(lora / row["bare"] if lora else None, ".3f") for row in result["rows"]]
+    beside = [formatted(lora / row["bare"] if lora and row["bare"] else None, ".3f") for row in result["rows"]]
     return [[*cells, times] for cells, times in zip(_train_cells(result), beside, strict=True)]
 
 
@@ -248,6 +248,7 @@ def _start_cells(result: dict[str, Any]) -> list[list[str]]:
 
 def _source(result: dict[str, Any]) -> list[str]:
     lines = [f"{row['method']}: {row['error']}" for row in result["rows"] if row.get("error")]
+    lines += ["stopped before all rounds were done"] if result.get("stopped") else []
     lines += beside_each_other(result["rows"])
     if result["benchmark"] == "infer" and "difference" in result:  # until 0.2: merged, and by torch.export alone
         lines.append(f"merged against adapted outputs: {result['difference']:.1e} of the largest")

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from flora.bench import networks
 from flora.bench.dense import DenseLayer, make_dense
 from flora.bench.methods import METHODS, Methods, Ranks
 from flora.bench.networks import network
+from flora.bench.report import Measuring
 from flora.bench.timing import Captured, Step, TimingSettings, measure, spread
-from scripts.bench_step import bench_step
+from scripts.bench_step import bench_step, rows
 from tests.tasks.chats import tiny_llava
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,6 +168,43 @@ def test_every_round_runs_every_method_in_an_order_of_its_own_and_an_error_ends_
     assert [len(steps) for steps in results["floor"].rounds] == [2, 2, 2, 2]
     assert results["dense"].error is not None
     assert results["dense"].rounds == []
+
+
+def stop_at(place):
+    """Tells this process to end, as `timeout` does, once a line begins so."""
+    return lambda line: os.kill(os.getpid(), signal.SIGTERM) if line.startswith(place) else None
+
+
+def test_one_that_is_stopped_tells_what_it_measured(capsys):
+    methods, names = Methods(network("test_convnext", batch=1, size=32), Ranks(r=2)), ["floor", "full", "dense"]
+    settings, measuring = TimingSettings(rounds=4, steps=2, warmup=0), Measuring()
+    results = measure(methods, names, settings, CPU, stop_at("round 2"), measuring)
+    assert measuring.facts() == {"stopped": True}
+    assert "stopped: this is what was measured before" in capsys.readouterr().err
+    assert {len(results[name].rounds) for name in ("floor", "full")} <= {1, 2}
+    assert all(row["ms"] > 0 for row in rows([results])[:2])
+    with pytest.raises(SystemExit) as ended:
+        measuring.end()
+    assert ended.value.code == 130
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_was_not_measured_before_it_was_stopped_is_named():
+    methods = Methods(network("test_convnext", batch=1, size=32), Ranks(r=2))
+    measuring = Measuring()
+    results = measure(
+        methods, ["floor", "full"], TimingSettings(rounds=2, steps=1, warmup=0), CPU, stop_at("round 1"), measuring
+    )
+    (left,) = [measured for measured in results.values() if not measured.rounds]
+    assert left.error == "stopped before it was measured"
+
+
+def test_an_error_and_another_signal_go_on_as_they_would():
+    with pytest.raises(ZeroDivisionError), Measuring() as measuring:
+        raise ZeroDivisionError
+    assert not measuring.stopped
+    assert measuring.facts() == {}
+    measuring.end()
 
 
 def test_the_spread_is_the_interquartile_range():
