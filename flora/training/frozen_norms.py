@@ -5,8 +5,7 @@ that a network of convolutions keeps little more than half of its activations; a
 of the forward pass, where torch takes a slower one and, in channels-last order, a copy.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,28 +13,31 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from flora.training.internals import BatchNorm, written
+from flora.training.internals import BatchNorm, check_dimensions, transformed, written
 
 
-@contextmanager
-def scaling(norms: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, norms that are in eval mode run as a scale and a shift; those of a kind unknown here as they are."""
-    changed = run_as_scaling(norms)
-    try:
-        yield
-    finally:
-        for norm in changed:
-            norm.__dict__.pop("forward", None)
+class Scaling:
+    """Inside, norms that are in eval mode run as a scale and a shift; those of a kind unknown here as they are.
+
+    It is entered at each step, and left after it: between steps callbacks may copy, save or script the network.
+    """
+
+    def __init__(self, norms: Iterable[nn.Module]) -> None:
+        self._forwards = [_Still(norm, then) for norm in norms if (then := _after(norm))]
+
+    def __enter__(self) -> None:
+        for forward in self._forwards:
+            forward.norm.__dict__.setdefault("forward", forward)
+
+    def __exit__(self, *error: object) -> None:
+        for forward in self._forwards:
+            if forward.norm.__dict__.get("forward") is forward:
+                del forward.norm.__dict__["forward"]
 
 
-def run_as_scaling(norms: Iterable[nn.Module]) -> list[nn.Module]:
-    """As ``scaling``, for good; returns those that run otherwise now."""
-    changed = []
-    for norm in norms:
-        if then := _after(norm):
-            norm.__dict__["forward"] = _Still(norm, then)
-            changed.append(norm)
-    return changed
+def run_as_scaling(norms: Iterable[nn.Module]) -> None:
+    """As within ``Scaling``, for good."""
+    Scaling(norms).__enter__()
 
 
 def _after(norm: Any) -> Callable[[Tensor], Tensor] | None:
@@ -63,11 +65,14 @@ class _Still:
 
     def __call__(self, input: Tensor) -> Tensor:
         norm = self.norm
-        if norm.training or not (torch.is_grad_enabled() and input.requires_grad) or torch.compiler.is_compiling():
+        if norm.training or not (torch.is_grad_enabled() and input.requires_grad):
+            return type(norm).forward(norm, input)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():  # they take torch's own operations
             return type(norm).forward(norm, input)
         trained = [norm.weight, norm.bias]
         if any(parameter is not None and parameter.requires_grad for parameter in trained):
             return type(norm).forward(norm, input)
+        check_dimensions(norm, input)
         still = norm.running_mean, norm.running_var, *trained, norm.eps
         return self.then(_Normalised.apply(input, *self.scales(), *still))
 
@@ -77,7 +82,9 @@ class _Still:
         of = [(tensor, written(tensor)) for tensor in (norm.weight, norm.running_var) if tensor is not None]
         if self._scales is None or not all(a is c and b == d for (a, b), (c, d) in zip(of, self._of, strict=True)):
             with torch.no_grad():
-                scale = 1 / torch.sqrt(norm.running_var + norm.eps)
+                # At least in float32, as torch's kernels compute it: rounded to bf16 it would bias a whole channel.
+                variance = norm.running_var.to(torch.promote_types(norm.running_var.dtype, torch.float32))
+                scale = 1 / torch.sqrt(variance + norm.eps)
                 scale = scale if norm.weight is None else scale * norm.weight
                 self._scales = scale, torch.zeros_like(scale), torch.ones_like(scale)
             self._of = of

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Sampler
 
@@ -72,8 +73,11 @@ FIELDS = {
 # Other private names, as module:name, and why. Those of flora.launch are used there, as it does not import training.
 NAMES = {
     "torch.nn.modules.batchnorm:_BatchNorm": "all kinds of batch norm: frozen ones keep their statistics",
+    "torch.nn:BatchNorm2d._check_input_dim": "what torch refuses, a frozen norm refuses too",
     "torch.nn:Module._parameters": "what saves an adapter finds whole parameters in the place of shards",
     "torch:Tensor._version": "a frozen norm that is written to has another scale",
+    "torch:_C._are_functorch_transforms_active": "they do not take a function with a backward pass of our own",
+    "torch.autograd.forward_ad:_current_level": "nor does forward-mode AD",
     "torch:_foreach_lerp_": "all moving averages in one launch",
     "torch:_foreach_copy_": "all gradients in one launch",
     "torch.cuda.memory:_cuda_endAllocateToPool": "a capture that failed leaves the allocator to its graph",
@@ -288,6 +292,16 @@ def end_workers(loader: Any) -> None:
 def written(tensor: torch.Tensor) -> int:
     """How often a tensor was written to."""
     return tensor._version
+
+
+def check_dimensions(norm: Any, input: torch.Tensor) -> None:
+    """ValueError where a batch norm takes another number of dimensions."""
+    norm._check_input_dim(input)
+
+
+def transformed() -> bool:
+    """Whether transforms of torch.func or forward-mode AD look at what is computed."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def raise_for_killed_workers() -> None:

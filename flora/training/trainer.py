@@ -189,15 +189,18 @@ class Trainer(internals.Loop):
 
     def _forward_backward(self, batch: dict[str, torch.Tensor], parts: int) -> torch.Tensor:
         """The loss of one of ``parts`` micro-batches over their number; adds its gradients."""
-        loss = self.compute_loss(self._running, batch)
-        loss = loss / parts
-        self.accelerator.backward(loss)
+        with self._scaling:  # around both: checkpoints compute the forward pass again
+            loss = self.compute_loss(self._running, batch)
+            loss = loss / parts
+            self.accelerator.backward(loss)
         return loss.detach()
 
     def prepared(self, model):
         """Compile or capture the step as the settings ask, seed what differs between processes."""
         self._in_training_mode = False
         self._running = compiling.run(model, self._together, self.settings.dtype) if self.settings.compile else model
+        as_they_are = self.settings.compile or self.settings.distributed == "fsdp"  # whose parameters lie in shards
+        self._scaling = frozen_norms.Scaling([] if as_they_are else self._frozen_norms)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not processes.first():  # what is drawn for other examples is drawn otherwise
             transformers.set_seed(self.args.seed + processes.index())
@@ -214,11 +217,7 @@ class Trainer(internals.Loop):
         """Time a fit, and leave the model as it was."""
         self._began = time.perf_counter()
         try:
-            with contextlib.ExitStack() as stack:
-                if not self.settings.compile:
-                    stack.enter_context(positions_kept(self._module))
-                    if self.settings.distributed != "fsdp":  # whose parameters lie in shards
-                        stack.enter_context(frozen_norms.scaling(self._frozen_norms))
+            with contextlib.nullcontext() if self.settings.compile else positions_kept(self._module):
                 yield
         finally:
             self.model_wrapped.__dict__.pop("zero_grad", None)

@@ -1,17 +1,20 @@
 """Frozen batch norms: the numbers of torch's, without what torch keeps for them."""
 
 import copy
+import io
 
 import pytest
 import timm
 import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.autograd import forward_ad
+from transformers import TrainerCallback
 
-from flora.methods import Full
-from flora.training import frozen_norms
-from flora.training.frozen_norms import scaling
-from tests.training.test_run import lora, toy_run
+from flora.methods import Full, LinearProbe
+from flora.training import Trainer
+from flora.training.frozen_norms import Scaling
+from tests.training.test_run import toy_run
 
 
 def norm_of(kind, channels=5, **settings):
@@ -44,7 +47,7 @@ def test_a_frozen_norm_scales_and_shifts(kind, shape):
         expected = expected.relu()
     given = torch.randn_like(expected)
     (grad,) = torch.autograd.grad(expected, x, given)
-    with scaling([norm]):
+    with Scaling([norm]):
         output = norm(x)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(torch.autograd.grad(output, x, given)[0], grad)
@@ -52,7 +55,7 @@ def test_a_frozen_norm_scales_and_shifts(kind, shape):
 
 def test_gradients_of_gradients_are_right():
     norm, x = norm_of(nn.BatchNorm2d, 2), torch.randn(2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
-    with scaling([norm]):
+    with Scaling([norm]):
         assert torch.autograd.gradcheck(lambda x: norm(x).sin(), x)
         assert torch.autograd.gradgradcheck(lambda x: norm(x).sin(), x)
 
@@ -60,7 +63,7 @@ def test_gradients_of_gradients_are_right():
 def test_a_norm_without_weights_scales_too():
     norm, x = norm_of(nn.BatchNorm2d, affine=False), torch.randn(2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(norm(x).sin().sum(), x)
-    with scaling([norm]):
+    with Scaling([norm]):
         torch.testing.assert_close(torch.autograd.grad(norm(x).sin().sum(), x)[0], expected)
 
 
@@ -73,7 +76,7 @@ def test_numbers_are_those_of_torch(dtype, order):
     given = torch.randn(4, 8, 6, 6, dtype=dtype).to(memory_format=order)
     expected = norm(x)
     (grad,) = torch.autograd.grad(expected, x, given)
-    with scaling([norm]):
+    with Scaling([norm]):
         output = norm(x)
     (found,) = torch.autograd.grad(output, x, given)
     assert torch.equal(output, expected)
@@ -102,7 +105,7 @@ def test_a_network_keeps_far_less():
     norms = [module.eval().requires_grad_(False) for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     x = torch.randn(2, 3, 64, 64, requires_grad=True)
     before, expected = kept(model, x)
-    with scaling(norms):
+    with Scaling(norms):
         after, output = kept(model, x)
     assert torch.equal(output, expected)
     assert after < 0.65 * before
@@ -121,7 +124,7 @@ def test_a_norm_that_does_not_stand_still_runs_as_torch_has_it(change):
     expected = twin(x)
     expected.sin().sum().backward()
     grad, x.grad = x.grad, None
-    with scaling([norm]):
+    with Scaling([norm]):
         output = norm(x)
     output.sin().sum().backward()
     assert torch.equal(output, expected)
@@ -134,7 +137,7 @@ def test_a_norm_that_does_not_stand_still_runs_as_torch_has_it(change):
 
 def test_new_numbers_of_a_norm_are_taken():
     norm, x = norm_of(nn.BatchNorm2d), torch.randn(2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
-    with scaling([norm]):
+    with Scaling([norm]):
         first = torch.autograd.grad(norm(x).sum(), x)[0]
         norm.weight.mul_(2)
         torch.testing.assert_close(torch.autograd.grad(norm(x).sum(), x)[0], 2 * first)
@@ -151,16 +154,70 @@ def test_nothing_is_left_on_the_norms():
 
     norms = [nn.BatchNorm2d(3), Own(3), nn.BatchNorm2d(3)]
     norms[2].forward = lambda input: input
-    with scaling(norms):
+    with Scaling(norms):
         assert ["forward" in norm.__dict__ for norm in norms] == [True, False, True]
         assert norms[2](7) == 7
     assert ["forward" in norm.__dict__ for norm in norms] == [False, False, True]
 
 
-@pytest.mark.parametrize(("method", "expected"), [(lora(), 1), (Full("full"), 0)], ids=["lora", "full"])
-def test_a_fit_runs_the_norms_that_it_freezes_so(tmp_path, monkeypatch, method, expected):
-    changed, real = [], frozen_norms.run_as_scaling
-    monkeypatch.setattr(frozen_norms, "run_as_scaling", lambda norms: changed.append(real(norms)) or changed[-1])
-    model = toy_run(tmp_path, method, max_steps=2).train().adapted.model
-    assert [len(norms) for norms in changed] == [expected]
-    assert not any("forward" in module.__dict__ for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+def test_what_has_another_number_of_dimensions_is_refused_as_torch_refuses_it():
+    norm = norm_of(nn.BatchNorm2d)
+    with Scaling([norm]), pytest.raises(ValueError, match="expected 4D input"):
+        norm(torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_scale_of_a_norm_in_half_precision_is_not_rounded_on_the_way(dtype):
+    """Nothing but the gradient itself is rounded, once: by half a unit in the last place at most."""
+    norm = norm_of(nn.BatchNorm2d, 64).to(dtype)
+    x = torch.randn(1, 64, 1, 1, dtype=dtype, requires_grad=True)
+    with Scaling([norm]):
+        grad = torch.autograd.grad(norm(x).sum(), x)[0].flatten().double()
+    expected = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    assert ((grad - expected).abs() <= 0.51 * torch.finfo(dtype).eps * expected.abs()).all()
+
+
+def test_transforms_and_forward_mode_take_the_operations_of_torch():
+    norm, x = norm_of(nn.BatchNorm2d, 2), torch.randn(1, 2, 2, 2, dtype=torch.float64)
+    scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).view(1, 2, 1, 1)
+    with Scaling([norm]):
+        grad = torch.func.grad(lambda x: norm(x).sum())(x)
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(norm(forward_ad.make_dual(x.clone().requires_grad_(), x))).tangent
+        traced = torch.jit.trace(norm, x.clone().requires_grad_())
+    torch.testing.assert_close(grad, scale.expand_as(x))
+    torch.testing.assert_close(tangent, scale * x)
+    assert torch.equal(traced(x), norm(x))
+
+
+class Look(TrainerCallback):
+    """Counts the norms that run otherwise between two steps, and copies, saves and scripts the network there."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen.append(count(model))
+        torch.save(copy.deepcopy(model), io.BytesIO())
+        torch.jit.script(model[1])
+
+
+def count(model):
+    return sum("forward" in module.__dict__ for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"), [(LinearProbe("linear_probe"), 1), (Full("full"), 0)], ids=["frozen", "full"]
+)
+def test_a_step_runs_the_norms_that_it_freezes_so_and_leaves_them_as_they_were(tmp_path, monkeypatch, method, expected):
+    within, forward = [], Trainer.compute_loss
+
+    def spied(trainer, model, inputs, **kwargs):
+        within.append(count(model))
+        return forward(trainer, model, inputs, **kwargs)
+
+    monkeypatch.setattr(Trainer, "compute_loss", spied)
+    run, look = toy_run(tmp_path, method, max_steps=2), Look()
+    run.watching = [look]
+    run.train()
+    assert (within[:2], look.seen) == ([expected] * 2, [0, 0])
