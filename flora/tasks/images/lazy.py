@@ -18,8 +18,8 @@ from flora.errors import DataError
 from flora.tasks.base import COUNTS, Batch, draw
 from flora.tasks.images.decode import stand_in
 
-_TRIED = 4  # rows of a batch, which tell whether threads pay
-_SHORT = 2e-3  # seconds a row, below which they did not: photographs of some 300 pixels
+_TRIED = 4  # rows of a batch at most, which tell whether threads pay
+_SHORT = 2e-3  # seconds a row of these, below which they did not: photographs of some 300 pixels
 
 
 class LazyRows(Dataset[Batch], ABC):
@@ -88,11 +88,14 @@ class LazyRows(Dataset[Batch], ABC):
 
     def _decoded(self, rows: np.ndarray) -> list[Any]:
         """Rows, decoded by threads where one takes so long that they help: they take turns at Python's own code."""
-        began = time.perf_counter()
-        first = [self._decode(row) for row in rows[:_TRIED]]
-        short = time.perf_counter() - began < _SHORT * len(first)
-        rest = map(self._decode, rows[_TRIED:]) if short else threads(os.getpid()).map(self._decode, rows[_TRIED:])
-        return [*first, *rest]
+        first, began, short = [], time.perf_counter(), True
+        for row in rows[:_TRIED]:
+            first.append(self._decode(row))
+            # One large image tells enough: a batch of four would never meet a thread.
+            if not (short := time.perf_counter() - began < _SHORT * _TRIED):
+                break
+        rest = rows[len(first) :]
+        return [*first, *(map(self._decode, rest) if short else threads(os.getpid()).map(self._decode, rest))]
 
     def _readable(self, index: int) -> bool:
         return self._decode(self.rows[index]) is not None

@@ -1,8 +1,11 @@
 """Images decoded batch by batch: the same wherever that is done, and what happens to those that cannot be."""
 
+import itertools
 import multiprocessing
 import random
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +44,9 @@ def test_what_is_done_to_an_image_depends_on_the_seed_the_epoch_and_the_image_al
         assert sum(torch.equal(a, b) for a, b in zip(once, other, strict=True)) <= 1
 
 
-@pytest.mark.parametrize(("seconds", "in_threads"), [(0.0, 6), (1e9, 0)])
+@pytest.mark.parametrize(("seconds", "in_threads"), [(0.0, 9), (1e9, 0)])
 def test_threads_open_images_that_take_long_and_give_the_same(tmp_path, monkeypatch, seconds, in_threads):
-    """All but the first four of ten, which tell how long one takes."""
+    """All but the first of ten, which tells how long one takes."""
     photographs(tmp_path)
     train = load(tmp_path).train
     expected = crops(train, 3, 1, range(10))
@@ -52,6 +55,23 @@ def test_threads_open_images_that_take_long_and_give_the_same(tmp_path, monkeypa
     monkeypatch.setattr(lazy, "_SHORT", seconds)
     assert torch.equal(crops(train, 3, 1, range(10)), expected)
     assert sum(thread is not threading.main_thread() for thread in seen) == in_threads
+
+
+def test_a_small_batch_of_images_that_take_long_is_opened_by_threads(tmp_path, monkeypatch):
+    """Three of four wait for each other: they must be opened at the same time."""
+    photographs(tmp_path)
+    train, together, asked = load(tmp_path).train, threading.Barrier(3), itertools.count()
+
+    def decode(row):
+        if next(asked):
+            together.wait(timeout=20)
+        else:
+            time.sleep(0.02)
+        return np.zeros((3, 8, 8), np.uint8)
+
+    monkeypatch.setattr(train, "_decode", decode)
+    monkeypatch.setattr(lazy, "threads", lambda process: ThreadPoolExecutor(3))
+    assert len(train.__getitems__(range(4))["labels"]) == 4
 
 
 def test_augmentation_leaves_the_random_numbers_of_the_process_alone(tmp_path):
