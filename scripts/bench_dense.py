@@ -34,7 +34,7 @@ from flora.models import get
 from flora.models.spec import ModelSpec
 from flora.tasks import Detect, Segment, Splits
 from flora.tasks.base import Task
-from flora.training import layout
+from flora.training import frozen_norms, layout
 
 METHODS = ("full", "lora", "flora")
 DISTINCT = 64  # photographs; files of the same content beside them make an epoch
@@ -201,14 +201,16 @@ def bare_seconds(
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4, fused=True)
     batch = {key: tensor.to(device) for key, tensor in splits.train.__getitems__(range(arguments.batch)).items()}
     forward, dtype, together = task.forward(spec), methods.network.dtype, flora.batched(model)
+    scaling = frozen_norms.Scaling(frozen_norms.of(model))
 
     def run() -> None:
-        with together:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                outputs, targets = forward(model, batch, True)
-            loss = task.loss(outputs, targets, 0.0)
         optimizer.zero_grad()
-        loss.backward()
+        with scaling:
+            with together:
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    outputs, targets = forward(model, batch, True)
+                loss = task.loss(outputs, targets, 0.0)
+            loss.backward()
         optimizer.step()
 
     timed(run, arguments.warmup, device)
@@ -221,7 +223,7 @@ def shown(result: dict[str, Any]) -> str:
     head += f"; {result['device']}, {result['cpus']} CPUs"
     bare = {one["method"]: one["bare"] for one in result["rows"]}
     tail = f"images per second, medians; spread: {result['spread']}"
-    if {"lora", "flora"} <= bare.keys():
+    if bare.get("lora") and bare.get("flora"):
         tail += f"\nFLoRA's bare step takes {bare['lora'] / bare['flora']:.3f} times as long as LoRA's"
     return f"{head}\n{table(lines_of(result['rows']))}\n{tail}"
 

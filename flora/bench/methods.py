@@ -17,8 +17,7 @@ from flora.methods.full import Full
 from flora.methods.heads import trained
 from flora.methods.linear_probe import LinearProbe
 from flora.methods.peft import Peft
-from flora.training.frozen_norms import run_as_scaling
-from flora.training.internals import BatchNorm
+from flora.training import frozen_norms
 
 METHODS = {
     "floor": "frozen fp32 weights under autocast, gradients through every activation and to the output of every layer"
@@ -120,7 +119,7 @@ class Methods:
             starts: list[Tensor] = []
             if self.network.kind != "image":
                 starts = self._reach_outputs(model, compiled)
-            return Prepared(_still(model, compiled), 0, input_requires_grad=self.network.kind == "image", starts=starts)
+            return Prepared(_still(model), 0, input_requires_grad=self.network.kind == "image", starts=starts)
         adapted = self.tuning(method).apply(model, self.head)
         if method == "full":
             return Prepared(adapted.model, sum(trained(adapted.model, ())))
@@ -129,7 +128,7 @@ class Methods:
             make_dense(adapted.model)
         batched = method in ("flora", "flora_factored", "flora_merged")
         batched = batched and not self.network.checkpointing  # as the trainer runs it
-        return Prepared(_still(adapted.model.train(), compiled), params, len(adapted.ranks), batched=batched)
+        return Prepared(_still(adapted.model.train()), params, len(adapted.ranks), batched=batched)
 
     def _reach_outputs(self, model: nn.Module, compiled: bool) -> list[Tensor]:
         """Let gradients reach the embeddings, and adapted layers that no activation reaches: DeBERTa's, on positions.
@@ -221,12 +220,10 @@ def asked_for(
     return methods, said
 
 
-def _still(model: nn.Module, compiled: bool) -> nn.Module:
-    """Frozen batch norms keep their statistics, and run as train.py runs them."""
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
-    frozen = [norm.eval() for norm in norms if not any(p.requires_grad for p in norm.parameters(recurse=False))]
-    if not compiled:
-        run_as_scaling(frozen)
+def _still(model: nn.Module) -> nn.Module:
+    """Frozen batch norms keep their statistics."""
+    for norm in frozen_norms.of(model):
+        norm.eval()
     return model
 
 

@@ -16,6 +16,7 @@ import flora
 from flora.bench.methods import Methods, Prepared
 from flora.bench.networks import Network
 from flora.bench.report import Measuring
+from flora.training import frozen_norms
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 STEADY = 5  # steps of a compiled model before it is timed: mode reduce-overhead records in the second and the third
@@ -192,6 +193,8 @@ class Step:
         self._compiled = compile is not None
         if self._compiled:
             self._call = torch.compile(self._call, mode=compile)
+        # As train.py runs them.
+        self._scaling = frozen_norms.Scaling([] if self._compiled else frozen_norms.of(self.model))
         self._with_gradients: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         self._with_gradients += prepared.starts
         if prepared.input_requires_grad:
@@ -202,7 +205,8 @@ class Step:
         self.forget()
         if self._compiled:
             torch.compiler.cudagraph_mark_step_begin()  # the memory of the last step's outputs may be used again
-        self.network.loss(self._call, self.inputs).backward()
+        with self._scaling:
+            self.network.loss(self._call, self.inputs).backward()
 
     def forget(self) -> None:
         """Drop the gradients."""

@@ -35,9 +35,10 @@ class Scaling:
                 del forward.norm.__dict__["forward"]
 
 
-def run_as_scaling(norms: Iterable[nn.Module]) -> None:
-    """As within ``Scaling``, for good."""
-    Scaling(norms).__enter__()
+def of(model: nn.Module) -> list[nn.Module]:
+    """The batch norms of a network of which nothing trains."""
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    return [norm for norm in norms if not any(parameter.requires_grad for parameter in norm.parameters())]
 
 
 def _after(norm: Any) -> Callable[[Tensor], Tensor] | None:

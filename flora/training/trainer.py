@@ -98,7 +98,7 @@ class Trainer(internals.Loop):
         norms = [module for module in model.modules() if isinstance(module, internals.BatchNorm)]
         # Where their parameters are frozen, their statistics stay frozen too: otherwise an adapter's base model would
         # drift, and the saved adapter could not reproduce the run.
-        self._frozen_norms = [norm for norm in norms if not any(p.requires_grad for p in norm.parameters())]
+        self._frozen_norms = frozen_norms.of(model)
         self._statistics_move = len(norms) > len(self._frozen_norms)
         validates = validation is not None and train is not None
         # Every trained parameter is used in every step, but for a projector where a batch shows no image.

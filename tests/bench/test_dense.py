@@ -35,6 +35,17 @@ def test_training_and_the_bare_step_of_lora_and_flora(run, tmp_path, task):
     assert f"| {lora / flora:.3f} |" in page
 
 
+def test_what_was_stopped_between_is_told_without_a_comparison():
+    rows = [bench_dense.row("lora", None, None, [4.0]), bench_dense.row("flora", 2.5, [3.0, 5.0], None)]
+    said = {"task": "segment", "model": "convnext", "batch": 2, "size": 64, "dtype": "fp32", "device": "cpu"}
+    text = bench_dense.shown(said | {"cpus": 2, "spread": "of rounds", "rows": rows})
+    assert [line.split() for line in text.splitlines()[2:4]] == [
+        ["lora", "-", "-", "4.0", "0.0", "-"],
+        ["flora", "4.0", "1.0", "-", "-", "-"],
+    ]
+    assert "times as long" not in text
+
+
 def test_the_files_are_of_ade20ks_layout_and_as_large_as_asked(tmp_path):
     bench_dense.write_scenes(tmp_path, Namespace(seed=0, size=96, images=70, batch=3))
     there = sorted((tmp_path / "images" / "training").iterdir())

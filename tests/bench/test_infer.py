@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 import flora.models
 from flora.adapters.layer import FloraLayer
@@ -133,3 +134,11 @@ def test_a_vision_language_model_is_merged_beside_its_projector(run, tmp_path, m
     rows = json.loads(file.read_text())["rows"]
     assert not any("error" in row for row in rows)
     assert all(row["difference"] < 1e-4 for row in rows if row["method"].startswith("flora"))
+
+
+def test_what_is_timed_at_inference_has_torchs_own_norms():
+    """Beside the base, which no method has prepared; in training, frozen norms run otherwise."""
+    made = Models(Methods(network("test_resnet", batch=1, size=32), Ranks(r=2)), ("base", "lora", "flora"), CPU)
+    norms = [m for model in made.by_name.values() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) > 10
+    assert not any("forward" in norm.__dict__ for norm in norms)
