@@ -78,7 +78,7 @@ class _Still:
         return self.then(_Normalised.apply(input, *self.scales(), *still))
 
     def scales(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What an input is multiplied with, by channel ``[C]``, zeros and ones; anew where the norm's numbers are."""
+        """What an input is multiplied with, by channel ``[C]``, zeros and halves; anew where the norm's numbers are."""
         norm = self.norm
         of = [(tensor, written(tensor)) for tensor in (norm.weight, norm.running_var) if tensor is not None]
         if self._scales is None or not all(a is c and b == d for (a, b), (c, d) in zip(of, self._of, strict=True)):
@@ -87,7 +87,7 @@ class _Still:
                 variance = norm.running_var.to(torch.promote_types(norm.running_var.dtype, torch.float32))
                 scale = 1 / torch.sqrt(variance + norm.eps)
                 scale = scale if norm.weight is None else scale * norm.weight
-                self._scales = scale, torch.zeros_like(scale), torch.ones_like(scale)
+                self._scales = scale, torch.zeros_like(scale), torch.full_like(scale, 0.5)
             self._of = of
         return self._scales
 
@@ -99,18 +99,19 @@ class _Normalised(torch.autograd.Function):
         input: Tensor,
         scale: Tensor,
         zeros: Tensor,
-        ones: Tensor,
+        halves: Tensor,
         mean: Tensor,
         variance: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
     ) -> Tensor:
-        ctx.save_for_backward(scale, zeros, ones)
+        ctx.save_for_backward(scale, zeros, halves)
         return F.batch_norm(input, mean, variance, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        scale, zeros, ones = ctx.saved_tensors
-        scaled = F.batch_norm(gradient, zeros, ones, scale, zeros, False, 0.0, 0.0)
+        scale, zeros, halves = ctx.saved_tensors
+        # A variance of 1/2 and an epsilon of 1/2 divide by one, exactly; torch before 2.12 refuses an epsilon of 0.
+        scaled = F.batch_norm(gradient, zeros, halves, scale, zeros, False, 0.0, 0.5)
         return scaled, *[None] * 8
