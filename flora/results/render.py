@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from flora.errors import DataError
@@ -92,7 +93,9 @@ def rendering(
         answers, whole = output / ANSWERS, output / PAGE
         for readme in (output.parent / Path(README).name, answers):
             if readme.exists():
-                texts[readme] = README_TABLE.sub(lambda place: _embedded(place, contents), readme.read_text())
+                linked = (output / "tables").relative_to(readme.parent).as_posix()
+                embedded = partial(_embedded, contents=contents, folder=linked)
+                texts[readme] = README_TABLE.sub(embedded, readme.read_text())
         if stale and whole.exists():
             stale.append(whole)
         elif draw or whole.exists():
@@ -154,12 +157,12 @@ def _texts(section: Section, output: Path) -> dict[Path, str]:
     }
 
 
-def _embedded(place: re.Match[str], contents: Contents) -> str:
+def _embedded(place: re.Match[str], contents: Contents, folder: str) -> str:
     """What stands in a README between its markers; of an unfinished table's means and tests, how far it is."""
     table = load(place[3])
     lines = rows(table, contents)
     if place[2] == "table" and any(row.records for row in lines):
-        return f"{place[1]}{compact(table, lines)}{place[4]}"
+        return f"{place[1]}{compact(table, lines, folder)}{place[4]}"
     if not complete(table, lines):
         done = sum(len(row.records) for row in lines if not row.chosen)
         return f"{place[1]}No answer yet: {done} of {len(table.cells)} runs are finished.\n{place[4]}"

@@ -164,8 +164,11 @@ def markdown(table: Table, rows: Sequence[Row]) -> str:
     return "\n".join(lines + _published_markdown(table)) + "\n"
 
 
-def compact(table: Table, rows: Sequence[Row]) -> str:
-    """The table at a glance, in Markdown: a line per model and method, a column per data set."""
+def compact(table: Table, rows: Sequence[Row], folder: str = "tables") -> str:
+    """The table at a glance, in Markdown: a line per model and method, a column per data set.
+
+    ``folder`` is that of the tables' files, as a link says it where this one stands.
+    """
     tasks = list(dict.fromkeys(row.task for row in rows))
     drawn = {row.task for row in rows if row.records and row.first.get("data_source") == "re-rendered"}
     names = [f"{task} (re-rendered)" if task in drawn else task for task in tasks]
@@ -178,8 +181,7 @@ def compact(table: Table, rows: Sequence[Row]) -> str:
     lines = markdown_table(["model", "method", "adapter params", *names], body)
     said = [f"- {escape.markdown(note)}" for note in stated(table, rows)]
     done = sum(len(row.records) for row in rows if not row.chosen)
-    where = f"results/tables/{table.stem}.md"
-    end = f"{done} of {len(table.cells)} runs are finished; [all columns]({where})."
+    end = f"{done} of {len(table.cells)} runs are finished; [all columns]({folder}/{table.stem}.md)."
     return "\n".join([*lines, "", *said, *([""] if said else []), end, ""])
 
 

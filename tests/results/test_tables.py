@@ -139,14 +139,21 @@ def test_the_readme_shows_a_table_between_its_markers_and_nothing_else_changes(s
     monkeypatch.setattr("flora.results.render.names", lambda: ["eurosat"])
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- table eurosat, rendered by scripts/make_tables.py -->\n?<!-- end of table -->\nb\n")
+    answers = tmp_path / "out" / "README.md"
+    answers.parent.mkdir(exist_ok=True)
+    answers.write_text(readme.read_text())
     assert render("--check")[0] == 1
     assert render()[0] == 0
     table = load("eurosat")
-    begin, end = readme.read_text().split(compact(table, rows(table, store.read_all())))
+    shown = compact(table, rows(table, store.read_all()), "out/tables")
+    begin, end = readme.read_text().split(shown)
     assert begin == "a\n<!-- table eurosat, rendered by scripts/make_tables.py -->\n"
     assert end == "<!-- end of table -->\nb\n"
     assert render("--check")[0] == 0
     assert "| convnext | flora | 50 |" in readme.read_text()
+    for page in (readme, answers):
+        (link,) = re.findall(r"\[all columns\]\((.*)\)", page.read_text())
+        assert (page.parent / link).is_file()
 
 
 def test_latex_is_a_booktabs_table_with_nothing_left_to_escape(store):
