@@ -5,7 +5,7 @@ that a network of convolutions keeps little more than half of its activations; a
 of the forward pass, where torch takes a slower one and, in channels-last order, a copy.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,13 @@ class Scaling:
         self._forwards = [_Still(norm, then) for norm in norms if (then := _after(norm))]
 
     def __enter__(self) -> None:
+        # Computed at each step, and so in each replay of a captured one: what is written to a norm between steps
+        # counts, through ``.data`` too, which no version tells of.
+        alike: dict[tuple[object, ...], list[_Still]] = {}
+        for forward in self._forwards:
+            alike.setdefault(forward.look(), []).append(forward)
+        for forwards in alike.values():
+            _scale(forwards)
         for forward in self._forwards:
             forward.norm.__dict__.setdefault("forward", forward)
 
@@ -61,8 +68,8 @@ class _Still:
 
     def __init__(self, norm: Any, then: Callable[[Tensor], Tensor]) -> None:
         self.norm, self.then = norm, then
-        self._scales: tuple[Tensor, Tensor, Tensor] | None = None
-        self._of: list[tuple[Tensor, int]] = []
+        self.scale: Tensor
+        self.zeros = self.halves = torch.empty(0)
 
     def __call__(self, input: Tensor) -> Tensor:
         norm = self.norm
@@ -79,17 +86,34 @@ class _Still:
 
     def scales(self) -> tuple[Tensor, Tensor, Tensor]:
         """What an input is multiplied with, by channel ``[C]``, zeros and halves; anew where the norm's numbers are."""
+        weight, variance, *versions = self.weight, self.variance, *self.versions
+        self.look()
+        if weight is not self.weight or variance is not self.variance or versions != self.versions:
+            _scale([self])
+        return self.scale, self.zeros, self.halves
+
+    def look(self) -> tuple[object, ...]:
+        """Take up the norm's tensors; their kind."""
         norm = self.norm
-        of = [(tensor, written(tensor)) for tensor in (norm.weight, norm.running_var) if tensor is not None]
-        if self._scales is None or not all(a is c and b == d for (a, b), (c, d) in zip(of, self._of, strict=True)):
-            with torch.no_grad():
-                # At least in float32, as torch's kernels compute it: rounded to bf16 it would bias a whole channel.
-                variance = norm.running_var.to(torch.promote_types(norm.running_var.dtype, torch.float32))
-                scale = 1 / torch.sqrt(variance + norm.eps)
-                scale = scale if norm.weight is None else scale * norm.weight
-                self._scales = scale, torch.zeros_like(scale), torch.full_like(scale, 0.5)
-            self._of = of
-        return self._scales
+        self.weight, self.variance = weight, variance = norm.weight, norm.running_var
+        self.versions = [0 if weight is None else written(weight), written(variance)]
+        return variance.device, variance.dtype, None if weight is None else weight.dtype, norm.eps
+
+
+@torch.no_grad()
+def _scale(alike: Sequence[_Still]) -> None:
+    """Of norms of one kind, all of them in a few operations.
+
+    At least in float32, as torch's kernels compute it: rounded to bf16 it would bias a whole channel.
+    """
+    variances = torch.cat([still.variance for still in alike])
+    scale = 1 / torch.sqrt(variances.to(torch.promote_types(variances.dtype, torch.float32)) + alike[0].norm.eps)
+    if alike[0].weight is not None:
+        scale = scale * torch.cat([still.weight for still in alike])
+    for still, part in zip(alike, scale.split([len(still.variance) for still in alike]), strict=True):
+        still.scale, zeros = part, still.zeros
+        if (zeros.shape, zeros.dtype, zeros.device) != (part.shape, part.dtype, part.device):
+            still.zeros, still.halves = torch.zeros_like(part), torch.full_like(part, 0.5)
 
 
 class _Normalised(torch.autograd.Function):
@@ -112,6 +136,6 @@ class _Normalised(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         scale, zeros, halves = ctx.saved_tensors
-        # A variance of 1/2 and an epsilon of 1/2 divide by one, exactly; torch before 2.12 refuses an epsilon of 0.
+        # A variance of 1/2 and an epsilon of 1/2 divide by one, exactly; torch 2.11 refuses an epsilon of 0.
         scaled = F.batch_norm(gradient, zeros, halves, scale, zeros, False, 0.0, 0.5)
         return scaled, *[None] * 8

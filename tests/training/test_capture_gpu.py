@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from transformers import TrainerCallback
 
 from flora.errors import CaptureFailed
 from flora.models.deberta import positions_kept
@@ -99,6 +100,26 @@ def test_random_numbers_on_the_gpu_are_those_of_the_eager_run(tmp_path, exact, m
     captured, eager = pair(tmp_path, FULL, max_steps=20, epochs=10)
     assert captured.trainer.execution["cuda_graph"]
     assert_same_run(captured, eager)
+
+
+class Write(TrainerCallback):
+    """Writes to the norms after the tenth step."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 10:
+            for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+                norm.weight.data.mul_(2)
+                norm.running_var.add_(1)
+
+
+def test_what_is_written_to_a_frozen_norm_between_steps_reaches_later_replays(tmp_path, exact):
+    runs = []
+    for captures in (True, False):
+        run = toy_run(tmp_path, lora(), cuda_graph=captures, log_every=1, max_steps=20, epochs=10)
+        run.watching = [Write()]
+        runs.append(run.train())
+    assert runs[0].trainer.execution["cuda_graph"]
+    assert_same_run(*runs)
 
 
 def test_every_replay_draws_anew(tmp_path, exact, monkeypatch):

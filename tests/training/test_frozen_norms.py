@@ -147,6 +147,27 @@ def test_new_numbers_of_a_norm_are_taken():
         torch.testing.assert_close(torch.autograd.grad(norm(x).sum(), x)[0], -first)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)], ids=str)
+def test_what_is_written_to_norms_between_steps_counts(dtypes):
+    """Through ``.data`` too, which counts no version; of norms of several kinds, sizes and epsilons."""
+    norms = [norm_of(nn.BatchNorm2d, c, eps=eps) for c, eps in ((3, 1e-3), (5, 1e-3), (5, 1e-5))]
+    norms.append(norm_of(nn.BatchNorm2d, 2, affine=False))
+    for norm, dtype in zip(norms, dtypes * 2, strict=True):
+        norm.to(dtype)
+    scaling = Scaling(norms)
+    for _ in range(2):
+        for norm in norms:
+            x = torch.randn(2, norm.num_features, 1, 1, dtype=norm.running_var.dtype, requires_grad=True)
+            with scaling:
+                grad = torch.autograd.grad(norm(x).sum(), x)[0][0].flatten()
+            weight = 1 if norm.weight is None else norm.weight.double()
+            expected = weight / (norm.running_var.double() + norm.eps).sqrt()
+            torch.testing.assert_close(grad, expected.to(grad.dtype))
+            norm.running_var.data.add_(1)
+            if norm.weight is not None:
+                norm.weight.data.mul_(2)
+
+
 def test_nothing_is_left_on_the_norms():
     class Own(nn.BatchNorm2d):
         def forward(self, input):
