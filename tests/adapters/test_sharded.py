@@ -99,6 +99,9 @@ def sharded(case: str) -> dict[Any, Any]:
     return results
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch crashes where FSDP gathers a state dict on a CPU, LoRA's too"
+)
 @pytest.mark.parametrize("case", CASES)
 def test_fsdp_trains_as_one_process(case, tmp_path):
     alone = adapt(llama(), **CASES[case])

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 import flora
 from flora.adapters.fast import torch_plan
 from flora.adapters.fast.batched import plans
-from tests.adapters.fast.nets import TARGETS, Net, adapt, assert_same, built, gradients, layer_by_layer, plans_of
+from tests.adapters.fast.nets import (
+    TARGETS,
+    Net,
+    adapt,
+    assert_same,
+    built,
+    enters,
+    gradients,
+    layer_by_layer,
+    plans_of,
+)
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -207,6 +217,7 @@ def test_shapes_are_found_on_the_meta_device(form, x):
     assert model.to("meta")(x.to("meta")).shape == expected
 
 
+@enters
 def test_compiled_models_build_within_their_layers(x):
     model = adapt(Net())
     torch._dynamo.reset()

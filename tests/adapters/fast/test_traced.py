@@ -11,7 +11,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 import flora
-from tests.adapters.fast.nets import Net, adapt, assert_same, gradients, layer_by_layer
+from tests.adapters.fast.nets import Net, adapt, assert_same, enters, gradients, layer_by_layer
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -37,6 +37,7 @@ def watch() -> Watch:
     return Watch()
 
 
+@enters
 @pytest.mark.parametrize(
     ("form", "memory_format", "built"),
     [
@@ -187,7 +188,7 @@ def test_a_block_in_another_thread_while_one_compiles_is_no_part_of_what_is_comp
     assert outputs[1] is None
 
 
-@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch.compile takes no `with` of an object made outside")
+@enters
 def test_a_region_may_enter_the_block_itself(watch):
     model, _ = chain()
     block, x = flora.batched(model), torch.randn(3, 4)

@@ -211,6 +211,7 @@ def test_weights_of_any_shape(memory_format, base, kind):
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the tests above have run")
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="the interpreter of its Triton fails with numpy 2.4")
 def test_the_tests_above_in_tritons_interpreter():
     if TritonPlan is None:
         pytest.skip("Triton comes with torch for CUDA and ROCm only")
