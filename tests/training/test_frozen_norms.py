@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import timm
@@ -9,11 +10,13 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from flora.methods import Full, LinearProbe
 from flora.training import Trainer
-from flora.training.frozen_norms import Scaling
+from flora.training.frozen_norms import Scaling, of
+from tests.training.processes import together
 from tests.training.test_run import toy_run
 
 
@@ -147,38 +150,127 @@ def test_new_numbers_of_a_norm_are_taken():
         torch.testing.assert_close(torch.autograd.grad(norm(x).sum(), x)[0], -first)
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)], ids=str)
-def test_what_is_written_to_norms_between_steps_counts(dtypes):
-    """Through ``.data`` too, which counts no version; of norms of several kinds, sizes and epsilons."""
-    norms = [norm_of(nn.BatchNorm2d, c, eps=eps) for c, eps in ((3, 1e-3), (5, 1e-3), (5, 1e-5))]
-    norms.append(norm_of(nn.BatchNorm2d, 2, affine=False))
-    for norm, dtype in zip(norms, dtypes * 2, strict=True):
-        norm.to(dtype)
-    scaling = Scaling(norms)
-    for _ in range(2):
-        for norm in norms:
-            x = torch.randn(2, norm.num_features, 1, 1, dtype=norm.running_var.dtype, requires_grad=True)
-            with scaling:
-                grad = torch.autograd.grad(norm(x).sum(), x)[0][0].flatten()
-            weight = 1 if norm.weight is None else norm.weight.double()
-            expected = weight / (norm.running_var.double() + norm.eps).sqrt()
-            torch.testing.assert_close(grad, expected.to(grad.dtype))
-            norm.running_var.data.add_(1)
-            if norm.weight is not None:
-                norm.weight.data.mul_(2)
+def scale_of(norm):
+    """What a gradient is multiplied with, by channel, and what that should be: weight / sqrt(var + eps)."""
+    x = torch.randn(2, norm.num_features, 1, 1, dtype=norm.running_var.dtype, requires_grad=True)
+    grad = torch.autograd.grad(norm(x).sum(), x)[0][0].flatten()
+    weight = 1 if norm.weight is None else norm.weight
+    return grad, (weight / (norm.running_var + norm.eps).sqrt()).detach()
 
 
-def test_nothing_is_left_on_the_norms():
+def pass_in_train_mode(norm):
+    norm.train()
+    norm(10 * torch.randn(64, norm.num_features, 4, 4, dtype=torch.float64))
+    norm.eval()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda norm: norm.running_var.mul_(4),
+        lambda norm: norm.running_var.data.mul_(4),  # counts no version, as training mode does not
+        lambda norm: setattr(norm, "eps", 3.0),
+        lambda norm: setattr(norm.weight, "data", 3 * norm.weight.data),
+        pass_in_train_mode,
+    ],
+    ids=["written", "data", "eps", "weight", "train"],
+)
+def test_what_was_written_to_a_norm_counts_between_steps_and_within(write):
+    norm = norm_of(nn.BatchNorm2d, momentum=1.0)
+    scaling = Scaling([norm])
+    with scaling:
+        first = scale_of(norm)[0]
+    for within in (True, False):
+        if not within:
+            write(norm)
+        with scaling:
+            if within:
+                write(norm)
+            torch.testing.assert_close(*scale_of(norm))
+    assert not torch.allclose(scale_of(norm)[0], first)
+
+
+class Half(nn.Module):
+    def forward(self, weight):
+        return weight * torch.bernoulli(torch.full_like(weight, 0.5))
+
+
+def test_a_weight_that_is_drawn_is_drawn_once():
+    norm = norm_of(nn.BatchNorm2d, 64)
+    norm.bias.zero_()
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", Half())
+    norm.requires_grad_(False)
+    x = torch.full((1, 64, 1, 1), 1e3, dtype=torch.float64, requires_grad=True)
+    with Scaling([norm]):
+        output = norm(x)
+    assert torch.equal(torch.autograd.grad(output.sum(), x)[0] != 0, output != 0)
+
+
+def test_a_copy_made_within_a_step_is_a_norm_of_its_own():
+    norm = norm_of(BatchNormAct2d, act_layer=nn.Identity)
+    with Scaling([norm]):
+        twin = copy.deepcopy(norm)
+        pickle.dumps(norm)
+    twin.running_var.mul_(9)
+    twin.act = nn.Tanh()
+    x = torch.randn(2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+    normal = (x - twin.running_mean.view(5, 1, 1)) / (twin.running_var + twin.eps).sqrt().view(5, 1, 1)
+    torch.testing.assert_close(twin(x), (normal * twin.weight.view(5, 1, 1) + twin.bias.view(5, 1, 1)).tanh())
+
+
+def test_norms_of_another_kind_run_as_they_are_and_nothing_is_left_on_any():
     class Own(nn.BatchNorm2d):
         def forward(self, input):
             return super().forward(input) + 1
 
     norms = [nn.BatchNorm2d(3), Own(3), nn.BatchNorm2d(3)]
     norms[2].forward = lambda input: input
+    x = torch.zeros(2, 3, 1, 1, requires_grad=True)
     with Scaling(norms):
-        assert ["forward" in norm.__dict__ for norm in norms] == [True, False, True]
+        assert norms[1].eval()(x).mean() == 1
         assert norms[2](7) == 7
     assert ["forward" in norm.__dict__ for norm in norms] == [False, False, True]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_norm_without_parameters_stands_still_where_anything_does(trains):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Linear(4, 2))
+    model[0].requires_grad_(trains)
+    assert of(model) == ([] if trains else [model[1]])
+
+
+def ddp_gradients():
+    """Of the first process's statistics, which DDP hands to the second before its forward pass."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5).requires_grad_(False)).double().eval()
+    wrapped, scaling, x = DistributedDataParallel(model), Scaling(of(model)), torch.randn(2, 3, 4, 4).double()
+    found = []
+    for _ in range(2):
+        with scaling:
+            wrapped(x).sin().sum().backward()
+        found.append(model[0].weight.grad.clone())
+        model.zero_grad()
+        if rank == 0:
+            model[1].running_var.mul_(9)
+    torch.distributed.destroy_process_group()
+    return found
+
+
+def test_statistics_that_ddp_hands_round_are_those_of_the_backward_pass(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).double().eval()
+    x = torch.randn(2, 3, 4, 4).double()
+    expected = []
+    for _ in range(2):
+        model.zero_grad()
+        model(x).sin().sum().backward()
+        expected.append(model[0].weight.grad.clone())
+        model[1].running_var.mul_(9)
+    for found in together(tmp_path, ddp_gradients):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_what_has_another_number_of_dimensions_is_refused_as_torch_refuses_it():
