@@ -75,7 +75,6 @@ NAMES = {
     "torch.nn.modules.batchnorm:_BatchNorm": "all kinds of batch norm: frozen ones keep their statistics",
     "torch.nn:BatchNorm2d._check_input_dim": "what torch refuses, a frozen norm refuses too",
     "torch.nn:Module._parameters": "what saves an adapter finds whole parameters in the place of shards",
-    "torch:Tensor._version": "a frozen norm that is written to has another scale",
     "torch:_C._are_functorch_transforms_active": "they do not take a function with a backward pass of our own",
     "torch.autograd.forward_ad:_current_level": "nor does forward-mode AD",
     "torch:_foreach_lerp_": "all moving averages in one launch",
@@ -287,11 +286,6 @@ def end_workers(loader: Any) -> None:
     if (batches := getattr(loader, "_iterator", None)) is not None:
         batches._shutdown_workers()
         loader._iterator = None
-
-
-def written(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to."""
-    return tensor._version
 
 
 def check_dimensions(norm: Any, input: torch.Tensor) -> None:
