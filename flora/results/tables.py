@@ -164,7 +164,7 @@ def markdown(table: Table, rows: Sequence[Row]) -> str:
     return "\n".join(lines + _published_markdown(table)) + "\n"
 
 
-def compact(table: Table, rows: Sequence[Row], folder: str = "tables") -> str:
+def compact(table: Table, rows: Sequence[Row], folder: str) -> str:
     """The table at a glance, in Markdown: a line per model and method, a column per data set.
 
     ``folder`` is that of the tables' files, as a link says it where this one stands.

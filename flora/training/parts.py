@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from flora.launch import processes
 from flora.tasks.base import COUNTS
+from flora.training import frozen_norms
 from flora.training.internals import BatchNorm
 
 
@@ -55,8 +56,9 @@ def synchronised(model: nn.Module) -> nn.Module:
 
     Those that are frozen keep their statistics, and stay as they are.
     """
+    frozen = frozen_norms.of(model)
     for name, norm in list(model.named_modules()):
-        if isinstance(norm, BatchNorm) and any(p.requires_grad for p in norm.parameters(recurse=False)):
+        if isinstance(norm, BatchNorm) and norm not in frozen:
             whole = nn.SyncBatchNorm.convert_sync_batchnorm(norm)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, whole)

@@ -54,8 +54,8 @@ RUNS = {
             "task.seen=[64]",
         ),
         *("task.anchors=[8,16,32,64,128]", "task.channels=16", "task.hidden=32", "task.proposals=40", "task.most=30"),
-        *("task.at_once=8", "task.turn=false", "task.flip=0", "adapter=full", "trainer.max_steps=100"),
-        *("trainer.lr=3e-3", "trainer.head_lr=3e-3", "trainer.max_grad_norm=10", "trainer.eval_steps=100"),
+        *("task.at_once=8", "task.turn=false", "task.flip=0", "adapter=full", "trainer.max_steps=200"),
+        *("trainer.lr=3e-3", "trainer.head_lr=3e-3", "trainer.max_grad_norm=10", "trainer.eval_steps=200"),
     ),
     "masks": (*DETECTOR, "task.dataset=coco", "task.masks=true", "task.held_out=0.25"),
 }
@@ -171,7 +171,7 @@ def test_dotas_files_of_the_tests_own_images_give_its_ap(predict, finished):
             truth.setdefault(name, []).append((path.stem, polygon, difficult == "1"))
     assert sorted(path.name for path in (folder / "task1").iterdir()) == ["Task1_plane.txt", "Task1_ship.txt"]
     record, many = finished[1]["turned"], 0
-    assert record["metrics"]["AP50"] > 0, "a task that finds nothing would show nothing"
+    assert record["metrics"]["AP50"] > 0.1, "a task that finds nothing would show nothing"
     for name, there in truth.items():
         lines = [line.split() for line in (folder / "task1" / f"Task1_{name}.txt").read_text().splitlines()]
         many += len(lines)
@@ -239,12 +239,13 @@ def test_in_python_a_map_and_objects_with_names(predict, finished):
     with Image.open(place) as given:
         below = np.asarray(given)[36:, :64]
     assert np.array_equal((255 * tiles[2]).round().permute(1, 2, 0), below)
-    with torch.no_grad():
-        rows = torch.cat([predictor.model(tiles[:3])["detections"], predictor.model(tiles[3:])["detections"]])
-    shifted = rows[..., :8] + torch.tensor([[0, 0], [36, 0], [0, 36], [36, 36]]).repeat(1, 4)[:, None]
-    whole = united(torch.cat([shifted, rows[..., 8:]], dim=2).flatten(0, 1)[(rows[..., 9] >= 0).flatten()])
-    assert np.allclose([np.ravel(one.corners) for one in found], whole[:, :8], atol=1e-4)
-    assert np.allclose([one.score for one in found], whole[:, 8], atol=1e-6)  # batches of 4, and of 3 and 1
+    for batches, rounding in ((tiles[:3], tiles[3:]), 1e-6), ((tiles,), 0):  # the second as it was predicted
+        with torch.no_grad():
+            rows = torch.cat([predictor.model(batch)["detections"] for batch in batches])
+        shifted = rows[..., :8] + torch.tensor([[0, 0], [36, 0], [0, 36], [36, 36]]).repeat(1, 4)[:, None]
+        whole = united(torch.cat([shifted, rows[..., 8:]], dim=2).flatten(0, 1)[(rows[..., 9] >= 0).flatten()])
+        assert np.allclose([np.ravel(one.corners) for one in found], whole[:, :8], atol=1e-4)
+        assert np.allclose([one.score for one in found], whole[:, 8], rtol=0, atol=rounding)
 
 
 def test_one_picture_or_a_table_of_them_and_those_that_cannot_be_read(predict, tmp_path):

@@ -92,7 +92,7 @@ def test_marks_are_set_within_one_protocol():
 
 def test_lines_and_figures_of_two_protocols_are_kept_apart():
     shown = set_marks(both_protocols())
-    text = compact(TABLE, shown)
+    text = compact(TABLE, shown, "tables")
     assert "| minilm_l6 | lora, published rates | 50 | 0.1600" in text
     assert "| minilm_l6 | lora, rates chosen | 50 | **0.8610" in text
     names = [plot.name for plot in plots(TABLE, shown, lambda _: {})]

@@ -122,17 +122,17 @@ def test_the_csv_holds_unrounded_numbers(store):
 
 def test_the_table_at_a_glance_has_a_column_per_data_set(store):
     table = load("eurosat")
-    text = compact(table, rows(table, store.read_all()))
+    text = compact(table, rows(table, store.read_all()), "tables")
     lines = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("|")]
     assert lines[0] == ["model", "method", "adapter params", "eurosat"]
     assert ["convnext", "flora", "50", "0.9100 ± 0.0100"] in lines
     assert ["convnext", "linear_probe", "-", "-"] in lines
     assert len(lines) == 2 + 8
     other = Row("dtd10", "convnext", "dora", "", {}, cells=3)  # a method that has one of the two sets
-    assert "| convnext | dora | - | - | - |" in compact(table, [*rows(table, store.read_all()), other])
+    assert "| convnext | dora | - | - | - |" in compact(table, [*rows(table, store.read_all()), other], "tables")
     assert "9 of 24 runs are finished" in text
     write(store, table.cells[0], 0.5, data={"source": "re-rendered"})
-    assert "| eurosat (re-rendered) |" in compact(table, rows(table, store.read_all()))
+    assert "| eurosat (re-rendered) |" in compact(table, rows(table, store.read_all()), "tables")
 
 
 def test_the_readme_shows_a_table_between_its_markers_and_nothing_else_changes(store, render, tmp_path, monkeypatch):

@@ -1,11 +1,18 @@
 """What trains alike in one and in several processes."""
 
+import pytest
 import torch
 from torch import nn
 
 from flora.methods import Peft
 from flora.training import parts
 from tests.tasks.segment.made import network
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_norm_without_parameters_is_synchronised_where_the_whole_network_trains(whole):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False)).requires_grad_(whole)
+    assert isinstance(parts.synchronised(model)[1], nn.SyncBatchNorm) == whole
 
 
 def test_trained_batch_norms_are_synchronised_and_frozen_ones_are_not():
